@@ -1,0 +1,211 @@
+"""Counting messages: what `moeplan.cluster` defines for one token, over whole steps and whole requests.
+
+The plain reference is `moeplan.cluster.token_messages`; the property tests hold both loops here to it, for every
+dispatch mode, replica rule and home.
+
+Mode codes: 0 `pick`, 1 `gpu`, 2 `node`, 3 `allgather`.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["KNUTH", "request_messages", "step_messages"]
+
+#: floor(2**32 / golden ratio): vLLM's multiplier (0.30.0, fused_moe/router/base_router.py).
+KNUTH = 2654435769
+
+_PICK, _GPU, _NODE, _ALLGATHER = 0, 1, 2, 3
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def step_messages(
+    experts: npt.NDArray[np.unsignedinteger],
+    rows: npt.NDArray[np.int64],
+    sources: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
+    table: npt.NDArray[np.int16],
+    replica_gpu: npt.NDArray[np.int16],
+    replica_count: npt.NDArray[np.int32],
+    use_hash: bool,
+    gpus_per_node: int,
+    mode: int,
+    links: npt.NDArray[np.int32],
+    picks: npt.NDArray[np.int32],
+    touched: npt.NDArray[np.int32],
+) -> None:
+    """One decode step under the replica rule itself.
+
+    Args:
+        experts: unsigned [T, L, k], the trace's rows.
+        rows, sources, indices: int64 [m]; which trace row is live, its source GPU, its index i in its group's batch.
+        table: int16 [L, P, E], the GPU that serves expert e for source GPU s (nearest rules).
+        replica_gpu, replica_count: int16 [L, E, X] and int32 [L, E] (the `hash` rule).
+        links: int32 [L, P, P], set to the messages from GPU to GPU in dispatch; the diagonal stays 0.
+        picks: int32 [L, P], set to the picks served.
+        touched: int32 [L, P], set to the distinct experts served.
+    """
+    num_layers, num_experts = replica_count.shape
+    num_gpus = links.shape[1]
+    num_nodes = num_gpus // gpus_per_node
+    k = experts.shape[2]
+    links[:] = 0
+    picks[:] = 0
+    touched[:] = 0
+    expert_stamp = np.full((num_gpus, num_experts), -1, np.int32)
+    gpu_stamp = np.full(num_gpus, -1, np.int64)
+    node_stamp = np.full(num_nodes, -1, np.int64)
+    for layer in range(num_layers):
+        for r in range(rows.size):
+            t, source = rows[r], sources[r]
+            source_node, rail = source // gpus_per_node, source % gpus_per_node
+            hashed = (indices[r] * KNUTH) & 0xFFFFFFFF
+            mark = np.int64(layer) * rows.size + r
+            for j in range(k):
+                e = experts[t, layer, j]
+                if use_hash:
+                    gpu = np.int64(replica_gpu[layer, e, hashed % replica_count[layer, e]])
+                else:
+                    gpu = np.int64(table[layer, source, e])
+                picks[layer, gpu] += 1
+                if expert_stamp[gpu, e] != layer:
+                    expert_stamp[gpu, e] = layer
+                    touched[layer, gpu] += 1
+                if mode == _PICK:
+                    if gpu != source:
+                        links[layer, source, gpu] += 1
+                    continue
+                if mode == _ALLGATHER or gpu_stamp[gpu] == mark:
+                    continue
+                gpu_stamp[gpu] = mark
+                node = gpu // gpus_per_node
+                if mode == _GPU or node == source_node:
+                    if gpu != source:
+                        links[layer, source, gpu] += 1
+                    continue
+                forwarder = node * gpus_per_node + rail
+                if node_stamp[node] != mark:
+                    node_stamp[node] = mark
+                    links[layer, source, forwarder] += 1
+                if gpu != forwarder:
+                    links[layer, forwarder, gpu] += 1
+            if mode == _ALLGATHER:
+                for node in range(num_nodes):
+                    forwarder = node * gpus_per_node + rail
+                    if forwarder != source:
+                        links[layer, source, forwarder] += 1
+                    for gpu in range(node * gpus_per_node, (node + 1) * gpus_per_node):
+                        if gpu != forwarder:
+                            links[layer, forwarder, gpu] += 1
+
+
+@nb.njit(cache=True, nogil=True)
+def _gcd(a: int, b: int) -> int:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def request_messages(
+    experts: npt.NDArray[np.unsignedinteger],
+    starts: npt.NDArray[np.int64],
+    stops: npt.NDArray[np.int64],
+    homes: npt.NDArray[np.int64],
+    home_gpus: int,
+    table: npt.NDArray[np.int16],
+    uniform: npt.NDArray[np.bool_],
+    replica_gpu: npt.NDArray[np.int16],
+    replica_count: npt.NDArray[np.int32],
+    use_hash: bool,
+    gpus_per_node: int,
+    mode: int,
+    out: npt.NDArray[np.float64],
+) -> None:
+    """Expected messages of whole requests, summed over their rows and layers.
+
+    A row's source GPU is taken as equally likely to be any GPU of its home (`home_gpus` of them from `homes[i]` on);
+    under `hash`, the hash is taken as uniform modulo the counts of the row's replicas.
+
+    Args:
+        experts: unsigned [T, L, k].
+        starts, stops, homes: int64 [n]; a request's rows, and the first GPU of its home.
+        table: int16 [L, P, E]; uniform: bool [L, P], true at a home's first GPU where all its GPUs share one table row.
+        replica_gpu, replica_count: int16 [L, E, X], int32 [L, E].
+        out: float64 [n, 3], set to (messages between nodes, messages inside nodes, distinct other nodes reached).
+    """
+    num_layers = replica_count.shape[0]
+    num_gpus = table.shape[1]
+    num_nodes = num_gpus // gpus_per_node
+    k = experts.shape[2]
+    gpu_stamp = np.full(num_gpus, -1, np.int64)
+    node_stamp = np.full(num_nodes, -1, np.int64)
+    mark = np.int64(0)
+    for i in range(starts.size):
+        first = homes[i]
+        home_node = first // gpus_per_node
+        inter_sum, intra_sum, node_sum = 0.0, 0.0, 0.0
+        for t in range(starts[i], stops[i]):
+            for layer in range(num_layers):
+                # Scenarios: the hash's residues, or the home's source GPUs where they see different replicas.
+                cycle = np.int64(1)
+                if use_hash:
+                    for j in range(k):
+                        count = np.int64(replica_count[layer, experts[t, layer, j]])
+                        cycle = cycle // _gcd(cycle, count) * count
+                scenarios = cycle if use_hash else (1 if uniform[layer, first] else home_gpus)
+                averaged = use_hash or uniform[layer, first]  # serving GPUs do not depend on the source
+                inter, intra, nodes = 0.0, 0.0, 0.0
+                for scenario in range(scenarios):
+                    source = first if averaged else first + scenario
+                    rail = source % gpus_per_node
+                    mark += 1
+                    own_picks, node_picks, far_picks = 0, 0, 0
+                    own_gpus, node_gpus, far_gpus, far_nodes, rails = 0, 0, 0, 0, 0
+                    for j in range(k):
+                        e = experts[t, layer, j]
+                        if use_hash:
+                            gpu = np.int64(replica_gpu[layer, e, scenario % replica_count[layer, e]])
+                        else:
+                            gpu = np.int64(table[layer, source, e])
+                        node = gpu // gpus_per_node
+                        fresh = gpu_stamp[gpu] != mark
+                        gpu_stamp[gpu] = mark
+                        if node == home_node:
+                            node_picks += 1
+                            node_gpus += fresh
+                            if gpu == source:
+                                own_picks += 1
+                                own_gpus = 1
+                        else:
+                            far_picks += 1
+                            far_gpus += fresh
+                            if fresh and gpu % gpus_per_node == rail:
+                                rails += 1
+                            if node_stamp[node] != mark:
+                                node_stamp[node] = mark
+                                far_nodes += 1
+                    # With an averaged source, each GPU of the home is the source (or its node's forwarder) equally often.
+                    share = 1.0 / home_gpus
+                    nodes += far_nodes
+                    if mode == _PICK:
+                        inter += far_picks
+                        intra += node_picks - (node_picks * share if averaged and home_gpus > 1 else own_picks)
+                    elif mode == _GPU:
+                        inter += far_gpus
+                        intra += node_gpus - (node_gpus * share if averaged and home_gpus > 1 else own_gpus)
+                    elif mode == _NODE:
+                        inter += far_nodes
+                        if averaged and home_gpus > 1:
+                            intra += (node_gpus + far_gpus) * (1.0 - share)
+                        else:
+                            intra += node_gpus - own_gpus + far_gpus - rails
+                    else:
+                        inter += num_nodes - 1
+                        intra += num_nodes * (gpus_per_node - 1)
+                inter_sum += inter / scenarios
+                intra_sum += intra / scenarios
+                node_sum += nodes / scenarios
+        out[i, 0], out[i, 1], out[i, 2] = inter_sum, intra_sum, node_sum

@@ -1,0 +1,81 @@
+"""What every verb shares: JSON output, a progress bar, sections of text. Light to import."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeplan.errors import UsageError
+
+__all__ = ["JsonOption", "Progress", "WithoutLayers", "emit_json", "parse_layers", "progress", "say"]
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures as JSON to FILE, or to - (standard output)."),
+]
+WithoutLayers = Annotated[
+    str, typer.Option("--without-layers", metavar="IDS", help="Leave out these layers, e.g. 45 or 0,1,45.")
+]
+
+#: progress(done, total, note): called by long work; does nothing in a pipe.
+Progress = Callable[[int, int, str], None]
+
+
+def say(text: str = "") -> None:
+    """One line for the reader: standard output, or standard error while standard output carries JSON."""
+    print(text, file=sys.stderr if _json_on_stdout else sys.stdout)
+
+
+_json_on_stdout = False
+
+
+def claim_stdout(json_target: str | None) -> None:
+    """Call first in a verb with `--json`: with `-`, text for people goes to standard error."""
+    global _json_on_stdout
+    _json_on_stdout = json_target == "-"
+
+
+def emit_json(target: str | None, data: Any) -> None:
+    """Write `data` where `--json` asked for it; no target, nothing."""
+    if target is None:
+        return
+    if target == "-":
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return
+    from moeplan.trace.files import write_json
+
+    write_json(Path(target), data)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """'45' or '0,1,45' as integers."""
+    if not text.strip():
+        return ()
+    try:
+        return tuple(sorted({int(item) for item in text.split(",")}))
+    except ValueError:
+        raise UsageError(
+            f"--without-layers {text!r} is not a list of layer numbers", mend="e.g. 45 or 0,1,45"
+        ) from None
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Progress]:
+    """A progress bar on a terminal, silence in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, note: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, note="")
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)

@@ -1,0 +1,398 @@
+"""The cluster, and THE definition of what a message is and what it costs.
+
+Placement, replay, the real run and the time model all call this module; none of them counts a message by itself.
+
+Sources: DeepEP at commit dd758caf (2026-07-14): `csrc/kernels/legacy/internode_ll.cu` line 180 (low latency),
+`csrc/kernels/legacy/internode.cu` lines 47-51 and 525 and 1758 (normal kernels), `csrc/kernels/legacy/launch.cuh` line
+113 (widths that the low-latency kernel is compiled for). Replica rules: SGLang 0.5.23 `expert_location.py`; vLLM 0.30.0
+`fused_moe/router/base_router.py`.
+
+Names: N nodes, G GPUs per node, P = N x G GPUs, D groups, L layers, E experts, k picks per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan._kernels import messages as _messages
+from moeplan.errors import PlanError, UsageError
+from moeplan.types import Int32Array, Placement
+
+__all__ = [
+    "Cluster",
+    "Dispatch",
+    "Home",
+    "MessageBytes",
+    "ReplicaRule",
+    "Routes",
+    "check_slots",
+    "message_bytes",
+    "request_messages",
+    "routes",
+    "step_messages",
+    "token_messages",
+]
+
+FloatArray = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+
+
+class Dispatch(StrEnum):
+    """How a token's hidden state reaches its experts; see `token_messages`."""
+
+    PICK = "pick"
+    GPU = "gpu"
+    NODE = "node"
+    ALLGATHER = "allgather"
+
+    @property
+    def code(self) -> int:
+        return list(Dispatch).index(self)
+
+
+class Home(StrEnum):
+    """Where a request's attention runs: sharded inside a node (one group per node), or on one GPU (one per GPU)."""
+
+    NODE = "node"
+    GPU = "gpu"
+
+
+class ReplicaRule(StrEnum):
+    """Which copy of an expert serves a pick; see `routes`."""
+
+    NEAREST_STATIC = "nearest-static"
+    NEAREST_EVEN = "nearest-even"
+    HASH = "hash"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """N nodes of G GPUs, and the home of a request's tokens."""
+
+    nodes: int
+    gpus_per_node: int
+    home: Home = Home.NODE
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.gpus_per_node < 1:
+            raise UsageError(f"a cluster of {self.nodes} nodes x {self.gpus_per_node} GPUs is impossible")
+        if self.num_gpus > 16384:
+            raise UsageError(f"{self.num_gpus} GPUs are more than moeplan handles", mend="use at most 16384")
+
+    @property
+    def num_gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def num_groups(self) -> int:
+        """D: one group per home."""
+        return self.nodes if self.home is Home.NODE else self.num_gpus
+
+    @property
+    def gpus_per_home(self) -> int:
+        return self.num_gpus // self.num_groups
+
+    def home_gpu(self, group: npt.ArrayLike) -> Int64Array:
+        """The first GPU of each group's home."""
+        return np.asarray(group, np.int64) * self.gpus_per_home
+
+    def home_node(self, group: npt.ArrayLike) -> Int64Array:
+        """The node of each group's home."""
+        return self.home_gpu(group) // self.gpus_per_node
+
+    def source_gpus(self, group: int, rows: int) -> Int64Array:
+        """Source GPU of row i of `rows` in a step: floor(i x G / rows) of the home node, or the home GPU itself."""
+        return self.home_gpu(group) + np.arange(rows, dtype=np.int64) * self.gpus_per_home // max(rows, 1)
+
+
+def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
+    """Slots per GPU; refuses, naming the nearest counts that work, when slots do not divide over the GPUs.
+
+    Raises:
+        PlanError: (E + R) does not divide by nodes x GPUs, or a GPU would need two copies of one expert.
+    """
+    if redundant < 0:
+        raise UsageError(f"--redundant {redundant} is negative", mend="give 0 or more extra slots per layer")
+    slots, gpus = num_experts + redundant, cluster.num_gpus
+    if slots % gpus:
+        below = redundant - slots % gpus
+        above = redundant + gpus - slots % gpus
+        counts = [str(r) for r in (below, above) if r >= 0]
+        fits = [g for g in range(1, slots // cluster.nodes + 1) if slots % (cluster.nodes * g) == 0]
+        near = sorted(fits, key=lambda g: (abs(g - cluster.gpus_per_node), g))[:2]
+        mend = f"use --redundant {' or '.join(counts)}"
+        if near:
+            mend += f", or --gpus-per-node {' or '.join(str(g) for g in near)}"
+        raise PlanError(
+            f"{num_experts} experts + {redundant} redundant = {slots} slots do not divide over {cluster.nodes} nodes x "
+            f"{cluster.gpus_per_node} GPUs = {gpus}",
+            mend=mend,
+        )
+    if slots // gpus > num_experts:
+        raise PlanError(
+            f"{slots // gpus} slots on each GPU are more than the {num_experts} experts there are",
+            mend=f"use --redundant {num_experts * (gpus - 1)} or less",
+        )
+    return slots // gpus
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Messages
+
+
+def token_messages(mode: Dispatch, cluster: Cluster, source: int, serving: list[int]) -> list[tuple[int, int]]:
+    """The dispatch messages of one token at one layer, as (from GPU, to GPU); combine sends the same ones back.
+
+    Args:
+        source: the token's source GPU.
+        serving: the GPU that serves each of its k picks.
+
+    `pick` sends one message per pick, `gpu` one per distinct GPU. `node` sends one per distinct other node, to the GPU
+    of the source's own index there, which hands it on to each distinct serving GPU of that node; inside the home node
+    the source sends to each distinct GPU itself. `allgather` sends everything to everyone along the same two hops,
+    whatever the picks: no plan changes its bytes. A message whose source is its destination costs nothing and is absent.
+    """
+    per_node = cluster.gpus_per_node
+    rail = source % per_node
+    if mode is Dispatch.PICK:
+        return [(source, gpu) for gpu in serving if gpu != source]
+    if mode is Dispatch.GPU:
+        return [(source, gpu) for gpu in sorted(set(serving)) if gpu != source]
+    reached = set(range(cluster.num_gpus)) if mode is Dispatch.ALLGATHER else set(serving)
+    messages: list[tuple[int, int]] = []
+    for node in sorted({gpu // per_node for gpu in reached}):
+        entry = source if node == source // per_node else node * per_node + rail
+        if entry != source:
+            messages.append((source, entry))
+        messages += [(entry, gpu) for gpu in sorted(reached) if gpu // per_node == node and gpu != entry]
+    return messages
+
+
+#: Hidden sizes that DeepEP's low-latency kernel is compiled for (launch.cuh line 113).
+LOW_LATENCY_WIDTHS = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
+
+
+@dataclass(frozen=True)
+class MessageBytes:
+    """Size of one message.
+
+    Attributes:
+        dispatch, combine: bytes there and back.
+        width: the hidden size after padding to what the kernel supports.
+        note: what was padded, and why, in one line; empty when nothing was.
+    """
+
+    dispatch: int
+    combine: int
+    width: int
+    note: str = ""
+
+    @property
+    def both(self) -> int:
+        return self.dispatch + self.combine
+
+
+def message_bytes(mode: Dispatch, hidden: int, top_k: int) -> MessageBytes:
+    """Bytes of one message: fp8 dispatch with a float32 scale per 128 values, bf16 combine.
+
+    `pick` (low latency): 16 + h + 4h/128 there, 2h back. `gpu` and `node` (normal kernels): h + 4h/128 + 8 + 8k there
+    (k int32 indices and k float32 weights), 2h + 8 + 4k back, each rounded up to 16. `allgather` (vLLM's
+    all-gather and reduce-scatter): one bf16 row, 2h, each way.
+    """
+    if mode is Dispatch.ALLGATHER:
+        return MessageBytes(2 * hidden, 2 * hidden, hidden)
+    if mode is Dispatch.PICK:
+        width = next((w for w in LOW_LATENCY_WIDTHS if w >= hidden), -(-hidden // 512) * 512)
+        note = f"hidden {hidden} padded to {width}, a width that DeepEP's low-latency kernel supports"
+        if width > LOW_LATENCY_WIDTHS[-1]:
+            note = f"hidden {hidden} counted as {width}: DeepEP's low-latency kernel supports no more than 8192"
+        elif width == hidden:
+            note = ""
+        return MessageBytes(16 + width + width // 128 * 4, 2 * width, width, note)
+    width = -(-hidden // 128) * 128
+    note = "" if width == hidden else f"hidden {hidden} padded to {width}, a whole number of 128-value fp8 scales"
+    return MessageBytes(
+        _align16(width + width // 128 * 4 + 8 + 8 * top_k), _align16(2 * width + 8 + 4 * top_k), width, note
+    )
+
+
+def _align16(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Replicas
+
+
+@dataclass(frozen=True)
+class Routes:
+    """A replica rule applied to a placement: who serves whom.
+
+    Attributes:
+        slot: int32 [L, P, E], the slot that serves expert e for a token whose source is GPU s; None under `hash`, where
+            row i takes replica (i x 2654435769 mod 2**32) mod count.
+    """
+
+    placement: Placement
+    cluster: Cluster
+    rule: ReplicaRule
+    slot: Int32Array | None
+
+    @cached_property
+    def gpu(self) -> npt.NDArray[np.int16]:
+        """int16 [L, P, E], the serving GPU; under `hash` a dummy of one expert."""
+        if self.slot is None:
+            return np.zeros((self.placement.num_layers, self.cluster.num_gpus, 1), np.int16)
+        return (self.slot // self.placement.slots_per_gpu).astype(np.int16)
+
+    @cached_property
+    def replica_gpu(self) -> npt.NDArray[np.int16]:
+        """int16 [L, E, X], the GPU of each replica, -1 where there is none."""
+        slots = self.placement.replica_slots
+        return np.where(slots < 0, -1, slots // self.placement.slots_per_gpu).astype(np.int16)
+
+    @cached_property
+    def uniform(self) -> npt.NDArray[np.bool_]:
+        """bool [L, P]: at each home's first GPU, whether all GPUs of the home are served alike."""
+        layers, gpus, _ = self.gpu.shape
+        by_home = self.gpu.reshape(layers, self.cluster.num_groups, self.cluster.gpus_per_home, -1)
+        alike = (by_home == by_home[:, :, :1]).all(axis=(2, 3))
+        return np.repeat(alike, self.cluster.gpus_per_home, axis=1)
+
+    def share(self, layer: int) -> FloatArray:
+        """float64 [D, E, P]: the expected share of a group's picks of an expert that each GPU serves."""
+        groups, gpus = self.cluster.num_groups, self.cluster.num_gpus
+        experts = self.placement.num_experts
+        if self.slot is None:
+            one = np.zeros((experts, gpus))
+            expert, replica = np.nonzero(self.replica_gpu[layer] >= 0)
+            weight = 1.0 / self.placement.replica_count[layer][expert]
+            np.add.at(one, (expert, self.replica_gpu[layer][expert, replica]), weight)
+            return np.broadcast_to(one, (groups, experts, gpus))
+        out = np.zeros((groups, experts, gpus))
+        source = np.arange(gpus)
+        group = source // self.cluster.gpus_per_home
+        index = (group[:, None], np.arange(experts)[None, :], self.gpu[layer].astype(np.int64))
+        np.add.at(out, index, 1.0 / self.cluster.gpus_per_home)
+        return out
+
+    @cached_property
+    def local_share(self) -> FloatArray:
+        """float64 [D, L, E]: the expected share of a group's picks of an expert that its own node serves."""
+        cluster, placement = self.cluster, self.placement
+        out = np.zeros((cluster.num_groups, placement.num_layers, placement.num_experts))
+        node = cluster.home_node(np.arange(cluster.num_groups))
+        if self.slot is None:
+            replica_node = np.where(self.replica_gpu < 0, -1, self.replica_gpu // cluster.gpus_per_node)
+            for group in range(cluster.num_groups):
+                out[group] = (replica_node == node[group]).sum(axis=2) / placement.replica_count
+            return out
+        own = np.arange(cluster.num_gpus) // cluster.gpus_per_node
+        local = self.gpu // cluster.gpus_per_node == own[None, :, None]
+        by_home = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_home, -1)
+        return by_home.mean(axis=2).transpose(1, 0, 2)
+
+
+def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int = 0) -> Routes:
+    """Apply a replica rule.
+
+    `nearest-static`: the lowest slot on the own GPU, else the lowest slot on the own node, else one replica fixed per
+    (source GPU, layer, expert) by a seeded even deal. `nearest-even`: the same, but the own node's replicas are dealt
+    evenly to those of its GPUs that have none themselves. `hash`: by row, whatever the place.
+
+    An even deal to S sources from c replicas: a seeded order of the sources, then the replicas in turn from a seeded
+    start, so that no replica gets two sources more than another.
+    """
+    if rule is ReplicaRule.HASH:
+        return Routes(placement, cluster, rule, None)
+    slots, count = placement.replica_slots, placement.replica_count  # [L, E, X], [L, E]
+    gpus, per_node = cluster.num_gpus, cluster.gpus_per_node
+    if placement.redundant == 0:
+        table = np.repeat(slots[:, None, :, 0], gpus, axis=1)
+        return Routes(placement, cluster, rule, np.ascontiguousarray(table))
+    replica_gpu = np.where(slots < 0, -gpus, slots // placement.slots_per_gpu)
+    on_gpu = np.stack([replica_gpu == s for s in range(gpus)])  # [P, L, E, X]
+    has_own, own = on_gpu.any(axis=3), on_gpu.argmax(axis=3)
+    on_node = on_gpu.reshape(cluster.nodes, per_node, *slots.shape).any(axis=1)  # [N, L, E, X]
+    rng = np.random.default_rng([seed, 0x5EED])
+    needs_far = ~np.repeat(on_node.any(axis=3), per_node, axis=0)
+    replica = _even_deal(needs_far, count, rng)
+    for node in range(cluster.nodes):
+        members = slice(node * per_node, (node + 1) * per_node)
+        near = on_node[node]
+        if rule is ReplicaRule.NEAREST_EVEN:
+            turn = _even_deal(~has_own[members] & near.any(axis=2), np.maximum(near.sum(axis=2), 1), rng)
+            order = np.argsort(~near, axis=2, kind="stable")  # own-node replicas first, rising
+            chosen = np.take_along_axis(order[None].repeat(per_node, 0), turn[..., None], axis=3)[..., 0]
+        else:
+            chosen = np.broadcast_to(near.argmax(axis=2), has_own[members].shape)
+        replica[members] = np.where(near.any(axis=2), chosen, replica[members])
+    replica = np.where(has_own, own, replica)
+    table = np.take_along_axis(slots[None].repeat(gpus, 0), replica[..., None], axis=3)[..., 0]
+    return Routes(placement, cluster, rule, np.ascontiguousarray(table.transpose(1, 0, 2)))
+
+
+def _even_deal(needs: npt.NDArray[np.bool_], count: Int32Array, rng: np.random.Generator) -> Int64Array:
+    """int64, shaped as needs [S, L, E]: the replica (0 .. count - 1) dealt to each source that needs one."""
+    key = np.where(needs, rng.random(needs.shape, dtype=np.float32), 2.0)
+    turn = np.argsort(np.argsort(key, axis=0, kind="stable"), axis=0, kind="stable")
+    start = rng.integers(0, 1 << 30, count.shape)
+    return np.asarray((turn + start) % count, np.int64)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Messages of whole steps and requests (numba; `token_messages` and `Routes` are their definition)
+
+
+def step_messages(
+    who: Routes, mode: Dispatch, experts: npt.NDArray[np.unsignedinteger], rows: Int64Array, sources: Int64Array,
+    indices: Int64Array, out: tuple[Int32Array, Int32Array, Int32Array] | None = None,
+) -> tuple[Int32Array, Int32Array, Int32Array]:  # fmt: skip
+    """One decode step of the live rows, by the rule itself.
+
+    Args:
+        experts: unsigned [T, L, k]; rows: int64 [m] into it; sources: int64 [m], source GPUs; indices: int64 [m], a
+            row's index within its group's micro-batch (what the `hash` rule hashes).
+        out: arrays to reuse.
+
+    Returns:
+        links int32 [L, P, P], dispatch messages from GPU to GPU; picks int32 [L, P], picks served; touched int32
+        [L, P], distinct experts served.
+    """
+    layers, gpus = who.placement.num_layers, who.cluster.num_gpus
+    if out is None:
+        out = (
+            np.empty((layers, gpus, gpus), np.int32),
+            np.empty((layers, gpus), np.int32),
+            np.empty((layers, gpus), np.int32),
+        )
+    _messages.step_messages(
+        experts, rows, sources, indices, who.gpu, who.replica_gpu, who.placement.replica_count, who.slot is None,
+        who.cluster.gpus_per_node, mode.code, *out,
+    )  # fmt: skip
+    return out
+
+
+def request_messages(
+    who: Routes, mode: Dispatch, experts: npt.NDArray[np.unsignedinteger], starts: Int64Array, stops: Int64Array,
+    groups: Int64Array,
+) -> FloatArray:  # fmt: skip
+    """Expected messages of whole requests, summed over rows and layers.
+
+    Args:
+        experts: unsigned [T, L, k]; starts, stops: int64 [n], each request's rows; groups: int64 [n].
+
+    Returns:
+        float64 [n, 3]: messages between nodes, messages inside nodes, distinct other nodes reached.
+    """
+    out = np.zeros((len(starts), 3))
+    _messages.request_messages(
+        experts, starts, stops, who.cluster.home_gpu(groups), who.cluster.gpus_per_home, who.gpu, who.uniform,
+        who.replica_gpu, who.placement.replica_count, who.slot is None, who.cluster.gpus_per_node, mode.code, out,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,46 @@
+"""The error tree: every error says what is wrong, where, and what to do.
+
+Whatever comes from outside (a file, a flag, a request) and cannot be used ends in a `MoeplanError`; the command line
+prints its one line and exits with status 2. Anything else that escapes is a defect of moeplan itself.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FormatError", "MoeplanError", "OutputError", "PlanError", "UsageError"]
+
+
+class MoeplanError(Exception):
+    """Base of all errors that moeplan raises on purpose.
+
+    Args:
+        what: what is wrong, naming the value.
+        where: the file, and the row or field in it, if there is one.
+        mend: what the reader should do next.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+        self.what, self.where, self.mend = what, where, mend
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        """The whole error as one line: place, fault, mend."""
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if self.mend:
+            text = f"{text.rstrip('.')}; {self.mend}"
+        return " ".join(text.split())
+
+
+class FormatError(MoeplanError):
+    """A file is not what it should be: cut off, ragged, too new, out of range."""
+
+
+class UsageError(MoeplanError):
+    """A flag or an argument is wrong, or asks for something that this input cannot give."""
+
+
+class PlanError(UsageError):
+    """A plan cannot exist as asked: slots that do not divide, more groups than requests."""
+
+
+class OutputError(MoeplanError):
+    """The result cannot be written where it was asked for."""

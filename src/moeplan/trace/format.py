@@ -1,0 +1,154 @@
+"""The trace format, version 1: names, schemas, and the two values that everything reads (`Requests`, `Rows`).
+
+A trace is a directory: `trace.json`, `requests.parquet` (one row per request) and `part-00000.parquet` .. (one row per
+token). A request's rows are whole in one part, in order, prefill before decode; requests are numbered 0, 1, .. in the
+order of the parts. `docs/trace-format.md` says what MUST and MAY be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import UsageError
+from moeplan.types import ModelShape, expert_dtype
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["FORMAT", "JSON_NAME", "PHASES", "REQUESTS_NAME", "UNKNOWN", "VERSION", "Requests", "Rows", "part_schema"]
+
+FORMAT, VERSION = "moeplan-trace", 1
+JSON_NAME, REQUESTS_NAME = "trace.json", "requests.parquet"
+PHASES = ("prefill", "decode", "unknown")
+#: Prefill length of a request whose phases nobody recorded.
+UNKNOWN = -1
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of a trace.
+
+    Attributes:
+        rows: int64 [R], token rows of each request.
+        prefill: int64 [R], how many of them are prefill; `UNKNOWN` (-1) where phases are not known.
+        domain: int64 [R], index into `domains`.
+        domains: the labels, in order of first appearance.
+        arrival: float64 [R], seconds; NaN where unknown.
+    """
+
+    rows: Int64Array
+    prefill: Int64Array
+    domain: Int64Array
+    domains: tuple[str, ...]
+    arrival: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def offsets(self) -> Int64Array:
+        """int64 [R + 1], the first row of each request in the whole trace."""
+        return np.concatenate(([0], np.cumsum(self.rows)))
+
+    @property
+    def prefill_known(self) -> Int64Array:
+        """int64 [R], prefill rows, 0 where phases are unknown."""
+        return np.maximum(self.prefill, 0)
+
+    @property
+    def decode(self) -> Int64Array:
+        """int64 [R], decode rows, 0 where phases are unknown."""
+        return np.where(self.prefill == UNKNOWN, 0, self.rows - self.prefill_known)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of consecutive requests: one part of a trace, or all of it.
+
+    Attributes:
+        first: number of the first request.
+        experts: unsigned [T, L, k].
+        offsets: int64 [n + 1]; request first + i has rows offsets[i] .. offsets[i + 1] - 1.
+        prefill: int64 [n], prefill rows, -1 where phases are unknown.
+        weights: float16 [T, L, k] gate weights, or None.
+    """
+
+    first: int
+    experts: npt.NDArray[np.unsignedinteger]
+    offsets: Int64Array
+    prefill: Int64Array
+    weights: npt.NDArray[np.float16] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prefill)
+
+    def phase_ranges(self, phase: str) -> tuple[Int64Array, Int64Array]:
+        """(starts, stops), int64 [n] each: every request's rows of one phase, empty where it has none."""
+        start, stop = self.offsets[:-1], self.offsets[1:]
+        known = self.prefill != UNKNOWN
+        middle = start + np.maximum(self.prefill, 0)
+        if phase == "prefill":
+            return start, np.where(known, middle, start)
+        if phase == "decode":
+            return np.where(known, middle, stop), stop
+        if phase == "unknown":
+            return start, np.where(known, start, stop)
+        raise ValueError(f"no phase {phase!r}")
+
+
+def layers_kept(shape: ModelShape, without: Sequence[int]) -> tuple[ModelShape, npt.NDArray[np.intp] | None]:
+    """The shape without the layers named (by the model's own index), and which array rows remain; None for all.
+
+    Raises:
+        UsageError: a layer that the trace does not have, or none left.
+    """
+    if not without:
+        return shape, None
+    missing = [layer for layer in without if layer not in shape.layer_ids]
+    if missing:
+        raise UsageError(
+            f"--without-layers {missing[0]}: the trace has no such layer",
+            mend=f"its MoE layers are {_spans(shape.layer_ids)}",
+        )
+    keep = np.array([i for i, layer in enumerate(shape.layer_ids) if layer not in set(without)], np.intp)
+    if not len(keep):
+        raise UsageError("--without-layers leaves no layer")
+    return shape.without_layers(tuple(without)), keep
+
+
+def _spans(ids: Sequence[int]) -> str:
+    """1,2,3,7 as '1-3, 7', cut after a dozen."""
+    spans: list[list[int]] = []
+    for i in ids:
+        if spans and i == spans[-1][1] + 1:
+            spans[-1][1] = i
+        else:
+            spans.append([i, i])
+    texts = [f"{a}" if a == b else f"{a}-{b}" for a, b in spans]
+    return ", ".join(texts[:24]) + (", .." if len(texts) > 24 else "")
+
+
+def part_schema(shape: ModelShape, *, weights: bool) -> pa.Schema:
+    """The Arrow schema of a part: one row per token."""
+    import pyarrow as pa
+
+    picks = shape.num_layers * shape.top_k
+    ids = pa.uint8() if expert_dtype(shape.num_experts) is np.uint8 else pa.uint16()
+    fields = [
+        pa.field("request", pa.uint32(), nullable=False),
+        pa.field("position", pa.uint32(), nullable=False),
+        pa.field("phase", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("experts", pa.list_(pa.field("item", ids, nullable=False), picks), nullable=False),
+    ]
+    if weights:
+        fields.append(
+            pa.field("weights", pa.list_(pa.field("item", pa.float16(), nullable=False), picks), nullable=False)
+        )
+    return pa.schema(fields)

@@ -1,0 +1,278 @@
+"""Reading a trace: part by part, checked, never whole unless asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeplan.errors import FormatError, UsageError
+from moeplan.trace.files import read_json, sha256
+from moeplan.trace.format import (
+    FORMAT,
+    JSON_NAME,
+    REQUESTS_NAME,
+    UNKNOWN,
+    VERSION,
+    Requests,
+    Rows,
+    layers_kept,
+)
+from moeplan.types import ModelShape, expert_dtype
+
+__all__ = ["Trace", "open_trace"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An opened trace: its head and its requests; rows are read when asked for.
+
+    Attributes:
+        shape: the model, without the layers that were left out.
+        requests: every request, usable for a question or not.
+        synthetic: a generated workload; outputs must say so.
+        complete: False for a recording that was cut off.
+        checksum: identifies the rows (sha256 over the parts' own).
+    """
+
+    path: Path
+    shape: ModelShape
+    requests: Requests
+    synthetic: bool
+    complete: bool
+    checksum: str
+    source: dict[str, Any]
+    without_layers: tuple[int, ...]
+    _stored: ModelShape
+    _parts: tuple[dict[str, Any], ...]
+    _weights: bool
+
+    @property
+    def label(self) -> str:
+        """The model's name, marked where the workload is generated."""
+        return f"{self.shape.name or self.path.name}{' (synthetic)' if self.synthetic else ''}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that `load` takes per token."""
+        return self.shape.num_layers * self.shape.top_k * np.dtype(expert_dtype(self.shape.num_experts)).itemsize
+
+    def parts(self, *, weights: bool = False) -> Iterator[Rows]:
+        """Each part in turn, verified: checksum, schema, ids, and agreement with the table of requests."""
+        if weights and not self._weights:
+            raise UsageError("this trace holds no gate weights", where=str(self.path), mend="record it with --weights")
+        _, keep = layers_kept(self._stored, self.without_layers)
+        first = 0
+        for part in self._parts:
+            yield self._read_part(part, first, keep, weights)
+            first += part["requests"]
+
+    def load(self) -> Rows:
+        """All rows in memory: tokens x `row_bytes` bytes."""
+        total, layers, k = int(self.requests.rows.sum()), self.shape.num_layers, self.shape.top_k
+        experts = np.empty((total, layers, k), expert_dtype(self.shape.num_experts))
+        at = 0
+        for rows in self.parts():
+            experts[at : at + len(rows.experts)] = rows.experts
+            at += len(rows.experts)
+        return Rows(0, experts, self.requests.offsets, self.requests.prefill)
+
+    def _read_part(self, part: dict[str, Any], first: int, keep: Any, weights: bool) -> Rows:
+        path = self.path / part["file"]
+        if sha256(path) != part["sha256"]:
+            raise FormatError(
+                "checksum differs from trace.json",
+                where=str(path),
+                mend="the part was changed or cut off: record again",
+            )
+        stored = self._stored
+        columns = _read_columns(path, ["request", "phase", "experts"] + (["weights"] if weights else []))
+        count = len(columns["request"])
+        picks = _list_values(columns["experts"], stored.num_layers * stored.top_k, path)
+        dtype = expert_dtype(stored.num_experts)
+        if picks.dtype != dtype and not (picks.dtype.kind in "ui" and picks.size and int(picks.min()) >= 0):
+            raise FormatError(f"column experts holds {picks.dtype}, not unsigned ids", where=str(path))
+        experts = picks.reshape(count, stored.num_layers, stored.top_k)
+        if picks.size and int(picks.max()) >= stored.num_experts:
+            row = int(np.argmax((experts >= stored.num_experts).any(axis=(1, 2))))
+            raise FormatError(
+                f"row {row}: expert {int(experts[row].max())} is outside 0..{stored.num_experts - 1}", where=str(path)
+            )
+        requests = slice(first, first + part["requests"])
+        lengths, prefill = self.requests.rows[requests], self.requests.prefill[requests]
+        self._check_rows(path, columns, lengths, prefill, first)
+        gate = None
+        if weights:
+            gate = _list_values(columns["weights"], stored.num_layers * stored.top_k, path).reshape(experts.shape)
+        if keep is not None:
+            experts = np.ascontiguousarray(experts[:, keep])
+            gate = None if gate is None else gate[:, keep]
+        return Rows(first, experts.astype(dtype, copy=False), np.concatenate(([0], np.cumsum(lengths))), prefill, gate)
+
+    def _check_rows(self, path: Path, columns: dict[str, Any], lengths: Any, prefill: Any, first: int) -> None:
+        """The part's request and phase columns must say what requests.parquet says."""
+        request = columns["request"].to_numpy(zero_copy_only=False)
+        expected = np.repeat(np.arange(first, first + len(lengths)), lengths)
+        if len(request) != len(expected):
+            raise FormatError(f"{len(request)} rows, but requests.parquet counts {len(expected)}", where=str(path))
+        wrong = request != expected
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise FormatError(
+                f"row {row}: request {request[row]} where requests.parquet has {expected[row]}", where=str(path)
+            )
+        phase = columns["phase"]
+        names = np.asarray(phase.dictionary.to_pylist() if hasattr(phase, "dictionary") else [], dtype=str)
+        codes = phase.indices.to_numpy(zero_copy_only=False) if len(names) else None
+        text = names[codes] if codes is not None else np.asarray(phase.to_pylist(), dtype=str)
+        start = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+        index = np.arange(len(expected)) - np.repeat(start, lengths)
+        length = np.repeat(prefill, lengths)
+        should = np.where(length == UNKNOWN, "unknown", np.where(index < length, "prefill", "decode"))
+        wrong = text != should
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise FormatError(f"row {row}: phase {text[row]!r} where {should[row]!r} belongs", where=str(path))
+
+
+def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace:
+    """Open a trace directory.
+
+    Args:
+        path: the directory.
+        without_layers: the model's own indices of layers to leave out of everything.
+
+    Raises:
+        FormatError: not a trace, cut off before its first part, a newer version, a wrong checksum.
+        UsageError: a layer that is not there.
+    """
+    root = Path(path)
+    head_path = root / JSON_NAME
+    if not root.is_dir() or not head_path.is_file():
+        mend = "make one with 'moeplan import'"
+        if root.suffix in (".npz", ".json", ".csv"):
+            mend = (
+                f"import it first: moeplan import arrays {root.name} -o {root.stem}" if root.suffix == ".npz" else mend
+            )
+        raise FormatError("is not a moeplan trace (a directory with trace.json)", where=str(root), mend=mend)
+    head = read_json(head_path)
+    where = str(head_path)
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise FormatError(f"is not a {FORMAT} file", where=where)
+    version = head.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise FormatError(
+            f"is of version {version}, this moeplan reads up to {VERSION}", where=where, mend="update moeplan"
+        )
+    stored = ModelShape.from_dict(head.get("model"), where=where)
+    shape, _ = layers_kept(stored, without_layers)
+    parts = _checked_parts(head, where)
+    count = sum(part["requests"] for part in parts)
+    if count == 0:
+        raise FormatError("the trace holds no request", where=str(root), mend="record or import again")
+    digest = hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest()
+    if head.get("checksum") != digest:
+        raise FormatError("checksum does not match its parts", where=where)
+    requests_path = root / REQUESTS_NAME
+    complete = bool(head.get("complete"))
+    if complete and sha256(requests_path) != head.get("requests_sha256"):
+        raise FormatError("checksum differs from trace.json", where=str(requests_path))
+    source = head.get("source")
+    return Trace(
+        path=root,
+        shape=shape,
+        requests=_read_requests(requests_path, count, sum(part["rows"] for part in parts)),
+        synthetic=bool(head.get("synthetic")),
+        complete=complete,
+        checksum=digest,
+        source=source if isinstance(source, dict) else {},
+        without_layers=tuple(without_layers),
+        _stored=stored,
+        _parts=parts,
+        _weights=bool(head.get("weights")),
+    )
+
+
+def _checked_parts(head: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    parts = head.get("parts")
+    if not isinstance(parts, list):
+        raise FormatError("has no list of parts", where=where)
+    for i, part in enumerate(parts):
+        good = (
+            isinstance(part, dict)
+            and part.get("file") == f"part-{i:05d}.parquet"  # a name of ours, never a path elsewhere
+            and isinstance(part.get("sha256"), str)
+            and all(type(part.get(key)) is int and 0 < part[key] < 2**32 for key in ("rows", "requests"))
+        )
+        if not good:
+            raise FormatError(f"part {i} is not described as it should be", where=where)
+    return tuple(parts)
+
+
+def _read_requests(path: Path, count: int, tokens: int) -> Requests:
+    columns = _read_columns(path, ["domain", "rows", "prefill", "arrival"])
+    if len(columns["rows"]) < count:
+        raise FormatError(f"{len(columns['rows'])} requests, but trace.json counts {count}", where=str(path))
+
+    def numbers(name: str, missing: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        column = columns[name].slice(0, count)
+        try:
+            return np.asarray(column.fill_null(missing).to_numpy(zero_copy_only=False), np.int64)
+        except (ValueError, TypeError):
+            raise FormatError(f"column {name} does not hold whole numbers", where=str(path)) from None
+
+    rows, prefill = numbers("rows", 0), numbers("prefill", UNKNOWN)
+    wrong = (rows < 1) | (prefill < UNKNOWN) | (prefill > rows)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise FormatError(f"row {row}: {prefill[row]} prefill rows of {rows[row]}", where=str(path))
+    if int(rows.sum()) != tokens:
+        raise FormatError(f"counts {int(rows.sum())} rows, the parts hold {tokens}", where=str(path))
+    labels = [str(label) for label in columns["domain"].slice(0, count).to_pylist()]
+    domains = tuple(dict.fromkeys(labels))
+    index = {label: i for i, label in enumerate(domains)}
+    arrival = columns["arrival"].slice(0, count).to_numpy(zero_copy_only=False).astype(np.float64)
+    return Requests(rows, prefill, np.array([index[label] for label in labels], np.int64), domains, arrival)
+
+
+def _read_columns(path: Path, names: list[str]) -> dict[str, Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=names, memory_map=False)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise FormatError(
+            f"is not a whole parquet file with columns {', '.join(names)} ({str(error).splitlines()[0][:120]})",
+            where=str(path),
+            mend="it may be cut off: record or import again",
+        ) from None
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise FormatError(f"has no column {missing[0]!r}", where=str(path))
+    return {name: table.column(name).combine_chunks() for name in names}
+
+
+def _list_values(column: Any, width: int, path: Path) -> np.ndarray[Any, np.dtype[Any]]:
+    """The values of a list column whose every row must hold `width` of them."""
+    import pyarrow as pa
+
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if not pa.types.is_fixed_size_list(column.type):
+        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+            raise FormatError(f"a list column was expected, not {column.type}", where=str(path))
+        lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+        if (lengths != width).any():
+            row = int(np.argmax(lengths != width))
+            raise FormatError(f"row {row}: {lengths[row]} picks, expected {width}", where=str(path))
+    elif column.type.list_size != width:
+        raise FormatError(f"row 0: {column.type.list_size} picks, expected {width}", where=str(path))
+    values = column.flatten()
+    if values.null_count or column.null_count:
+        raise FormatError("holds empty (null) picks", where=str(path))
+    return np.asarray(values.to_numpy(zero_copy_only=False))

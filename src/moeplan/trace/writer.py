@@ -1,0 +1,269 @@
+"""Writing a trace: whole requests in, parts out as they fill, readable at every moment.
+
+Order on disk at every flush: the part, then `requests.parquet`, then `trace.json`, each under a temporary name and then
+renamed. A kill between two of them leaves the older json, which names only finished parts; the reader takes from
+`requests.parquet` only as many rows as the json counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import FormatError, MoeplanError, OutputError
+from moeplan.trace.files import atomic_path, sha256, write_json
+from moeplan.trace.format import FORMAT, JSON_NAME, PHASES, REQUESTS_NAME, UNKNOWN, VERSION, part_schema
+from moeplan.types import ModelShape, expert_dtype
+
+__all__ = ["TraceWriter"]
+
+#: Picks per part: 16 Mi picks decode to 16 MiB (32 MiB above 256 experts), whatever the model.
+PART_PICKS = 16 * 1024 * 1024
+MAX_DOMAIN_CHARS = 200
+
+
+class TraceWriter:
+    """Writes a trace request by request; use it as a context manager.
+
+    Leaving the block normally marks the trace complete. Ctrl-C and other exceptions keep what was added and leave the
+    trace readable but marked incomplete; an error of the input itself (`MoeplanError`) removes what this writer made,
+    unless `keep_on_error`.
+
+    Args:
+        path: the directory to make; it must not exist, or be empty.
+        shape: the model.
+        source: how the trace came about, as plain JSON values (no prompt text).
+        synthetic: True for a generated workload; every output then says so.
+        weights: store gate weights as well.
+        part_picks: picks per part.
+        keep_on_error: keep finished parts when the input turns out bad.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shape: ModelShape,
+        *,
+        source: dict[str, Any],
+        synthetic: bool = False,
+        weights: bool = False,
+        part_picks: int = PART_PICKS,
+        keep_on_error: bool = False,
+    ) -> None:
+        self.path, self.shape, self.source = Path(path), shape, source
+        self.synthetic, self.weights, self.keep_on_error = synthetic, weights, keep_on_error
+        self._part_rows = max(1, part_picks // (shape.num_layers * shape.top_k))
+        self._schema = part_schema(shape, weights=weights)
+        self._pending: list[tuple[Any, ...]] = []  # (experts, prefill, position, weights) of whole requests
+        self._pending_rows = 0
+        self._parts: list[dict[str, Any]] = []
+        self._rows: list[int] = []
+        self._prefill: list[int] = []
+        self._domain: list[str] = []
+        self._arrival: list[float | None] = []
+        self._flushed = 0
+        try:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise OutputError("already exists", where=str(self.path), mend="choose another place, or remove it")
+            self._made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot be made ({error.strerror})", where=str(self.path), mend="choose a place that you may write to"
+            ) from None
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            try:
+                self.close()
+            except MoeplanError:
+                self._discard()
+                raise
+        elif issubclass(kind, MoeplanError) and not self.keep_on_error:
+            self._discard()
+        else:
+            self._flush()
+
+    def _discard(self) -> None:
+        names = [part["file"] for part in self._parts] + [REQUESTS_NAME, JSON_NAME]
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        if self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def add(
+        self,
+        experts: npt.NDArray[np.integer],
+        *,
+        prefill: int,
+        domain: str = "",
+        arrival: float | None = None,
+        positions: npt.NDArray[np.integer] | None = None,
+        weights: npt.NDArray[np.floating] | None = None,
+        where: str | None = None,
+    ) -> int:
+        """Add one request and return its number.
+
+        Args:
+            experts: integers [rows, L, k], prefill rows first.
+            prefill: how many rows are prefill; `UNKNOWN` (-1) when nobody knows.
+            domain: a label; at most 200 characters.
+            arrival: seconds since any fixed moment.
+            positions: integers [rows], each token's index in its sequence; 0, 1, .. when not given (prefix-cached
+                tokens are absent from a trace, so a recorder that knows better says so).
+            weights: floats [rows, L, k]; needed exactly when the writer stores weights.
+            where: what an error should call this request (a file and row).
+
+        Raises:
+            FormatError: wrong shape, an id outside 0 .. E - 1, lengths that do not fit.
+        """
+        where = where or f"request {len(self._rows)}"
+        layers, k, count = self.shape.num_layers, self.shape.top_k, self.shape.num_experts
+        if experts.ndim != 3 or experts.shape[1:] != (layers, k):
+            raise FormatError(
+                f"rows of shape {list(experts.shape[1:])}, but the trace has {layers} layers x {k} picks", where=where
+            )
+        rows = len(experts)
+        if rows == 0:
+            raise FormatError("a request without any token row", where=where)
+        if not UNKNOWN <= prefill <= rows:
+            raise FormatError(f"prefill length {prefill} does not fit {rows} rows", where=where)
+        if len(domain) > MAX_DOMAIN_CHARS or any(ord(c) < 32 for c in domain):
+            raise FormatError("the domain label is too long or holds control characters", where=where)
+        if int(experts.min()) < 0 or int(experts.max()) >= count:
+            row, layer, _ = np.argwhere((experts < 0) | (experts >= count))[0]
+            bad = experts[row, layer][(experts[row, layer] < 0) | (experts[row, layer] >= count)][0]
+            raise FormatError(
+                f"row {row}, layer {self.shape.layer_ids[layer]}: expert {bad} is outside 0..{count - 1}",
+                where=where,
+                mend="check the number of experts",
+            )
+        if (weights is not None) != self.weights or (weights is not None and weights.shape != experts.shape):
+            raise FormatError("gate weights are missing or do not match the picks", where=where)
+        if positions is not None and positions.shape != (rows,):
+            raise FormatError(f"{positions.shape} positions for {rows} rows", where=where)
+        if self._pending_rows and self._pending_rows + rows > self._part_rows:
+            self._flush()
+        self._pending.append(
+            (
+                experts.astype(expert_dtype(count)),
+                prefill,
+                np.arange(rows, dtype=np.uint32) if positions is None else positions.astype(np.uint32),
+                None if weights is None else weights.astype(np.float16),
+            )
+        )
+        self._pending_rows += rows
+        self._rows.append(rows)
+        self._prefill.append(prefill)
+        self._domain.append(domain)
+        self._arrival.append(arrival)
+        return len(self._rows) - 1
+
+    def close(self) -> None:
+        """Write what is left and mark the trace complete."""
+        if not self._rows:
+            raise FormatError("there is no request to write", where=str(self.path), mend="check the input")
+        self._flush(complete=True)
+
+    def _flush(self, *, complete: bool = False) -> None:
+        if self._pending:
+            self._write_part()
+        if self._parts:
+            self._write_requests()
+            self._write_json(complete)
+        elif self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _write_part(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [len(item[0]) for item in self._pending]
+        number = np.arange(self._flushed, self._flushed + len(rows), dtype=np.uint32)
+        phase = np.concatenate([_phase_codes(len(item[0]), item[1]) for item in self._pending])
+        picks = self.shape.num_layers * self.shape.top_k
+        columns = [
+            pa.array(np.repeat(number, rows)),
+            pa.array(np.concatenate([item[2] for item in self._pending])),
+            pa.DictionaryArray.from_arrays(pa.array(phase), pa.array(PHASES)),
+            pa.FixedSizeListArray.from_arrays(
+                pa.array(np.concatenate([item[0].reshape(-1) for item in self._pending])),
+                type=self._schema.field("experts").type,
+            ),
+        ]
+        if self.weights:
+            columns.append(
+                pa.FixedSizeListArray.from_arrays(
+                    pa.array(np.concatenate([item[3].reshape(-1) for item in self._pending])),
+                    type=self._schema.field("weights").type,
+                )
+            )
+        assert len(columns[3]) == sum(rows), picks
+        table = pa.Table.from_arrays(columns, schema=self._schema)
+        path = self.path / f"part-{len(self._parts):05d}.parquet"
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", row_group_size=table.num_rows)
+        self._parts.append(
+            {"file": path.name, "rows": sum(rows), "requests": len(rows), "sha256": sha256(path)},
+        )
+        self._flushed += len(rows)
+        self._pending, self._pending_rows = [], 0
+
+    def _write_requests(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        done = slice(0, self._flushed)
+        rows = np.array(self._rows[done], np.int64)
+        prefill = np.array(self._prefill[done], np.int64)
+        unknown = prefill == UNKNOWN
+        table = pa.table(
+            {
+                "id": pa.array(np.arange(self._flushed, dtype=np.uint32)),
+                "domain": pa.array(self._domain[done]).dictionary_encode(),
+                "rows": pa.array(rows),
+                "prefill": pa.array(prefill, mask=unknown),
+                "decode": pa.array(rows - prefill, mask=unknown),
+                "arrival": pa.array(self._arrival[done], pa.float64()),
+            }
+        )
+        with atomic_path(self.path / REQUESTS_NAME) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    def _write_json(self, complete: bool) -> None:
+        tokens = sum(part["rows"] for part in self._parts)
+        digest = hashlib.sha256("".join(part["sha256"] for part in self._parts).encode()).hexdigest()
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": complete,
+            "synthetic": self.synthetic,
+            "model": self.shape.to_dict(),
+            "source": self.source,
+            "weights": self.weights,
+            "counts": {
+                "requests": self._flushed,
+                "tokens": tokens,
+                "picks": tokens * self.shape.num_layers * self.shape.top_k,
+            },
+            "parts": self._parts,
+            "checksum": digest,
+        }
+        if complete:  # before that, a kill may leave it one part ahead of this file
+            data["requests_sha256"] = sha256(self.path / REQUESTS_NAME)
+        write_json(self.path / JSON_NAME, data)
+
+
+def _phase_codes(rows: int, prefill: int) -> npt.NDArray[np.int8]:
+    if prefill == UNKNOWN:
+        return np.full(rows, PHASES.index("unknown"), np.int8)
+    return (np.arange(rows) >= prefill).astype(np.int8)
