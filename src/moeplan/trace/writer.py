@@ -153,20 +153,20 @@ class TraceWriter:
             raise FormatError(f"{positions.shape} positions for {rows} rows", where=where)
         if self._pending_rows and self._pending_rows + rows > self._part_rows:
             self._flush()
-        self._pending.append(
-            (
-                experts.astype(expert_dtype(count)),
-                prefill,
-                np.arange(rows, dtype=np.uint32) if positions is None else positions.astype(np.uint32),
-                None if weights is None else weights.astype(np.float16),
-            )
+        item = (
+            experts.astype(expert_dtype(count)),
+            prefill,
+            np.arange(rows, dtype=np.uint32) if positions is None else positions.astype(np.uint32),
+            None if weights is None else weights.astype(np.float16),
         )
-        self._pending_rows += rows
+        number = len(self._rows)
         self._rows.append(rows)
         self._prefill.append(prefill)
         self._domain.append(domain)
         self._arrival.append(arrival)
-        return len(self._rows) - 1
+        self._pending_rows += rows
+        self._pending.append(item)  # last: a Ctrl-C before this line leaves the request out, never half in
+        return number
 
     def close(self) -> None:
         """Write what is left and mark the trace complete."""
@@ -212,11 +212,10 @@ class TraceWriter:
         path = self.path / f"part-{len(self._parts):05d}.parquet"
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", row_group_size=table.num_rows)
-        self._parts.append(
-            {"file": path.name, "rows": sum(rows), "requests": len(rows), "sha256": sha256(path)},
-        )
-        self._flushed += len(rows)
-        self._pending, self._pending_rows = [], 0
+        part = {"file": path.name, "rows": sum(rows), "requests": len(rows), "sha256": sha256(path)}
+        parts, flushed, pending = [*self._parts, part], self._flushed + len(rows), list[tuple[Any, ...]]()
+        # Plain assignments, no call between them: a Ctrl-C cannot fall in here and write the same rows twice.
+        self._parts, self._flushed, self._pending, self._pending_rows = parts, flushed, pending, 0
 
     def _write_requests(self) -> None:
         import pyarrow as pa

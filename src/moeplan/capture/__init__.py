@@ -1,0 +1,1 @@
+"""From engines and files to traces: importers, and a generator of synthetic workloads."""
