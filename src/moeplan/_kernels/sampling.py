@@ -162,10 +162,9 @@ def sample_picks(
                 slot = np.int64((bits & _SLOT_MASK) * np.uint64(n) >> _U16)
                 entry = np.int64(aliases[x, layer, first + slot])
                 if np.int64((bits >> _U16) & _COIN_MASK) >= entry >> _ALIAS_BITS:
-                    slot = entry & 0xFF
+                    slot = np.int64(entry & 0xFF)
                 tries += 1
-                fresh = False
-                while not fresh:
+                while True:
                     fresh = True
                     for i in range(j):
                         if out[t, layer, i] == first + slot:
@@ -175,7 +174,7 @@ def sample_picks(
                         break
                     slot += 1  # tries are used up: the next free expert, on into the next chosen group
                     if slot == n:
-                        slot, c = 0, (c + 1) % num_chosen
+                        slot, c = np.int64(0), (c + 1) % num_chosen
                         first = chosen[c] * n
                 if fresh:
                     out[t, layer, j] = first + slot

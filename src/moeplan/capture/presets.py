@@ -43,7 +43,7 @@ class Preset:
         groups_per_token: routing groups that a token's picks come from.
         domains: (name, family); domains of one family share topics.
         targets: what the spreads are tuned to.
-        base_spread: of an expert's popularity with everybody; varies by +/- 40 % over layers. Sets the imbalance.
+        base_spread: of an expert's popularity with everybody; varies by +/- 30 % over layers. Sets the imbalance.
         topic_spread: between topics. Sets the similarity of domains.
         phase_spread: between prefill and decode, common to all topics. Sets the correlation of the pooled counts.
         family_share: of a request's mixture that goes to its family's topics, related domains alike.
@@ -104,10 +104,11 @@ PRESETS = {
             ),
             groups_per_token=1,
             domains=(("code", "formal"), ("math", "formal"), ("chat", "prose"), ("prose", "prose")),
-            targets=Targets(imbalance=3.0, correlation=0.75, related=0.75, unrelated=0.45),
-            base_spread=1.0,
-            topic_spread=1.0,
-            phase_spread=0.3,
+            targets=Targets(imbalance=3.0, correlation=0.75, related=0.8, unrelated=0.55),
+            base_spread=0.95,
+            topic_spread=2.17,
+            phase_spread=0.42,
+            family_share=0.44,
             requests=600,
             prefill=32,
             decode=48,
@@ -130,9 +131,10 @@ PRESETS = {
             groups_per_token=4,
             domains=_SEVEN,
             targets=Targets(imbalance=5.8, correlation=0.55, related=0.75, unrelated=0.45),
-            base_spread=0.8,
-            topic_spread=1.0,
-            phase_spread=0.5,
+            base_spread=0.635,
+            topic_spread=1.565,
+            phase_spread=0.393,
+            family_share=0.4,
         ),
         # Imbalance: real decode counts on two MMLU subjects, without layer 45: 20. Correlation: published. Similarity:
         # the same real set has 0.30 between two unrelated subjects.
@@ -150,12 +152,13 @@ PRESETS = {
             ),
             groups_per_token=1,
             domains=_SEVEN,
-            targets=Targets(imbalance=20.0, correlation=0.82, related=0.7, unrelated=0.35),
-            base_spread=1.5,
-            topic_spread=1.8,
-            phase_spread=0.3,
+            targets=Targets(imbalance=19.0, correlation=0.82, related=0.7, unrelated=0.4),
+            base_spread=2.49,
+            topic_spread=3.26,
+            phase_spread=0.555,
+            family_share=0.36,
         ),
-        # Imbalance: no published figure found; 7 is our choice, a little above DeepSeek-V3's, which is also top-8.
+        # Imbalance: no published figure found; 6 is our choice, as for DeepSeek-V3, which is also top-8.
         # Correlation: published. Similarity: no figure, as for DeepSeek-V3.
         # moe_intermediate_size 1536; 94 layers with 4 KV heads of 128.
         Preset(
@@ -170,10 +173,11 @@ PRESETS = {
             ),
             groups_per_token=1,
             domains=_SEVEN,
-            targets=Targets(imbalance=7.0, correlation=0.68, related=0.75, unrelated=0.45),
-            base_spread=1.0,
-            topic_spread=1.0,
-            phase_spread=0.5,
+            targets=Targets(imbalance=6.0, correlation=0.68, related=0.75, unrelated=0.5),
+            base_spread=1.4,
+            topic_spread=2.6,
+            phase_spread=0.603,
+            family_share=0.36,
         ),
     )
 }

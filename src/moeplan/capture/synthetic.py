@@ -4,8 +4,8 @@ A topic model. Each token draws a topic from its request's mixture and all its p
 weights: hence picks of one token go together. A request's mixture is Dirichlet around its domain's: hence requests
 differ, and a request's decode resembles its prefill. `presets.py` says what sets which figure.
 
-The model's weights belong to the preset and are the same for every seed; the seed draws the requests. A request's rows
-do not depend on how many others are drawn, nor a layer's picks on which other layers are.
+The model's weights belong to the preset and are the same for every seed; the seed draws the requests. A layer's picks
+do not depend on which other layers are kept, nor a request's on how requests are cut into chunks.
 
 Names: Z topics, X = 2 Z tables (prefill's, then decode's), L layers, E experts, k picks per token.
 """
@@ -24,7 +24,7 @@ from moeplan._kernels.sampling import alias_tables, mix64, sample_picks
 from moeplan.capture.model import Progress, silent
 from moeplan.capture.presets import Preset, find_preset
 from moeplan.errors import UsageError
-from moeplan.trace.format import Requests, Rows
+from moeplan.trace.format import Requests, Rows, layer_spans
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.writer import TraceWriter
 from moeplan.types import ModelShape, expert_dtype
@@ -196,10 +196,12 @@ def draw_workload(
         keys = mix64(key + mix64(np.arange(requests, dtype=np.uint64)))
     names = [name for name, _ in preset.domains]
     order = list(dict.fromkeys(domain.tolist()))  # in order of first appearance, as a reader finds them
+    rank = np.zeros(len(names), np.int64)
+    rank[order] = np.arange(len(order))
     table = Requests(
         rows=lengths[0] + lengths[1],
         prefill=lengths[0],
-        domain=np.argsort(order)[domain] if len(order) == len(names) else np.array([order.index(d) for d in domain]),
+        domain=rank[domain],
         domains=tuple(names[d] for d in order),
         arrival=np.full(requests, np.nan),
     )
@@ -221,7 +223,7 @@ def _layers_kept(shape: ModelShape, layers: int | Sequence[int] | None) -> tuple
         if missing or not layers:
             raise UsageError(
                 f"{shape.name} has no MoE layer {missing[0]}" if missing else "no layer is left",
-                mend=f"its MoE layers are {', '.join(map(str, shape.layer_ids))}",
+                mend=f"its MoE layers are {layer_spans(shape.layer_ids)}",
             )
         kept = sorted({shape.layer_ids.index(layer) for layer in layers})
     ids = tuple(shape.layer_ids[i] for i in kept)
@@ -253,11 +255,12 @@ def _domain_mixtures(preset: Preset) -> FloatArray:
     own = owner[None, :] == np.arange(len(families))[:, None]
     kin = np.array([[families[d] == families[o] for o in owner] for d in range(len(families))])
     share = 1.0 - preset.family_share - preset.common_share
-    return (
+    mixture: FloatArray = (
         share * own / own.sum(axis=1, keepdims=True)
         + preset.family_share * kin / kin.sum(axis=1, keepdims=True)
         + preset.common_share / len(owner)
     )
+    return mixture
 
 
 def _tables(preset: Preset, kept: Sequence[int]) -> tuple[npt.NDArray[np.uint32], FloatArray]:
@@ -275,7 +278,8 @@ def _layer_weights(preset: Preset, index: int) -> FloatArray:
     """float64 [X, E]: every topic's expert weights in prefill, then in decode, at one layer of the whole model."""
     experts, topics = preset.shape.num_experts, preset.num_topics
     rng = np.random.default_rng([zlib.crc32(preset.name.encode()), index])
-    popularity = preset.base_spread * rng.uniform(0.6, 1.4) * rng.standard_normal(experts)
+    popularity = preset.base_spread * rng.uniform(0.7, 1.3) * rng.standard_normal(experts)
     phase = preset.phase_spread * rng.standard_normal(experts)
     topic = preset.topic_spread * rng.standard_normal((topics, experts))
-    return np.exp(np.concatenate([popularity + phase + topic, popularity - phase + topic]))
+    logs: FloatArray = np.concatenate([popularity + phase + topic, popularity - phase + topic])
+    return np.exp(logs)

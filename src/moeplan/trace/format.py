@@ -20,7 +20,18 @@ from moeplan.types import ModelShape, expert_dtype
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FORMAT", "JSON_NAME", "PHASES", "REQUESTS_NAME", "UNKNOWN", "VERSION", "Requests", "Rows", "part_schema"]
+__all__ = [
+    "FORMAT",
+    "JSON_NAME",
+    "PHASES",
+    "REQUESTS_NAME",
+    "UNKNOWN",
+    "VERSION",
+    "Requests",
+    "Rows",
+    "layer_spans",
+    "part_schema",
+]
 
 FORMAT, VERSION = "moeplan-trace", 1
 JSON_NAME, REQUESTS_NAME = "trace.json", "requests.parquet"
@@ -115,7 +126,7 @@ def layers_kept(shape: ModelShape, without: Sequence[int]) -> tuple[ModelShape, 
     if missing:
         raise UsageError(
             f"--without-layers {missing[0]}: the trace has no such layer",
-            mend=f"its MoE layers are {_spans(shape.layer_ids)}",
+            mend=f"its MoE layers are {layer_spans(shape.layer_ids)}",
         )
     keep = np.array([i for i, layer in enumerate(shape.layer_ids) if layer not in set(without)], np.intp)
     if not len(keep):
@@ -123,7 +134,7 @@ def layers_kept(shape: ModelShape, without: Sequence[int]) -> tuple[ModelShape, 
     return shape.without_layers(tuple(without)), keep
 
 
-def _spans(ids: Sequence[int]) -> str:
+def layer_spans(ids: Sequence[int]) -> str:
     """1,2,3,7 as '1-3, 7', cut after a dozen."""
     spans: list[list[int]] = []
     for i in ids:
