@@ -1,0 +1,6 @@
+"""Characterise a trace: who uses which experts, how evenly, how predictably, and what that gives away."""
+
+from moeplan.profile.characterise import Profile, profile
+from moeplan.profile.common import Skipped
+
+__all__ = ["Profile", "Skipped", "profile"]

@@ -1,0 +1,161 @@
+"""The front door: one pass over the trace, then every measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeplan.profile.coactivation import Coactivation, coactivation
+from moeplan.profile.common import Skipped, plain_dict
+from moeplan.profile.counts import DECODE, PREFILL, STAGES, Counts, count
+from moeplan.profile.distinct import Distinct, distinct
+from moeplan.profile.imbalance import Imbalance, imbalance
+from moeplan.profile.leakage import Leakage, leakage
+from moeplan.profile.map import RequestMap, request_map
+from moeplan.profile.phases import Phases, phases
+from moeplan.profile.similarity import Similarity, similarity
+from moeplan.trace import UNKNOWN, Trace
+
+__all__ = ["Profile", "profile"]
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a trace shows. A measure that it cannot give is a `Skipped` with the reason.
+
+    Attributes:
+        trace, seed, counts: what it rests on.
+        notices: what a reader must know before any figure (synthetic, sampled, stand-ins, layers left out of means).
+        similarity, maps: by stage, keys "prefill" and "decode".
+    """
+
+    trace: Trace
+    seed: int
+    counts: Counts
+    notices: tuple[str, ...]
+    imbalance: Imbalance
+    similarity: dict[str, Similarity | Skipped]
+    phases: Phases | Skipped
+    leakage: Leakage | Skipped
+    maps: dict[str, RequestMap | Skipped]
+    coactivation: Coactivation | Skipped
+    distinct: Distinct
+
+    @property
+    def stage_labels(self) -> dict[str, str]:
+        """What each stage is called in output: 'prefill', or 'first 48 decode tokens' where those stand in."""
+        return {name: self.counts.stages.label(s) for s, name in enumerate(STAGES)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what could not be computed is null or {"skipped": reason}."""
+        counts, trace = self.counts, self.trace
+        return plain_dict(
+            {
+                "trace": {
+                    "path": trace.path.name,
+                    "checksum": trace.checksum,
+                    "model": trace.shape.to_dict(),
+                    "synthetic": trace.synthetic,
+                    "complete": trace.complete,
+                    "without_layers": trace.without_layers,
+                    "requests": len(trace.requests),
+                    "tokens": int(trace.requests.rows.sum()),
+                    "rows_by_stage": {name: int(counts.stages.lengths(s).sum()) for s, name in enumerate(STAGES)},
+                    "requests_by_domain": {
+                        name: int((counts.domain == d).sum()) for d, name in enumerate(counts.domains)
+                    },
+                },
+                "seed": self.seed,
+                "signature_tokens": counts.stages.signature_tokens,
+                "stages": self.stage_labels,
+                "usable_requests": int(counts.stages.usable.sum()),
+                "sampled_requests": len(counts.sample),
+                "notices": self.notices,
+                "imbalance": self.imbalance.to_dict(),
+                "similarity": {name: item.to_dict() for name, item in self.similarity.items()},
+                "predictability": self.phases.to_dict(),
+                "request_types": self.leakage.to_dict(),
+                "map": {name: item.to_dict() for name, item in self.maps.items()},
+                "coactivation": self.coactivation.to_dict(),
+                "distinct_experts": self.distinct.to_dict(),
+            }
+        )
+
+
+def profile(
+    trace: Trace, *, seed: int = 0, signature_tokens: int | None = None, progress: Progress | None = None
+) -> Profile:
+    """Characterise a trace.
+
+    Args:
+        trace: an opened trace; its parts are read once, one at a time.
+        seed: of everything that is drawn; the same seed gives the same figures.
+        signature_tokens: N, to let the first N rows stand in for a prefill; every label then says so.
+        progress: called with (done, total, note).
+
+    Raises:
+        UsageError: `signature_tokens` that no request can serve.
+        FormatError: a part that is not what it should be.
+    """
+    from threadpoolctl import threadpool_limits
+
+    counts = count(trace, seed=seed, signature_tokens=signature_tokens, progress=progress)
+    stages = {"prefill": PREFILL, "decode": DECODE}
+    # One BLAS thread: these are thousands of small products, which threads slow down tenfold, and figures then do not
+    # depend on the number of cores.
+    with threadpool_limits(1):
+        load = imbalance(counts, seed=seed)
+        kept = load.kept
+        return Profile(
+            trace=trace,
+            seed=seed,
+            counts=counts,
+            notices=_notices(trace, counts, load),
+            imbalance=load,
+            similarity={name: similarity(counts, stage, kept, seed=seed) for name, stage in stages.items()},
+            phases=phases(counts, kept, seed=seed),
+            leakage=leakage(counts, kept, seed=seed, progress=progress),
+            maps={name: request_map(counts, stage, kept, seed=seed) for name, stage in stages.items()},
+            coactivation=coactivation(counts, seed=seed),
+            distinct=distinct(counts, kept, seed=seed),
+        )
+
+
+def _notices(trace: Trace, counts: Counts, load: Imbalance) -> tuple[str, ...]:
+    requests, stages = trace.requests, counts.stages
+    found = []
+    if trace.synthetic:
+        found.append("Synthetic: this workload was generated, it is not a recording of a model.")
+    if not trace.complete:
+        found.append("The recording was cut off; what follows rests on its finished parts.")
+    if stages.signature_tokens is not None:
+        found.append(
+            f"The {stages.prefill} stand in for the prefill and the {stages.decode} for the decode (--signature-tokens "
+            f"{stages.signature_tokens}); {int(stages.usable.sum())} of {len(requests)} requests are long enough."
+        )
+    else:
+        unknown = int((requests.prefill == UNKNOWN).sum())
+        if unknown:
+            found.append(f"{unknown} of {len(requests)} requests have unknown phases.")
+    found += [
+        f"Layer {load.layer_ids[layer]}: expert {load.largest[layer]} takes {load.largest_share[layer]:.1%} of all "
+        "picks; the layer is reported and left out of every mean."
+        for layer in np.flatnonzero(load.flagged)
+    ]
+    if trace.without_layers:
+        found.append(f"Without layers {', '.join(map(str, trace.without_layers))}.")
+    if counts.sample_text:
+        found.append(
+            f"Per-request measures rest {counts.sample_text}, drawn by domain (seed fixed); totals are of all."
+        )
+    if len(counts.domains) < counts.labels:
+        found.append(
+            f"{counts.labels} domain labels are too many to show: folded by what stands before '/'"
+            + (f", and the {counts.lumped} rarest lumped under '(other)'." if counts.lumped else ".")
+        )
+    return tuple(found)

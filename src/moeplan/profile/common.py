@@ -1,0 +1,77 @@
+"""What the measures share: correlation without surprises, plain JSON values, a reason instead of a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["FloatArray", "Skipped", "interval", "mean_without_nan", "pearson", "plain", "plain_dict", "spread"]
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A measure that this trace cannot give, and why in one line."""
+
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"skipped": self.reason}
+
+
+def pearson(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> FloatArray:
+    """Pearson correlation along the last axis, broadcast over the others; NaN where either side is constant."""
+    x, y = standardised(a), standardised(b)
+    return np.asarray(np.sum(x * y, axis=-1), np.float64)
+
+
+def standardised(a: npt.NDArray[Any]) -> FloatArray:
+    """Centred along the last axis and scaled to length 1, so that a dot product is a correlation; NaN if constant."""
+    centred = np.asarray(a, np.float64) - np.mean(a, axis=-1, dtype=np.float64, keepdims=True)
+    length = np.sqrt(np.sum(centred * centred, axis=-1, keepdims=True))
+    return np.asarray(np.divide(centred, length, out=np.full_like(centred, np.nan), where=length > 1e-12))
+
+
+def mean_without_nan(a: npt.NDArray[Any], axis: int | tuple[int, ...] | None = None) -> Any:
+    """Mean of the values that are there; NaN, without a warning, where none is."""
+    there = ~np.isnan(a)
+    count = there.sum(axis=axis)
+    total = np.where(there, a, 0.0).sum(axis=axis)
+    mean = np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
+    return float(mean) if mean.ndim == 0 else mean
+
+
+def interval(draws: npt.NDArray[Any], axis: int = 0) -> FloatArray:
+    """The middle 95 % of bootstrap draws: [2] + the other axes, (low, high); NaN where a draw is NaN."""
+    return np.asarray(np.percentile(draws, [2.5, 97.5], axis=axis), np.float64)
+
+
+def spread(items: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
+    """At most `most` of `items`, evenly spaced, first and last among them."""
+    if len(items) <= most:
+        return items
+    return items[np.unique(np.linspace(0, len(items) - 1, most).round().astype(np.intp))]
+
+
+def plain_dict(values: dict[str, Any]) -> dict[str, Any]:
+    """`plain` for what a `to_dict` returns."""
+    return {key: plain(item) for key, item in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON values: lists, numbers to six significant digits, null for NaN and infinity."""
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value

@@ -1,0 +1,295 @@
+"""One streaming pass: what is counted, for which requests, and which token rows are kept.
+
+Names: R requests of the trace, n sampled requests, D domains, S stages, L layers, E experts, k picks.
+Everything that is kept has a size that is known before the pass, so memory does not grow with the trace's parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan._kernels.counting import count_ranges
+from moeplan.errors import UsageError
+from moeplan.trace import UNKNOWN, Requests, Rows, Trace
+from moeplan.types import ModelShape
+
+__all__ = ["DECODE", "OTHER", "PREFILL", "STAGES", "Counts", "Reservoir", "Stages", "count"]
+
+Int64Array = npt.NDArray[np.int64]
+Progress = Callable[[int, int, str], None]
+
+#: Rows that are neither: unknown phases, and rows that `signature_tokens` leaves out.
+STAGES = ("prefill", "decode", "other")
+PREFILL, DECODE, OTHER = range(3)
+
+MIN_PREFILL, MIN_DECODE = 1, 8
+MAX_DOMAINS, LUMPED = 64, "(other)"
+MAX_SAMPLE, SAMPLE_BYTES = 2_000, 256 * 2**20
+RESERVOIR_ROWS, RESERVOIR_BYTES = 65_536, 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Which rows of each request are prefill and which decode.
+
+    Request r's rows are, in order: other [0, first[r]), prefill [first[r], middle[r]), decode [middle[r], rows[r]).
+
+    Attributes:
+        rows, first, middle: int64 [R].
+        usable: bool [R], requests with enough of both stages for what needs both.
+        signature_tokens: N when the first N rows stand in for a prefill; then a request needs 2N rows.
+        prefill, decode: what the stages are called in output.
+    """
+
+    rows: Int64Array
+    first: Int64Array
+    middle: Int64Array
+    usable: npt.NDArray[np.bool_]
+    signature_tokens: int | None
+    prefill: str
+    decode: str
+
+    @classmethod
+    def of(cls, requests: Requests, signature_tokens: int | None = None) -> Stages:
+        """Stages as recorded, or with the first N rows of the decode (of the prompt or of unknown rows, if that is all
+        there is) standing in for the prefill and the rest for the decode.
+
+        Raises:
+            UsageError: N is below 1, or no request has 2N rows.
+        """
+        rows, known = requests.rows, requests.prefill != UNKNOWN
+        if signature_tokens is None:
+            first = np.where(known, 0, rows)
+            middle = np.where(known, requests.prefill_known, rows)
+            usable = known & (middle >= MIN_PREFILL) & (rows - middle >= MIN_DECODE)
+            return cls(rows, first, middle, usable, None, "prefill", "decode")
+        if signature_tokens < 1:
+            raise UsageError(f"--signature-tokens {signature_tokens} is below 1")
+        start = np.where(known & (requests.decode > 0), requests.prefill_known, 0)
+        usable = rows - start >= 2 * signature_tokens
+        if not usable.any():
+            longest = int((rows - start).max())
+            raise UsageError(
+                f"--signature-tokens {signature_tokens} needs requests of {2 * signature_tokens} rows, "
+                f"the longest has {longest}",
+                mend=f"use {max(1, longest // 4)}",
+            )
+        of = np.select([requests.decode > 0, known], ["decode", "prompt"], "recorded")[usable]
+        what = str(of[0]) if (of == of[0]).all() else "recorded"
+        return cls(
+            rows,
+            np.where(usable, start, rows),
+            np.where(usable, start + signature_tokens, rows),
+            usable,
+            signature_tokens,
+            f"first {signature_tokens} {what} tokens",
+            f"rest of {what} tokens",
+        )
+
+    def label(self, stage: int) -> str:
+        return (self.prefill, self.decode, "unknown phase" if self.signature_tokens is None else "not used")[stage]
+
+    def lengths(self, stage: int) -> Int64Array:
+        """int64 [R], rows of one stage."""
+        ends = (np.zeros_like(self.rows), self.first, self.middle, self.rows)
+        low, high = ((1, 2), (2, 3), (0, 1))[stage]
+        return ends[high] - ends[low]
+
+    def starts(self, stage: int) -> Int64Array:
+        """int64 [R], where a stage begins inside its request."""
+        return (self.first, self.middle, np.zeros_like(self.rows))[stage]
+
+
+@dataclass(frozen=True)
+class Reservoir:
+    """A seeded sample of token rows, uniform within each stage.
+
+    Attributes:
+        experts: unsigned [m, L, k]; request: int64 [m]; stage: int64 [m], index into `STAGES`.
+    """
+
+    experts: npt.NDArray[np.unsignedinteger]
+    request: Int64Array
+    stage: Int64Array
+
+    def serving_stage(self) -> int:
+        """Decode where there is any, else prefill, else rows of unknown phase."""
+        return next(stage for stage in (DECODE, PREFILL, OTHER) if (self.stage == stage).any())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the pass leaves behind.
+
+    Attributes:
+        shape: the model; requests: all of them; stages: which rows are what.
+        domains: D labels; domain: int64 [R]. More than 64 labels are folded by what stands before their first "/",
+            and if that is not enough the rarest are lumped under "(other)".
+        labels: how many labels the trace has; lumped: how many (after folding) were lumped.
+        totals: int64 [2, D, S, L, E], picks of all requests; first axis: not usable, usable for what needs both stages.
+        sample: int64 [n], the sampled requests, rising.
+        prefill, decode: uint32 [n, L, E], their counts.
+        reservoir: token rows.
+    """
+
+    shape: ModelShape
+    requests: Requests
+    stages: Stages
+    domains: tuple[str, ...]
+    domain: Int64Array
+    labels: int
+    lumped: int
+    totals: Int64Array
+    sample: Int64Array
+    prefill: npt.NDArray[np.uint32]
+    decode: npt.NDArray[np.uint32]
+    reservoir: Reservoir
+
+    @property
+    def by_domain_stage(self) -> Int64Array:
+        """int64 [D, S, L, E], all requests."""
+        return np.asarray(self.totals.sum(axis=0))
+
+    def sampled(self, stage: int) -> npt.NDArray[np.uint32]:
+        """uint32 [n, L, E] of prefill or decode."""
+        return self.prefill if stage == PREFILL else self.decode
+
+    @property
+    def is_lump(self) -> npt.NDArray[np.bool_]:
+        """bool [D]: the domain is the lump of rare labels, not a domain."""
+        lump = np.zeros(len(self.domains), np.bool_)
+        lump[-1] = self.lumped > 0
+        return lump
+
+    @property
+    def sample_text(self) -> str:
+        """'on 2000 of 9000 requests', or '' when all are in."""
+        whole = len(self.requests)
+        return "" if len(self.sample) == whole else f"on {len(self.sample)} of {whole} requests"
+
+
+def count(
+    trace: Trace,
+    *,
+    seed: int = 0,
+    signature_tokens: int | None = None,
+    max_sample: int = MAX_SAMPLE,
+    reservoir_rows: int = RESERVOIR_ROWS,
+    progress: Progress | None = None,
+) -> Counts:
+    """Read the trace once and count.
+
+    Args:
+        trace: an opened trace.
+        seed: of the sample of requests and of the reservoir of rows.
+        signature_tokens: see `Stages.of`.
+        max_sample, reservoir_rows: upper bounds; memory bounds them further.
+        progress: called with (requests done, requests, "").
+    """
+    shape, requests = trace.shape, trace.requests
+    layers, experts = shape.num_layers, shape.num_experts
+    stages = Stages.of(requests, signature_tokens)
+    domains, domain, lumped = _lump(requests)
+    rng = np.random.default_rng([seed, 1])
+    sample = _stratified(requests.domain, min(max_sample, max(1, SAMPLE_BYTES // (layers * experts * 4))), rng)
+    slot = np.full(len(requests), -1, np.int64)
+    slot[sample] = np.arange(len(sample))
+    chosen = _choose_rows(stages, min(reservoir_rows, max(1, RESERVOIR_BYTES // trace.row_bytes)), rng)
+    kept = np.empty((len(chosen.row), layers, shape.top_k), np.uint8 if experts <= 256 else np.uint16)
+
+    totals = np.zeros((2, len(domains), len(STAGES), layers, experts), np.int64)
+    scratch = np.zeros((totals[..., 0, 0].size, layers, experts), np.uint32)
+    by_request = [np.zeros((len(sample), layers, experts), np.uint32) for _ in (PREFILL, DECODE)]
+    for rows in trace.parts():
+        part = slice(rows.first, rows.first + len(rows))
+        for stage in range(len(STAGES)):
+            starts = rows.offsets[:-1] + stages.starts(stage)[part]
+            stops = starts + stages.lengths(stage)[part]
+            key = (stages.usable[part] * len(domains) + domain[part]) * len(STAGES) + stage
+            count_ranges(rows.experts, starts, stops, key, scratch)
+            if stage != OTHER:
+                count_ranges(rows.experts, starts, stops, slot[part], by_request[stage])
+        totals += scratch.reshape(totals.shape)
+        scratch[:] = 0
+        _keep(rows, chosen, requests.offsets[rows.first], kept)
+        if progress:
+            progress(part.stop, len(requests), "counting")
+    reservoir = Reservoir(kept, chosen.request, chosen.stage)
+    return Counts(
+        shape=shape,
+        requests=requests,
+        stages=stages,
+        domains=domains,
+        domain=domain,
+        labels=len(requests.domains),
+        lumped=lumped,
+        totals=totals,
+        sample=sample,
+        prefill=by_request[PREFILL],
+        decode=by_request[DECODE],
+        reservoir=reservoir,
+    )
+
+
+def _lump(requests: Requests) -> tuple[tuple[str, ...], Int64Array, int]:
+    """At most 64 domains: as labelled, else folded by the part before "/", else the most frequent and one lump."""
+    labels, domain = requests.domains, requests.domain
+    if len(labels) <= MAX_DOMAINS:
+        return labels, domain, 0
+    stems = [label.split("/", 1)[0] for label in labels]
+    names = tuple(dict.fromkeys(stems))
+    domain = np.array([names.index(stem) for stem in stems], np.int64)[domain]
+    if len(names) <= MAX_DOMAINS:
+        return names, domain, 0
+    size = np.bincount(domain, minlength=len(names))
+    kept = np.sort(np.argsort(-size, kind="stable")[: MAX_DOMAINS - 1])
+    index = np.full(len(names), MAX_DOMAINS - 1, np.int64)
+    index[kept] = np.arange(len(kept))
+    return (*(names[i] for i in kept), LUMPED), index[domain], len(names) - len(kept)
+
+
+def _stratified(domain: Int64Array, most: int, rng: np.random.Generator) -> Int64Array:
+    """At most `most` requests, each domain with its share (the largest remainders get the odd ones), rising."""
+    if len(domain) <= most:
+        return np.arange(len(domain))
+    share = np.bincount(domain) * (most / len(domain))
+    quota = np.floor(share).astype(np.int64)
+    quota[np.argsort(quota - share, kind="stable")[: most - int(quota.sum())]] += 1
+    drawn = [rng.choice(np.flatnonzero(domain == d), q, replace=False) for d, q in enumerate(quota) if q]
+    return np.sort(np.concatenate(drawn))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows of the reservoir, rising: `row` in the whole trace, with its request and stage; int64 [m] each."""
+
+    row: Int64Array
+    request: Int64Array
+    stage: Int64Array
+
+
+def _choose_rows(stages: Stages, most: int, rng: np.random.Generator) -> _Chosen:
+    """Equal room for each stage that has rows (a long prompt must not crowd out decode), uniform within it."""
+    present = [stage for stage in (PREFILL, DECODE) if stages.lengths(stage).any()] or [OTHER]
+    begin = np.concatenate(([0], np.cumsum(stages.rows)[:-1]))
+    found = []
+    for stage in present:
+        ends = np.cumsum(stages.lengths(stage))
+        total = int(ends[-1])
+        room = min(total, most // len(present))
+        index = rng.choice(total, room, replace=False, shuffle=False) if room < total else np.arange(total)
+        request = np.searchsorted(ends, index, side="right")
+        inside = index - (ends - stages.lengths(stage))[request]
+        found.append((begin[request] + stages.starts(stage)[request] + inside, request, np.full(room, stage)))
+    row, request, stage_of = (np.concatenate(items).astype(np.int64) for items in zip(*found, strict=True))
+    order = np.argsort(row, kind="stable")
+    return _Chosen(row[order], request[order], stage_of[order])
+
+
+def _keep(rows: Rows, chosen: _Chosen, first_row: int, kept: npt.NDArray[np.unsignedinteger]) -> None:
+    low, high = np.searchsorted(chosen.row, [first_row, first_row + len(rows.experts)])
+    kept[low:high] = rows.experts[chosen.row[low:high] - first_row]

@@ -1,0 +1,150 @@
+"""What routing alone gives away: the request's type, from its prefill counts in one layer (arXiv 2604.23150).
+
+A multinomial logistic regression per layer on raw prefill counts, 80:20, classes of equal size. Beside it the same
+with the training labels shuffled: what is left there is what the procedure makes out of nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.profile.common import FloatArray, Skipped, plain_dict, spread
+from moeplan.profile.counts import PREFILL, Counts
+
+__all__ = ["Leakage", "leakage"]
+
+MIN_CLASS, MAX_LAYERS, MAX_REQUESTS = 10, 32, 1_400
+#: Small sets are split several times, so that one lucky split does not speak for them.
+TESTED_AT_LEAST, MAX_SPLITS = 250, 5
+ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """Accuracy of telling request types apart, per layer.
+
+    Attributes:
+        layers: int64 [l], layer rows that were tried (evenly spaced when there are many); layer_ids: the model's.
+        accuracy, control: float64 [l], on held-out requests; with true and with shuffled training labels.
+        chance: 1 / classes.
+        classes: the domains told apart; per_class: requests of each; left_out: domains with fewer than 10.
+        splits: 80:20 splits per layer.
+        all_layers: how many layers the trace has.
+    """
+
+    layers: npt.NDArray[np.intp]
+    layer_ids: tuple[int, ...]
+    accuracy: FloatArray
+    control: FloatArray
+    chance: float
+    classes: tuple[str, ...]
+    per_class: int
+    left_out: tuple[str, ...]
+    splits: int
+    all_layers: int
+
+    @property
+    def meaning(self) -> str:
+        """What it means as a leak, in one sentence."""
+        best = int(np.argmax(self.accuracy))
+        mean, control = float(self.accuracy.mean()), float(self.control.mean())
+        figures = (
+            f"one layer's routing of the prompt names the request's type ({len(self.classes)} types) in {mean:.0%} of "
+            f"unseen requests on average and {self.accuracy[best]:.0%} at best (layer {self.layer_ids[best]}), "
+            f"against {self.chance:.0%} by chance and {control:.0%} with shuffled labels"
+        )
+        error = 2 * np.sqrt(self.chance * (1 - self.chance) / max(1.0, 0.2 * self.per_class * len(self.classes)))
+        if mean <= max(control, self.chance) + error:
+            return f"No leak shown: {figures}."
+        return f"A leak: {figures}; whoever sees expert loads sees what kind of request it was, without its text."
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain_dict(
+            {
+                "layers": self.layer_ids,
+                "accuracy": self.accuracy,
+                "control_shuffled": self.control,
+                "mean_accuracy": self.accuracy.mean(),
+                "mean_control": self.control.mean(),
+                "chance": self.chance,
+                "classes": self.classes,
+                "requests_per_class": self.per_class,
+                "left_out": self.left_out,
+                "splits": self.splits,
+                "meaning": self.meaning,
+            }
+        )
+
+
+def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progress: Any = None) -> Leakage | Skipped:
+    """Request-type classification per layer, with its shuffled control.
+
+    Args:
+        counts: of the whole trace.
+        kept: layer rows to choose from.
+        seed: of the downsampling, the splits and the shuffles.
+        progress: called with (layers done, layers, note).
+    """
+    there = counts.stages.lengths(PREFILL)[counts.sample] > 0
+    domain = np.where(there & ~counts.is_lump[counts.domain[counts.sample]], counts.domain[counts.sample], -1)
+    size = np.bincount(domain[domain >= 0], minlength=len(counts.domains))
+    classes = np.flatnonzero(size >= MIN_CLASS)
+    left_out = tuple(counts.domains[d] for d in np.flatnonzero((size > 0) & (size < MIN_CLASS)))
+    if len(classes) < 2:
+        what = f"{counts.stages.prefill} rows"
+        return Skipped(
+            f"needs 2 domains with {MIN_CLASS} requests that have {what}; the trace has {len(classes)}"
+            + ("" if there.any() else " (no prefill; see --signature-tokens)")
+        )
+    rng = np.random.default_rng([seed, 5])
+    per_class = int(min(size[classes].min(), max(MIN_CLASS, MAX_REQUESTS // len(classes))))
+    rows = np.concatenate([rng.choice(np.flatnonzero(domain == d), per_class, replace=False) for d in classes])
+    label = np.repeat(np.arange(len(classes)), per_class)
+    held_out = max(1, round(0.2 * per_class))
+    splits = int(np.clip(TESTED_AT_LEAST // (held_out * len(classes)), 1, MAX_SPLITS))
+    folds = [_split(per_class, held_out, len(classes), rng) for _ in range(splits)]
+
+    layers = spread(kept, MAX_LAYERS)
+    accuracy, control = np.zeros(len(layers)), np.zeros(len(layers))
+    for i, layer in enumerate(layers):
+        features = counts.prefill[rows, layer].astype(np.float64)
+        # One constant for all features: raw counts but for their unit, which the solver's step and penalty depend on.
+        features /= max(float(features.std()), 1e-9)
+        for train, test in folds:
+            accuracy[i] += _accuracy(features, label[train], label[test], train, test) / splits
+            control[i] += _accuracy(features, rng.permutation(label[train]), label[test], train, test) / splits
+        if progress:
+            progress(i + 1, len(layers), "request types")
+    return Leakage(
+        layers=layers,
+        layer_ids=tuple(counts.shape.layer_ids[i] for i in layers),
+        accuracy=accuracy,
+        control=control,
+        chance=1 / len(classes),
+        classes=tuple(counts.domains[d] for d in classes),
+        per_class=per_class,
+        left_out=left_out,
+        splits=splits,
+        all_layers=counts.shape.num_layers,
+    )
+
+
+def _split(per_class: int, held_out: int, classes: int, rng: np.random.Generator) -> tuple[Any, Any]:
+    """(train, test) row numbers, `held_out` of every class in the test."""
+    order = np.stack([rng.permutation(per_class) + c * per_class for c in range(classes)])
+    return order[:, held_out:].ravel(), order[:, :held_out].ravel()
+
+
+def _accuracy(features: FloatArray, train_label: Any, test_label: Any, train: Any, test: Any) -> float:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy has settled long before the loss has
+        model = LogisticRegression(max_iter=ITERATIONS, tol=1e-3).fit(features[train], train_label)
+    return float((model.predict(features[test]) == test_label).mean())
