@@ -78,8 +78,8 @@ class Stages:
                 f"the longest has {longest}",
                 mend=f"use {max(1, longest // 4)}",
             )
-        of = np.select([requests.decode > 0, known], ["decode", "prompt"], "recorded")[usable]
-        what = str(of[0]) if (of == of[0]).all() else "recorded"
+        of = np.select([requests.decode > 0, known], ["decode", "prompt"], "known")[usable]
+        what = str(of[0]) if (of == of[0]).all() else "known"
         return cls(
             rows,
             np.where(usable, start, rows),
@@ -87,7 +87,7 @@ class Stages:
             usable,
             signature_tokens,
             f"first {signature_tokens} {what} tokens",
-            f"rest of {what} tokens",
+            f"rest of {what}",
         )
 
     def label(self, stage: int) -> str:

@@ -34,7 +34,7 @@ class Leakage:
         chance: 1 / classes.
         classes: the domains told apart; per_class: requests of each; left_out: domains with fewer than 10.
         splits: 80:20 splits per layer.
-        all_layers: how many layers the trace has.
+        all_layers: how many layers the trace has; rows: what the counts are of.
     """
 
     layers: npt.NDArray[np.intp]
@@ -47,6 +47,7 @@ class Leakage:
     left_out: tuple[str, ...]
     splits: int
     all_layers: int
+    rows: str
 
     @property
     def meaning(self) -> str:
@@ -54,7 +55,7 @@ class Leakage:
         best = int(np.argmax(self.accuracy))
         mean, control = float(self.accuracy.mean()), float(self.control.mean())
         figures = (
-            f"one layer's routing of the prompt names the request's type ({len(self.classes)} types) in {mean:.0%} of "
+            f"one layer's routing of the {self.rows} names the request's type ({len(self.classes)} types) in {mean:.0%} of "
             f"unseen requests on average and {self.accuracy[best]:.0%} at best (layer {self.layer_ids[best]}), "
             f"against {self.chance:.0%} by chance and {control:.0%} with shuffled labels"
         )
@@ -76,6 +77,7 @@ class Leakage:
                 "requests_per_class": self.per_class,
                 "left_out": self.left_out,
                 "splits": self.splits,
+                "rows": self.rows,
                 "meaning": self.meaning,
             }
         )
@@ -131,6 +133,7 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
         left_out=left_out,
         splits=splits,
         all_layers=counts.shape.num_layers,
+        rows=counts.stages.prefill,
     )
 
 

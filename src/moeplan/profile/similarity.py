@@ -149,6 +149,8 @@ def _halves(
     """
     weights = [_half_weights(len(items), draws, resample, rng) for items in members]
     shape = (draws, len(members), len(members))
+    if not members:
+        return np.zeros(shape), np.zeros(shape)
     between, reliable = np.zeros(shape), np.zeros(shape)
     seen = np.zeros(shape)
     requests = counts.sampled(stage)
