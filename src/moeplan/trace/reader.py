@@ -26,6 +26,9 @@ from moeplan.types import ModelShape, expert_dtype
 
 __all__ = ["Trace", "open_trace"]
 
+#: How many requests `requests.parquet` may be ahead of the json after a kill: more than a part can hold.
+MAX_AHEAD = 16 * 1024 * 1024
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -90,7 +93,9 @@ class Trace:
                 mend="the part was changed or cut off: record again",
             )
         stored = self._stored
-        columns = _read_columns(path, ["request", "phase", "experts"] + (["weights"] if weights else []))
+        columns = _read_columns(
+            path, ["request", "phase", "experts"] + (["weights"] if weights else []), at_most=part["rows"]
+        )
         count = len(columns["request"])
         picks = _list_values(columns["experts"], stored.num_layers * stored.top_k, path)
         dtype = expert_dtype(stored.num_experts)
@@ -127,7 +132,7 @@ class Trace:
             )
         phase = columns["phase"]
         names = np.asarray(phase.dictionary.to_pylist() if hasattr(phase, "dictionary") else [], dtype=str)
-        codes = phase.indices.to_numpy(zero_copy_only=False) if len(names) else None
+        codes = phase.indices.to_numpy(zero_copy_only=False) if len(names) and not phase.null_count else None
         text = names[codes] if codes is not None else np.asarray(phase.to_pylist(), dtype=str)
         start = np.concatenate(([0], np.cumsum(lengths)[:-1]))
         index = np.arange(len(expected)) - np.repeat(start, lengths)
@@ -136,7 +141,9 @@ class Trace:
         wrong = text != should
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise FormatError(f"row {row}: phase {text[row]!r} where {should[row]!r} belongs", where=str(path))
+            raise FormatError(
+                f"row {row}: phase {str(text[row])!r} where {str(should[row])!r} belongs", where=str(path)
+            )
 
 
 def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace:
@@ -214,18 +221,18 @@ def _checked_parts(head: dict[str, Any], where: str) -> tuple[dict[str, Any], ..
 
 
 def _read_requests(path: Path, count: int, tokens: int) -> Requests:
-    columns = _read_columns(path, ["domain", "rows", "prefill", "arrival"])
+    columns = _read_columns(path, ["domain", "rows", "prefill", "arrival"], at_most=count + MAX_AHEAD)
     if len(columns["rows"]) < count:
         raise FormatError(f"{len(columns['rows'])} requests, but trace.json counts {count}", where=str(path))
 
-    def numbers(name: str, missing: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def numbers(name: str, missing: float, dtype: type[Any]) -> np.ndarray[Any, np.dtype[Any]]:
         column = columns[name].slice(0, count)
         try:
-            return np.asarray(column.fill_null(missing).to_numpy(zero_copy_only=False), np.int64)
-        except (ValueError, TypeError):
-            raise FormatError(f"column {name} does not hold whole numbers", where=str(path)) from None
+            return np.asarray(column.fill_null(missing).to_numpy(zero_copy_only=False), dtype)
+        except (ValueError, TypeError, NotImplementedError):
+            raise FormatError(f"column {name} does not hold numbers", where=str(path)) from None
 
-    rows, prefill = numbers("rows", 0), numbers("prefill", UNKNOWN)
+    rows, prefill = numbers("rows", 0, np.int64), numbers("prefill", UNKNOWN, np.int64)
     wrong = (rows < 1) | (prefill < UNKNOWN) | (prefill > rows)
     if wrong.any():
         row = int(np.argmax(wrong))
@@ -235,15 +242,19 @@ def _read_requests(path: Path, count: int, tokens: int) -> Requests:
     labels = [str(label) for label in columns["domain"].slice(0, count).to_pylist()]
     domains = tuple(dict.fromkeys(labels))
     index = {label: i for i, label in enumerate(domains)}
-    arrival = columns["arrival"].slice(0, count).to_numpy(zero_copy_only=False).astype(np.float64)
+    arrival = numbers("arrival", np.nan, np.float64)
     return Requests(rows, prefill, np.array([index[label] for label in labels], np.int64), domains, arrival)
 
 
-def _read_columns(path: Path, names: list[str]) -> dict[str, Any]:
+def _read_columns(path: Path, names: list[str], *, at_most: int) -> dict[str, Any]:
+    """Whole columns of a file whose footer declares no more rows than `at_most`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        declared = pq.read_metadata(path).num_rows
+        if declared > at_most:
+            raise FormatError(f"declares {declared} rows, at most {at_most} belong there", where=str(path))
         table = pq.read_table(path, columns=names, memory_map=False)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise FormatError(
