@@ -40,6 +40,7 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class Dispatch(StrEnum):
@@ -155,7 +156,8 @@ def token_messages(mode: Dispatch, cluster: Cluster, source: int, serving: list[
     `pick` sends one message per pick, `gpu` one per distinct GPU. `node` sends one per distinct other node, to the GPU
     of the source's own index there, which hands it on to each distinct serving GPU of that node; inside the home node
     the source sends to each distinct GPU itself. `allgather` sends everything to everyone along the same two hops,
-    whatever the picks: no plan changes its bytes. A message whose source is its destination costs nothing and is absent.
+    whatever the picks: no plan changes its bytes. A message whose source is its destination costs nothing and
+    is absent.
     """
     per_node = cluster.gpus_per_node
     rail = source % per_node
@@ -259,7 +261,7 @@ class Routes:
     @cached_property
     def uniform(self) -> npt.NDArray[np.bool_]:
         """bool [L, P]: at each home's first GPU, whether all GPUs of the home are served alike."""
-        layers, gpus, _ = self.gpu.shape
+        layers = self.placement.num_layers
         by_home = self.gpu.reshape(layers, self.cluster.num_groups, self.cluster.gpus_per_home, -1)
         alike = (by_home == by_home[:, :, :1]).all(axis=(2, 3))
         return np.repeat(alike, self.cluster.gpus_per_home, axis=1)
@@ -295,7 +297,7 @@ class Routes:
         own = np.arange(cluster.num_gpus) // cluster.gpus_per_node
         local = self.gpu // cluster.gpus_per_node == own[None, :, None]
         by_home = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_home, -1)
-        return by_home.mean(axis=2).transpose(1, 0, 2)
+        return np.asarray(by_home.mean(axis=2).transpose(1, 0, 2), np.float64)
 
 
 def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int = 0) -> Routes:
@@ -316,22 +318,23 @@ def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int 
         table = np.repeat(slots[:, None, :, 0], gpus, axis=1)
         return Routes(placement, cluster, rule, np.ascontiguousarray(table))
     replica_gpu = np.where(slots < 0, -gpus, slots // placement.slots_per_gpu)
-    on_gpu = np.stack([replica_gpu == s for s in range(gpus)])  # [P, L, E, X]
-    has_own, own = on_gpu.any(axis=3), on_gpu.argmax(axis=3)
-    on_node = on_gpu.reshape(cluster.nodes, per_node, *slots.shape).any(axis=1)  # [N, L, E, X]
+    on_gpu = np.asarray(replica_gpu[None] == np.arange(gpus)[:, None, None, None])  # [P, L, E, X]
+    has_own, own = np.asarray(on_gpu.any(axis=3)), on_gpu.argmax(axis=3)
+    on_node: BoolArray = np.asarray(on_gpu.reshape(cluster.nodes, per_node, *slots.shape).any(axis=1))  # [N, L, E, X]
+    near_any = np.asarray(on_node.any(axis=3))
     rng = np.random.default_rng([seed, 0x5EED])
-    needs_far = ~np.repeat(on_node.any(axis=3), per_node, axis=0)
+    needs_far = ~np.repeat(near_any, per_node, axis=0)
     replica = _even_deal(needs_far, count, rng)
     for node in range(cluster.nodes):
         members = slice(node * per_node, (node + 1) * per_node)
         near = on_node[node]
         if rule is ReplicaRule.NEAREST_EVEN:
-            turn = _even_deal(~has_own[members] & near.any(axis=2), np.maximum(near.sum(axis=2), 1), rng)
+            turn = _even_deal(~has_own[members] & near_any[node], np.maximum(near.sum(axis=2), 1), rng)
             order = np.argsort(~near, axis=2, kind="stable")  # own-node replicas first, rising
             chosen = np.take_along_axis(order[None].repeat(per_node, 0), turn[..., None], axis=3)[..., 0]
         else:
             chosen = np.broadcast_to(near.argmax(axis=2), has_own[members].shape)
-        replica[members] = np.where(near.any(axis=2), chosen, replica[members])
+        replica[members] = np.where(near_any[node], chosen, replica[members])
     replica = np.where(has_own, own, replica)
     table = np.take_along_axis(slots[None].repeat(gpus, 0), replica[..., None], axis=3)[..., 0]
     return Routes(placement, cluster, rule, np.ascontiguousarray(table.transpose(1, 0, 2)))

@@ -37,7 +37,7 @@ class ModelShape:
         top_k: k, picks per token and layer.
         layer_ids: the model's own index of each MoE layer, rising, length L.
         hidden: width of a token's hidden state; None when unknown (then byte figures are null, never guessed).
-        routing_groups: how many groups of consecutive experts the router first chooses among (DeepSeek-V3: 8); 1 if none.
+        routing_groups: groups of consecutive experts that the router first chooses among (DeepSeek-V3: 8); 1 if none.
         expert_bytes: weights of one expert in one layer, in bytes; None when unknown.
         kv_bytes_per_token: KV cache of one token over all layers, in bytes; None when unknown.
     """

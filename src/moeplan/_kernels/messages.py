@@ -66,9 +66,9 @@ def step_messages(
             for j in range(k):
                 e = experts[t, layer, j]
                 if use_hash:
-                    gpu = np.int64(replica_gpu[layer, e, hashed % replica_count[layer, e]])
+                    gpu = int(replica_gpu[layer, e, hashed % replica_count[layer, e]])
                 else:
-                    gpu = np.int64(table[layer, source, e])
+                    gpu = int(table[layer, source, e])
                 picks[layer, gpu] += 1
                 if expert_stamp[gpu, e] != layer:
                     expert_stamp[gpu, e] = layer
@@ -187,7 +187,7 @@ def request_messages(
                             if node_stamp[node] != mark:
                                 node_stamp[node] = mark
                                 far_nodes += 1
-                    # With an averaged source, each GPU of the home is the source (or its node's forwarder) equally often.
+                    # Averaged: each GPU of the home is the source (or, elsewhere, the forwarder) equally often.
                     share = 1.0 / home_gpus
                     nodes += far_nodes
                     if mode == _PICK:

@@ -1,9 +1,95 @@
-"""To come."""
+"""`moeplan compare`: the table of strategies on unseen requests."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from moeplan.cli import options as o
+from moeplan.cli.common import JsonOption, WithoutLayers, claim_stdout, emit_json, parse_layers, progress, say
+
+if TYPE_CHECKING:
+    from moeplan.replay import Comparison
+    from moeplan.trace import Trace
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
+
+    @app.command(help="Fit strategies on one part of a trace's requests and measure them on the other.")
+    def compare(
+        trace: o.TraceArgument,
+        nodes: o.Nodes = 8,
+        gpus_per_node: o.GpusPerNode = 8,
+        redundant: o.Redundant = 0,
+        strategies: Annotated[
+            str, typer.Option("--strategies", metavar="A,B,..", help="Strategies, separated by commas.")
+        ] = "random,linear,eplb,affinity,paper",
+        home: o.Home_ = o.HomeChoice.node,
+        dispatch: o.Dispatch_ = o.DispatchChoice.pick,
+        replica_rule: o.Rule = o.RuleChoice.nearest_static,
+        signature_tokens: o.SignatureTokens = None,
+        phase: o.Phase = o.PhaseChoice.decode,
+        fit: Annotated[float, typer.Option("--fit", help="Share of the requests that plans may see.")] = 0.5,
+        folds: Annotated[int, typer.Option("--folds", metavar="F", help="Repeated splits.")] = 4,
+        block: o.Block = 1,
+        steps: Annotated[int, typer.Option("--steps", help="Decode steps replayed in each fold.")] = 500,
+        clusters: o.Clusters = None,
+        hidden: o.Hidden = None,
+        without_layers: WithoutLayers = "",
+        seed: o.Seed = 0,
+        json: JsonOption = None,
+        output: Annotated[
+            str | None, typer.Option("-o", "--output", metavar="HTML", help="Also write a report page.")
+        ] = None,
+    ) -> None:
+        claim_stdout(json)
+        from moeplan.plan import Options, read_requests
+        from moeplan.replay import Setup
+        from moeplan.replay import compare as run
+        from moeplan.trace import open_trace
+
+        cluster, mode, rule = o.cluster_of(nodes, gpus_per_node, home, dispatch, replica_rule)
+        setup = Setup(
+            cluster, tuple(name.strip() for name in strategies.split(",") if name.strip()), redundant, rule, mode,
+            fit, folds, seed, block, steps, options=Options(clusters), hidden=hidden,
+        )  # fmt: skip
+        opened = open_trace(trace, without_layers=parse_layers(without_layers))
+        start = time.perf_counter()
+        with progress("compare") as report:
+            requests = read_requests(opened, signature_tokens=signature_tokens, phase=phase.value)
+            table = run(requests, setup, report)
+        show(table, opened, time.perf_counter() - start)
+        emit_json(json, {"trace": opened.label, "synthetic": opened.synthetic, **table.to_dict()})
+        if output is not None:
+            from moeplan.report.compare_page import write_compare_page
+
+            write_compare_page(Path(output), table, opened)
+            say(f"report: {output}")
+
+
+def show(table: Comparison, trace: Trace, seconds: float) -> None:
+    """The table for people."""
+    from moeplan.cli.table import table_lines
+
+    setup, shape = table.head["setup"], trace.shape
+    say(
+        f"{trace.label}: {shape.num_layers} layers x {shape.num_experts} experts, top-{shape.top_k}, on "
+        f"{setup['nodes']} nodes x {setup['gpus_per_node']} GPUs, {setup['redundant']} redundant slots, "
+        f"dispatch per {setup['dispatch']}"
+    )
+    count = table.head["requests"]
+    done = f"measured on {count['test'][0]} requests"
+    if count["fit"][0]:
+        done = f"fit on {count['fit'][0]} requests, measured on {count['test'][0]} unseen ones, {setup['folds']} folds"
+    say(f"{done} ({table.head['column']}), {seconds:.1f} s")
+    say()
+    for line in table_lines(table):
+        say(line)
+    say()
+    for note in table.notes:
+        say(f"  - {note}")
+    say("  - guard ok: equal groups, and node load at most 1.05 x linear's; other rows do not count")

@@ -1,0 +1,59 @@
+"""The strategy table as text: one definition for `demo`, `compare` and `replay`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeplan.replay import Comparison, TableRow
+
+__all__ = ["table_lines"]
+
+#: (heading, key, format); the load columns carry their noise floor in the last line.
+_COLUMNS = (
+    ("remote share", "remote_share", "{:.3f}"),
+    ("nodes/token", "remote_nodes_per_token", "{:.2f}"),
+    ("inter-node KB/token", "inter_node_bytes_per_token", "{:,.0f}"),
+    ("padded", "padded_ratio", "{:.2f}"),
+    ("GPU load", "gpu_load_ratio", "{:.2f}"),
+    ("node load", "node_load_ratio", "{:.2f}"),
+)
+
+
+def table_lines(table: Comparison) -> list[str]:
+    """Lines of at most about 110 characters: one row per strategy, then what the columns mean."""
+    head = ["strategy", "groups by", *(name for name, _, _ in _COLUMNS[:1]), "vs linear"]
+    head += [name for name, _, _ in _COLUMNS[1:]] + ["guard"]
+    lines = [head, *(_line(row, table) for row in table.rows)]
+    floors = ["  (noise floor)", "", "", ""] + [_floor(table, key) for _, key, _ in _COLUMNS[1:]] + [""]
+    lines.append(floors)
+    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = []
+    for n, line in enumerate(lines):
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, width, strict=True))]
+        text.append("  ".join(cells).rstrip())
+        if n == 0:
+            text.append("-" * (sum(width) + 2 * (len(width) - 1)))
+    return text
+
+
+def _line(row: TableRow, table: Comparison) -> list[str]:
+    cells = []
+    for _, key, form in _COLUMNS:
+        value = row.figures[key].value
+        if value is not None and key == "inter_node_bytes_per_token":
+            value /= 1000.0
+        cells.append("-" if value is None else form.format(value))
+    versus = row.versus_linear["remote_share"]
+    change = ""
+    if versus is not None and row.name != "linear":
+        low, high = versus["ci95"] or (versus["value"], versus["value"])
+        change = f"{100 * versus['value']:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+    guard = "ok" if row.guarded else ("unequal groups" if not row.equal_groups else "over")
+    by = {"none": "random", "prefill": "signature"}.get(row.signature, row.signature)
+    return [row.name, by, cells[0], change, *cells[1:], guard]
+
+
+def _floor(table: Comparison, key: str) -> str:
+    extra = dict(table.rows[0].figures[key].extra)
+    return f"{extra['noise_floor']:.2f}" if "noise_floor" in extra else ""

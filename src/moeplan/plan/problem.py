@@ -1,0 +1,117 @@
+"""What a strategy is given, and what it must give back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan._kernels.counting import count_pairs
+from moeplan.cluster import Cluster, Dispatch, ReplicaRule, check_slots
+from moeplan.errors import PlanError, UsageError
+from moeplan.plan.router import Router
+from moeplan.types import Int32Array, ModelShape
+
+__all__ = ["Decision", "Options", "Problem", "Stream"]
+
+Counts = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Token rows of the fit requests, for what counts cannot say (co-activation).
+
+    Attributes:
+        experts: unsigned [T, L, k].
+        starts, stops: int64 [n], each request's rows.
+    """
+
+    experts: npt.NDArray[np.unsignedinteger]
+    starts: npt.NDArray[np.int64]
+    stops: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices that a strategy may take.
+
+    Attributes:
+        clusters: K of the `paper` strategy; None picks it on the fit requests.
+    """
+
+    clusters: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.clusters is not None and self.clusters < 1:
+            raise UsageError(f"--clusters {self.clusters} is not positive")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Place experts, and group requests, for what the fit requests did.
+
+    Attributes:
+        shape, cluster: the model and where it runs.
+        redundant: R, extra slots per layer.
+        use: uint32 [n, L, E], picks of each fit request in the rows that the plan is for (decode).
+        signature: uint32 [n, L, E], picks of each fit request in the rows known before (prefill, or what stands in).
+        stream: the token rows behind `use`.
+        rule, dispatch: how a replica is chosen, and what a message is.
+    """
+
+    shape: ModelShape
+    cluster: Cluster
+    redundant: int
+    use: Counts
+    signature: Counts
+    stream: Stream
+    rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
+    dispatch: Dispatch = Dispatch.PICK
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        check_slots(self.shape.num_experts, self.redundant, self.cluster)
+        expected = (len(self.use), self.shape.num_layers, self.shape.num_experts)
+        if self.use.shape != expected or self.signature.shape != expected:
+            raise PlanError(f"counts of shape {self.use.shape} and {self.signature.shape}, expected {expected}")
+        if len(self.use) < self.cluster.num_groups:
+            raise PlanError(
+                f"{self.cluster.num_groups} groups for {len(self.use)} fit requests",
+                mend="use fewer nodes, a larger --fit, or a trace with more requests",
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """P, slots per layer."""
+        return self.shape.num_experts + self.redundant
+
+    @cached_property
+    def load(self) -> npt.NDArray[np.float64]:
+        """float64 [L, E], picks of every expert over all fit requests."""
+        return np.asarray(self.use.sum(axis=0, dtype=np.float64))
+
+    @cached_property
+    def pairs(self) -> npt.NDArray[np.uint32]:
+        """uint32 [L, E, E], how often two experts served the same token."""
+        out = np.zeros((self.shape.num_layers, self.shape.num_experts, self.shape.num_experts), np.uint32)
+        count_pairs(self.stream.experts, self.stream.starts, self.stream.stops, out)
+        return out
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a strategy decides.
+
+    Attributes:
+        slots: int32 [L, P], the expert in each slot.
+        router: how a new request finds its group; None for the locality router that every placement brings along.
+        equal_groups: False where the strategy, by its nature, leaves groups of unequal size (marked, never guarded).
+        notes: choices worth printing, one line each.
+    """
+
+    slots: Int32Array
+    router: Router | None = None
+    equal_groups: bool = True
+    notes: tuple[str, ...] = ()

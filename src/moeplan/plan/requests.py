@@ -1,0 +1,168 @@
+"""From a trace to the requests that a plan can be fitted and judged on.
+
+Each usable request has two spans of rows: its *signature* (what is known before it decodes) and its *use* (what the
+plan is for). With prefill and decode recorded these are the two phases; `signature_tokens=N` lets the first N decode
+rows (or prompt rows, where there is no decode) stand in for the prefill and the rest for the decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan._kernels.counting import count_ranges
+from moeplan.errors import UsageError
+from moeplan.plan.problem import Stream
+from moeplan.trace import UNKNOWN, Trace
+from moeplan.types import ModelShape
+
+__all__ = ["PHASES_MEASURED", "RequestSet", "read_requests"]
+
+Int64Array = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.uint32]
+
+MIN_PREFILL, MIN_DECODE = 1, 8
+PHASES_MEASURED = ("decode", "prefill", "mixed")
+
+
+@dataclass(frozen=True)
+class RequestSet:
+    """The usable requests of a trace.
+
+    Attributes:
+        shape: the model. experts: unsigned [T, L, k], all rows of the trace.
+        index: int64 [n], each request's number in the trace. total: requests in the trace.
+        domain: int64 [n] into `domains`.
+        signature_span, use_span, measured_span: int64 [n, 2], first row and end: what is known before, what plans are
+            fitted on, and what they are measured on (the same as use unless another phase was asked for).
+        prefill_rows: int64 [n], recorded prefill rows (0 where none).
+        column: what the measured rows are called: decode, prefill, prefill and decode, rest of prompt, rest of rows.
+        stands_in: what the signature rests on, when it is not the prefill; else None.
+        notes: what a reader must know, one line each.
+    """
+
+    shape: ModelShape
+    experts: npt.NDArray[np.unsignedinteger]
+    index: Int64Array
+    total: int
+    domain: Int64Array
+    domains: tuple[str, ...]
+    signature_span: Int64Array
+    use_span: Int64Array
+    measured_span: Int64Array
+    prefill_rows: Int64Array
+    column: str
+    stands_in: str | None
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def _count(self, span: Int64Array) -> Counts:
+        out = np.zeros((len(span), self.shape.num_layers, self.shape.num_experts), np.uint32)
+        start, stop = np.ascontiguousarray(span[:, 0]), np.ascontiguousarray(span[:, 1])
+        count_ranges(self.experts, start, stop, np.arange(len(span)), out)
+        return out
+
+    @cached_property
+    def signature(self) -> Counts:
+        """uint32 [n, L, E], picks in the signature rows."""
+        return self._count(self.signature_span)
+
+    @cached_property
+    def use(self) -> Counts:
+        """uint32 [n, L, E], picks in the rows that plans are fitted on."""
+        return self._count(self.use_span)
+
+    @cached_property
+    def measured(self) -> Counts:
+        """uint32 [n, L, E], picks in the rows that plans are measured on."""
+        return self.use if self.measured_span is self.use_span else self._count(self.measured_span)
+
+    @property
+    def measured_rows(self) -> Int64Array:
+        """int64 [n], how many rows each request is measured on."""
+        return self.measured_span[:, 1] - self.measured_span[:, 0]
+
+    def stream(self, chosen: Int64Array) -> Stream:
+        """The token rows behind `use` of the chosen requests."""
+        span = self.use_span[chosen]
+        return Stream(self.experts, np.ascontiguousarray(span[:, 0]), np.ascontiguousarray(span[:, 1]))
+
+
+def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: str = "decode") -> RequestSet:
+    """Load a trace's rows and sort its requests into usable and not.
+
+    Usable: a prefill of at least 1 row and a decode of at least 8; with `signature_tokens` N, at least 2N rows of
+    decode (of the prompt, where the trace has no decode; of all rows, where no phase is known).
+
+    Raises:
+        UsageError: no usable request, with what to do instead.
+    """
+    if phase not in PHASES_MEASURED:
+        raise UsageError(f"--phase {phase!r} is not one of {', '.join(PHASES_MEASURED)}")
+    if signature_tokens is not None and signature_tokens < 1:
+        raise UsageError(f"--signature-tokens {signature_tokens} is not positive")
+    requests = trace.requests
+    start, stop = requests.offsets[:-1], requests.offsets[1:]
+    known = requests.prefill != UNKNOWN
+    middle = start + requests.prefill_known
+    column = "decode"
+    if signature_tokens is None:
+        usable = known & (requests.prefill >= MIN_PREFILL) & (requests.decode >= MIN_DECODE)
+        signature, use, stands_in = np.stack((start, middle), 1), np.stack((middle, stop), 1), None
+        need = f"a prefill of at least {MIN_PREFILL} row and a decode of at least {MIN_DECODE}"
+    else:
+        if (requests.decode > 0).any():
+            body, rows, column = middle, "decode tokens", "decode"
+            usable = known
+        elif (requests.prefill > 0).any():
+            body, rows, column = start, "prompt tokens", "rest of prompt"
+            usable = known
+        else:
+            body, rows, column = start, "rows (phases unknown)", "rest of rows"
+            usable = ~known
+        usable = usable & (stop - body >= 2 * signature_tokens)
+        signature = np.stack((body, body + signature_tokens), 1)
+        use = np.stack((body + signature_tokens, stop), 1)
+        stands_in = f"first {signature_tokens} {rows}"
+        need = f"at least {2 * signature_tokens} {rows}"
+    if phase != "decode":
+        if not (usable & (requests.prefill_known > 0)).any() or column != "decode":
+            raise UsageError(f"--phase {phase} needs prefill and decode rows, which this trace does not have")
+        usable = usable & (requests.prefill_known > 0)
+        column = "prefill" if phase == "prefill" else "prefill and decode"
+    if not usable.any():
+        raise UsageError(
+            f"none of the {len(requests)} requests has {need}",
+            where=str(trace.path),
+            mend=_mend(trace, signature_tokens),
+        )
+    index = np.flatnonzero(usable)
+    use = use[index]
+    measured = {
+        "decode": use,
+        "prefill": np.stack((start, middle), 1)[index],
+        "mixed": np.stack((start, stop), 1)[index],
+    }[phase]
+    notes = [f"{len(index)} of {len(requests)} requests are usable (they have {need})"]
+    if stands_in:
+        notes.append(f"the {stands_in} stand in for the prefill; figures are for the rest")
+    if not trace.complete:
+        notes.append("the trace is of a recording that was cut off; its finished parts are used")
+    return RequestSet(
+        trace.shape, trace.load().experts, index, len(requests), requests.domain[index], requests.domains,
+        signature[index], use, measured, requests.prefill_known[index], column, stands_in, tuple(notes),
+    )  # fmt: skip
+
+
+def _mend(trace: Trace, signature_tokens: int | None) -> str:
+    requests = trace.requests
+    if signature_tokens is not None:
+        return f"use a smaller --signature-tokens than {signature_tokens}"
+    if not (requests.decode > 0).any() and (requests.prefill > 0).any():
+        return "the trace has no decode rows: give --signature-tokens N to let the first N prompt tokens stand in"
+    return "give --signature-tokens N to let the first N tokens of each request stand in for its prefill"

@@ -1,0 +1,61 @@
+"""The front door: `solve(problem, strategy, seed) -> result`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from moeplan.cluster import Routes, routes
+from moeplan.errors import PlanError
+from moeplan.plan import strategies
+from moeplan.plan.problem import Problem
+from moeplan.plan.router import LocalityRouter, Router
+from moeplan.types import Placement
+
+__all__ = ["Result", "solve"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A solved problem.
+
+    Attributes:
+        placement: where every expert lives.
+        who: the replica rule applied to it.
+        router: how new requests find their group.
+        equal_groups: False for a strategy whose groups are unequal by nature.
+        groups_requests: True where the strategy brought a router of its own.
+        notes: choices made, one line each.
+        seconds: wall time.
+    """
+
+    strategy: str
+    seed: int
+    placement: Placement
+    who: Routes
+    router: Router
+    equal_groups: bool
+    groups_requests: bool
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def solve(problem: Problem, strategy: str, seed: int = 0) -> Result:
+    """Decide, check the invariants of a placement, and bring the router along.
+
+    Raises:
+        UsageError: no such strategy. PlanError: the problem has no such plan.
+    """
+    decide = strategies.find(strategy)
+    start = time.perf_counter()
+    decision = decide(problem, seed)
+    cluster = problem.cluster
+    placement = Placement(decision.slots, problem.shape.num_experts, cluster.nodes, cluster.gpus_per_node)
+    if placement.slots.shape != (problem.shape.num_layers, problem.num_slots):
+        raise PlanError(f"{strategy} made slots of shape {placement.slots.shape}")
+    who = routes(placement, cluster, problem.rule, seed)
+    router = decision.router or LocalityRouter.of(who)
+    return Result(
+        strategy, seed, placement, who, router, decision.equal_groups, decision.router is not None, decision.notes,
+        time.perf_counter() - start,
+    )  # fmt: skip

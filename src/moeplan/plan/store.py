@@ -1,0 +1,183 @@
+"""A plan on disk: a directory of `plan.json` and plain `.npy` arrays (never pickled)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan import __version__
+from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, routes
+from moeplan.errors import FormatError, MoeplanError, OutputError
+from moeplan.plan.problem import Problem
+from moeplan.plan.router import ClusterRouter, LocalityRouter, Router
+from moeplan.plan.solver import Result
+from moeplan.trace.files import read_json, write_json
+from moeplan.types import ModelShape, Placement
+
+__all__ = ["FORMAT", "VERSION", "StoredPlan", "load_plan", "save_plan"]
+
+FORMAT, VERSION = "moeplan-plan", 1
+_MAX_ARRAY_BYTES = 8 * 1024**3
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """A plan read back.
+
+    Attributes:
+        result: as `solve` gave it.
+        shape, cluster, redundant, rule, dispatch: the problem it is for.
+        trace_checksum: the rows that it was fitted on.
+        head: all of plan.json.
+    """
+
+    result: Result
+    shape: ModelShape
+    cluster: Cluster
+    redundant: int
+    rule: ReplicaRule
+    dispatch: Dispatch
+    trace_checksum: str
+    head: dict[str, Any]
+
+
+def save_plan(
+    path: str | Path,
+    result: Result,
+    problem: Problem,
+    *,
+    trace_checksum: str,
+    synthetic: bool,
+    expected: dict[str, Any] | None,
+    stands_in: str | None,
+) -> None:
+    """Write a plan; the directory appears whole or not at all.
+
+    Raises:
+        OutputError: the place exists, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise OutputError("already exists", where=str(path), mend="choose another place, or remove it")
+    arrays: dict[str, npt.NDArray[Any]] = {"slots": result.placement.slots}
+    if isinstance(result.router, ClusterRouter):
+        arrays |= {"centroids": result.router.centroids, "serves": result.router.serves}
+    cluster = problem.cluster
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "moeplan": __version__,
+        "synthetic": synthetic,
+        "strategy": result.strategy,
+        "objective": "bytes",
+        "seed": result.seed,
+        "model": problem.shape.to_dict(),
+        "cluster": {"nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node, "home": cluster.home.value},
+        "redundant": problem.redundant,
+        "replica_rule": problem.rule.value,
+        "dispatch": problem.dispatch.value,
+        "router": "clusters" if isinstance(result.router, ClusterRouter) else "locality",
+        "equal_groups": result.equal_groups,
+        "fit_seconds": result.seconds,
+        "fit_requests": len(problem.use),
+        "signature_stands_in": stands_in,
+        "trace_checksum": trace_checksum,
+        "notes": list(result.notes),
+        "expected": expected,
+        "arrays": {name: _crc(array) for name, array in arrays.items()},
+    }
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+        write_json(temporary / "plan.json", head)
+        temporary.rename(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot be written ({error.strerror})", where=str(path), mend="choose a place that you may write to"
+        ) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_plan(path: str | Path) -> StoredPlan:
+    """Read a plan and check it whole.
+
+    Raises:
+        FormatError: not a plan, a newer version, a wrong checksum, an impossible placement.
+    """
+    root = Path(path)
+    head_path = root / "plan.json"
+    if not head_path.is_file():
+        raise FormatError(
+            "is not a moeplan plan (a directory with plan.json)", where=str(root), mend="make one: moeplan plan"
+        )
+    head, where = read_json(head_path), str(head_path)
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise FormatError(f"is not a {FORMAT} file", where=where)
+    if not isinstance(head.get("version"), int) or head["version"] > VERSION:
+        raise FormatError(f"is of version {head.get('version')}, this moeplan reads up to {VERSION}", where=where)
+    shape = ModelShape.from_dict(head.get("model"), where=where)
+    try:
+        layout = head["cluster"]
+        cluster = Cluster(int(layout["nodes"]), int(layout["gpus_per_node"]), Home(layout["home"]))
+        rule, dispatch = ReplicaRule(head["replica_rule"]), Dispatch(head["dispatch"])
+        sums = dict(head["arrays"])
+        seed, strategy = int(head["seed"]), str(head["strategy"])
+        clustered = head["router"] == "clusters"
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"a field is missing or wrong ({error})", where=where) from None
+    try:
+        placement = Placement(
+            _array(root, "slots", sums, 2), shape.num_experts, cluster.nodes, cluster.gpus_per_node
+        )  # fmt: skip
+    except MoeplanError as error:
+        raise FormatError(error.what, where=error.where or str(root / "slots.npy"), mend=error.mend) from None
+    if placement.num_layers != shape.num_layers:
+        raise FormatError(f"{placement.num_layers} layers of slots for {shape.num_layers} layers", where=str(root))
+    who = routes(placement, cluster, rule, seed)
+    router: Router = LocalityRouter.of(who)
+    if clustered:
+        centroids, serves = _array(root, "centroids", sums, 2), _array(root, "serves", sums, 2)
+        good = centroids.shape == (len(serves), shape.num_layers * shape.num_experts)
+        if not good or serves.shape[1] != cluster.num_groups or not np.isfinite(centroids).all():
+            raise FormatError("the router's arrays do not fit the plan", where=str(root))
+        router = ClusterRouter(centroids.astype(np.float32), serves.astype(np.bool_))
+    result = Result(
+        strategy, seed, placement, who, router, bool(head.get("equal_groups", True)), clustered, (),
+        float(head.get("fit_seconds") or 0.0),
+    )  # fmt: skip
+    return StoredPlan(
+        result, shape, cluster, placement.redundant, rule, dispatch, str(head.get("trace_checksum", "")), head
+    )  # fmt: skip
+
+
+def _array(root: Path, name: str, sums: dict[str, Any], dimensions: int) -> npt.NDArray[Any]:
+    path = root / f"{name}.npy"
+    try:
+        if path.stat().st_size > _MAX_ARRAY_BYTES:
+            raise FormatError("is larger than any plan", where=str(path))
+        array = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: a header that lies about its size fails here
+        array = np.array(array)
+    except (OSError, ValueError, EOFError) as error:
+        raise FormatError(f"is not a whole array ({str(error)[:80]})", where=str(path), mend="plan again") from None
+    if array.ndim != dimensions or array.dtype.kind not in "iufb":
+        raise FormatError(f"holds {array.dtype} of {array.ndim} dimensions", where=str(path))
+    if sums.get(name) != _crc(array):
+        raise FormatError("checksum differs from plan.json", where=str(path), mend="the file was changed: plan again")
+    return array
+
+
+def _crc(array: npt.NDArray[Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())

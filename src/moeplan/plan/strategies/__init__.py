@@ -1,0 +1,40 @@
+"""One file per strategy; adding a strategy is adding a file.
+
+A strategy file has `STRATEGIES`, a dict from each name it offers to a function `(problem, seed) -> Decision`. Names
+come from the files in this folder, so nothing else has to be told.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+
+from moeplan.errors import UsageError
+from moeplan.plan.problem import Decision, Problem
+
+__all__ = ["Strategy", "available", "find"]
+
+Strategy = Callable[[Problem, int], Decision]
+
+
+@cache
+def available() -> dict[str, Strategy]:
+    """Every strategy by name."""
+    found: dict[str, Strategy] = {}
+    for module in pkgutil.iter_modules(__path__):
+        found.update(importlib.import_module(f"{__name__}.{module.name}").STRATEGIES)
+    return found
+
+
+def find(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        UsageError: there is none; the error lists those there are.
+    """
+    strategies = available()
+    if name not in strategies:
+        raise UsageError(f"no strategy {name!r}", mend=f"choose among {', '.join(sorted(strategies))}")
+    return strategies[name]

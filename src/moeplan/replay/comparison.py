@@ -1,0 +1,226 @@
+"""`compare`: strategies on unseen requests. Fit on one part, measure on the other, several times over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.cluster import Cluster, Dispatch, ReplicaRule, check_slots
+from moeplan.errors import PlanError, UsageError
+from moeplan.plan import Options, Problem, RequestSet, Result, solve
+from moeplan.plan.assignment import equal_groups, random_groups
+from moeplan.plan.router import ClusterRouter
+from moeplan.plan.strategies import find
+from moeplan.replay.measure import measure_requests, measure_steps
+from moeplan.replay.split import Draws, blocks, draw_steps, live_requests, split
+from moeplan.replay.table import Comparison, Measured, tabulate
+
+__all__ = ["Row", "Setup", "compare", "replay", "rows_of"]
+
+Int64Array = npt.NDArray[np.int64]
+Progress = Callable[[int, int, str], None]
+
+#: Strategies that are also shown with their placement's own signature routing, so that a gain splits into two.
+_ALSO_ROUTED = ("linear", "eplb")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a comparison depends on beside the requests.
+
+    Attributes:
+        fit: share of the requests that plans may see; folds: repeated splits; block: neighbours kept together.
+        steps: steps replayed per fold; draws: bootstrap draws.
+        home: is the cluster's. hidden: overrides the trace's.
+    """
+
+    cluster: Cluster
+    strategies: tuple[str, ...]
+    redundant: int = 0
+    rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
+    dispatch: Dispatch = Dispatch.PICK
+    fit: float = 0.5
+    folds: int = 4
+    seed: int = 0
+    block: int = 1
+    steps: int = 500
+    draws: int = 1000
+    options: Options = field(default_factory=Options)
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        for label, value, top in (("--folds", self.folds, 100), ("--steps", self.steps, 100_000)):
+            if not 1 <= value <= top:
+                raise UsageError(f"{label} {value} is outside 1..{top}")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative")
+        if self.hidden is not None and self.hidden < 1:
+            raise UsageError(f"--hidden {self.hidden} is not positive")
+        for name in self.strategies:
+            find(name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a strategy's placement, and the signature that new requests are grouped by.
+
+    Attributes:
+        name: the strategy, with `/signature` where it is not the strategy's own way.
+        signature: none (random equal groups), domain, prefill (or what stands in for it), or oracle.
+    """
+
+    name: str
+    strategy: str
+    signature: str
+
+
+def rows_of(strategies: tuple[str, ...], requests: RequestSet) -> list[Row]:
+    """The rows to show: each strategy in its own way, then the variants that split a gain into its parts.
+
+    A strategy that groups requests comes with every signature kind that the trace allows; the others with random equal
+    groups, and `linear` and `eplb` also with signature routing. `linear` is always there: it is the baseline.
+    """
+    several = len(np.unique(requests.domain)) > 1
+    rows: list[Row] = []
+    for name in dict.fromkeys(("linear", *strategies)):
+        if name.startswith("paper"):
+            kinds = ["none", *(["domain"] if several else []), "oracle"]
+            rows.append(Row(name, name, "prefill"))
+            if name == "paper":
+                rows += [Row(f"{name}/{kind}", name, kind) for kind in kinds]
+        else:
+            rows.append(Row(name, name, "none"))
+            if name in _ALSO_ROUTED:
+                rows.append(Row(f"{name}/prefill", name, "prefill"))
+    return rows
+
+
+def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None) -> Comparison:
+    """Fit every strategy on each fold's fit part and measure it on the rest.
+
+    Raises:
+        PlanError: slots that do not divide, more groups than requests, too few test requests a group.
+    """
+    cluster = setup.cluster
+    check_slots(requests.shape.num_experts, setup.redundant, cluster)
+    block = blocks(requests.index, setup.block)
+    folds = [_fold(requests, setup, block, fold) for fold in range(setup.folds)]
+    if min(len(fit) for fit, _ in folds) < cluster.num_groups:
+        raise PlanError(
+            f"{cluster.num_groups} groups for {min(len(fit) for fit, _ in folds)} fit requests",
+            mend="use fewer nodes, a larger --fit, or a trace with more requests",
+        )
+    live = live_requests([len(test) for _, test in folds], cluster)
+    rows = rows_of(setup.strategies, requests)
+    measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
+    notes: dict[str, list[str]] = {}
+    done, total = 0, len(rows) * setup.folds
+    for fold, (fit, test) in enumerate(folds):
+        problem = fit_problem(requests, setup, fit)
+        draws = draw_steps(requests.measured_span[test], setup.steps, _rng(setup, fold, 2))
+        solved: dict[str, Result] = {}
+        for row in rows:
+            if progress:
+                progress(done, total, f"fold {fold + 1}, {row.name}")
+            if row.strategy not in solved:
+                solved[row.strategy] = solve(problem, row.strategy, setup.seed + fold)
+                for note in solved[row.strategy].notes:
+                    notes.setdefault(note, []).append(str(fold + 1))
+            result = solved[row.strategy]
+            group = group_test(requests, fit, test, result, row.signature, _rng(setup, fold, 1))
+            measured[row.name].append(measure(requests, setup, test, group, draws, live, result))
+            done += 1
+    said = (
+        f"{note} (fold{'s' * (len(at) > 1)} {', '.join(at)})" if len(at) < setup.folds else note
+        for note, at in notes.items()
+    )
+    return tabulate(requests, setup, rows, measured, block, live, tuple(said))
+
+
+def measure(
+    requests: RequestSet, setup: Setup, test: Int64Array, group: Int64Array, draws: Draws, live: int, result: Result
+) -> Measured:
+    """One row in one fold: per request, and (where groups are equal) per step."""
+    figures = measure_requests(requests, test, group, result.who, setup.dispatch)
+    steps = None
+    if result.equal_groups:
+        steps = measure_steps(requests, draws, group, live, result.who, setup.dispatch)
+    return Measured(test, figures, steps, result.seconds, result.equal_groups)
+
+
+def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
+    """One finished plan on all usable requests of a trace, beside `linear` on the same slots.
+
+    Raises:
+        PlanError: too few requests for the groups.
+    """
+    everyone = np.arange(len(requests))
+    block = blocks(requests.index, setup.block)
+    if len(requests) < setup.cluster.num_groups:
+        raise PlanError(
+            f"{setup.cluster.num_groups} groups for {len(requests)} usable requests",
+            mend="use a trace with more of them",
+        )
+    live = live_requests([len(requests)], setup.cluster)
+    setup = dataclasses.replace(setup, folds=1)
+    draws = draw_steps(requests.measured_span, setup.steps, _rng(setup, 0, 2))
+    linear = solve(fit_problem(requests, setup, everyone), "linear")
+    name = result.strategy if result.strategy != "linear" else "plan"
+    rows = [Row("linear", "linear", "none"), Row(name, result.strategy, "prefill"), Row(f"{name}/none", name, "none")]
+    measured = {}
+    for row, of in zip(rows, (linear, result, result), strict=True):
+        group = group_test(requests, everyone, everyone, of, row.signature, _rng(setup, 0, 1))
+        measured[row.name] = [measure(requests, setup, everyone, group, draws, live, of)]
+    return tabulate(requests, setup, rows, measured, block, live, ())
+
+
+def _rng(setup: Setup, fold: int, purpose: int) -> np.random.Generator:
+    """One stream of chance per fold and purpose, the same for every strategy: 0 splits, 1 random groups, 2 steps."""
+    return np.random.default_rng([setup.seed, fold, purpose])
+
+
+def _fold(requests: RequestSet, setup: Setup, block: Int64Array, fold: int) -> tuple[Int64Array, Int64Array]:
+    fit = split(requests.domain, block, setup.fit, _rng(setup, fold, 0))
+    if fit.all() or not fit.any():
+        raise PlanError(f"--fit {setup.fit} leaves one part of {len(fit)} requests empty")
+    return np.flatnonzero(fit), np.flatnonzero(~fit)
+
+
+def fit_problem(requests: RequestSet, setup: Setup, fit: Int64Array) -> Problem:
+    """The problem of one fold: only what the fit requests did."""
+    return Problem(
+        requests.shape, setup.cluster, setup.redundant, requests.use[fit], requests.signature[fit],
+        requests.stream(fit), setup.rule, setup.dispatch, setup.options,
+    )  # fmt: skip
+
+
+def group_test(
+    requests: RequestSet, fit: Int64Array, test: Int64Array, result: Result, signature: str, rng: np.random.Generator
+) -> Int64Array:
+    """int64 [n_test]: the groups of unseen requests, by a signature kind; equal in size unless the strategy is not."""
+    if signature == "none":
+        return random_groups(len(test), result.who.cluster.num_groups, rng)
+    known: npt.NDArray[np.number]
+    if signature == "prefill":
+        known = requests.signature[test]
+    elif signature == "oracle":
+        known = requests.measured[test]
+    else:
+        known = _domain_signature(requests, fit, test)
+    if not result.equal_groups and isinstance(result.router, ClusterRouter):
+        return result.router.nearest_groups(known)
+    return equal_groups(result.router.scores(known))
+
+
+def _domain_signature(requests: RequestSet, fit: Int64Array, test: Int64Array) -> npt.NDArray[np.float32]:
+    """float32 [n_test, L, E]: the mean use of the fit requests of the same domain (of all, where it has none)."""
+    use = requests.use[fit].astype(np.float32)
+    use /= np.maximum(use.sum(axis=(1, 2), keepdims=True), 1.0)
+    mean = np.repeat(use.mean(axis=0)[None], len(requests.domains), axis=0)
+    for domain in np.unique(requests.domain[fit]):
+        mean[domain] = use[requests.domain[fit] == domain].mean(axis=0)
+    return np.asarray(mean[requests.domain[test]] * 1e4, np.float32)  # scores divide by the sum; keep it well above 1

@@ -1,0 +1,145 @@
+"""Exact accounting of one plan on one set of requests: per request, and per step.
+
+Counting is `moeplan.cluster`'s alone; here it is only summed.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.cluster import Dispatch, Routes, request_messages, step_messages
+from moeplan.plan.requests import RequestSet
+from moeplan.replay.split import Draws
+
+__all__ = ["RequestFigures", "StepFigures", "measure_requests", "measure_steps"]
+
+FloatArray = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class RequestFigures:
+    """Sums over each test request's rows and layers.
+
+    Attributes:
+        rows, picks, remote, inter, intra, nodes: float64 [n]: token rows; picks; picks served on another node than the
+            home; expected dispatch messages between nodes and inside nodes; distinct other nodes reached.
+        load: float32 [n, L, P], picks that each GPU serves.
+        group: int64 [n].
+    """
+
+    rows: FloatArray
+    picks: FloatArray
+    remote: FloatArray
+    inter: FloatArray
+    intra: FloatArray
+    nodes: FloatArray
+    load: npt.NDArray[np.float32]
+    group: Int64Array
+
+
+def measure_requests(
+    requests: RequestSet, chosen: Int64Array, group: Int64Array, who: Routes, mode: Dispatch
+) -> RequestFigures:
+    """Expected figures of the chosen requests in their groups."""
+    layers, gpus = who.placement.num_layers, who.cluster.num_gpus
+    counts = requests.measured[chosen]
+    load = np.zeros((len(chosen), layers, gpus), np.float32)
+    members = [np.flatnonzero(group == d) for d in range(who.cluster.num_groups)]
+    for layer in range(layers):
+        share = who.share(layer).astype(np.float32)
+        for d, of_group in enumerate(members):
+            load[of_group, layer] = counts[of_group, layer].astype(np.float32) @ share[d]
+    node_load = load.reshape(len(chosen), layers, who.cluster.nodes, -1).sum(axis=(1, 3), dtype=np.float64)
+    picks = counts.sum(axis=(1, 2), dtype=np.float64)
+    local = node_load[np.arange(len(chosen)), who.cluster.home_node(group)]
+    span = requests.measured_span[chosen]
+    messages = np.zeros((len(chosen), 3))
+
+    def work(part: Int64Array) -> None:
+        starts, stops = np.ascontiguousarray(span[part, 0]), np.ascontiguousarray(span[part, 1])
+        messages[part] = request_messages(who, mode, requests.experts, starts, stops, group[part])
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(work, np.array_split(np.arange(len(chosen)), WORKERS)))
+    rows = (span[:, 1] - span[:, 0]).astype(np.float64)
+    remote = np.maximum(picks - local, 0.0)
+    return RequestFigures(rows, picks, remote, messages[:, 0], messages[:, 1], messages[:, 2], load, group)
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One value per step: float64 [S] each.
+
+    Attributes:
+        node_padded: sum over layers of N(N - 1) x the largest ordered node pair's messages.
+        rank_padded: sum over layers of P x the busiest rank's messages (the larger of those it sends and receives).
+        messages: sum over layers of all messages between nodes (unpadded).
+        gpu_load, node_load: max / mean of picks served, mean over layers.
+        experts: distinct experts that a GPU touches, mean over GPUs and layers.
+    """
+
+    node_padded: FloatArray
+    rank_padded: FloatArray
+    messages: FloatArray
+    gpu_load: FloatArray
+    node_load: FloatArray
+    experts: FloatArray
+
+
+def measure_steps(
+    requests: RequestSet, draws: Draws, group: Int64Array, live: int, who: Routes, mode: Dispatch
+) -> StepFigures:
+    """Replay steps by the replica rule itself; each group's first `live` requests by key take part, in that order.
+
+    Args:
+        draws: keys and rows of the same n requests that `group` [n] is for.
+    """
+    cluster = who.cluster
+    steps = len(draws.key)
+    by_group = np.empty((steps, cluster.num_groups, live), np.int64)
+    for d in range(cluster.num_groups):
+        members = np.flatnonzero(group == d)
+        first = members[np.argsort(draws.key[:, members], axis=1, kind="stable")[:, :live]]
+        by_group[:, d] = np.take_along_axis(draws.row, first, axis=1)
+    rows = by_group.reshape(steps, -1)
+    sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
+    indices = np.tile(np.arange(live), cluster.num_groups)
+    out = np.zeros((steps, 6))
+
+    def work(part: Int64Array) -> None:
+        buffer = None
+        for s in part:
+            buffer = step_messages(who, mode, requests.experts, rows[s], sources, indices, buffer)
+            out[s] = _summarise(*buffer, cluster.gpus_per_node)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(work, np.array_split(np.arange(steps), WORKERS)))
+    return StepFigures(*(np.ascontiguousarray(column) for column in out.T))
+
+
+def _summarise(
+    links: npt.NDArray[np.int32], picks: npt.NDArray[np.int32], touched: npt.NDArray[np.int32], gpus_per_node: int
+) -> tuple[float, ...]:
+    """The six values of `StepFigures` from links [L, P, P], picks [L, P] and touched [L, P] of one step."""
+    layers, gpus = picks.shape
+    nodes = gpus // gpus_per_node
+    pairs = np.add.reduceat(
+        np.add.reduceat(links, np.arange(0, gpus, gpus_per_node), axis=1), np.arange(0, gpus, gpus_per_node), axis=2
+    )
+    pairs[:, np.arange(nodes), np.arange(nodes)] = 0
+    busiest = np.maximum(links.sum(axis=1).max(axis=1), links.sum(axis=2).max(axis=1))
+    node_picks = picks.reshape(layers, nodes, -1).sum(axis=2)
+    return (
+        float(nodes * (nodes - 1) * pairs.max(axis=(1, 2)).sum(dtype=np.int64)),
+        float(gpus * busiest.sum(dtype=np.int64)),
+        float(pairs.sum(dtype=np.int64)),
+        float((picks.max(axis=1) / picks.mean(axis=1)).mean()),
+        float((node_picks.max(axis=1) / node_picks.mean(axis=1)).mean()),
+        float(touched.mean()),
+    )

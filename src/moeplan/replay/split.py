@@ -1,0 +1,87 @@
+"""Repeated seeded splits into fit and test, and the steps that are replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.cluster import Cluster
+from moeplan.errors import PlanError, UsageError
+
+__all__ = ["Draws", "blocks", "draw_steps", "live_requests", "split"]
+
+Int64Array = npt.NDArray[np.int64]
+
+#: Most requests live in one group at a step, as in the published set-up (8 x 128).
+MAX_LIVE = 128
+
+
+def blocks(index: Int64Array, size: int) -> Int64Array:
+    """int64 [n]: the block of each usable request, 0, 1, ..; `size` neighbours in the trace make a block."""
+    if size < 1:
+        raise UsageError(f"--block {size} is not positive")
+    return np.asarray(np.unique(index // size, return_inverse=True)[1], np.int64)
+
+
+def split(domain: Int64Array, block: Int64Array, fit: float, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """bool [n]: which requests the plan may see, stratified by domain, blocks kept whole.
+
+    A block counts for the domain of its first request. The blocks are shuffled within domains and laid out domain by
+    domain; every 1/fit-th goes to the fit part, from a random start, so that each domain gets its share to within one
+    block and the whole is right too.
+    """
+    if not 0.0 < fit < 1.0:
+        raise UsageError(
+            f"--fit {fit} is not between 0 and 1", mend="e.g. 0.5: plan on half, measure on the other half"
+        )
+    count = int(block.max()) + 1
+    first = np.zeros(count, np.int64)
+    first[block[::-1]] = domain[::-1]
+    shuffled = rng.permutation(count)
+    order = shuffled[np.argsort(first[shuffled], kind="stable")]
+    place = np.arange(count + 1) * fit + rng.random()
+    chosen = np.zeros(count, np.bool_)
+    chosen[order] = np.floor(place[1:]) > np.floor(place[:-1])
+    return chosen[block]
+
+
+def live_requests(test_sizes: list[int], cluster: Cluster) -> int:
+    """B: requests live in each group at a step, the same for every fold and strategy of a run.
+
+    min(128, smallest group - 2), where the smallest of D equal groups of n test requests has floor(n / D).
+
+    Raises:
+        PlanError: too few test requests for the groups.
+    """
+    groups, least = cluster.num_groups, min(test_sizes)
+    smallest = least // groups
+    need = 8 if cluster.gpus_per_home == 1 and cluster.gpus_per_node > 1 else 3
+    if smallest < need:
+        raise PlanError(
+            f"{least} test requests in {groups} groups are {smallest} a group, but replaying steps needs {need}",
+            mend=f"use --home node, fewer nodes, a smaller --fit, or a trace with {need * groups} test requests",
+        )
+    return min(MAX_LIVE, smallest - 2)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about the steps of one fold, the same for every strategy.
+
+    Attributes:
+        key: float32 [S, n], smaller goes first. Requests are drawn without replacement in proportion to their rows
+            (Efraimidis and Spirakis 2006: exponential keys with the rows as rates).
+        row: int64 [S, n], the row at which the request is if it is live, uniform over its rows.
+    """
+
+    key: npt.NDArray[np.float32]
+    row: Int64Array
+
+
+def draw_steps(span: Int64Array, steps: int, rng: np.random.Generator) -> Draws:
+    """Keys and positions for `steps` steps over requests with rows span[:, 0] .. span[:, 1] - 1."""
+    length = span[:, 1] - span[:, 0]
+    key = (rng.standard_exponential((steps, len(span)), dtype=np.float32) / length).astype(np.float32)
+    return Draws(key, span[:, 0] + (rng.random((steps, len(span))) * length).astype(np.int64))
