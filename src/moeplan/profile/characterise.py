@@ -102,12 +102,14 @@ def profile(
         UsageError: `signature_tokens` that no request can serve.
         FormatError: a part that is not what it should be.
     """
+    import sklearn.linear_model
+    import sklearn.manifold  # noqa: F401  (a library that is loaded later would not be limited)
     from threadpoolctl import threadpool_limits
 
     counts = count(trace, seed=seed, signature_tokens=signature_tokens, progress=progress)
     stages = {"prefill": PREFILL, "decode": DECODE}
-    # One BLAS thread: these are thousands of small products, which threads slow down tenfold, and figures then do not
-    # depend on the number of cores.
+    # One thread: these are thousands of small products and short loops, which waiting for other threads slows down
+    # tenfold on a busy machine; and figures then do not depend on the number of cores.
     with threadpool_limits(1):
         load = imbalance(counts, seed=seed)
         kept = load.kept

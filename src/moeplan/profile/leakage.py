@@ -55,8 +55,8 @@ class Leakage:
         best = int(np.argmax(self.accuracy))
         mean, control = float(self.accuracy.mean()), float(self.control.mean())
         figures = (
-            f"one layer's routing of the {self.rows} names the request's type ({len(self.classes)} types) in {mean:.0%} of "
-            f"unseen requests on average and {self.accuracy[best]:.0%} at best (layer {self.layer_ids[best]}), "
+            f"one layer's routing of the {self.rows} names the request's type ({len(self.classes)} types) in "
+            f"{mean:.0%} of unseen requests on average and {self.accuracy[best]:.0%} at best (layer {self.layer_ids[best]}), "
             f"against {self.chance:.0%} by chance and {control:.0%} with shuffled labels"
         )
         error = 2 * np.sqrt(self.chance * (1 - self.chance) / max(1.0, 0.2 * self.per_class * len(self.classes)))

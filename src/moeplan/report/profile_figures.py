@@ -1,0 +1,150 @@
+"""The figures of a profile; each takes a measure and returns one image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeplan.profile.coactivation import Coactivation
+from moeplan.profile.distinct import Distinct
+from moeplan.profile.imbalance import Imbalance
+from moeplan.profile.leakage import Leakage
+from moeplan.profile.map import RequestMap
+from moeplan.profile.phases import NULLS, Phases
+from moeplan.profile.similarity import Similarity
+from moeplan.report.figures import GREY, PALETTE, Image, canvas, heat_map, legend_below, lines, to_image
+
+__all__ = [
+    "classification_figure",
+    "coactivation_figure",
+    "distinct_figure",
+    "imbalance_figure",
+    "map_figure",
+    "phases_figure",
+    "similarity_figure",
+]
+
+
+def imbalance_figure(load: Imbalance, stages: list[tuple[int, str]], floor: float) -> Image:
+    """Imbalance factor by layer, a line per stage; flagged layers are marked and cut from the lines."""
+    with canvas() as (figure, axes):
+        x = np.array(load.layer_ids)
+        shown = [(label, np.where(load.flagged, np.nan, load.by_stage[s])) for s, label in stages]
+        lines(axes, x, shown, x_label="layer", y_label="largest load / mean load")
+        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label="even experts would show")
+        top = max(float(np.nanmax(y)) for _, y in shown) if not load.flagged.all() else 1.0
+        axes.set_ylim(0, top * 1.08)
+        for layer in np.flatnonzero(load.flagged):
+            axes.axvline(x[layer], color=PALETTE[1], linewidth=5, alpha=0.25)
+            axes.text(
+                x[layer], top * 1.06, f"layer {x[layer]}: {load.overall[layer]:.0f}", ha="right", va="top", fontsize=9
+            )
+        legend_below(figure, axes)
+        return to_image(figure, f"Imbalance factor by layer, {len(x)} layers")
+
+
+def similarity_figure(found: Similarity, title: str) -> Image:
+    """Heat map of domain similarity in one stage; a heavier reading than the table, for the pattern."""
+    values = found.matrix
+    with canvas(height=3.9) as (figure, axes):
+        low = float(np.nanmin(values)) if np.isfinite(values).any() else 0.0
+        heat_map(figure, axes, values, found.domains, low=min(0.0, low), high=1.0, label="Pearson correlation")
+        axes.set_title(title)
+        return to_image(figure, f"Similarity of {len(found.domains)} domains, {title}")
+
+
+def phases_figure(found: Phases) -> Image:
+    """Correlation by layer: pooled, per request, and the null baselines in grey."""
+    with canvas(height=3.7) as (figure, axes):
+        series = [("pooled over requests", found.pooled), ("each request's own", found.own)]
+        series += [(name, found.nulls[i]) for i, name in enumerate(NULLS)]
+        lines(axes, np.array(found.layer_ids), series, x_label="layer", y_label="Pearson correlation", quiet=NULLS)
+        axes.set_ylim(min(0.0, float(np.nanmin([np.nanmin(y) for _, y in series if np.isfinite(y).any()]))), 1.02)
+        legend_below(figure, axes)
+        return to_image(figure, "Prefill-decode correlation by layer with its null baselines")
+
+
+def map_figure(found: RequestMap, title: str) -> Image:
+    """Every request a dot, coloured by domain; at most 8 domains get a colour of their own."""
+    markers = "osD^vPXp"
+    with canvas(height=3.9) as (figure, axes):
+        size = np.bincount(found.domain, minlength=len(found.domains))
+        named = [int(d) for d in np.argsort(-size, kind="stable")[: len(PALETTE)] if size[d]]
+        rest = ~np.isin(found.domain, named)
+        if rest.any():
+            label = f"{len(np.unique(found.domain[rest]))} other domains"
+            axes.scatter(*found.xy[rest].T, s=9, color="#c3cad1", label=label, linewidths=0)
+        for i, d in enumerate(named):
+            at = found.domain == d
+            axes.scatter(
+                *found.xy[at].T,
+                s=13,
+                color=PALETTE[i],
+                marker=markers[i],
+                alpha=0.75,
+                label=found.domains[d],
+                linewidths=0,
+            )
+        axes.set(xticks=[], yticks=[], title=title)
+        if len(found.domains) > 1:
+            legend_below(figure, axes)
+        return to_image(figure, f"Map of {len(found.requests)} requests, {title}")
+
+
+def classification_figure(found: Leakage) -> Image:
+    """Accuracy by layer with the shuffled control and chance."""
+    with canvas() as (figure, axes):
+        series: list[tuple[str, Any]] = [
+            ("true labels", 100 * found.accuracy),
+            ("shuffled labels", 100 * found.control),
+        ]
+        lines(
+            axes,
+            np.array(found.layer_ids),
+            series,
+            x_label="layer",
+            y_label="accuracy, unseen requests, %",
+            quiet=("shuffled labels",),
+        )
+        axes.axhline(100 * found.chance, color=PALETTE[1], linewidth=1, label=f"chance ({found.chance:.0%})")
+        axes.set_ylim(0, 103)
+        legend_below(figure, axes, columns=3)
+        return to_image(figure, "Request-type classification accuracy by layer with its control")
+
+
+def coactivation_figure(found: Coactivation) -> Image:
+    """Distance from independence by layer, and what sampling alone would show."""
+    with canvas() as (figure, axes):
+        series = [("observed pairs", 100 * found.distance), ("noise floor", 100 * found.floor)]
+        lines(
+            axes,
+            np.array(found.layer_ids),
+            series,
+            x_label="layer",
+            y_label="pairs out of place, %",
+            quiet=("noise floor",),
+        )
+        axes.set_ylim(0, None)
+        legend_below(figure, axes)
+        return to_image(figure, "Co-activation: distance from quasi-independence by layer")
+
+
+def distinct_figure(found: Distinct, num_experts: int) -> Image:
+    """Distinct experts against batch size."""
+    with canvas(height=3.7) as (figure, axes):
+        series = [("mixed domains", found.mixed)]
+        if np.isfinite(found.single).any():
+            series.append(("one domain", found.single))
+        quiet = ("even, independent", "by popularity, independent")
+        series += list(zip(quiet, (found.uniform, found.popular), strict=True))
+        lines(
+            axes, found.batch, series, x_label="tokens in the batch", y_label="distinct experts per layer", quiet=quiet
+        )
+        axes.set_xscale("log", base=2)
+        ticks = found.batch[:: 2 if len(found.batch) > 6 else 1]
+        axes.set_xticks(ticks, [str(b) for b in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(0, num_experts * 1.04)
+        legend_below(figure, axes)
+        return to_image(figure, f"Distinct experts touched per layer, batch 1 to {found.batch[-1]}")

@@ -1,0 +1,326 @@
+"""The page of a profile: every measure with one sentence that says what it shows in this trace."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.profile import Profile, Skipped
+from moeplan.profile.counts import STAGES
+from moeplan.profile.phases import NULLS
+from moeplan.profile.similarity import Similarity
+from moeplan.report import profile_figures as draw
+from moeplan.report.page import Section, Table, render
+
+__all__ = ["profile_html", "sentences"]
+
+MAX_PAIRS, MAX_DOMAINS, MAX_STRONGEST = 12, 20, 10
+
+
+def profile_html(found: Profile) -> str:
+    """The whole page."""
+    shape = found.trace.shape
+    subtitle = (
+        f"{found.trace.path.name}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}; "
+        f"{len(found.trace.requests):,} requests, {int(found.trace.requests.rows.sum()):,} tokens; seed {found.seed}"
+    )
+    sections = [
+        _trace(found),
+        _imbalance(found),
+        _similarity(found),
+        _phases(found),
+        _map(found),
+        _classification(found),
+        _coactivation(found),
+        _distinct(found),
+    ]
+    return render(f"Expert use of {found.trace.label}", subtitle, found.notices, sections)
+
+
+def sentences(found: Profile) -> dict[str, str]:
+    """What each measure shows in this trace, by topic; the terminal and the page say the same."""
+    return {
+        section.heading: section.sentence
+        for section in (
+            _imbalance(found, figures=False),
+            _similarity(found, figures=False),
+            _phases(found, figures=False),
+            _map(found, figures=False),
+            _classification(found, figures=False),
+            _coactivation(found, figures=False),
+            _distinct(found, figures=False),
+        )
+    }
+
+
+def _stages(found: Profile) -> list[tuple[int, str]]:
+    """The stages that have rows, with their labels."""
+    stages = found.counts.stages
+    return [(s, stages.label(s)) for s in range(len(STAGES)) if stages.lengths(s).any()]
+
+
+def _trace(found: Profile) -> Section:
+    counts, requests = found.counts, found.trace.requests
+    stages = _stages(found)
+    rows_of = [np.bincount(counts.domain, counts.stages.lengths(s), len(counts.domains)) for s, _ in stages]
+    requests_of = np.bincount(counts.domain, minlength=len(counts.domains))
+    order = np.argsort(-requests_of, kind="stable")
+    load = found.imbalance.mean(found.imbalance.by_domain_stage)  # [D, S]
+    rows = [
+        [
+            counts.domains[d],
+            f"{requests_of[d]:,}",
+            *(f"{int(rows_of[i][d]):,}" for i in range(len(stages))),
+            *(_number(load[d, s]) for s, _ in stages),
+            *(_number(found.imbalance.floor_by_domain_stage[d, s]) for s, _ in stages[:1]),
+        ]
+        for d in order[:MAX_DOMAINS]
+    ]
+    caption = f"the {MAX_DOMAINS} largest of {len(order)} domains" if len(order) > MAX_DOMAINS else ""
+    head = ["domain", "requests"]
+    head += [f"{label}: rows" for _, label in stages] + [f"{label}: imbalance" for _, label in stages]
+    head += [f"even experts ({label})" for _, label in stages[:1]]
+    usable, total = int(counts.stages.usable.sum()), len(requests)
+    both = f"{usable:,} of {total:,} requests have enough rows of both stages for what compares them"
+    domains = f"{len(counts.domains)} domain{'s' if len(counts.domains) != 1 else ''}"
+    return Section(
+        "What was recorded",
+        f"{total:,} requests of {domains}; {both}.",
+        table=Table(head, rows, caption),
+        note="Imbalance: largest expert's load over the mean, mean over layers. Even experts: what as many independent "
+        "picks would show if every expert were equally likely; small samples look uneven by themselves.",
+    )
+
+
+def _imbalance(found: Profile, *, figures: bool = True) -> Section:
+    load, stages = found.imbalance, _stages(found)
+    kept = load.kept
+    worst = int(kept[np.nanargmax(load.overall[kept])])
+    by_stage = ", ".join(f"{label} {load.mean(load.by_stage[s]):.1f}" for s, label in stages)
+    floor = float(np.nanmax(load.floor_by_stage))
+    sentence = (
+        f"The busiest expert of a layer takes {load.mean(load.overall):.1f} times the mean load, averaged over "
+        f"{len(kept)} layers ({by_stage}), and {load.overall[worst]:.1f} times in layer {load.layer_ids[worst]}; "
+        f"equally likely experts would show at most {floor:.2f}."
+    )
+    if load.flagged.any():
+        flagged = ", ".join(str(load.layer_ids[i]) for i in np.flatnonzero(load.flagged))
+        sentence += f" Left out of means, since one expert takes more than half of all picks: layer {flagged}."
+    return Section(
+        "Imbalance of expert load",
+        sentence,
+        [draw.imbalance_figure(load, stages, floor)] if figures else (),
+        Table(
+            ["layer", "busiest expert", "its load / mean", "its share of picks"],
+            [
+                [
+                    str(load.layer_ids[i]),
+                    f"{load.largest[i]}",
+                    f"{load.overall[i]:.1f}",
+                    f"{100 * load.largest_share[i]:.1f} %",
+                ]
+                for i in np.argsort(-load.overall, kind="stable")[:8]
+            ],
+            "the most uneven layers, all rows",
+        ),
+        "An expert's load is its picks over the picks it would get if all were equal; the factor is the largest one.",
+    )
+
+
+def _similarity(found: Profile, *, figures: bool = True) -> Section:
+    heading = "Similarity of domains"
+    given = [(name, item) for name, item in found.similarity.items() if isinstance(item, Similarity)]
+    if not given:
+        reasons = [item.reason for item in found.similarity.values() if isinstance(item, Skipped)]
+        return Section(heading, f"Not shown. {'; '.join(reasons)}.", skipped=True)
+    label = found.stage_labels
+    stage, last = given[-1]
+    pairs = last.pairs
+    if pairs:
+        least, differs = pairs[0], sum(pair["differs"] for pair in pairs)
+        sentence = (
+            f"In {label[stage]}, {least['a']} and {least['b']} are least alike: {least['between']:.2f} between halves "
+            f"of the two, where halves of one domain reach {least['reliability']:.2f}; {differs} of {len(pairs)} "
+            f"pair{'s' if len(pairs) > 1 else ''} of domains differ{'' if len(pairs) > 1 else 's'} by more than noise."
+        )
+    else:
+        upper = last.matrix[np.triu_indices(len(last.domains), 1)]
+        sentence = (
+            f"In {label[stage]}, similarity is {np.nanmin(upper):.2f} to {np.nanmax(upper):.2f} over {len(upper)} "
+            "pairs, but no two domains have the 4 requests that it takes to tell this from noise."
+        )
+    if last.left_out and pairs:
+        sentence += f" {len(last.left_out)} smaller domains are in the map only."
+    rows = [
+        [
+            f"{pair['a']} - {pair['b']}",
+            f"{pair['similarity']:.2f}",
+            f"{pair['between']:.2f}",
+            f"{pair['reliability']:.2f}",
+            _number(pair["disattenuated"], 2),
+            "differ" if pair["differs"] else "no difference shown",
+        ]
+        for pair in pairs[:MAX_PAIRS]
+    ]
+    head = ["pair", "similarity", "between halves", "within (reliability)", "disattenuated", "verdict"]
+    caption = (
+        f"{label[stage]}, {f'the {MAX_PAIRS} least alike of ' if len(pairs) > MAX_PAIRS else ''}{len(pairs)} pairs"
+    )
+    return Section(
+        heading,
+        sentence,
+        [draw.similarity_figure(item, label[name]) for name, item in given] if figures else (),
+        Table(head, rows, caption) if rows else None,
+        "Pearson correlation of the experts' token counts, mean over layers. Halves: seeded random halves of each "
+        "domain's requests, so that both comparisons have samples of one size. Disattenuated: between over within; 1 means no "
+        "difference. Verdict: the 95 % interval of within minus between (bootstrap over requests) lies above 0.",
+    )
+
+
+def _phases(found: Profile, *, figures: bool = True) -> Section:
+    heading = "What the prefill tells about the decode"
+    item = found.phases
+    if isinstance(item, Skipped):
+        return Section(heading, f"Not shown: it {item.reason}.", skipped=True)
+    names = found.stage_labels
+    best = int(np.nanargmax(item.mean_nulls)) if np.isfinite(item.mean_nulls).any() else 0
+    low, high = item.advantage_ci[best]
+    gain = float(item.advantage[best])
+    verdict = "no more or less than" if not (low > 0 or high < 0) else ("more than" if gain > 0 else "less than")
+    nulls = ", ".join(f"{name} {_number(item.mean_nulls[i], 2)}" for i, name in enumerate(NULLS))
+    sentence = (
+        f"A request's own {names['prefill']} correlates {item.mean_own:.2f} with its {names['decode']}; {nulls}. So it "
+        f"tells {verdict} {NULLS[best]} does ({gain:+.2f}, 95 % {_number(low, 2)} to {_number(high, 2)}). "
+        f"Pooled over requests, as published: {item.mean_pooled:.2f}."
+    )
+    used = f"{item.sampled:,} requests" + (f" of {item.usable:,} usable" if item.sampled < item.usable else "")
+    unused = item.requests - item.usable
+    rows = [["pooled over requests (published measure)", _number(item.mean_pooled, 3), "-"]]
+    rows += [["each request's own prefill", _number(item.mean_own, 3), "-"]]
+    rows += [
+        [
+            name,
+            _number(item.mean_nulls[i], 3),
+            f"{item.advantage[i]:+.3f} [{item.advantage_ci[i, 0]:+.3f}, {item.advantage_ci[i, 1]:+.3f}]"
+            if np.isfinite(item.advantage_ci[i]).all()
+            else "-",
+        ]
+        for i, name in enumerate(NULLS)
+    ]
+    return Section(
+        heading,
+        sentence,
+        [draw.phases_figure(item)] if figures else (),
+        Table(["what foretells the decode", "mean over layers", "own minus this [95 %]"], rows, strong=[1]),
+        f"Pearson correlation of the experts' counts per layer, on {used}"
+        + (f"; {unused:,} requests are too short or have no such rows" if unused else "")
+        + ". Popularity is the decode counts of all other requests (of the same domain), the request itself left out. "
+        "Pooling averages requests out, so popular experts alone can make it high.",
+    )
+
+
+def _map(found: Profile, *, figures: bool = True) -> Section:
+    heading = "Map of requests"
+    given = [(name, item) for name, item in found.maps.items() if not isinstance(item, Skipped)]
+    if not given:
+        reasons = [item.reason for item in found.maps.values() if isinstance(item, Skipped)]
+        return Section(heading, f"Not shown. {'; '.join(reasons)}.", skipped=True)
+    label = found.stage_labels
+    parts = [
+        f"in {label[name]}, {100 * item.same_neighbour:.0f} % of {len(item.requests)} requests have their nearest "
+        f"neighbour in their own domain ({100 * item.same_by_chance:.0f} % by chance)"
+        for name, item in given
+    ]
+    sentence = "; ".join(parts).capitalize() + "."
+    if len(given[0][1].domains) < 2:
+        sentence = f"{len(given[0][1].requests)} requests of one domain; the map shows whether they form groups."
+    drawn = [
+        f"{len(item.requests)} of {item.of} requests in {label[n]}" for n, item in given if len(item.requests) < item.of
+    ]
+    return Section(
+        heading,
+        sentence,
+        [draw.map_figure(item, label[name]) for name, item in given] if figures else (),
+        note="t-SNE (perplexity 30, seeded) of each request's expert counts over all layers, scaled to length 1, after "
+        "PCA to 50. Only who lies near whom means anything; neighbours in the sentence are by cosine before any reduction."
+        + (f" Drawn: {', '.join(drawn)}." if drawn else ""),
+    )
+
+
+def _classification(found: Profile, *, figures: bool = True) -> Section:
+    heading = "What routing gives away"
+    item = found.leakage
+    if isinstance(item, Skipped):
+        return Section(heading, f"Not shown: it {item.reason}.", skipped=True)
+    order = np.argsort(-item.accuracy, kind="stable")
+    rows = [
+        [str(item.layer_ids[i]), f"{100 * item.accuracy[i]:.1f} %", f"{100 * item.control[i]:.1f} %"]
+        for i in (*order[:4], *order[-2:])
+    ]
+    tried = f"{len(item.layers)} of {item.all_layers} layers, " if len(item.layers) < item.all_layers else ""
+    return Section(
+        heading,
+        item.meaning,
+        [draw.classification_figure(item)] if figures else (),
+        Table(["layer", "accuracy", "shuffled labels"], rows, "the four best layers and the two worst"),
+        f"One multinomial logistic regression per layer ({tried}{item.splits} split{'s' if item.splits > 1 else ''} of "
+        f"80:20, {item.per_class} requests per type) on raw expert counts of the {found.stage_labels['prefill']}. "
+        f"Types: {', '.join(item.classes[:12])}{' ..' if len(item.classes) > 12 else ''}."
+        + (f" Left out, with fewer than 10 requests: {len(item.left_out)} domains." if item.left_out else ""),
+    )
+
+
+def _coactivation(found: Profile, *, figures: bool = True) -> Section:
+    heading = "Experts picked together"
+    item = found.coactivation
+    if isinstance(item, Skipped):
+        return Section(heading, f"Not shown: {item.reason}.", skipped=True)
+    far, near = float(np.nanmean(item.distance)), float(np.nanmean(item.floor))
+    sentence = (
+        f"{100 * far:.0f} % of the pairs that tokens pick would have to change partners before expert popularity alone "
+        f"explained them; sampling noise accounts for {100 * near:.1f} %."
+    )
+    if item.strongest:
+        layer, a, b, _, _, lift = item.strongest[0]
+        sentence += f" The strongest pair is {a} and {b} in layer {layer}, {lift:.1f} times as often as expected."
+    rows = [
+        [str(layer), f"{a}, {b}", f"{observed:,}", f"{expected:,.0f}", f"{lift:.1f}"]
+        for layer, a, b, observed, expected, lift in item.strongest[:MAX_STRONGEST]
+    ]
+    return Section(
+        heading,
+        sentence,
+        [draw.coactivation_figure(item)] if figures else (),
+        Table(["layer", "experts", "observed", "expected", "lift"], rows, "the strongest pairs") if rows else None,
+        f"On {item.rows:,} sampled rows of {item.stage}. Expected: quasi-independence, a table x(a) x(b) without "
+        "diagonal that keeps every expert's popularity. Distance: total variation. Noise floor: a Poisson draw of the "
+        "expectation; tokens of one request resemble each other, so true noise is somewhat larger.",
+    )
+
+
+def _distinct(found: Profile, *, figures: bool = True) -> Section:
+    item, size = found.distinct, found.trace.shape.num_experts
+    at = int(np.argmin(np.abs(item.batch - 128)))
+    b = int(item.batch[at])
+    sentence = (
+        f"A batch of {b} tokens touches {item.mixed[at]:.1f} of {size} experts per layer; independent picks would "
+        f"touch {item.uniform[at]:.1f} if even and {item.popular[at]:.1f} by popularity"
+    )
+    if np.isfinite(item.single[at]):
+        change = 100 * (item.single[at] / item.mixed[at] - 1)
+        sentence += f"; a batch of one domain touches {item.single[at]:.1f} ({change:+.0f} %)"
+    rows = [
+        [str(b), *(_number(series[i], 1) for series in (item.mixed, item.single, item.popular, item.uniform))]
+        for i, b in enumerate(item.batch.tolist())
+    ]
+    return Section(
+        "Distinct experts in a batch",
+        sentence + ".",
+        [draw.distinct_figure(item, size)] if figures else (),
+        Table(["batch", "mixed", "one domain", "by popularity", "even"], rows, "distinct experts per layer"),
+        f"Batches of {item.stage} rows drawn at random from {item.rows:,}, mean over draws and layers. What a step "
+        "touches is what it must read from memory.",
+    )
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if np.isfinite(value) else "-"
