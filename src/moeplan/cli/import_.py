@@ -158,7 +158,8 @@ def trace_summary(trace: Trace) -> dict[str, Any]:
 def say_summary(facts: dict[str, Any]) -> None:
     """The same, for people."""
     label = " (synthetic)" if facts["synthetic"] else ""
-    form = f"{facts['layers']} layer{'s' if facts['layers'] != 1 else ''} x {facts['experts']} experts, top-{facts['top_k']}"
+    layers = "layer" if facts["layers"] == 1 else "layers"
+    form = f"{facts['layers']} {layers} x {facts['experts']} experts, top-{facts['top_k']}"
     say(f"{facts['model'] or 'unnamed model'}{label}: {form}")
     say(f"{facts['requests']} requests, {facts['tokens']} tokens, {_phases(facts)}")
     say(_domains(facts["domains"]))
