@@ -42,6 +42,8 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status: 0, 1 (the answer is no), 2 (wrong use or bad input)."""
     try:
         code = app(args=arguments, standalone_mode=False)
+        if code == 130:  # typer turns Ctrl-C into this status without a word
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except MoeplanError as error:
         print(f"moeplan: {error.line()}", file=sys.stderr)

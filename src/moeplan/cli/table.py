@@ -11,9 +11,9 @@ __all__ = ["table_lines"]
 
 #: (heading, key, format); the load columns carry their noise floor in the last line.
 _COLUMNS = (
-    ("remote share", "remote_share", "{:.3f}"),
-    ("nodes/token", "remote_nodes_per_token", "{:.2f}"),
-    ("inter-node KB/token", "inter_node_bytes_per_token", "{:,.0f}"),
+    ("remote", "remote_share", "{:.3f}"),
+    ("nodes", "remote_nodes_per_token", "{:.2f}"),
+    ("KB/token", "inter_node_bytes_per_token", "{:,.0f}"),
     ("padded", "padded_ratio", "{:.2f}"),
     ("GPU load", "gpu_load_ratio", "{:.2f}"),
     ("node load", "node_load_ratio", "{:.2f}"),
@@ -22,7 +22,7 @@ _COLUMNS = (
 
 def table_lines(table: Comparison) -> list[str]:
     """Lines of at most about 110 characters: one row per strategy, then what the columns mean."""
-    head = ["strategy", "groups by", *(name for name, _, _ in _COLUMNS[:1]), "vs linear"]
+    head = ["strategy", "groups by", *(name for name, _, _ in _COLUMNS[:1]), "vs linear [95 %]"]
     head += [name for name, _, _ in _COLUMNS[1:]] + ["guard"]
     lines = [head, *(_line(row, table) for row in table.rows)]
     floors = ["  (noise floor)", "", "", ""] + [_floor(table, key) for _, key, _ in _COLUMNS[1:]] + [""]

@@ -1,0 +1,77 @@
+"""The figures of a comparison: volume, load by GPU, and what each signature is worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeplan.replay import Comparison, TableRow
+from moeplan.report.figures import GREY, PALETTE, STYLES, Image, canvas, legend_below, to_image
+
+__all__ = ["bars_figure", "gpu_load_figure", "load_figure"]
+
+
+def bars_figure(rows: list[TableRow], table: Comparison, key: str, label: str, alt: str) -> Image | None:
+    """Horizontal bars of one key with 95 % intervals; rows that do not count are hatched, `linear` is a line."""
+    shown = [row for row in rows if row.figures[key].value is not None]
+    baseline = table.row("linear").figures[key].value
+    if not shown or baseline is None:
+        return None
+    with canvas(height=0.9 + 0.3 * len(shown)) as (figure, axes):
+        for i, row in enumerate(reversed(shown)):
+            found = row.figures[key]
+            value = found.value or 0.0
+            axes.barh(i, value, height=0.66, **_paint(row))
+            if interval := found.interval():
+                axes.plot(interval, [i, i], color="#1b1f24", linewidth=1.4, solid_capstyle="butt")
+        axes.axvline(baseline, color=GREY, linewidth=1.2, linestyle="--")
+        axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"{label} (dashed: linear)")
+        axes.set_xlim(left=0)
+        return to_image(figure, alt)
+
+
+def _paint(row: TableRow) -> dict[str, Any]:
+    if row.guarded:
+        return {"color": PALETTE[0]}
+    return {"facecolor": "#ffffff", "edgecolor": PALETTE[1], "hatch": "////", "linewidth": 1.0}
+
+
+def load_figure(rows: list[TableRow], key: str, label: str, alt: str) -> Image | None:
+    """Dots with intervals of a load ratio, and the noise floor that even GPUs would show."""
+    shown = [row for row in rows if row.figures[key].value is not None]
+    if not shown:
+        return None
+    floor = dict(shown[0].figures[key].extra).get("noise_floor")
+    with canvas(height=0.9 + 0.3 * len(shown)) as (figure, axes):
+        for i, row in enumerate(reversed(shown)):
+            found = row.figures[key]
+            colour = PALETTE[0] if row.guarded else PALETTE[1]
+            if interval := found.interval():
+                axes.plot(interval, [i, i], color=colour, linewidth=2.2)
+            axes.plot(found.value, i, "o" if row.guarded else "D", color=colour, markersize=6)
+        if floor is not None:
+            axes.axvline(floor, color=GREY, linewidth=1.2, linestyle=":")
+        axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
+        axes.set_xlabel(f"{label} (dotted: even GPUs)")
+        axes.set_xlim(left=1.0)
+        return to_image(figure, alt)
+
+
+def gpu_load_figure(rows: list[TableRow], alt: str) -> Image:
+    """GPU loads over the test part, busiest first, relative to the mean."""
+    with canvas() as (figure, axes):
+        for number, row in enumerate(rows):
+            rank = np.arange(1, len(row.gpu_load) + 1)
+            axes.plot(
+                rank, row.gpu_load, label=row.name, color=PALETTE[number % len(PALETTE)],
+                linestyle=STYLES[number % len(STYLES)],
+            )  # fmt: skip
+        axes.axhline(1.0, color=GREY, linewidth=1.0)
+        axes.set_xlabel("GPU, busiest first")
+        axes.set_ylabel("picks served / mean")
+        axes.set_ylim(bottom=0)
+        legend_below(figure, axes, columns=3)
+        return to_image(figure, alt)

@@ -1,0 +1,236 @@
+"""The page of a comparison: what each strategy gives on unseen requests, in one sentence a figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moeplan.replay import Comparison, TableRow
+from moeplan.report.compare_figures import bars_figure, gpu_load_figure, load_figure
+from moeplan.report.page import Section, Table, render, write_page
+from moeplan.trace import Trace
+
+__all__ = ["compare_html", "write_compare_page"]
+
+#: key, heading, scale, format: all keys of the full table.
+_KEYS = (
+    ("remote_share", "remote share", 1.0, "{:.4f}"),
+    ("remote_nodes_per_token", "remote nodes per token", 1.0, "{:.3f}"),
+    ("inter_node_bytes_per_token", "inter-node KB per token", 1e-3, "{:,.1f}"),
+    ("intra_node_bytes_per_token", "intra-node KB per token", 1e-3, "{:,.1f}"),
+    ("padded_ratio", "padded, nodes", 1.0, "{:.3f}"),
+    ("padded_rank_ratio", "padded, ranks", 1.0, "{:.3f}"),
+    ("gpu_load_total", "GPU load, total", 1.0, "{:.2f}"),
+    ("node_load_total", "node load, total", 1.0, "{:.2f}"),
+    ("gpu_load_ratio", "GPU load, per step", 1.0, "{:.2f}"),
+    ("node_load_ratio", "node load, per step", 1.0, "{:.2f}"),
+    ("experts_per_gpu", "experts touched per GPU", 1.0, "{:.2f}"),
+    ("group_size_ratio", "group size", 1.0, "{:.3f}"),
+    ("group_token_ratio", "group tokens", 1.0, "{:.3f}"),
+    ("expert_weight_gb_per_gpu", "expert weights, GB per GPU", 1.0, "{:.2f}"),
+    ("kv_tokens_lost", "KV tokens displaced", 1.0, "{:,.0f}"),
+    ("kv_handover_bytes_per_request", "KV hand-over, MB per request", 1e-6, "{:.2f}"),
+    ("fit_seconds", "seconds to fit", 1.0, "{:.2f}"),
+)
+
+
+def write_compare_page(path: Path, table: Comparison, trace: Trace) -> None:
+    """Write the page, whole or not at all."""
+    write_page(path, compare_html(table, trace))
+
+
+def compare_html(table: Comparison, trace: Trace) -> str:
+    """The whole page as HTML."""
+    setup, shape, count = table.head["setup"], trace.shape, table.head["requests"]
+    subtitle = (
+        f"{shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}, on {setup['nodes']} nodes x "
+        f"{setup['gpus_per_node']} GPUs with {setup['redundant']} redundant slots a layer; dispatch per "
+        f"{setup['dispatch']}, replicas {setup['replica_rule']}, home {setup['home']}; seed {setup['seed']}"
+    )
+    notices = [*table.notes]
+    if trace.synthetic:
+        notices.insert(0, "Synthetic: this workload is generated; its figures say nothing about a real model.")
+    if count["fit"][0]:
+        notices.insert(
+            0,
+            f"Plans were fitted on {count['fit'][0]} requests and measured on {count['test'][0]} others "
+            f"({table.head['column']}), {setup['folds']} times over.",
+        )
+    main = [row for row in table.rows if "/" not in row.name]
+    sections = [
+        _volume(table, main),
+        _nodes(table, main),
+        _split(table),
+        _gpu_load(table, main),
+        _step_load(table, main),
+        _all_keys(table),
+    ]
+    return render(f"Strategies on {trace.label}", subtitle, notices, [s for s in sections if s is not None])
+
+
+def _change(row: TableRow, key: str) -> str:
+    """'-6.6 % (interval -8.3 to -4.9)' against linear."""
+    versus = row.versus_linear.get(key)
+    if versus is None:
+        return "unknown"
+    text = f"{100 * versus['value']:+.1f} %"
+    if versus["ci95"]:
+        low, high = versus["ci95"]
+        text += f" (interval {100 * low:+.1f} to {100 * high:+.1f})"
+    return text
+
+
+def _best(rows: list[TableRow], key: str) -> TableRow | None:
+    """The guarded row that is lowest on a key, other than linear."""
+    known = [row for row in rows if row.guarded and row.name != "linear" and row.figures[key].value is not None]
+    return min(known, key=lambda row: row.figures[key].value or 0.0, default=None)
+
+
+def _outcome(rows: list[TableRow], key: str, what: str) -> str:
+    """One sentence on who wins among the rows that count, and what an unguarded row would have given."""
+    best = _best(rows, key)
+    if best is None:
+        text = f"No strategy but linear keeps the load guard, so no reduction of {what} counts here"
+    else:
+        versus = best.versus_linear[key] or {}
+        interval = versus.get("ci95")
+        sure = interval is not None and interval[1] < 0
+        verb = f"lowers {what} most" if sure else f"comes lowest on {what}, but not beyond noise"
+        text = f"Among the rows that count, {best.name} {verb}: {_change(best, key)} against linear"
+    over = [row for row in rows if not row.guarded and row.figures[key].value is not None]
+    lowest = min(over, key=lambda row: row.figures[key].value or 0.0, default=None)
+    if lowest is not None:
+        value, bar = lowest.figures[key].value or 0.0, (best.figures[key].value if best else None)
+        if bar is None or value < bar:
+            node = lowest.figures["node_load_ratio"].value
+            cost = f"a node load of {node:.2f}" if node is not None else "groups of unequal size"
+            text += f"; {lowest.name} shows {_change(lowest, key)}, at the price of {cost}, and does not count"
+    return text + "."
+
+
+def _volume(table: Comparison, rows: list[TableRow]) -> Section:
+    linear = table.row("linear").figures["remote_share"].value or 0.0
+    sentence = f"With linear, {100 * linear:.1f} % of all picks are served on another node than the token's. "
+    sentence += _outcome(rows, "remote_share", "the remote share")
+    figures = [
+        bars_figure(table_rows, table, key, label, alt)
+        for table_rows, key, label, alt in (
+            (rows, "remote_share", "share of picks served on another node", "Remote share by strategy"),
+            (rows, "inter_node_bytes_per_token", "bytes between nodes per token", "Inter-node bytes by strategy"),
+        )
+    ]
+    return Section(
+        "Volume between nodes",
+        sentence,
+        [figure for figure in figures if figure is not None],
+        note="Solid bars count: equal groups, and node load at most 1.05 times linear's. Hatched bars do not. "
+        "Black lines are 95 % intervals over requests; percentages are paired with linear.",
+    )
+
+
+def _nodes(table: Comparison, rows: list[TableRow]) -> Section:
+    linear = table.row("linear").figures["remote_nodes_per_token"].value or 0.0
+    sentence = f"With linear, a token reaches {linear:.2f} other nodes at a layer. "
+    sentence += _outcome(rows, "remote_nodes_per_token", "the nodes reached")
+    padded = [row for row in rows if row.name != "linear" and row.figures["padded_ratio"].value is not None]
+    if padded:
+        worst = max(padded, key=lambda row: row.figures["padded_ratio"].value or 0.0)
+        sentence += (
+            f" A kernel that pads every node pair to the largest would send {worst.figures['padded_ratio'].value:.2f} "
+            f"times linear's volume under {worst.name}."
+        )
+    figures = [
+        bars_figure(rows, table, "remote_nodes_per_token", "distinct other nodes per token", "Nodes reached"),
+        bars_figure(rows, table, "padded_ratio", "padded volume / linear's", "Padded volume by strategy"),
+    ]
+    return Section("Nodes reached, and padded volume", sentence, [figure for figure in figures if figure is not None])
+
+
+def _split(table: Comparison) -> Section | None:
+    """How much of the gain is grouping, how much placement; what each signature is worth."""
+    families: dict[str, list[TableRow]] = {}
+    for row in table.rows:
+        families.setdefault(row.strategy, []).append(row)
+    shown = [row for rows in families.values() if len(rows) > 1 for row in rows]
+    if not shown:
+        return None
+    parts = []
+    for name, rows in families.items():
+        by = {row.signature: row for row in rows}
+        if "none" not in by or "prefill" not in by or len(rows) < 2:
+            continue
+        alone, routed = by["none"].versus_linear["remote_share"], by["prefill"].versus_linear["remote_share"]
+        if alone is None or routed is None:
+            continue
+        text = f"{name}'s placement gives {100 * alone['value']:+.1f} % with random groups"
+        text += f" and {100 * routed['value']:+.1f} % with groups by signature"
+        if oracle := by.get("oracle"):
+            text += f", of {100 * (oracle.versus_linear['remote_share'] or {'value': 0.0})['value']:+.1f} % that an "
+            text += "oracle who knows the decode would get"
+        parts.append(text)
+    figure = bars_figure(
+        shown, table, "remote_share", "share of picks served on another node", "Remote share by signature"
+    )
+    stands = table.head["signature_stands_in"]
+    note = (
+        f"The signature is what a request's {stands} activated." if stands else "The signature is the prefill's picks."
+    )
+    sentence = "On the remote share, " + "; ".join(parts) + "." if parts else "No strategy was shown both ways."
+    return Section("What grouping adds to placement", sentence, [figure] if figure else (), note=note)
+
+
+def _gpu_load(table: Comparison, rows: list[TableRow]) -> Section:
+    best = min(rows, key=lambda row: row.figures["gpu_load_total"].value or 0.0)
+    linear = table.row("linear").figures["gpu_load_total"]
+    idle = [float((row.gpu_load < 0.5).mean()) for row in (table.row("linear"), best)]
+    sentence = (
+        f"Over the test part the busiest GPU of a layer serves {linear.value:.2f} times the mean under linear and "
+        f"{best.figures['gpu_load_total'].value:.2f} times under {best.name}, the most even; "
+        f"{100 * idle[0]:.0f} % and {100 * idle[1]:.0f} % of the GPUs serve less than half the mean."
+    )
+    return Section(
+        "Load by GPU",
+        sentence,
+        [gpu_load_figure(rows, "Load of each GPU, busiest first")],
+        note="Each layer's GPUs sorted by load, then averaged over layers and folds.",
+    )
+
+
+def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
+    known = [row for row in rows if row.figures["gpu_load_ratio"].value is not None]
+    if not known:
+        return None
+    live = table.head["setup"]["live_per_group"]
+    linear = table.row("linear").figures["gpu_load_ratio"]
+    floor = dict(linear.extra).get("noise_floor") or 0.0
+    over = [row.name for row in known if not row.guarded]
+    sentence = (
+        f"In a step with {live} live requests a group the busiest GPU serves {linear.value:.2f} times the mean under "
+        f"linear, where even GPUs would show {floor:.2f} by chance alone; "
+    )
+    sentence += (
+        f"{', '.join(over)} exceed the node-load guard." if over else "every strategy keeps the node-load guard."
+    )
+    figures = [
+        load_figure(known, "gpu_load_ratio", "GPU load, max / mean", "GPU load per step"),
+        load_figure(known, "node_load_ratio", "node load, max / mean", "Node load per step"),
+    ]
+    return Section("Load in a decode step", sentence, [figure for figure in figures if figure is not None])
+
+
+def _all_keys(table: Comparison) -> Section:
+    head = ["strategy", "groups by", *(name for _, name, _, _ in _KEYS), "counts"]
+    body = []
+    for row in table.rows:
+        cells = [row.name, row.signature]
+        for key, _, scale, form in _KEYS:
+            value = row.figures[key].value
+            cells.append("–" if value is None else form.format(value * scale))
+        reason = "yes" if row.guarded else ("no: unequal groups" if not row.equal_groups else "no: node load")
+        body.append([*cells, reason])
+    wins = [
+        f"{row.name} over {', '.join(row.beats['remote_share'])}" for row in table.rows if row.beats["remote_share"]
+    ]
+    count = sum(row.guarded for row in table.rows)
+    sentence = f"{count} of {len(table.rows)} rows count. "
+    sentence += f"On the remote share, beyond noise: {'; '.join(wins)}." if wins else "None beats another beyond noise."
+    return Section("All figures", sentence, table=Table(head, body), note="Definitions: docs/metrics.md.")
