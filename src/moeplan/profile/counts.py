@@ -93,6 +93,10 @@ class Stages:
     def label(self, stage: int) -> str:
         return (self.prefill, self.decode, "unknown phase" if self.signature_tokens is None else "not used")[stage]
 
+    def named(self, stage: int) -> str:
+        """The label as it reads in a sentence."""
+        return self.label(stage) if self.signature_tokens is None else f"the {self.label(stage)}"
+
     def lengths(self, stage: int) -> Int64Array:
         """int64 [R], rows of one stage."""
         ends = (np.zeros_like(self.rows), self.first, self.middle, self.rows)

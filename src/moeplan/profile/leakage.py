@@ -54,10 +54,11 @@ class Leakage:
         """What it means as a leak, in one sentence."""
         best = int(np.argmax(self.accuracy))
         mean, control = float(self.accuracy.mean()), float(self.control.mean())
+        percent = [f"{100 * share:.0f} %" for share in (mean, self.accuracy[best], self.chance, control)]
         figures = (
             f"one layer's routing of the {self.rows} names the request's type ({len(self.classes)} types) in "
-            f"{mean:.0%} of unseen requests on average and {self.accuracy[best]:.0%} at best (layer {self.layer_ids[best]}), "
-            f"against {self.chance:.0%} by chance and {control:.0%} with shuffled labels"
+            f"{percent[0]} of unseen requests on average and {percent[1]} at best (layer {self.layer_ids[best]}), "
+            f"against {percent[2]} by chance and {percent[3]} with shuffled labels"
         )
         error = 2 * np.sqrt(self.chance * (1 - self.chance) / max(1.0, 0.2 * self.per_class * len(self.classes)))
         if mean <= max(control, self.chance) + error:
@@ -133,7 +134,7 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
         left_out=left_out,
         splits=splits,
         all_layers=counts.shape.num_layers,
-        rows=counts.stages.prefill,
+        rows=counts.stages.named(PREFILL),
     )
 
 

@@ -26,6 +26,7 @@ class RequestMap:
         xy: float64 [m, 2], t-SNE coordinates; only neighbourhoods mean anything.
         same_neighbour: share of requests whose nearest neighbour, by cosine before any reduction, is of their domain.
         same_by_chance: that share if neighbours were drawn at random.
+        nearest, typical: mean cosine between a request and its nearest neighbour, and between any two requests.
     """
 
     requests: npt.NDArray[np.int64]
@@ -35,6 +36,8 @@ class RequestMap:
     xy: FloatArray
     same_neighbour: float
     same_by_chance: float
+    nearest: float
+    typical: float
 
     def to_dict(self) -> dict[str, Any]:
         return plain_dict(
@@ -47,6 +50,8 @@ class RequestMap:
                 "y": self.xy[:, 1],
                 "same_domain_neighbour": self.same_neighbour,
                 "same_domain_by_chance": self.same_by_chance,
+                "cosine_nearest": self.nearest,
+                "cosine_typical": self.typical,
             }
         )
 
@@ -92,4 +97,6 @@ def request_map(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed:
         xy=np.asarray(xy, np.float64),
         same_neighbour=float((domain[cosine.argmax(axis=1)] == domain).mean()),
         same_by_chance=float(((size[domain] - 1) / (len(rows) - 1)).mean()),
+        nearest=float(cosine.max(axis=1).mean()),
+        typical=float(cosine[~np.eye(len(rows), dtype=np.bool_)].mean()),
     )

@@ -23,12 +23,12 @@ WIDTH, HEIGHT = 4.8, 3.3  # inches, at 96 px
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10.0,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 10.0,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "legend.fontsize": 9.5,
+    "font.size": 11.0,
+    "axes.titlesize": 11.0,
+    "axes.labelsize": 11.0,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "legend.fontsize": 10.5,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -104,7 +104,15 @@ def legend_below(figure: Any, axes: Any, *, columns: int = 2) -> None:
     """The legend under the axes, where it never covers a line."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), handlelength=2.4)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(columns, len(labels)),
+            handlelength=2.4,
+            markerscale=1.6,
+            columnspacing=1.5,
+        )
 
 
 def heat_map(figure: Any, axes: Any, values: Any, names: Sequence[str], *, low: float, high: float, label: str) -> None:

@@ -37,9 +37,9 @@ def imbalance_figure(load: Imbalance, stages: list[tuple[int, str]], floor: floa
         axes.set_ylim(0, top * 1.08)
         for layer in np.flatnonzero(load.flagged):
             axes.axvline(x[layer], color=PALETTE[1], linewidth=5, alpha=0.25)
-            axes.text(
-                x[layer], top * 1.06, f"layer {x[layer]}: {load.overall[layer]:.0f}", ha="right", va="top", fontsize=9
-            )
+        if load.flagged.any():
+            out = [f"{x[i]} ({load.overall[i]:.0f} times)" for i in np.flatnonzero(load.flagged)[:3]]
+            axes.set_title(f"left out: layer {', '.join(out)}", fontsize=9.5)
         legend_below(figure, axes)
         return to_image(figure, f"Imbalance factor by layer, {len(x)} layers")
 
@@ -70,7 +70,7 @@ def map_figure(found: RequestMap, title: str) -> Image:
     markers = "osD^vPXp"
     with canvas(height=3.9) as (figure, axes):
         size = np.bincount(found.domain, minlength=len(found.domains))
-        named = [int(d) for d in np.argsort(-size, kind="stable")[: len(PALETTE)] if size[d]]
+        named = sorted(int(d) for d in np.argsort(-size, kind="stable")[: len(PALETTE)] if size[d])
         rest = ~np.isin(found.domain, named)
         if rest.any():
             label = f"{len(np.unique(found.domain[rest]))} other domains"
@@ -87,8 +87,11 @@ def map_figure(found: RequestMap, title: str) -> Image:
                 linewidths=0,
             )
         axes.set(xticks=[], yticks=[], title=title)
+        axes.grid(False)
+        for side in axes.spines.values():
+            side.set(visible=True, color="#d8dee4")
         if len(found.domains) > 1:
-            legend_below(figure, axes)
+            legend_below(figure, axes, columns=3)
         return to_image(figure, f"Map of {len(found.requests)} requests, {title}")
 
 

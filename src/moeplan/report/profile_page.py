@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.profile import Profile, Skipped
-from moeplan.profile.counts import STAGES
+from moeplan.profile.counts import OTHER, STAGES
 from moeplan.profile.phases import NULLS
 from moeplan.profile.similarity import Similarity
 from moeplan.report import profile_figures as draw
@@ -52,10 +52,16 @@ def sentences(found: Profile) -> dict[str, str]:
     }
 
 
+def _named(found: Profile) -> dict[str, str]:
+    """The stages' labels as they read in a sentence."""
+    return {name: found.counts.stages.named(s) for s, name in enumerate(STAGES)}
+
+
 def _stages(found: Profile) -> list[tuple[int, str]]:
-    """The stages that have rows, with their labels."""
+    """The stages that have rows, with their labels; what a stand-in leaves unused is not a stage."""
     stages = found.counts.stages
-    return [(s, stages.label(s)) for s in range(len(STAGES)) if stages.lengths(s).any()]
+    shown = range(len(STAGES) if stages.signature_tokens is None else OTHER)
+    return [(s, stages.label(s)) for s in shown if stages.lengths(s).any()]
 
 
 def _trace(found: Profile) -> Section:
@@ -77,10 +83,12 @@ def _trace(found: Profile) -> Section:
     ]
     caption = f"the {MAX_DOMAINS} largest of {len(order)} domains" if len(order) > MAX_DOMAINS else ""
     head = ["domain", "requests"]
-    head += [f"{label}: rows" for _, label in stages] + [f"{label}: imbalance" for _, label in stages]
-    head += [f"even experts ({label})" for _, label in stages[:1]]
+    head += [f"rows: {label}" for _, label in stages] + [f"imbalance: {label}" for _, label in stages]
+    head += [f"even experts: {label}" for _, label in stages[:1]]
     usable, total = int(counts.stages.usable.sum()), len(requests)
-    both = f"{usable:,} of {total:,} requests have enough rows of both stages for what compares them"
+    both = f"{'all' if usable == total else f'{usable:,}'} have the rows of both stages that comparing them takes"
+    if not usable:
+        both = "none has the rows of both stages that comparing them takes"
     domains = f"{len(counts.domains)} domain{'s' if len(counts.domains) != 1 else ''}"
     return Section(
         "What was recorded",
@@ -98,9 +106,9 @@ def _imbalance(found: Profile, *, figures: bool = True) -> Section:
     by_stage = ", ".join(f"{label} {load.mean(load.by_stage[s]):.1f}" for s, label in stages)
     floor = float(np.nanmax(load.floor_by_stage))
     sentence = (
-        f"The busiest expert of a layer takes {load.mean(load.overall):.1f} times the mean load, averaged over "
-        f"{len(kept)} layers ({by_stage}), and {load.overall[worst]:.1f} times in layer {load.layer_ids[worst]}; "
-        f"equally likely experts would show at most {floor:.2f}."
+        f"The busiest expert of a layer takes {load.mean(load.overall):.1f} times the mean load, all rows together and "
+        f"averaged over {len(kept)} layers (within one stage: {by_stage}); in layer {load.layer_ids[worst]} it takes "
+        f"{load.overall[worst]:.1f} times. Equally likely experts would show at most {floor:.2f}."
     )
     if load.flagged.any():
         flagged = ", ".join(str(load.layer_ids[i]) for i in np.flatnonzero(load.flagged))
@@ -132,20 +140,20 @@ def _similarity(found: Profile, *, figures: bool = True) -> Section:
     if not given:
         reasons = [item.reason for item in found.similarity.values() if isinstance(item, Skipped)]
         return Section(heading, f"Not shown. {'; '.join(reasons)}.", skipped=True)
-    label = found.stage_labels
+    label, named = found.stage_labels, _named(found)
     stage, last = given[-1]
     pairs = last.pairs
     if pairs:
         least, differs = pairs[0], sum(pair["differs"] for pair in pairs)
         sentence = (
-            f"In {label[stage]}, {least['a']} and {least['b']} are least alike: {least['between']:.2f} between halves "
+            f"In {named[stage]}, {least['a']} and {least['b']} are least alike: {least['between']:.2f} between halves "
             f"of the two, where halves of one domain reach {least['reliability']:.2f}; {differs} of {len(pairs)} "
             f"pair{'s' if len(pairs) > 1 else ''} of domains differ{'' if len(pairs) > 1 else 's'} by more than noise."
         )
     else:
         upper = last.matrix[np.triu_indices(len(last.domains), 1)]
         sentence = (
-            f"In {label[stage]}, similarity is {np.nanmin(upper):.2f} to {np.nanmax(upper):.2f} over {len(upper)} "
+            f"In {named[stage]}, similarity is {np.nanmin(upper):.2f} to {np.nanmax(upper):.2f} over {len(upper)} "
             "pairs, but no two domains have the 4 requests that it takes to tell this from noise."
         )
     if last.left_out and pairs:
@@ -171,8 +179,8 @@ def _similarity(found: Profile, *, figures: bool = True) -> Section:
         [draw.similarity_figure(item, label[name]) for name, item in given] if figures else (),
         Table(head, rows, caption) if rows else None,
         "Pearson correlation of the experts' token counts, mean over layers. Halves: seeded random halves of each "
-        "domain's requests, so that both comparisons have samples of one size. Disattenuated: between over within; 1 means no "
-        "difference. Verdict: the 95 % interval of within minus between (bootstrap over requests) lies above 0.",
+        "domain's requests, so that both comparisons have samples of one size. Disattenuated: between over within; 1 "
+        "means no difference. Verdict: the 95 % interval of within minus between (bootstrap over requests) is above 0.",
     )
 
 
@@ -181,16 +189,16 @@ def _phases(found: Profile, *, figures: bool = True) -> Section:
     item = found.phases
     if isinstance(item, Skipped):
         return Section(heading, f"Not shown: it {item.reason}.", skipped=True)
-    names = found.stage_labels
+    names = _named(found)
     best = int(np.nanargmax(item.mean_nulls)) if np.isfinite(item.mean_nulls).any() else 0
     low, high = item.advantage_ci[best]
     gain = float(item.advantage[best])
     verdict = "no more or less than" if not (low > 0 or high < 0) else ("more than" if gain > 0 else "less than")
-    nulls = ", ".join(f"{name} {_number(item.mean_nulls[i], 2)}" for i, name in enumerate(NULLS))
+    nulls = ", ".join(f"{name} reaches {_number(item.mean_nulls[i], 2)}" for i, name in enumerate(NULLS))
     sentence = (
-        f"A request's own {names['prefill']} correlates {item.mean_own:.2f} with its {names['decode']}; {nulls}. So it "
-        f"tells {verdict} {NULLS[best]} does ({gain:+.2f}, 95 % {_number(low, 2)} to {_number(high, 2)}). "
-        f"Pooled over requests, as published: {item.mean_pooled:.2f}."
+        f"A request's expert counts in {names['prefill']} and {names['decode']} correlate {item.mean_own:.2f}; in "
+        f"place of its own prefill, {nulls}. So its own tells {verdict} {NULLS[best]} does ({gain:+.2f}, 95 % interval "
+        f"{_number(low, 2)} to {_number(high, 2)}). Pooled over requests, as published: {item.mean_pooled:.2f}."
     )
     used = f"{item.sampled:,} requests" + (f" of {item.usable:,} usable" if item.sampled < item.usable else "")
     unused = item.requests - item.usable
@@ -224,15 +232,20 @@ def _map(found: Profile, *, figures: bool = True) -> Section:
     if not given:
         reasons = [item.reason for item in found.maps.values() if isinstance(item, Skipped)]
         return Section(heading, f"Not shown. {'; '.join(reasons)}.", skipped=True)
-    label = found.stage_labels
+    label, named = found.stage_labels, _named(found)
     parts = [
-        f"in {label[name]}, {100 * item.same_neighbour:.0f} % of {len(item.requests)} requests have their nearest "
+        f"in {named[name]}, {100 * item.same_neighbour:.0f} % of {len(item.requests)} requests have their nearest "
         f"neighbour in their own domain ({100 * item.same_by_chance:.0f} % by chance)"
         for name, item in given
     ]
-    sentence = "; ".join(parts).capitalize() + "."
-    if len(given[0][1].domains) < 2:
-        sentence = f"{len(given[0][1].requests)} requests of one domain; the map shows whether they form groups."
+    sentence = "; ".join(parts) + "."
+    sentence = sentence[0].upper() + sentence[1:]
+    if len(found.counts.domains) < 2:
+        item = given[0][1]
+        sentence = (
+            f"All {len(item.requests)} requests are of one domain; a request's nearest neighbour uses the experts like "
+            f"it to a cosine of {item.nearest:.2f}, any other request to {item.typical:.2f}."
+        )
     drawn = [
         f"{len(item.requests)} of {item.of} requests in {label[n]}" for n, item in given if len(item.requests) < item.of
     ]
@@ -241,8 +254,8 @@ def _map(found: Profile, *, figures: bool = True) -> Section:
         sentence,
         [draw.map_figure(item, label[name]) for name, item in given] if figures else (),
         note="t-SNE (perplexity 30, seeded) of each request's expert counts over all layers, scaled to length 1, after "
-        "PCA to 50. Only who lies near whom means anything; neighbours in the sentence are by cosine before any reduction."
-        + (f" Drawn: {', '.join(drawn)}." if drawn else ""),
+        "PCA to 50. Only who lies near whom means anything; neighbours in the sentence are by cosine before any "
+        "reduction." + (f" Drawn: {', '.join(drawn)}." if drawn else ""),
     )
 
 
@@ -263,7 +276,7 @@ def _classification(found: Profile, *, figures: bool = True) -> Section:
         [draw.classification_figure(item)] if figures else (),
         Table(["layer", "accuracy", "shuffled labels"], rows, "the four best layers and the two worst"),
         f"One multinomial logistic regression per layer ({tried}{item.splits} split{'s' if item.splits > 1 else ''} of "
-        f"80:20, {item.per_class} requests per type) on raw expert counts of the {found.stage_labels['prefill']}. "
+        f"80:20, {item.per_class} requests per type) on raw expert counts of the {item.rows}. "
         f"Types: {', '.join(item.classes[:12])}{' ..' if len(item.classes) > 12 else ''}."
         + (f" Left out, with fewer than 10 requests: {len(item.left_out)} domains." if item.left_out else ""),
     )
@@ -299,15 +312,16 @@ def _coactivation(found: Profile, *, figures: bool = True) -> Section:
 
 def _distinct(found: Profile, *, figures: bool = True) -> Section:
     item, size = found.distinct, found.trace.shape.num_experts
-    at = int(np.argmin(np.abs(item.batch - 128)))
+    at = int(np.argmin(np.abs(item.mixed - size / 2)))  # where batches are most telling: half of the experts touched
     b = int(item.batch[at])
     sentence = (
-        f"A batch of {b} tokens touches {item.mixed[at]:.1f} of {size} experts per layer; independent picks would "
-        f"touch {item.uniform[at]:.1f} if even and {item.popular[at]:.1f} by popularity"
+        f"A batch of {b} tokens touches {item.mixed[at]:.1f} of {size} experts per layer ({item.batch[-1]} tokens: "
+        f"{item.mixed[-1]:.1f}); {b} independent picks would touch {item.uniform[at]:.1f} if even and "
+        f"{item.popular[at]:.1f} by popularity"
     )
     if np.isfinite(item.single[at]):
         change = 100 * (item.single[at] / item.mixed[at] - 1)
-        sentence += f"; a batch of one domain touches {item.single[at]:.1f} ({change:+.0f} %)"
+        sentence += f"; {b} tokens of one domain touch {item.single[at]:.1f} ({change:+.0f} %)"
     rows = [
         [str(b), *(_number(series[i], 1) for series in (item.mixed, item.single, item.popular, item.uniform))]
         for i, b in enumerate(item.batch.tolist())
