@@ -40,12 +40,13 @@ def profile(
     """Characterise a trace: imbalance, domains, phases, leakage, co-activation; an HTML report and JSON."""
     claim_stdout(json_target)
     from moeplan.profile import profile as characterise
-    from moeplan.report.page import write_page
+    from moeplan.report.page import check_place, write_page
     from moeplan.report.profile_page import profile_html
     from moeplan.trace import open_trace
 
     opened = open_trace(trace, without_layers=parse_layers(without_layers))
     page = output or Path(f"{trace.resolve().name}-profile.html")
+    check_place(page)
     with progress("profile") as report:
         found = characterise(opened, seed=seed, signature_tokens=signature_tokens, progress=report)
     write_page(page, profile_html(found))

@@ -56,7 +56,7 @@ class Leakage:
         mean, control = float(self.accuracy.mean()), float(self.control.mean())
         percent = [f"{100 * share:.0f} %" for share in (mean, self.accuracy[best], self.chance, control)]
         figures = (
-            f"one layer's routing of the {self.rows} names the request's type ({len(self.classes)} types) in "
+            f"one layer's routing of {self.rows} names the request's type ({len(self.classes)} types) in "
             f"{percent[0]} of unseen requests on average and {percent[1]} at best (layer {self.layer_ids[best]}), "
             f"against {percent[2]} by chance and {percent[3]} with shuffled labels"
         )

@@ -94,7 +94,8 @@ def lines(
             axes.plot(x, y, label=label, color=GREY, linestyle=next(greys), linewidth=1.4)
         else:
             dash = STYLES[number % len(STYLES)]
-            axes.plot(x, y, label=label, color=next(colours), linestyle=dash, marker="o" if len(x) < 3 else None)
+            dots = {"marker": "o", "markersize": 3.2} if len(x) <= 32 else {}  # a layer between two gaps is a dot
+            axes.plot(x, y, label=label, color=next(colours), linestyle=dash, **dots)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.margins(x=0.02)

@@ -40,7 +40,7 @@ def imbalance_figure(load: Imbalance, stages: list[tuple[int, str]], floor: floa
         if load.flagged.any():
             out = [f"{x[i]} ({load.overall[i]:.0f} times)" for i in np.flatnonzero(load.flagged)[:3]]
             axes.set_title(f"left out: layer {', '.join(out)}", fontsize=9.5)
-        legend_below(figure, axes)
+        legend_below(figure, axes, columns=3)
         return to_image(figure, f"Imbalance factor by layer, {len(x)} layers")
 
 
@@ -54,11 +54,12 @@ def similarity_figure(found: Similarity, title: str) -> Image:
         return to_image(figure, f"Similarity of {len(found.domains)} domains, {title}")
 
 
-def phases_figure(found: Phases) -> Image:
-    """Correlation by layer: pooled, per request, and the null baselines in grey."""
+def phases_figure(found: Phases, load: Imbalance) -> Image:
+    """Correlation by layer: pooled, per request, and the null baselines in grey; flagged layers are left out."""
     with canvas(height=3.7) as (figure, axes):
         series = [("pooled over requests", found.pooled), ("each request's own", found.own)]
         series += [(name, found.nulls[i]) for i, name in enumerate(NULLS)]
+        series = [(name, np.where(load.flagged, np.nan, values)) for name, values in series]
         lines(axes, np.array(found.layer_ids), series, x_label="layer", y_label="Pearson correlation", quiet=NULLS)
         axes.set_ylim(min(0.0, float(np.nanmin([np.nanmin(y) for _, y in series if np.isfinite(y).any()]))), 1.02)
         legend_below(figure, axes)

@@ -104,7 +104,7 @@ def _imbalance(found: Profile, *, figures: bool = True) -> Section:
     kept = load.kept
     worst = int(kept[np.nanargmax(load.overall[kept])])
     by_stage = ", ".join(f"{label} {load.mean(load.by_stage[s]):.1f}" for s, label in stages)
-    floor = float(np.nanmax(load.floor_by_stage))
+    floor = float(np.nanmax(load.floor_by_stage[[s for s, _ in stages]]))
     sentence = (
         f"The busiest expert of a layer takes {load.mean(load.overall):.1f} times the mean load, all rows together and "
         f"averaged over {len(kept)} layers (within one stage: {by_stage}); in layer {load.layer_ids[worst]} it takes "
@@ -145,19 +145,23 @@ def _similarity(found: Profile, *, figures: bool = True) -> Section:
     pairs = last.pairs
     if pairs:
         least, differs = pairs[0], sum(pair["differs"] for pair in pairs)
+        verdict = f"{differs} of {len(pairs)} pairs of domains differ by more than noise"
+        if len(pairs) == 1:
+            verdict = f"they differ by {'more' if differs else 'no more'} than noise"
         sentence = (
             f"In {named[stage]}, {least['a']} and {least['b']} are least alike: {least['between']:.2f} between halves "
-            f"of the two, where halves of one domain reach {least['reliability']:.2f}; {differs} of {len(pairs)} "
-            f"pair{'s' if len(pairs) > 1 else ''} of domains differ{'' if len(pairs) > 1 else 's'} by more than noise."
+            f"of the two, where halves of one domain reach {least['reliability']:.2f}; {verdict}."
         )
     else:
         upper = last.matrix[np.triu_indices(len(last.domains), 1)]
+        upper = upper[np.isfinite(upper)]
+        reach = f"{upper.min():.2f} to {upper.max():.2f}" if len(upper) else "undefined"
         sentence = (
-            f"In {named[stage]}, similarity is {np.nanmin(upper):.2f} to {np.nanmax(upper):.2f} over {len(upper)} "
-            "pairs, but no two domains have the 4 requests that it takes to tell this from noise."
+            f"In {named[stage]}, similarity is {reach} over {len(upper)} pairs, but no two domains have the 4 requests "
+            "that it takes to tell this from noise."
         )
     if last.left_out and pairs:
-        sentence += f" {len(last.left_out)} smaller domains are in the map only."
+        sentence += f" {len(last.left_out)} domains are too small to halve."
     rows = [
         [
             f"{pair['a']} - {pair['b']}",
@@ -170,9 +174,8 @@ def _similarity(found: Profile, *, figures: bool = True) -> Section:
         for pair in pairs[:MAX_PAIRS]
     ]
     head = ["pair", "similarity", "between halves", "within (reliability)", "disattenuated", "verdict"]
-    caption = (
-        f"{label[stage]}, {f'the {MAX_PAIRS} least alike of ' if len(pairs) > MAX_PAIRS else ''}{len(pairs)} pairs"
-    )
+    some = f", the {MAX_PAIRS} least alike of {len(pairs)} pairs" if len(pairs) > MAX_PAIRS else ""
+    caption = f"{label[stage]}{some}"
     return Section(
         heading,
         sentence,
@@ -217,7 +220,7 @@ def _phases(found: Profile, *, figures: bool = True) -> Section:
     return Section(
         heading,
         sentence,
-        [draw.phases_figure(item)] if figures else (),
+        [draw.phases_figure(item, found.imbalance)] if figures else (),
         Table(["what foretells the decode", "mean over layers", "own minus this [95 %]"], rows, strong=[1]),
         f"Pearson correlation of the experts' counts per layer, on {used}"
         + (f"; {unused:,} requests are too short or have no such rows" if unused else "")
@@ -276,7 +279,7 @@ def _classification(found: Profile, *, figures: bool = True) -> Section:
         [draw.classification_figure(item)] if figures else (),
         Table(["layer", "accuracy", "shuffled labels"], rows, "the four best layers and the two worst"),
         f"One multinomial logistic regression per layer ({tried}{item.splits} split{'s' if item.splits > 1 else ''} of "
-        f"80:20, {item.per_class} requests per type) on raw expert counts of the {item.rows}. "
+        f"80:20, {item.per_class} requests per type) on raw expert counts of {item.rows}. "
         f"Types: {', '.join(item.classes[:12])}{' ..' if len(item.classes) > 12 else ''}."
         + (f" Left out, with fewer than 10 requests: {len(item.left_out)} domains." if item.left_out else ""),
     )
