@@ -235,7 +235,7 @@ def test_quasi_independence_keeps_margins_and_finds_a_true_product():
 def test_coactivation_is_noise_for_independent_picks_and_not_for_couples(tmp_path: Path):
     rng = np.random.default_rng(7)
     even = [(draw(rng, np.ones((2, EXPERTS)), 2000), 100, "a") for _ in range(4)]
-    couples = [(np.stack([first := rng.integers(0, 8, (400, 2)) * 2, first + 1], axis=2), 100, "a") for _ in range(4)]
+    couples = [(np.stack([first := rng.integers(0, 8, (1200, 2)) * 2, first + 1], axis=2), 100, "a") for _ in range(4)]
     independent = profile(write(tmp_path / "even", even)).coactivation
     coupled = profile(write(tmp_path / "couples", couples)).coactivation
     assert not isinstance(independent, Skipped) and not isinstance(coupled, Skipped)
