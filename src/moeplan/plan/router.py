@@ -51,8 +51,11 @@ class LocalityRouter:
 class ClusterRouter:
     """The published router: the cluster whose centroid is nearest, then that cluster's groups.
 
+    Nearest by angle: a signature is shorter and noisier than the decode that made the centroids, so its distance to
+    each of them says how short it is as much as where it points.
+
     Attributes:
-        centroids: float32 [K, L * E], of L2-normalised counts.
+        centroids: float32 [K, L * E], of L2-normalised counts, each of length 1.
         serves: bool [K, D], which groups a cluster was mapped to.
     """
 
@@ -60,10 +63,8 @@ class ClusterRouter:
     serves: npt.NDArray[np.bool_]
 
     def nearness(self, signatures: Signatures) -> FloatArray:
-        """float64 [n, K]: minus the squared distance of the normalised signature to each centroid."""
-        flat = normalised(signatures)
-        norms = np.einsum("kf,kf->k", self.centroids, self.centroids)
-        return np.asarray(2.0 * (flat @ self.centroids.T) - norms - 1.0, np.float64)
+        """float64 [n, K]: the cosine between the signature and each centroid."""
+        return np.asarray(normalised(signatures) @ self.centroids.T, np.float64)
 
     def scores(self, signatures: Signatures) -> FloatArray:
         """A group is as good as the nearest of its clusters."""

@@ -5,7 +5,8 @@ to the group that uses it most. `paper` keeps the groups equal in size by an exa
 `paper-unbalanced` is the original, whose groups are whatever the clusters are, and is always shown marked.
 
 Left open by the paper and chosen here: K (`--clusters`, else picked on the fit requests, see `pick_clusters`); the
-second K-means of K > D works on L2-normalised u_k, as the first does on a_i; GPUs inside a node are dealt by load.
+second K-means of K > D works on L2-normalised u_k, as the first does on a_i; a new request's nearest centroid is the
+one at the smallest angle; GPUs inside a node are dealt by load.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def paper(problem: Problem, seed: int, equal: bool = True) -> Decision:
     clusters, how = problem.options.clusters, "given"
     if clusters is None:
         clusters, how = pick_clusters(problem, seed), "picked on the fit requests"
-    router = group_requests(problem.use, clusters, groups, seed)
-    group = fit_groups(router, problem.use, equal)
+    router, label = group_requests(problem.use, clusters, groups, seed)
+    group = fit_groups(router, problem.use, label, equal)
     slots = place(problem, use_by_group(problem.use, group))
     return Decision(slots, router, equal, (f"paper: K = {len(router.centroids)} clusters for {groups} groups ({how})",))
 
@@ -44,11 +45,16 @@ def paper(problem: Problem, seed: int, equal: bool = True) -> Decision:
 # ---- micro-batch grouping
 
 
-def group_requests(use: npt.NDArray[np.uint32], clusters: int, groups: int, seed: int) -> ClusterRouter:
+def group_requests(
+    use: npt.NDArray[np.uint32], clusters: int, groups: int, seed: int
+) -> tuple[ClusterRouter, npt.NDArray[np.int64]]:
     """K-means of the L2-normalised decode counts, and the map from clusters to groups.
 
     Args:
         use: uint32 [n, L, E]; clusters: K, at most n; groups: D.
+
+    Returns:
+        The router, and int64 [n], the cluster of each fit request.
     """
     if clusters > len(use):
         raise PlanError(f"{clusters} clusters for {len(use)} fit requests", mend=f"use --clusters {len(use)} or less")
@@ -57,9 +63,9 @@ def group_requests(use: npt.NDArray[np.uint32], clusters: int, groups: int, seed
     clusters = int(label.max()) + 1  # fewer where requests are alike
     member = np.zeros((clusters, len(use)), np.float32)
     member[label, np.arange(len(use))] = 1.0
-    centroids = (member @ flat) / member.sum(axis=1, keepdims=True)
+    centroids = normalised(member @ flat)
     activations = member.astype(np.float64) @ use.reshape(len(use), -1)  # u_k, raw counts
-    return ClusterRouter(centroids, map_clusters(activations, groups, seed))
+    return ClusterRouter(centroids, map_clusters(activations, groups, seed)), label
 
 
 def map_clusters(activations: FloatArray, groups: int, seed: int) -> BoolArray:
@@ -87,7 +93,9 @@ def map_clusters(activations: FloatArray, groups: int, seed: int) -> BoolArray:
     return serves
 
 
-def fit_groups(router: ClusterRouter, use: npt.NDArray[np.uint32], equal: bool) -> BoolArray:
+def fit_groups(
+    router: ClusterRouter, use: npt.NDArray[np.uint32], label: npt.NDArray[np.int64], equal: bool
+) -> BoolArray:
     """bool [n, D]: the groups that each fit request counts for.
 
     Unequal (as published): all groups of its cluster, so groups that share a cluster have the same use. Equal: one.
@@ -95,7 +103,7 @@ def fit_groups(router: ClusterRouter, use: npt.NDArray[np.uint32], equal: bool) 
     if equal:
         group = equal_groups(router.scores(use))
         return np.asarray(group[:, None] == np.arange(router.serves.shape[1]))
-    return np.asarray(router.serves[router.nearness(use).argmax(axis=1)])
+    return np.asarray(router.serves[label])
 
 
 def use_by_group(use: npt.NDArray[np.uint32], group: BoolArray) -> FloatArray:
@@ -139,8 +147,8 @@ def pick_clusters(problem: Problem, seed: int) -> int:
         return min(groups, n)
     best, least = groups, np.inf
     for clusters in candidates:
-        router = group_requests(problem.use[fit], clusters, groups, seed)
-        slots = place(problem, use_by_group(problem.use[fit], fit_groups(router, problem.use[fit], True)))
+        router, label = group_requests(problem.use[fit], clusters, groups, seed)
+        slots = place(problem, use_by_group(problem.use[fit], fit_groups(router, problem.use[fit], label, True)))
         group = equal_groups(router.scores(problem.signature[judge]))
         cluster = problem.cluster
         placement = Placement(slots, problem.shape.num_experts, cluster.nodes, cluster.gpus_per_node)

@@ -1,0 +1,109 @@
+"""Reprint the published experiment: all-to-all volume of `paper` and `eplb` against `linear` (arXiv 2604.23150).
+
+8 nodes x 8 GPUs, no redundant slots, 500 global batches of 8 x 128 decoding requests (fewer live requests where a set
+is too small for 128; the table says how many), plans fitted on half of the requests and measured on the other half. The
+figure of a seed is the median volume over the batches divided by linear's; printed are mean and range over seeds 0-3.
+
+    python benchmarks/paper.py
+
+Published: DeepSeek-V3, layer 42: paper 0.94, EPLB 1.00. Maverick: down to 0.80 (and their kernel pads to the largest).
+The generator's presets are set to imbalance, domain similarity and prefill-decode correlation only, never to these.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moeplan.cluster import Cluster
+from moeplan.plan import Options, RequestSet, read_requests, solve
+from moeplan.replay import Setup
+from moeplan.replay.comparison import fit_problem, group_test
+from moeplan.replay.measure import StepFigures, measure_steps
+from moeplan.replay.split import MAX_LIVE, blocks, draw_steps, split
+
+SEEDS, BATCHES, REQUESTS, SMALLEST = range(4), 500, 2400, 8
+#: (row, strategy): paper at K = D = 8 on equal groups, the original with its own groups, and EPLB on random groups.
+ROWS = (("paper", "paper"), ("paper, unequal groups", "paper-unbalanced"), ("eplb", "eplb"))
+KINDS = (
+    ("unpadded", "messages"),
+    ("padded to the largest node pair", "node_padded"),
+    ("to the busiest rank", "rank_padded"),
+)
+
+
+def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], float], int, dict[str, int]]:
+    """{(row, kind): median volume / linear's} of one seed, live requests a group, and those of unequal rows."""
+    setup = Setup(Cluster(8, 8), (), steps=BATCHES, folds=1, seed=seed, options=Options(clusters=8))
+    chosen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([seed, 0]))
+    fit, test = np.flatnonzero(chosen), np.flatnonzero(~chosen)
+    draws = draw_steps(requests.measured_span[test], BATCHES, np.random.default_rng([seed, 2]))
+    problem = fit_problem(requests, setup, fit)
+    linear = solve(problem, "linear", seed)
+    even = group_test(requests, fit, test, linear, "none", np.random.default_rng([seed, 1]))
+
+    def replay(result, group, live: int) -> StepFigures:  # type: ignore[no-untyped-def]
+        return measure_steps(requests, draws, group, live, result.who, setup.dispatch)
+
+    live = min(MAX_LIVE, len(test) // 8 - 2)
+    base = {live: replay(linear, even, live)}
+    out, fewer = {}, {}
+    for row, name in ROWS:
+        result = solve(problem, name, seed)
+        signature = "prefill" if result.groups_requests else "none"
+        group = group_test(requests, fit, test, result, signature, np.random.default_rng([seed, 1]))
+        size = min(live, int(np.bincount(group, minlength=8).min()))
+        if size < SMALLEST:  # the original left a group (nearly) empty: there are no batches to speak of
+            continue
+        if size != live:
+            fewer[row] = size
+        base.setdefault(size, replay(linear, even, size))
+        found = replay(result, group, size)
+        for kind, field in KINDS:
+            out[row, kind] = float(np.median(getattr(found, field)) / np.median(getattr(base[size], field)))
+    return out, live, fewer
+
+
+def workloads() -> Iterator[tuple[str, str, RequestSet]]:
+    """(label, published, requests); the real set only where it is."""
+    from moeplan.capture.arrays import import_arrays
+    from moeplan.capture.synthetic import generate
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        trace = generate("deepseek-v3", root / "v3", requests=REQUESTS, layers=[42], seed=0)
+        yield "DeepSeek-V3 preset, layer 42 (synthetic)", "paper 0.94, eplb 1.00", read_requests(trace)
+        trace = generate("llama-4-maverick", root / "maverick", requests=REQUESTS, seed=0)
+        yield "Maverick preset, 24 layers (synthetic)", "paper down to 0.80", read_requests(trace)
+        real = Path(__file__).parents[1].parent / "shared" / "traces" / "maverick-mmlu.npz"
+        if real.is_file():
+            trace = import_arrays(real, root / "real", without_layers=(45,))
+            yield "maverick-mmlu, 23 layers (real)", "paper down to 0.80", read_requests(trace)
+
+
+def bench() -> list[tuple[str, str]]:
+    """(label, result) pairs, one per workload, row and kind of volume."""
+    lines = []
+    for label, published, requests in workloads():
+        runs = [volumes(requests, seed) for seed in SEEDS]
+        live = runs[0][1]
+        lines.append((label, f"published: {published}; {BATCHES} batches of 8 x {live}"))
+        for row, _ in ROWS:
+            sizes = [fewer[row] for _, _, fewer in runs if row in fewer]
+            note = f" (batches of 8 x {min(sizes)} and more: its smallest group)" if sizes else ""
+            for kind, _ in KINDS:
+                values = [found[row, kind] for found, _, _ in runs if (row, kind) in found]
+                if not values:
+                    text = f"none: its smallest group had fewer than {SMALLEST} requests in every seed"
+                else:
+                    text = f"{np.mean(values):.3f}  ({min(values):.3f} to {max(values):.3f}, {len(values)} seeds)"
+                lines.append((f"  {row}, {kind}", text + note))
+    return lines
+
+
+if __name__ == "__main__":
+    for name, text in bench():
+        print(f"{name:58s} {text}", flush=True)
