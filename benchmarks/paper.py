@@ -20,6 +20,7 @@ import numpy as np
 
 from moeplan.cluster import Cluster
 from moeplan.plan import Options, RequestSet, read_requests, solve
+from moeplan.plan.strategies import find
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.measure import StepFigures, measure_steps
@@ -53,7 +54,7 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
     out, fewer = {}, {}
     for row, name in ROWS:
         result = solve(problem, name, seed)
-        signature = "prefill" if result.groups_requests else "none"
+        signature = "prefill" if find(name).routed else "none"
         group = group_test(requests, fit, test, result, signature, np.random.default_rng([seed, 1]))
         size = min(live, int(np.bincount(group, minlength=8).min()))
         if size < SMALLEST:  # the original left a group (nearly) empty: there are no batches to speak of

@@ -1,6 +1,6 @@
 """Frozen, validated values that every room shares: the model's shape, a placement of experts.
 
-Names: L MoE layers, E experts per layer, k picks per token, P slots per layer.
+Names: L MoE layers, E experts per layer, k picks per token, S slots per layer.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ class ModelShape:
 class Placement:
     """Where every expert (and every spare copy) lives.
 
-    Slot p of a layer is on GPU p // (P / GPUs); GPU g is on node g // gpus_per_node: the engines' own numbering
+    Slot s of a layer is on GPU s // (S / GPUs); GPU g is on node g // gpus_per_node: the engines' own numbering
     (SGLang 0.5.23 `expert_location.py`, vLLM 0.33.0, TensorRT-LLM: slot j on rank j // (slots / ep_size)).
 
     Attributes:
-        slots: int32 [L, P], the logical expert in each slot.
+        slots: int32 [L, S], the logical expert in each slot.
         num_experts: E.
         nodes, gpus_per_node: the cluster.
     """
@@ -187,7 +187,7 @@ class Placement:
 
     @property
     def num_slots(self) -> int:
-        """P, slots per layer over all GPUs."""
+        """S, slots per layer over all GPUs."""
         return int(self.slots.shape[1])
 
     @property
@@ -200,5 +200,5 @@ class Placement:
 
     @property
     def redundant(self) -> int:
-        """R, extra slots per layer: P - E."""
+        """R, extra slots per layer: S - E."""
         return self.num_slots - self.num_experts

@@ -90,6 +90,5 @@ def show(table: Comparison, trace: Trace, seconds: float) -> None:
     for line in table_lines(table):
         say(line)
     say()
-    for note in table.notes:
+    for note in (*table.notes, *table.method):
         say(f"  - {note}")
-    say("  - guard ok: equal groups, and node load at most 1.05 x linear's; other rows do not count")

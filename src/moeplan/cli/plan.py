@@ -71,6 +71,9 @@ def register(app: typer.Typer) -> None:
         else:
             say("expected on unseen requests (fitted on three quarters, measured on the last):")
             for key in _EXPECTED:
+                if expected[key]["value"] is None:
+                    say(f"  {key:24s} - (per-step figures need groups of equal size)")
+                    continue
                 versus = expected[key].get("vs_linear")
                 change = f"  ({100 * versus['value']:+.1f} % against linear)" if versus else ""
                 say(f"  {key:24s} {expected[key]['value']:.3f}{change}")
@@ -88,4 +91,4 @@ def _expected(requests: RequestSet, setup: Setup, strategy: str) -> dict[str, An
         row = compare(requests, setup).row(strategy).to_dict()
     except PlanError:
         return None
-    return {key: row[key] for key in _EXPECTED} if row["gpu_load_ratio"]["value"] is not None else None
+    return {key: row[key] for key in _EXPECTED}

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from moeplan.types import Int32Array
 
-__all__ = ["pack", "slots_from_nodes"]
+__all__ = ["pack", "replicate", "slots_from_nodes"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -41,15 +41,37 @@ def pack(weights: npt.NDArray[np.floating], bins: int) -> tuple[Int64Array, Int6
     return chosen, rank
 
 
+def replicate(load: npt.NDArray[np.float64], slots: int, most: int | None = None) -> tuple[Int64Array, Int64Array]:
+    """Give each spare slot to the expert whose copies carry most (the rule of DeepSeek's EPLB).
+
+    Args:
+        load: float64 [rows, E]; slots: how many copies in all; most: most copies of one expert, None for no limit.
+
+    Returns:
+        int64 [rows, slots], the expert of each copy; int64 [rows, E], copies of each expert.
+    """
+    rows, experts = load.shape
+    at = np.arange(rows)
+    copy = np.tile(np.arange(slots, dtype=np.int64) % experts, (rows, 1))
+    count = np.ones((rows, experts), np.int64)
+    for slot in range(experts, slots):
+        each = load / count
+        busiest = (each if most is None else np.where(count < most, each, -1.0)).argmax(axis=1)
+        copy[:, slot] = busiest
+        count[at, busiest] += 1
+    return copy, count
+
+
 def slots_from_nodes(
     experts: npt.NDArray[np.integer], load: npt.NDArray[np.floating], gpus_per_node: int
 ) -> Int32Array:
     """Deal each node's experts to its GPUs, equally many to each and as even in load as greedy packing gets.
 
-    A node holds an expert at most once, so no GPU gets two copies.
+    No GPU gets two copies of an expert: where a node holds several, they go first, each expert's to the GPUs with most
+    room (which keeps the rooms even, so that the last expert finds as many GPUs as it has copies).
 
     Args:
-        experts: integers [L, N, M], the experts that each node holds.
+        experts: integers [L, N, M], the experts that each node holds, each at most `gpus_per_node` times.
         load: floats [L, N, M], the expected picks that each of these copies serves.
         gpus_per_node: G, dividing M.
 
@@ -57,8 +79,29 @@ def slots_from_nodes(
         int32 [L, N * M], the expert of each slot.
     """
     layers, nodes, held = experts.shape
-    per_gpu = held // gpus_per_node
-    gpu, rank = pack(load.reshape(layers * nodes, held), gpus_per_node)
+    flat, weight = experts.reshape(layers * nodes, held), load.reshape(layers * nodes, held)
+    if (np.diff(np.sort(flat, axis=1), axis=1) == 0).any():
+        rows = [_deal_copies(flat[i], weight[i], gpus_per_node) for i in range(len(flat))]
+        return np.array(rows, np.int32).reshape(layers, nodes * held)
+    gpu, rank = pack(weight, gpus_per_node)
     slots = np.zeros((layers * nodes, held), np.int32)
-    np.put_along_axis(slots, gpu * per_gpu + rank, experts.reshape(layers * nodes, held).astype(np.int32), axis=1)
+    np.put_along_axis(slots, gpu * (held // gpus_per_node) + rank, flat.astype(np.int32), axis=1)
     return slots.reshape(layers, nodes * held)
+
+
+def _deal_copies(experts: npt.NDArray[np.integer], load: npt.NDArray[np.floating], gpus: int) -> list[int]:
+    """One node that holds some experts more than once: the experts of its slots, GPU by GPU."""
+    room = np.full(gpus, len(experts) // gpus)
+    weight = np.zeros(gpus)
+    hands: list[list[int]] = [[] for _ in range(gpus)]
+    kinds, first, count = np.unique(experts, return_index=True, return_counts=True)
+    for i in np.lexsort((-load[first], -count)):
+        if count[i] > 1:
+            taken = np.lexsort((weight, -room))[: count[i]]
+        else:
+            taken = np.array([np.where(room > 0, weight, np.inf).argmin()])
+        for gpu in taken:
+            hands[gpu].append(int(kinds[i]))
+        room[taken] -= 1
+        weight[taken] += load[first[i]]
+    return [expert for hand in hands for expert in hand]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.plan.router import Router
 from moeplan.types import Int32Array, ModelShape
 
-__all__ = ["Decision", "Options", "Problem", "Stream"]
+__all__ = ["Decision", "Options", "Problem", "Strategy", "Stream"]
 
 Counts = npt.NDArray[np.uint32]
 
@@ -84,7 +85,7 @@ class Problem:
 
     @property
     def num_slots(self) -> int:
-        """P, slots per layer."""
+        """S, slots per layer."""
         return self.shape.num_experts + self.redundant
 
     @cached_property
@@ -105,13 +106,26 @@ class Decision:
     """What a strategy decides.
 
     Attributes:
-        slots: int32 [L, P], the expert in each slot.
+        slots: int32 [L, S], the expert in each slot.
         router: how a new request finds its group; None for the locality router that every placement brings along.
-        equal_groups: False where the strategy, by its nature, leaves groups of unequal size (marked, never guarded).
         notes: choices worth printing, one line each.
     """
 
     slots: Int32Array
     router: Router | None = None
-    equal_groups: bool = True
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to plan.
+
+    Attributes:
+        decide: (problem, seed) -> decision; the same seed, the same decision.
+        routed: it groups requests by signature; the others only place experts, and are shown with random groups.
+        equal: its groups are equal in size; False marks every figure of it, and none of them counts.
+    """
+
+    decide: Callable[[Problem, int], Decision]
+    routed: bool = False
+    equal: bool = True

@@ -134,6 +134,7 @@ def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: s
         if not (usable & (requests.prefill_known > 0)).any() or column != "decode":
             raise UsageError(f"--phase {phase} needs prefill and decode rows, which this trace does not have")
         usable = usable & (requests.prefill_known > 0)
+        need += ", and prefill rows"
         column = "prefill" if phase == "prefill" else "prefill and decode"
     if not usable.any():
         raise UsageError(
@@ -150,7 +151,10 @@ def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: s
     }[phase]
     notes = [f"{len(index)} of {len(requests)} requests are usable (they have {need})"]
     if stands_in:
-        notes.append(f"the {stands_in} stand in for the prefill; figures are for the rest")
+        notes.append(
+            f"the {stands_in} stand in for the prefill; figures are for the "
+            + ("rest" if phase == "decode" else f"{column} rows")
+        )
     if not trace.complete:
         notes.append("the trace is of a recording that was cut off; its finished parts are used")
     return RequestSet(

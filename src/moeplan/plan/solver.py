@@ -24,7 +24,6 @@ class Result:
         who: the replica rule applied to it.
         router: how new requests find their group.
         equal_groups: False for a strategy whose groups are unequal by nature.
-        groups_requests: True where the strategy brought a router of its own.
         notes: choices made, one line each.
         seconds: wall time.
     """
@@ -35,7 +34,6 @@ class Result:
     who: Routes
     router: Router
     equal_groups: bool
-    groups_requests: bool
     notes: tuple[str, ...]
     seconds: float
 
@@ -46,9 +44,9 @@ def solve(problem: Problem, strategy: str, seed: int = 0) -> Result:
     Raises:
         UsageError: no such strategy. PlanError: the problem has no such plan.
     """
-    decide = strategies.find(strategy)
+    chosen = strategies.find(strategy)
     start = time.perf_counter()
-    decision = decide(problem, seed)
+    decision = chosen.decide(problem, seed)
     cluster = problem.cluster
     placement = Placement(decision.slots, problem.shape.num_experts, cluster.nodes, cluster.gpus_per_node)
     if placement.slots.shape != (problem.shape.num_layers, problem.num_slots):
@@ -56,6 +54,6 @@ def solve(problem: Problem, strategy: str, seed: int = 0) -> Result:
     who = routes(placement, cluster, problem.rule, seed)
     router = decision.router or LocalityRouter.of(who)
     return Result(
-        strategy, seed, placement, who, router, decision.equal_groups, decision.router is not None, decision.notes,
+        strategy, seed, placement, who, router, chosen.equal, decision.notes,
         time.perf_counter() - start,
     )  # fmt: skip

@@ -69,6 +69,8 @@ def save_plan(
     arrays: dict[str, npt.NDArray[Any]] = {"slots": result.placement.slots}
     if isinstance(result.router, ClusterRouter):
         arrays |= {"centroids": result.router.centroids, "serves": result.router.serves}
+    elif not isinstance(result.router, LocalityRouter):
+        raise OutputError(f"plans do not store a {type(result.router).__name__} yet", where=str(path))
     cluster = problem.cluster
     head = {
         "format": FORMAT,
@@ -76,7 +78,7 @@ def save_plan(
         "moeplan": __version__,
         "synthetic": synthetic,
         "strategy": result.strategy,
-        "objective": "bytes",
+        "objective": None,
         "seed": result.seed,
         "model": problem.shape.to_dict(),
         "cluster": {"nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node, "home": cluster.home.value},
@@ -155,7 +157,7 @@ def load_plan(path: str | Path) -> StoredPlan:
             raise FormatError("the router's arrays do not fit the plan", where=str(root))
         router = ClusterRouter(centroids.astype(np.float32), serves.astype(np.bool_))
     result = Result(
-        strategy, seed, placement, who, router, bool(head.get("equal_groups", True)), clustered, (),
+        strategy, seed, placement, who, router, bool(head.get("equal_groups", True)), (),
         float(head.get("fit_seconds") or 0.0),
     )  # fmt: skip
     return StoredPlan(

@@ -87,10 +87,11 @@ def rows_of(strategies: tuple[str, ...], requests: RequestSet) -> list[Row]:
     several = len(np.unique(requests.domain)) > 1
     rows: list[Row] = []
     for name in dict.fromkeys(("linear", *strategies)):
-        if name.startswith("paper"):
+        strategy = find(name)
+        if strategy.routed:
             kinds = ["none", *(["domain"] if several else []), "oracle"]
             rows.append(Row(name, name, "prefill"))
-            if name == "paper":
+            if strategy.equal:
                 rows += [Row(f"{name}/{kind}", name, kind) for kind in kinds]
         else:
             rows.append(Row(name, name, "none"))
@@ -117,7 +118,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     live = live_requests([len(test) for _, test in folds], cluster)
     rows = rows_of(setup.strategies, requests)
     measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, dict[str, None]] = {}
     done, total = 0, len(rows) * setup.folds
     for fold, (fit, test) in enumerate(folds):
         problem = fit_problem(requests, setup, fit)
@@ -129,10 +130,11 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
             if row.strategy not in solved:
                 solved[row.strategy] = solve(problem, row.strategy, setup.seed + fold)
                 for note in solved[row.strategy].notes:
-                    notes.setdefault(note, []).append(str(fold + 1))
+                    notes.setdefault(note, {})[str(fold + 1)] = None
             result = solved[row.strategy]
             group = group_test(requests, fit, test, result, row.signature, _rng(setup, fold, 1))
-            measured[row.name].append(measure(requests, setup, test, group, draws, live, result))
+            equal = result.equal_groups or row.signature == "none"
+            measured[row.name].append(measure(requests, setup, test, group, equal, draws, live, result))
             done += 1
     said = (
         f"{note} (fold{'s' * (len(at) > 1)} {', '.join(at)})" if len(at) < setup.folds else note
@@ -142,14 +144,15 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
 
 
 def measure(
-    requests: RequestSet, setup: Setup, test: Int64Array, group: Int64Array, draws: Draws, live: int, result: Result
-) -> Measured:
+    requests: RequestSet, setup: Setup, test: Int64Array, group: Int64Array, equal: bool, draws: Draws, live: int,
+    result: Result,
+) -> Measured:  # fmt: skip
     """One row in one fold: per request, and (where groups are equal) per step."""
     figures = measure_requests(requests, test, group, result.who, setup.dispatch)
     steps = None
-    if result.equal_groups:
+    if equal:
         steps = measure_steps(requests, draws, group, live, result.who, setup.dispatch)
-    return Measured(test, figures, steps, result.seconds, result.equal_groups)
+    return Measured(test, figures, steps, result.seconds, equal)
 
 
 def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
@@ -168,13 +171,14 @@ def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
     live = live_requests([len(requests)], setup.cluster)
     setup = dataclasses.replace(setup, folds=1)
     draws = draw_steps(requests.measured_span, setup.steps, _rng(setup, 0, 2))
-    linear = solve(fit_problem(requests, setup, everyone), "linear")
+    linear = solve(fit_problem(requests, setup, everyone), "linear", setup.seed)
     name = result.strategy if result.strategy != "linear" else "plan"
     rows = [Row("linear", "linear", "none"), Row(name, result.strategy, "prefill"), Row(f"{name}/none", name, "none")]
     measured = {}
     for row, of in zip(rows, (linear, result, result), strict=True):
         group = group_test(requests, everyone, everyone, of, row.signature, _rng(setup, 0, 1))
-        measured[row.name] = [measure(requests, setup, everyone, group, draws, live, of)]
+        equal = of.equal_groups or row.signature == "none"
+        measured[row.name] = [measure(requests, setup, everyone, group, equal, draws, live, of)]
     return tabulate(requests, setup, rows, measured, block, live, ())
 
 

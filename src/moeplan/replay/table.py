@@ -81,10 +81,16 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole table."""
+    """The whole table.
+
+    Attributes:
+        head: the set-up, as plain values.
+        notes: what a reader must know before any figure; method: what the figures rest on. One line each.
+    """
 
     head: dict[str, Any]
     notes: tuple[str, ...]
+    method: tuple[str, ...]
     rows: tuple[TableRow, ...]
 
     def row(self, name: str) -> TableRow:
@@ -93,7 +99,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: head, notes, strategies by name."""
-        return self.head | {"notes": list(self.notes), "strategies": {row.name: row.to_dict() for row in self.rows}}
+        said = {"notes": list(self.notes), "method": list(self.method)}
+        return self.head | said | {"strategies": {row.name: row.to_dict() for row in self.rows}}
 
 
 def tabulate(
@@ -121,7 +128,7 @@ def tabulate(
         own = figures[row.name]
         equal = measured[row.name][0].equal_groups
         node_load = own["node_load_ratio"].value
-        _break_even(own, baseline)
+        _break_even(own, baseline, requests.column == "decode")
         table.append(
             TableRow(
                 row.name, row.strategy, row.signature, equal,
@@ -133,7 +140,12 @@ def tabulate(
             )
         )  # fmt: skip
     head = _head(requests, setup, measured["linear"], live)
-    return Comparison(head, (*requests.notes, *_own_notes(requests, setup, live, unit), *notes), tuple(table))
+    return Comparison(
+        head,
+        (*requests.notes, *_byte_notes(requests, setup)),
+        (*_method(requests, setup, live, unit), *notes),
+        tuple(table),
+    )
 
 
 @dataclass(frozen=True)
@@ -251,10 +263,10 @@ class _Tools:
         return {"kv_handover_bytes_per_request": figure_of_ratio(moved, one, self.weights, self.unit)}
 
 
-def _break_even(own: dict[str, Figure], linear: dict[str, Figure]) -> None:
+def _break_even(own: dict[str, Figure], linear: dict[str, Figure], decode_only: bool) -> None:
     """Beside the KV hand-over: the decode length at which the bytes saved make up for it (None: never)."""
     moved, sent = own["kv_handover_bytes_per_request"], own["inter_node_bytes_per_token"]
-    if moved.value is None or sent.value is None:
+    if moved.value is None or sent.value is None or not decode_only:
         return
     saved = (linear["inter_node_bytes_per_token"].value or 0.0) - sent.value
     extra = (("break_even_decode_tokens", moved.value / saved if saved > 0 else None),)
@@ -282,14 +294,19 @@ def _floors(
     }
 
 
-def _own_notes(requests: RequestSet, setup: Setup, live: int, unit: str) -> list[str]:
+def _method(requests: RequestSet, setup: Setup, live: int, unit: str) -> list[str]:
     cluster = setup.cluster
-    notes = [
-        f"per request: all {requests.column} rows of the unseen requests; intervals bootstrap over {unit}",
+    return [
+        f"per request: all {requests.column} rows of the measured requests; intervals bootstrap over {unit}",
         f"per step: {setup.steps} steps a fold, {live} live requests in each of {cluster.num_groups} groups; intervals "
         f"bootstrap over steps",
         "signatures not shown: prompt-tokens (a trace holds no token ids), previous-turn (it holds no conversations)",
+        "guard ok: equal groups, and node load at most 1.05 x linear's; other rows do not count",
     ]
+
+
+def _byte_notes(requests: RequestSet, setup: Setup) -> list[str]:
+    notes = []
     hidden = setup.hidden or requests.shape.hidden
     if hidden is None:
         notes.append("bytes are not given: the trace does not say the model's hidden size (--hidden)")
@@ -320,7 +337,7 @@ def _head(requests: RequestSet, setup: Setup, linear: list[Measured], live: int)
             "redundant": setup.redundant,
             "dispatch": setup.dispatch.value,
             "replica_rule": setup.rule.value,
-            "fit": setup.fit,
+            "fit": setup.fit if any(len(m.test) < len(requests) for m in linear) else None,
             "folds": setup.folds,
             "seed": setup.seed,
             "block": setup.block,

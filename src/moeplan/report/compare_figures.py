@@ -12,8 +12,11 @@ from moeplan.report.figures import GREY, PALETTE, STYLES, Image, canvas, legend_
 __all__ = ["bars_figure", "gpu_load_figure", "load_figure"]
 
 
-def bars_figure(rows: list[TableRow], table: Comparison, key: str, label: str, alt: str) -> Image | None:
-    """Horizontal bars of one key with 95 % intervals; rows that do not count are hatched, `linear` is a line."""
+def bars_figure(
+    rows: list[TableRow], table: Comparison, key: str, label: str, alt: str, scale: float = 1.0
+) -> Image | None:
+    """Horizontal bars of one key (times `scale`) with 95 % intervals; rows that do not count are hatched, `linear` is
+    a dashed line."""
     shown = [row for row in rows if row.figures[key].value is not None]
     baseline = table.row("linear").figures[key].value
     if not shown or baseline is None:
@@ -21,14 +24,14 @@ def bars_figure(rows: list[TableRow], table: Comparison, key: str, label: str, a
     with canvas(height=0.9 + 0.3 * len(shown)) as (figure, axes):
         for i, row in enumerate(reversed(shown)):
             found = row.figures[key]
-            value = found.value or 0.0
+            value = (found.value or 0.0) * scale
             axes.barh(i, value, height=0.66, **_paint(row))
             if interval := found.interval():
-                axes.plot(interval, [i, i], color="#1b1f24", linewidth=1.4, solid_capstyle="butt")
-        axes.axvline(baseline, color=GREY, linewidth=1.2, linestyle="--")
+                axes.plot([end * scale for end in interval], [i, i], color="#1b1f24", linewidth=1.4)
+        axes.axvline(baseline * scale, color=GREY, linewidth=1.2, linestyle="--")
         axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{label} (dashed: linear)")
+        axes.set_xlabel(label)
         axes.set_xlim(left=0)
         return to_image(figure, alt)
 
@@ -55,7 +58,7 @@ def load_figure(rows: list[TableRow], key: str, label: str, alt: str) -> Image |
         if floor is not None:
             axes.axvline(floor, color=GREY, linewidth=1.2, linestyle=":")
         axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
-        axes.set_xlabel(f"{label} (dotted: even GPUs)")
+        axes.set_xlabel(label)
         axes.set_xlim(left=1.0)
         return to_image(figure, alt)
 

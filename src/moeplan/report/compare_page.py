@@ -46,7 +46,7 @@ def compare_html(table: Comparison, trace: Trace) -> str:
         f"{setup['gpus_per_node']} GPUs with {setup['redundant']} redundant slots a layer; dispatch per "
         f"{setup['dispatch']}, replicas {setup['replica_rule']}, home {setup['home']}; seed {setup['seed']}"
     )
-    notices = [*table.notes]
+    notices = [note[0].upper() + note[1:] for note in table.notes]
     if trace.synthetic:
         notices.insert(0, "Synthetic: this workload is generated; its figures say nothing about a real model.")
     if count["fit"][0]:
@@ -63,6 +63,7 @@ def compare_html(table: Comparison, trace: Trace) -> str:
         _gpu_load(table, main),
         _step_load(table, main),
         _all_keys(table),
+        _method(table),
     ]
     return render(f"Strategies on {trace.label}", subtitle, notices, [s for s in sections if s is not None])
 
@@ -94,8 +95,11 @@ def _outcome(rows: list[TableRow], key: str, what: str) -> str:
         versus = best.versus_linear[key] or {}
         interval = versus.get("ci95")
         sure = interval is not None and interval[1] < 0
-        verb = f"lowers {what} most" if sure else f"comes lowest on {what}, but not beyond noise"
-        text = f"Among the rows that count, {best.name} {verb}: {_change(best, key)} against linear"
+        if versus.get("value", 0.0) > -0.0005:
+            text = f"No other row that counts lowers {what}"
+        else:
+            verb = f"lowers {what} most" if sure else f"comes lowest on {what}, but not beyond noise"
+            text = f"Among the rows that count, {best.name} {verb}: {_change(best, key)} against linear"
     over = [row for row in rows if not row.guarded and row.figures[key].value is not None]
     lowest = min(over, key=lambda row: row.figures[key].value or 0.0, default=None)
     if lowest is not None:
@@ -112,10 +116,10 @@ def _volume(table: Comparison, rows: list[TableRow]) -> Section:
     sentence = f"With linear, {100 * linear:.1f} % of all picks are served on another node than the token's. "
     sentence += _outcome(rows, "remote_share", "the remote share")
     figures = [
-        bars_figure(table_rows, table, key, label, alt)
-        for table_rows, key, label, alt in (
-            (rows, "remote_share", "share of picks served on another node", "Remote share by strategy"),
-            (rows, "inter_node_bytes_per_token", "bytes between nodes per token", "Inter-node bytes by strategy"),
+        bars_figure(rows, table, key, label, alt, scale)
+        for key, label, scale, alt in (
+            ("remote_share", "remote share of picks", 1.0, "Remote share by strategy"),
+            ("inter_node_bytes_per_token", "KB between nodes per token", 1e-3, "Inter-node bytes by strategy"),
         )
     ]
     return Section(
@@ -123,7 +127,7 @@ def _volume(table: Comparison, rows: list[TableRow]) -> Section:
         sentence,
         [figure for figure in figures if figure is not None],
         note="Solid bars count: equal groups, and node load at most 1.05 times linear's. Hatched bars do not. "
-        "Black lines are 95 % intervals over requests; percentages are paired with linear.",
+        "Dashed: linear. Black lines are 95 % intervals over requests; percentages are paired with linear.",
     )
 
 
@@ -139,7 +143,7 @@ def _nodes(table: Comparison, rows: list[TableRow]) -> Section:
             f"times linear's volume under {worst.name}."
         )
     figures = [
-        bars_figure(rows, table, "remote_nodes_per_token", "distinct other nodes per token", "Nodes reached"),
+        bars_figure(rows, table, "remote_nodes_per_token", "other nodes per token and layer", "Nodes reached"),
         bars_figure(rows, table, "padded_ratio", "padded volume / linear's", "Padded volume by strategy"),
     ]
     return Section("Nodes reached, and padded volume", sentence, [figure for figure in figures if figure is not None])
@@ -167,9 +171,7 @@ def _split(table: Comparison) -> Section | None:
             text += f", of {100 * (oracle.versus_linear['remote_share'] or {'value': 0.0})['value']:+.1f} % that an "
             text += "oracle who knows the decode would get"
         parts.append(text)
-    figure = bars_figure(
-        shown, table, "remote_share", "share of picks served on another node", "Remote share by signature"
-    )
+    figure = bars_figure(shown, table, "remote_share", "remote share of picks", "Remote share by signature")
     stands = table.head["signature_stands_in"]
     note = (
         f"The signature is what a request's {stands} activated." if stands else "The signature is the prefill's picks."
@@ -182,11 +184,20 @@ def _gpu_load(table: Comparison, rows: list[TableRow]) -> Section:
     best = min(rows, key=lambda row: row.figures["gpu_load_total"].value or 0.0)
     linear = table.row("linear").figures["gpu_load_total"]
     idle = [float((row.gpu_load < 0.5).mean()) for row in (table.row("linear"), best)]
+    same = (best.figures["gpu_load_total"].value or 0.0) > 0.999 * (linear.value or 0.0)
     sentence = (
         f"Over the test part the busiest GPU of a layer serves {linear.value:.2f} times the mean under linear and "
         f"{best.figures['gpu_load_total'].value:.2f} times under {best.name}, the most even; "
         f"{100 * idle[0]:.0f} % and {100 * idle[1]:.0f} % of the GPUs serve less than half the mean."
     )
+    if same:
+        sentence = (
+            f"Over the test part the busiest GPU of a layer serves {linear.value:.2f} times the mean, and "
+            f"{100 * idle[0]:.0f} % of the GPUs serve less than half the mean; no strategy is more even than linear."
+        )
+        slots = table.head["model"]["num_experts"] + table.head["setup"]["redundant"]
+        if slots == len(best.gpu_load):
+            sentence += " With one expert a GPU and no copies, a placement cannot change it."
     return Section(
         "Load by GPU",
         sentence,
@@ -210,11 +221,12 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
     sentence += (
         f"{', '.join(over)} exceed the node-load guard." if over else "every strategy keeps the node-load guard."
     )
+    note = "Dotted: what the same number of independent picks would show on perfectly even GPUs or nodes."
     figures = [
         load_figure(known, "gpu_load_ratio", "GPU load, max / mean", "GPU load per step"),
         load_figure(known, "node_load_ratio", "node load, max / mean", "Node load per step"),
     ]
-    return Section("Load in a decode step", sentence, [figure for figure in figures if figure is not None])
+    return Section("Load in a decode step", sentence, [figure for figure in figures if figure is not None], note=note)
 
 
 def _all_keys(table: Comparison) -> Section:
@@ -225,12 +237,18 @@ def _all_keys(table: Comparison) -> Section:
         for key, _, scale, form in _KEYS:
             value = row.figures[key].value
             cells.append("–" if value is None else form.format(value * scale))
-        reason = "yes" if row.guarded else ("no: unequal groups" if not row.equal_groups else "no: node load")
+        reason = "yes" if row.guarded else ("over" if row.equal_groups else "unequal")
         body.append([*cells, reason])
     wins = [
-        f"{row.name} over {', '.join(row.beats['remote_share'])}" for row in table.rows if row.beats["remote_share"]
+        row.name + ("" if row.guarded else " (over)") for row in table.rows if "linear" in row.beats["remote_share"]
     ]
     count = sum(row.guarded for row in table.rows)
-    sentence = f"{count} of {len(table.rows)} rows count. "
-    sentence += f"On the remote share, beyond noise: {'; '.join(wins)}." if wins else "None beats another beyond noise."
-    return Section("All figures", sentence, table=Table(head, body), note="Definitions: docs/metrics.md.")
+    sentence = f"{count} of {len(table.rows)} rows count. On the remote share, "
+    sentence += f"beyond noise, linear is beaten by {', '.join(wins)}." if wins else "none beats linear beyond noise."
+    note = "over: node load above 1.05 times linear's. unequal: groups of unequal size. Definitions: docs/metrics.md."
+    return Section("All figures", sentence, table=Table(head, body), note=note)
+
+
+def _method(table: Comparison) -> Section:
+    rows = [[line] for line in table.method]
+    return Section("How this was measured", "What these figures rest on:", table=Table(["choice"], rows))

@@ -1,22 +1,19 @@
 """One file per strategy; adding a strategy is adding a file.
 
-A strategy file has `STRATEGIES`, a dict from each name it offers to a function `(problem, seed) -> Decision`. Names
-come from the files in this folder, so nothing else has to be told.
+A strategy file has `STRATEGIES`, a dict from each name it offers to a `Strategy`. Names come from the files in this
+folder, so nothing else has to be told.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
 from functools import cache
 
 from moeplan.errors import UsageError
-from moeplan.plan.problem import Decision, Problem
+from moeplan.plan.problem import Strategy
 
-__all__ = ["Strategy", "available", "find"]
-
-Strategy = Callable[[Problem, int], Decision]
+__all__ = ["available", "find"]
 
 
 @cache

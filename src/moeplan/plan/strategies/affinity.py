@@ -1,7 +1,7 @@
 """`affinity`: source-free co-activation. Experts that serve the same token share a node, wherever the token lives.
 
-The family of ExFlow, TACG and CAP (reprinted figures: docs/results.md): it lowers the distinct nodes that a token
-touches and knows nothing of requests, homes or load.
+The family of ExFlow, TACG and CAP: it lowers the distinct nodes that a token touches and knows nothing of requests,
+homes or load.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.swaps import swap_partition
-from moeplan.plan.packing import slots_from_nodes
-from moeplan.plan.problem import Decision, Problem
+from moeplan.plan.packing import replicate, slots_from_nodes
+from moeplan.plan.problem import Decision, Problem, Strategy
 from moeplan.plan.strategies.linear import linear
 
 _STARTS, _SWEEPS = 3, 50
@@ -31,6 +31,9 @@ def affinity(problem: Problem, seed: int) -> Decision:
         weight = problem.pairs[layer].astype(np.float64)
         part = _partition(weight, cluster.nodes, rng)
         for node in range(cluster.nodes):
+            if held >= shape.num_experts:  # room for all of them: the rest goes where a copy carries most
+                experts[layer, node] = replicate(problem.load[layer : layer + 1], held, cluster.gpus_per_node)[0][0]
+                continue
             members = np.flatnonzero(part == node)
             called = weight[members].sum(axis=0)
             called[members] = -1.0
@@ -55,4 +58,4 @@ def _partition(weight: npt.NDArray[np.float64], nodes: int, rng: np.random.Gener
     return best
 
 
-STRATEGIES = {"affinity": affinity}
+STRATEGIES = {"affinity": Strategy(affinity)}

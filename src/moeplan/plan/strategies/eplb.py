@@ -12,31 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import PlanError
-from moeplan.plan.packing import pack
-from moeplan.plan.problem import Decision, Problem
+from moeplan.plan.packing import pack, replicate
+from moeplan.plan.problem import Decision, Problem, Strategy
 from moeplan.types import Int32Array
 
 __all__ = ["rebalance"]
-
-
-def replicate(load: npt.NDArray[np.float64], slots: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Give each spare slot to the expert whose copies carry most.
-
-    Args:
-        load: float64 [rows, experts]; slots: how many copies in all.
-
-    Returns:
-        int64 [rows, slots], the expert of each copy; int64 [rows, experts], copies of each expert.
-    """
-    rows, experts = load.shape
-    at = np.arange(rows)
-    copy = np.tile(np.arange(slots, dtype=np.int64) % experts, (rows, 1))
-    count = np.ones((rows, experts), np.int64)
-    for slot in range(experts, slots):
-        busiest = (load / count).argmax(axis=1)
-        copy[:, slot] = busiest
-        count[at, busiest] += 1
-    return copy, count
 
 
 def rebalance(weight: npt.NDArray[np.floating], slots: int, routing_groups: int, nodes: int, gpus: int) -> Int32Array:
@@ -81,7 +61,7 @@ def eplb(problem: Problem, seed: int, policy: str = "auto") -> Decision:
 
 
 STRATEGIES = {
-    "eplb": eplb,
-    "eplb-global": partial(eplb, policy="global"),
-    "eplb-hierarchical": partial(eplb, policy="hierarchical"),
+    "eplb": Strategy(eplb),
+    "eplb-global": Strategy(partial(eplb, policy="global")),
+    "eplb-hierarchical": Strategy(partial(eplb, policy="hierarchical")),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.plan.problem import Decision, Problem
+from moeplan.plan.problem import Decision, Problem, Strategy
 
 
 def linear(problem: Problem, seed: int) -> Decision:
@@ -16,4 +16,4 @@ def linear(problem: Problem, seed: int) -> Decision:
     return Decision(np.tile(row, (problem.shape.num_layers, 1)))
 
 
-STRATEGIES = {"linear": linear}
+STRATEGIES = {"linear": Strategy(linear)}

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from moeplan.cluster import routes
 from moeplan.errors import PlanError
 from moeplan.plan.assignment import equal_groups
-from moeplan.plan.packing import slots_from_nodes
-from moeplan.plan.problem import Decision, Problem
+from moeplan.plan.packing import replicate, slots_from_nodes
+from moeplan.plan.problem import Decision, Problem, Strategy
 from moeplan.plan.router import ClusterRouter, normalised
 from moeplan.types import Int32Array, Placement
 
@@ -39,7 +39,7 @@ def paper(problem: Problem, seed: int, equal: bool = True) -> Decision:
     router, label = group_requests(problem.use, clusters, groups, seed)
     group = fit_groups(router, problem.use, label, equal)
     slots = place(problem, use_by_group(problem.use, group))
-    return Decision(slots, router, equal, (f"paper: K = {len(router.centroids)} clusters for {groups} groups ({how})",))
+    return Decision(slots, router, (f"paper: K = {len(router.centroids)} clusters for {groups} groups ({how})",))
 
 
 # ---- micro-batch grouping
@@ -138,6 +138,7 @@ def pick_clusters(problem: Problem, seed: int) -> int:
 
     A seeded three quarters of them fit, the rest judge: among K = D/2, D, 2D and 4D (those with at least four fit
     requests a cluster) the one with the least `remote_share` on equal groups routed by signature; ties to the least K.
+    Where the fit part is too small for two candidates, K = D.
     """
     n, groups = len(problem.use), problem.cluster.num_groups
     order = np.random.default_rng([seed, 0xC1]).permutation(n)
@@ -165,30 +166,34 @@ def pick_clusters(problem: Problem, seed: int) -> int:
 
 
 def place(problem: Problem, use: FloatArray) -> Int32Array:
-    """Both phases, then GPUs: int32 [L, P] from U [L, D, E]."""
+    """Both phases, then GPUs: int32 [L, S] from U [L, D, E]."""
     cluster = problem.cluster
     groups = use.shape[1]
-    held = place_by_use(use, problem.num_slots // groups)
-    copies = np.zeros(problem.load.shape)
-    np.add.at(copies, (np.arange(len(held))[:, None, None], held), 1.0)
-    own = np.take_along_axis(use, held, axis=2)
+    held = place_by_use(use, problem.num_slots // groups, cluster.gpus_per_home)
+    inside = np.zeros(use.shape)  # copies of each expert in each group
+    np.add.at(inside, (np.arange(len(held))[:, None, None], np.arange(groups)[None, :, None], held), 1.0)
     # A copy serves its own group first; what groups without a copy need is shared by all copies.
-    has = np.zeros(use.shape, np.bool_)
-    np.put_along_axis(has, held, True, axis=2)
-    others = np.take_along_axis(((use * ~has).sum(axis=1) / copies)[:, None, :].repeat(groups, 1), held, axis=2)
+    own = np.take_along_axis(use / np.maximum(inside, 1.0), held, axis=2)
+    need = (use * (inside == 0)).sum(axis=1) / inside.sum(axis=1)
+    others = np.take_along_axis(need[:, None, :].repeat(groups, 1), held, axis=2)
     return slots_from_nodes(held, own + others, cluster.gpus_per_home)
 
 
-def place_by_use(use: FloatArray, room: int) -> npt.NDArray[np.int64]:
+def place_by_use(use: FloatArray, room: int, most: int = 1) -> npt.NDArray[np.int64]:
     """The published placement of one layer after another: int64 [L, D, M], the experts of each group.
 
     Phase 1: experts in descending max_d U; each goes to the group that uses it most and has room, at most ceil(E / D).
     Phase 2: every group is filled to M slots with the experts it uses most among those it lacks. Ties: lower index.
+    A group with more slots than there are experts (one node, say) lacks none, and spends the rest where a copy carries
+    most.
 
     Args:
-        use: float64 [L, D, E]; room: M = (E + R) / D.
+        use: float64 [L, D, E]; room: M = (E + R) / D; most: most copies of an expert in a group (its GPUs).
     """
     layers, groups, experts = use.shape
+    if room > experts:
+        copy, _ = replicate(use.reshape(layers * groups, experts), room, most)
+        return copy.reshape(layers, groups, room)
     at = np.arange(layers)
     has = np.zeros(use.shape, np.bool_)
     size = np.zeros((layers, groups), np.int64)
@@ -208,4 +213,7 @@ def place_by_use(use: FloatArray, room: int) -> npt.NDArray[np.int64]:
     return np.nonzero(has)[2].reshape(layers, groups, room)
 
 
-STRATEGIES = {"paper": paper, "paper-unbalanced": partial(paper, equal=False)}
+STRATEGIES = {
+    "paper": Strategy(paper, routed=True),
+    "paper-unbalanced": Strategy(partial(paper, equal=False), routed=True, equal=False),
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.plan.problem import Decision, Problem
+from moeplan.plan.problem import Decision, Problem, Strategy
 
 
 def random(problem: Problem, seed: int) -> Decision:
@@ -23,4 +23,4 @@ def random(problem: Problem, seed: int) -> Decision:
     return Decision(slots)
 
 
-STRATEGIES = {"random": random}
+STRATEGIES = {"random": Strategy(random)}
