@@ -222,6 +222,7 @@ def count(
         _keep(rows, chosen, requests.offsets[rows.first], kept)
         if progress:
             progress(part.stop, len(requests), "counting")
+        del rows  # or two parts would be in memory while the next one is read
     reservoir = Reservoir(kept, chosen.request, chosen.stage)
     return Counts(
         shape=shape,
