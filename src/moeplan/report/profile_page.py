@@ -200,8 +200,8 @@ def _phases(found: Profile, *, figures: bool = True) -> Section:
     nulls = ", ".join(f"{name} reaches {_number(item.mean_nulls[i], 2)}" for i, name in enumerate(NULLS))
     sentence = (
         f"A request's expert counts in {names['prefill']} and {names['decode']} correlate {item.mean_own:.2f}; in "
-        f"place of its own prefill, {nulls}. So its own tells {verdict} {NULLS[best]} does ({gain:+.2f}, 95 % interval "
-        f"{_number(low, 2)} to {_number(high, 2)}). Pooled over requests, as published: {item.mean_pooled:.2f}."
+        f"place of its own prefill, {nulls}. So its own tells {verdict} {NULLS[best]} does ({gain:+.3f}, 95 % interval "
+        f"{_number(low, 3)} to {_number(high, 3)}). Pooled over requests, as published: {item.mean_pooled:.2f}."
     )
     used = f"{item.sampled:,} requests" + (f" of {item.usable:,} usable" if item.sampled < item.usable else "")
     unused = item.requests - item.usable
