@@ -69,7 +69,7 @@ def _trace(root: Path, seed: int) -> Trace:
             found = open_trace(place)
         except MoeplanError:
             found = None
-        if found is None or found.source.get("preset") != "demo" or found.source.get("seed") != seed:
+        if found is None or found.source.get("generate") != "demo" or found.source.get("seed") != seed:
             raise OutputError("is not this demo's trace", where=str(place), mend="choose another place with -o")
         return found
     with progress("generate") as report:

@@ -138,9 +138,11 @@ def _nodes(table: Comparison, rows: list[TableRow]) -> Section:
     padded = [row for row in rows if row.name != "linear" and row.figures["padded_ratio"].value is not None]
     if padded:
         worst = max(padded, key=lambda row: row.figures["padded_ratio"].value or 0.0)
+        least = min(padded, key=lambda row: row.figures["padded_ratio"].value or 0.0)
         sentence += (
-            f" A kernel that pads every node pair to the largest would send {worst.figures['padded_ratio'].value:.2f} "
-            f"times linear's volume under {worst.name}."
+            f" A kernel that pads every node pair to the largest would send {least.figures['padded_ratio'].value:.2f} "
+            f"times linear's volume under {least.name} and {worst.figures['padded_ratio'].value:.2f} times under "
+            f"{worst.name}."
         )
     figures = [
         bars_figure(rows, table, "remote_nodes_per_token", "other nodes per token and layer", "Nodes reached"),
@@ -230,23 +232,26 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
 
 
 def _all_keys(table: Comparison) -> Section:
-    head = ["strategy", "groups by", *(name for _, name, _, _ in _KEYS), "counts"]
+    keys = [entry for entry in _KEYS if any(row.figures[entry[0]].value is not None for row in table.rows)]
+    head = ["strategy", "groups by", "counts", *(name for _, name, _, _ in keys)]
     body = []
     for row in table.rows:
-        cells = [row.name, row.signature]
-        for key, _, scale, form in _KEYS:
+        cells = [row.name, row.signature, _mark(row).strip(" ()") or "yes"]
+        for key, _, scale, form in keys:
             value = row.figures[key].value
             cells.append("–" if value is None else form.format(value * scale))
-        reason = "yes" if row.guarded else ("over" if row.equal_groups else "unequal")
-        body.append([*cells, reason])
-    wins = [
-        row.name + ("" if row.guarded else " (over)") for row in table.rows if "linear" in row.beats["remote_share"]
-    ]
+        body.append(cells)
+    wins = [f"{row.name}{_mark(row)}" for row in table.rows if "linear" in row.beats["remote_share"]]
     count = sum(row.guarded for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows count. On the remote share, "
     sentence += f"beyond noise, linear is beaten by {', '.join(wins)}." if wins else "none beats linear beyond noise."
     note = "over: node load above 1.05 times linear's. unequal: groups of unequal size. Definitions: docs/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
+
+
+def _mark(row: TableRow) -> str:
+    """Why a row does not count, in brackets; nothing where it does."""
+    return "" if row.guarded else " (over)" if row.equal_groups else " (unequal)"
 
 
 def _method(table: Comparison) -> Section:
