@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PALETTE", "Image", "canvas", "heat_map", "legend_below", "lines", "to_image"]
+__all__ = ["PALETTE", "Image", "canvas", "heat_map", "legend_below", "lines", "shorten", "to_image"]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
 GREY = "#7a838c"
@@ -116,6 +116,11 @@ def legend_below(figure: Any, axes: Any, *, columns: int = 2) -> None:
         )
 
 
+def shorten(name: str, most: int = 16) -> str:
+    """A label cut in its middle: labels of one family differ at their ends."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
+
+
 def heat_map(figure: Any, axes: Any, values: Any, names: Sequence[str], *, low: float, high: float, label: str) -> None:
     """A square matrix with its names; figures in the cells while there are few, names left out when there are many."""
     import numpy as np
@@ -125,13 +130,13 @@ def heat_map(figure: Any, axes: Any, values: Any, names: Sequence[str], *, low: 
     figure.colorbar(shown, ax=axes, shrink=0.85, label=label)
     count = len(names)
     if count <= 16:
-        short = [name if len(name) <= 16 else name[:15] + "…" for name in names]
+        short = [shorten(name) for name in names]
         axes.set_xticks(range(count), short, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), short)
     else:
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_xlabel(f"{count} domains, in the order of the table")
+        axes.set_xlabel(f"{count} domains")
     for side in axes.spines.values():
         side.set_visible(False)
     if count <= 7:

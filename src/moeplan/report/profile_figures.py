@@ -13,7 +13,7 @@ from moeplan.profile.leakage import Leakage
 from moeplan.profile.map import RequestMap
 from moeplan.profile.phases import NULLS, Phases
 from moeplan.profile.similarity import Similarity
-from moeplan.report.figures import GREY, PALETTE, Image, canvas, heat_map, legend_below, lines, to_image
+from moeplan.report.figures import GREY, PALETTE, Image, canvas, heat_map, legend_below, lines, shorten, to_image
 
 __all__ = [
     "classification_figure",
@@ -84,7 +84,7 @@ def map_figure(found: RequestMap, title: str) -> Image:
                 color=PALETTE[i],
                 marker=markers[i],
                 alpha=0.75,
-                label=found.domains[d],
+                label=shorten(found.domains[d]),
                 linewidths=0,
             )
         axes.set(xticks=[], yticks=[], title=title)
@@ -92,7 +92,8 @@ def map_figure(found: RequestMap, title: str) -> Image:
         for side in axes.spines.values():
             side.set(visible=True, color="#d8dee4")
         if len(found.domains) > 1:
-            legend_below(figure, axes, columns=3)
+            longest = max(len(shorten(found.domains[d])) for d in named)
+            legend_below(figure, axes, columns=3 if longest <= 12 else 2)
         return to_image(figure, f"Map of {len(found.requests)} requests, {title}")
 
 
