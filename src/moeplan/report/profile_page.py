@@ -246,7 +246,7 @@ def _map(found: Profile, *, figures: bool = True) -> Section:
     if len(found.counts.domains) < 2:
         item = given[0][1]
         sentence = (
-            f"The {len(item.requests)} requests shown are of one domain; a request's nearest neighbour uses the experts "
+            f"The {len(item.requests)} requests shown are of one domain; the nearest neighbour of one uses the experts "
             f"like it to a cosine of {item.nearest:.2f}, another request on average to {item.typical:.2f}."
         )
     drawn = [
