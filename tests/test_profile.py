@@ -13,11 +13,12 @@ from moeplan.errors import UsageError
 from moeplan.profile import Profile, Skipped, profile
 from moeplan.profile.coactivation import quasi_independence
 from moeplan.profile.common import pearson, plain
-from moeplan.profile.counts import DECODE, OTHER, PREFILL, Stages, count
+from moeplan.profile.counts import DECODE, OTHER, PREFILL, count
 from moeplan.profile.imbalance import imbalance, imbalance_factor
 from moeplan.profile.phases import derangement, phases
 from moeplan.profile.similarity import similarity
 from moeplan.trace import UNKNOWN, Requests, Trace, TraceWriter, open_trace
+from moeplan.trace.stages import Stages
 from moeplan.types import ModelShape
 
 LAYERS, EXPERTS = 3, 16
@@ -261,13 +262,15 @@ def requests_of(rows: list[int], prefill: list[int]) -> Requests:
 
 
 def test_stand_ins_come_from_the_decode_else_the_prompt():
-    stages = Stages.of(requests_of([30, 20, 20, 9], [10, 20, UNKNOWN, 1]), 5)
-    assert stages.first.tolist() == [10, 0, 0, 9] and stages.middle.tolist() == [15, 5, 5, 9]
-    assert stages.usable.tolist() == [True, True, True, False]
-    assert stages.lengths(OTHER).tolist() == [10, 0, 0, 9]
+    stages = Stages.of(requests_of([30, 20, 20, 9], [10, 20, UNKNOWN, 1]), 5)  # the trace has decode rows: only they
+    assert stages.first.tolist() == [10, 20, 20, 9] and stages.middle.tolist() == [15, 20, 20, 9]
+    assert stages.usable.tolist() == [True, False, False, False]
+    assert stages.lengths(OTHER).tolist() == [10, 20, 20, 9]
+    unknown = Stages.of(requests_of([30, 9], [UNKNOWN, UNKNOWN]), 5)
+    assert unknown.usable.tolist() == [True, False] and unknown.prefill == "first 5 recorded tokens"
     assert Stages.of(requests_of([30], [30]), 5).decode == "rest of prompt"
     assert Stages.of(requests_of([30], [0]), 5).prefill == "first 5 decode tokens"
-    with pytest.raises(UsageError, match="needs requests of 40 rows, the longest has 30"):
+    with pytest.raises(UsageError, match="needs requests of 40 decode tokens, the longest has 30"):
         Stages.of(requests_of([30], [0]), 20)
     with pytest.raises(UsageError):
         Stages.of(requests_of([30], [0]), 0)

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from moeplan._kernels.counting import count_ranges
 from moeplan.errors import UsageError
 from moeplan.plan.problem import Stream
-from moeplan.trace import UNKNOWN, Trace
+from moeplan.trace import Trace
+from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
 from moeplan.types import ModelShape
 
 __all__ = ["PHASES_MEASURED", "RequestSet", "read_requests"]
@@ -24,7 +25,6 @@ __all__ = ["PHASES_MEASURED", "RequestSet", "read_requests"]
 Int64Array = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.uint32]
 
-MIN_PREFILL, MIN_DECODE = 1, 8
 PHASES_MEASURED = ("decode", "prefill", "mixed")
 
 
@@ -104,32 +104,17 @@ def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: s
     """
     if phase not in PHASES_MEASURED:
         raise UsageError(f"--phase {phase!r} is not one of {', '.join(PHASES_MEASURED)}")
-    if signature_tokens is not None and signature_tokens < 1:
-        raise UsageError(f"--signature-tokens {signature_tokens} is not positive")
     requests = trace.requests
+    stages = Stages.of(requests, signature_tokens)
     start, stop = requests.offsets[:-1], requests.offsets[1:]
-    known = requests.prefill != UNKNOWN
-    middle = start + requests.prefill_known
-    column = "decode"
-    if signature_tokens is None:
-        usable = known & (requests.prefill >= MIN_PREFILL) & (requests.decode >= MIN_DECODE)
-        signature, use, stands_in = np.stack((start, middle), 1), np.stack((middle, stop), 1), None
-        need = f"a prefill of at least {MIN_PREFILL} row and a decode of at least {MIN_DECODE}"
-    else:
-        if (requests.decode > 0).any():
-            body, rows, column = middle, "decode tokens", "decode"
-            usable = known
-        elif (requests.prefill > 0).any():
-            body, rows, column = start, "prompt tokens", "rest of prompt"
-            usable = known
-        else:
-            body, rows, column = start, "rows (phases unknown)", "rest of rows"
-            usable = ~known
-        usable = usable & (stop - body >= 2 * signature_tokens)
-        signature = np.stack((body, body + signature_tokens), 1)
-        use = np.stack((body + signature_tokens, stop), 1)
-        stands_in = f"first {signature_tokens} {rows}"
-        need = f"at least {2 * signature_tokens} {rows}"
+    signature = np.stack((start + stages.first, start + stages.middle), 1)
+    use = np.stack((start + stages.middle, stop), 1)
+    usable, stands_in, column = stages.usable, None, "decode"
+    need = f"a prefill of at least {MIN_PREFILL} row and a decode of at least {MIN_DECODE}"
+    if signature_tokens is not None:
+        stands_in = stages.prefill
+        column = "decode" if stages.decode == "rest of decode" else stages.decode
+        need = f"at least {2 * signature_tokens} {stages.prefill.split()[2]} tokens"
     if phase != "decode":
         if not (usable & (requests.prefill_known > 0)).any() or column != "decode":
             raise UsageError(f"--phase {phase} needs prefill and decode rows, which this trace does not have")
@@ -140,13 +125,13 @@ def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: s
         raise UsageError(
             f"none of the {len(requests)} requests has {need}",
             where=str(trace.path),
-            mend=_mend(trace, signature_tokens),
+            mend=_mend(trace),
         )
     index = np.flatnonzero(usable)
     use = use[index]
     measured = {
         "decode": use,
-        "prefill": np.stack((start, middle), 1)[index],
+        "prefill": np.stack((start, start + requests.prefill_known), 1)[index],
         "mixed": np.stack((start, stop), 1)[index],
     }[phase]
     notes = [f"{len(index)} of {len(requests)} requests are usable (they have {need})"]
@@ -163,10 +148,8 @@ def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: s
     )  # fmt: skip
 
 
-def _mend(trace: Trace, signature_tokens: int | None) -> str:
+def _mend(trace: Trace) -> str:
     requests = trace.requests
-    if signature_tokens is not None:
-        return f"use a smaller --signature-tokens than {signature_tokens}"
     if not (requests.decode > 0).any() and (requests.prefill > 0).any():
         return "the trace has no decode rows: give --signature-tokens N to let the first N prompt tokens stand in"
     return "give --signature-tokens N to let the first N tokens of each request stand in for its prefill"

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.profile.common import FloatArray, Skipped, interval, mean_without_nan, pearson, plain_dict, standardised
-from moeplan.profile.counts import DECODE, MIN_DECODE, MIN_PREFILL, PREFILL, Counts
+from moeplan.profile.counts import DECODE, PREFILL, Counts
+from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL
 
 __all__ = ["NULLS", "Phases", "derangement", "phases"]
 

@@ -32,6 +32,8 @@ Int64Array = npt.NDArray[np.int64]
 
 #: A row is guarded when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
+#: A layer is pointed out when one expert takes more than this share of its picks.
+DOMINATED = 0.5
 #: Keys by which one row can beat another: smaller is better in all of them.
 BEATEN_BY = ("remote_share", "remote_nodes_per_token", "padded_ratio", "gpu_load_ratio", "gpu_load_total")
 
@@ -142,7 +144,7 @@ def tabulate(
     head = _head(requests, setup, measured["linear"], live)
     return Comparison(
         head,
-        (*requests.notes, *_byte_notes(requests, setup)),
+        (*requests.notes, *_byte_notes(requests, setup), *_layer_notes(requests)),
         (*_method(requests, setup, live, unit), *notes),
         tuple(table),
     )
@@ -302,6 +304,18 @@ def _method(requests: RequestSet, setup: Setup, live: int, unit: str) -> list[st
         f"bootstrap over steps",
         "signatures not shown: prompt-tokens (a trace holds no token ids), previous-turn (it holds no conversations)",
         "guard ok: equal groups, and node load at most 1.05 x linear's; other rows do not count",
+    ]
+
+
+def _layer_notes(requests: RequestSet) -> list[str]:
+    """Layers where one expert takes most picks: no plan can help them, and they weigh on every mean."""
+    load = requests.measured.sum(axis=0, dtype=np.float64)
+    share = load.max(axis=1) / np.maximum(load.sum(axis=1), 1.0)
+    return [
+        f"layer {requests.shape.layer_ids[i]}: expert {int(load[i].argmax())} takes {100 * share[i]:.1f} % of all "
+        f"picks; leave the layer out of every figure with --without-layers {requests.shape.layer_ids[i]}"
+        for i in np.flatnonzero(share > DOMINATED)
+        if requests.shape.num_experts > 2 * requests.shape.top_k
     ]
 
 
