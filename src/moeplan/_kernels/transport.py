@@ -82,8 +82,12 @@ def transport(cost: npt.NDArray[np.int64], rounds: int) -> npt.NDArray[np.int64]
 
     # A group may hold one request over floor by holding one of the hub's `extra` units: first the dearest groups.
     holds = np.zeros(groups, np.bool_)
-    order = np.argsort(-prices, kind="mergesort")
-    holds[order[:extra]] = True
+    for _ in range(extra):
+        dearest = -1
+        for d in range(groups):
+            if not holds[d] and (dearest < 0 or prices[d] > prices[dearest]):
+                dearest = d
+        holds[dearest] = True
 
     members = np.zeros((groups, n), np.int64)
     where = np.zeros(n, np.int64)

@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
         write_page(root / "profile.html", profile_html(found))
         with progress("compare") as report:
             requests = read_requests(trace)
-            setup = Setup(Cluster(4, 4), ("random", "linear", "eplb", "affinity", "paper"), seed=seed)
+            setup = Setup(Cluster(4, 4), ("random", "linear", "eplb", "affinity", "paper"), seed=seed, steps=200)
             began = time.perf_counter()
             table = compare(requests, setup, report)
         show(table, trace, time.perf_counter() - began)

@@ -13,7 +13,7 @@ from moeplan.profile.counts import Counts
 
 __all__ = ["RequestMap", "request_map"]
 
-MAX_REQUESTS, MIN_REQUESTS, COMPONENTS, PERPLEXITY = 800, 10, 50, 30.0
+MAX_REQUESTS, MIN_REQUESTS, COMPONENTS, PERPLEXITY, ITERATIONS = 800, 10, 50, 30.0, 600
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def request_map(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed:
     if reduced.std() < 1e-9:
         return Skipped(f"{counts.stages.label(stage)}: every request uses the experts alike, there is nothing to map")
     xy = TSNE(
-        2, perplexity=min(PERPLEXITY, (len(rows) - 1) / 3), init="pca", random_state=seed, n_jobs=1
+        2, max_iter=ITERATIONS, perplexity=min(PERPLEXITY, (len(rows) - 1) / 3), init="pca", random_state=seed, n_jobs=1
     ).fit_transform(reduced)
     return RequestMap(
         requests=counts.sample[rows],
