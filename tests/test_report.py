@@ -114,7 +114,7 @@ def test_the_verb(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--signature-tokens", "40"], "needs requests of 80 rows"),
+        (["--signature-tokens", "40"], "needs requests of 80 decode tokens"),
         (["-o", "none/x.html"], "cannot be written"),
         (["--without-layers", "9"], "no such layer"),
     ],
