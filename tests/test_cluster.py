@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeplan._kernels.messages import STEP_VALUES, summarise_step, summarise_step_reference
 from moeplan.cluster import (
     Cluster,
     Dispatch,
@@ -177,6 +178,9 @@ def test_steps_equal_a_naive_triple_loop(
             for a, b in token_messages(mode, cluster, int(source), serving):
                 want_links[layer, a, b] += 1
     assert (links == want_links).all() and (picks == want_picks).all()
+    figures = np.zeros(STEP_VALUES)
+    summarise_step(links, picks, touched, place.gpus_per_node, figures)
+    assert figures == pytest.approx(summarise_step_reference(links, picks, touched, place.gpus_per_node))
     assert all(touched[layer, gpu] == len(served.get((layer, gpu), ())) for layer, gpu in np.ndindex(touched.shape))
 
 

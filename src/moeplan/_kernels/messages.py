@@ -12,7 +12,14 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KNUTH", "request_messages", "step_messages"]
+__all__ = [
+    "KNUTH",
+    "STEP_VALUES",
+    "request_messages",
+    "step_messages",
+    "summarise_step",
+    "summarise_step_reference",
+]
 
 #: floor(2**32 / golden ratio): vLLM's multiplier (0.30.0, fused_moe/router/base_router.py).
 KNUTH = 2654435769
@@ -54,6 +61,7 @@ def step_messages(
     links[:] = 0
     picks[:] = 0
     touched[:] = 0
+    node_of = np.arange(num_gpus) // gpus_per_node  # looked up: division is the dearest thing in these loops
     expert_stamp = np.full((num_gpus, num_experts), -1, np.int32)
     gpu_stamp = np.full(num_gpus, -1, np.int64)
     node_stamp = np.full(num_nodes, -1, np.int64)
@@ -80,7 +88,7 @@ def step_messages(
                 if mode == _ALLGATHER or gpu_stamp[gpu] == mark:
                     continue
                 gpu_stamp[gpu] = mark
-                node = gpu // gpus_per_node
+                node = node_of[gpu]
                 if mode == _GPU or node == source_node:
                     if gpu != source:
                         links[layer, source, gpu] += 1
@@ -99,6 +107,82 @@ def step_messages(
                     for gpu in range(node * gpus_per_node, (node + 1) * gpus_per_node):
                         if gpu != forwarder:
                             links[layer, forwarder, gpu] += 1
+
+
+#: How many values `summarise_step` gives.
+STEP_VALUES = 6
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def summarise_step(
+    links: npt.NDArray[np.int32],
+    picks: npt.NDArray[np.int32],
+    touched: npt.NDArray[np.int32],
+    gpus_per_node: int,
+    out: npt.NDArray[np.float64],
+) -> None:
+    """One step's figures, from what `step_messages` counted.
+
+    Args:
+        links: int32 [L, P, P]; picks, touched: int32 [L, P].
+        out: float64 [6], set to: sum over layers of N(N - 1) x the largest ordered node pair's messages; of P x the
+            busiest rank's (the larger of sent and received); of messages between nodes; max / mean of picks served by
+            GPUs and by nodes, mean over layers; distinct experts a GPU touches, mean over GPUs and layers.
+    """
+    layers, gpus = picks.shape
+    nodes = gpus // gpus_per_node
+    pair = np.zeros((nodes, nodes), np.int64)
+    sent, received = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
+    served = np.zeros(nodes, np.int64)
+    out[:] = 0.0
+    for layer in range(layers):
+        pair[:] = 0
+        sent[:] = 0
+        received[:] = 0
+        served[:] = 0
+        most, total, experts = np.int64(0), np.int64(0), np.int64(0)
+        for a in range(gpus):
+            for b in range(gpus):
+                count = links[layer, a, b]
+                sent[a] += count
+                received[b] += count
+                pair[a // gpus_per_node, b // gpus_per_node] += count
+            most = max(most, picks[layer, a])
+            total += picks[layer, a]
+            served[a // gpus_per_node] += picks[layer, a]
+            experts += touched[layer, a]
+        largest, across = np.int64(0), np.int64(0)
+        for a in range(nodes):
+            for b in range(nodes):
+                if a != b:
+                    largest = max(largest, pair[a, b])
+                    across += pair[a, b]
+        out[0] += nodes * (nodes - 1) * largest
+        out[1] += gpus * max(sent.max(), received.max())
+        out[2] += across
+        out[3] += most * gpus / total / layers
+        out[4] += served.max() * nodes / total / layers
+        out[5] += experts / gpus / layers
+
+
+def summarise_step_reference(
+    links: npt.NDArray[np.int32], picks: npt.NDArray[np.int32], touched: npt.NDArray[np.int32], gpus_per_node: int
+) -> list[float]:
+    """`summarise_step` in plain NumPy."""
+    layers, gpus = picks.shape
+    nodes = gpus // gpus_per_node
+    pairs = links.reshape(layers, nodes, gpus_per_node, nodes, gpus_per_node).sum(axis=(2, 4))
+    pairs[:, np.arange(nodes), np.arange(nodes)] = 0
+    busiest = np.maximum(links.sum(axis=1).max(axis=1), links.sum(axis=2).max(axis=1))
+    served = picks.reshape(layers, nodes, -1).sum(axis=2)
+    return [
+        float(nodes * (nodes - 1) * pairs.max(axis=(1, 2)).sum()),
+        float(gpus * busiest.sum()),
+        float(pairs.sum()),
+        float((picks.max(axis=1) / picks.mean(axis=1)).mean()),
+        float((served.max(axis=1) / served.mean(axis=1)).mean()),
+        float(touched.mean()),
+    ]
 
 
 @nb.njit(cache=True, nogil=True)
@@ -140,6 +224,7 @@ def request_messages(
     num_gpus = table.shape[1]
     num_nodes = num_gpus // gpus_per_node
     k = experts.shape[2]
+    node_of, rail_of = np.arange(num_gpus) // gpus_per_node, np.arange(num_gpus) % gpus_per_node
     gpu_stamp = np.full(num_gpus, -1, np.int64)
     node_stamp = np.full(num_nodes, -1, np.int64)
     mark = np.int64(0)
@@ -160,7 +245,7 @@ def request_messages(
                 inter, intra, nodes = 0.0, 0.0, 0.0
                 for scenario in range(scenarios):
                     source = first if averaged else first + scenario
-                    rail = source % gpus_per_node
+                    rail = rail_of[source]
                     mark += 1
                     own_picks, node_picks, far_picks = 0, 0, 0
                     own_gpus, node_gpus, far_gpus, far_nodes, rails = 0, 0, 0, 0, 0
@@ -170,7 +255,7 @@ def request_messages(
                             gpu = np.int64(replica_gpu[layer, e, scenario % replica_count[layer, e]])
                         else:
                             gpu = np.int64(table[layer, source, e])
-                        node = gpu // gpus_per_node
+                        node = node_of[gpu]
                         fresh = gpu_stamp[gpu] != mark
                         gpu_stamp[gpu] = mark
                         if node == home_node:
@@ -182,7 +267,7 @@ def request_messages(
                         else:
                             far_picks += 1
                             far_gpus += fresh
-                            if fresh and gpu % gpus_per_node == rail:
+                            if fresh and rail_of[gpu] == rail:
                                 rails += 1
                             if node_stamp[node] != mark:
                                 node_stamp[node] = mark

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moeplan._kernels.messages import STEP_VALUES, summarise_step
 from moeplan.cluster import Dispatch, Routes, request_messages, step_messages
 from moeplan.plan.requests import RequestSet
 from moeplan.replay.split import Draws
@@ -47,14 +48,9 @@ def measure_requests(
     requests: RequestSet, chosen: Int64Array, group: Int64Array, who: Routes, mode: Dispatch
 ) -> RequestFigures:
     """Expected figures of the chosen requests in their groups."""
-    layers, gpus = who.placement.num_layers, who.cluster.num_gpus
     counts = requests.measured[chosen]
-    load = np.zeros((len(chosen), layers, gpus), np.float32)
-    members = [np.flatnonzero(group == d) for d in range(who.cluster.num_groups)]
-    for layer in range(layers):
-        share = who.share(layer).astype(np.float32)
-        for d, of_group in enumerate(members):
-            load[of_group, layer] = counts[of_group, layer].astype(np.float32) @ share[d]
+    layers = who.placement.num_layers
+    load = _load(counts, group, who)
     node_load = load.reshape(len(chosen), layers, who.cluster.nodes, -1).sum(axis=(1, 3), dtype=np.float64)
     picks = counts.sum(axis=(1, 2), dtype=np.float64)
     local = node_load[np.arange(len(chosen)), who.cluster.home_node(group)]
@@ -70,6 +66,21 @@ def measure_requests(
     rows = (span[:, 1] - span[:, 0]).astype(np.float64)
     remote = np.maximum(picks - local, 0.0)
     return RequestFigures(rows, picks, remote, messages[:, 0], messages[:, 1], messages[:, 2], load, group)
+
+
+def _load(counts: npt.NDArray[np.uint32], group: Int64Array, who: Routes) -> npt.NDArray[np.float32]:
+    """float32 [n, L, P]: the expected picks that each GPU serves, from counts [n, L, E]."""
+    gpus, place = who.cluster.num_gpus, who.placement
+    if place.redundant == 0:  # every expert has one slot: its picks go there, whoever asks
+        by_slot = np.take_along_axis(counts, place.slots[None].astype(np.intp), axis=2)
+        return np.asarray(by_slot.reshape(len(counts), place.num_layers, gpus, -1).sum(axis=3, dtype=np.float32))
+    load = np.zeros((len(counts), place.num_layers, gpus), np.float32)
+    members = [np.flatnonzero(group == d) for d in range(who.cluster.num_groups)]
+    for layer in range(place.num_layers):
+        share = who.share(layer).astype(np.float32)
+        for d, of_group in enumerate(members):
+            load[of_group, layer] = counts[of_group, layer].astype(np.float32) @ share[d]
+    return load
 
 
 @dataclass(frozen=True)
@@ -110,36 +121,14 @@ def measure_steps(
     rows = by_group.reshape(steps, -1)
     sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
     indices = np.tile(np.arange(live), cluster.num_groups)
-    out = np.zeros((steps, 6))
+    out = np.zeros((steps, STEP_VALUES))
 
     def work(part: Int64Array) -> None:
         buffer = None
         for s in part:
             buffer = step_messages(who, mode, requests.experts, rows[s], sources, indices, buffer)
-            out[s] = _summarise(*buffer, cluster.gpus_per_node)
+            summarise_step(*buffer, cluster.gpus_per_node, out[s])
 
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(work, np.array_split(np.arange(steps), WORKERS)))
     return StepFigures(*(np.ascontiguousarray(column) for column in out.T))
-
-
-def _summarise(
-    links: npt.NDArray[np.int32], picks: npt.NDArray[np.int32], touched: npt.NDArray[np.int32], gpus_per_node: int
-) -> tuple[float, ...]:
-    """The six values of `StepFigures` from links [L, P, P], picks [L, P] and touched [L, P] of one step."""
-    layers, gpus = picks.shape
-    nodes = gpus // gpus_per_node
-    pairs = np.add.reduceat(
-        np.add.reduceat(links, np.arange(0, gpus, gpus_per_node), axis=1), np.arange(0, gpus, gpus_per_node), axis=2
-    )
-    pairs[:, np.arange(nodes), np.arange(nodes)] = 0
-    busiest = np.maximum(links.sum(axis=1).max(axis=1), links.sum(axis=2).max(axis=1))
-    node_picks = picks.reshape(layers, nodes, -1).sum(axis=2)
-    return (
-        float(nodes * (nodes - 1) * pairs.max(axis=(1, 2)).sum(dtype=np.int64)),
-        float(gpus * busiest.sum(dtype=np.int64)),
-        float(pairs.sum(dtype=np.int64)),
-        float((picks.max(axis=1) / picks.mean(axis=1)).mean()),
-        float((node_picks.max(axis=1) / node_picks.mean(axis=1)).mean()),
-        float(touched.mean()),
-    )
