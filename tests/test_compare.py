@@ -146,7 +146,7 @@ def test_steps_by_hand() -> None:
     )  # fmt: skip
     cluster = Cluster(2, 1)
     result = solve(fit_problem(demo, Setup(cluster, ()), np.arange(2)), "linear")
-    draws = Draws(np.zeros((1, 2), np.float32), np.array([[0, 1]]))
+    draws = Draws(np.zeros((1, 2), np.float32), np.array([[0, 1]]), np.zeros((1, 2), np.float32))
     swapped, straight = np.array([1, 0]), np.array([0, 1])
     local = measure_steps(demo, draws, straight, 1, result.who, Dispatch.PICK)
     assert (local.messages[0], local.node_padded[0], local.rank_padded[0]) == (0, 0, 0)

@@ -18,7 +18,7 @@ from moeplan.errors import FormatError, MoeplanError, OutputError
 from moeplan.plan.problem import Problem
 from moeplan.plan.router import ClusterRouter, LocalityRouter, Router
 from moeplan.plan.solver import Result
-from moeplan.trace.files import read_json, write_json
+from moeplan.trace.files import cannot_write, read_json, write_json
 from moeplan.types import ModelShape, Placement
 
 __all__ = ["FORMAT", "VERSION", "StoredPlan", "load_plan", "save_plan"]
@@ -105,9 +105,7 @@ def save_plan(
         write_json(temporary / "plan.json", head)
         temporary.rename(path)
     except OSError as error:
-        raise OutputError(
-            f"cannot be written ({error.strerror})", where=str(path), mend="choose a place that you may write to"
-        ) from None
+        raise cannot_write(path, error) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -106,7 +106,7 @@ class StepFigures:
 def measure_steps(
     requests: RequestSet, draws: Draws, group: Int64Array, live: int, who: Routes, mode: Dispatch
 ) -> StepFigures:
-    """Replay steps by the replica rule itself; each group's first `live` requests by key take part, in that order.
+    """Replay steps by the replica rule itself; each group's first `live` requests by key take part, in random order.
 
     Args:
         draws: keys and rows of the same n requests that `group` [n] is for.
@@ -117,6 +117,8 @@ def measure_steps(
     for d in range(cluster.num_groups):
         members = np.flatnonzero(group == d)
         first = members[np.argsort(draws.key[:, members], axis=1, kind="stable")[:, :live]]
+        shuffled = np.argsort(np.take_along_axis(draws.order, first, axis=1), axis=1, kind="stable")
+        first = np.take_along_axis(first, shuffled, axis=1)
         by_group[:, d] = np.take_along_axis(draws.row, first, axis=1)
     rows = by_group.reshape(steps, -1)
     sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])

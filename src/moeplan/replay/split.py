@@ -74,14 +74,17 @@ class Draws:
         key: float32 [S, n], smaller goes first. Requests are drawn without replacement in proportion to their rows
             (Efraimidis and Spirakis 2006: exponential keys with the rows as rates).
         row: int64 [S, n], the row at which the request is if it is live, uniform over its rows.
+        order: float32 [S, n], the order of live requests within their group's micro-batch, at random.
     """
 
     key: npt.NDArray[np.float32]
     row: Int64Array
+    order: npt.NDArray[np.float32]
 
 
 def draw_steps(span: Int64Array, steps: int, rng: np.random.Generator) -> Draws:
     """Keys and positions for `steps` steps over requests with rows span[:, 0] .. span[:, 1] - 1."""
     length = span[:, 1] - span[:, 0]
     key = (rng.standard_exponential((steps, len(span)), dtype=np.float32) / length).astype(np.float32)
-    return Draws(key, span[:, 0] + (rng.random((steps, len(span))) * length).astype(np.int64))
+    row = span[:, 0] + (rng.random((steps, len(span))) * length).astype(np.int64)
+    return Draws(key, row, rng.random((steps, len(span)), dtype=np.float32))

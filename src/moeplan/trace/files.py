@@ -13,7 +13,7 @@ from typing import Any
 
 from moeplan.errors import FormatError, OutputError
 
-__all__ = ["atomic_path", "read_json", "sha256", "write_json"]
+__all__ = ["atomic_path", "cannot_write", "read_json", "sha256", "write_json"]
 
 #: No JSON file that moeplan reads whole is larger: a bigger one is refused before it is opened.
 MAX_JSON_BYTES = 256 * 1024 * 1024
@@ -52,6 +52,13 @@ def sha256(path: Path) -> str:
         raise FormatError(f"cannot be read ({error.strerror})", where=str(path)) from None
 
 
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """What to say when a place cannot be written to."""
+    return OutputError(
+        f"cannot be written ({error.strerror})", where=str(path), mend="choose a place that you may write to"
+    )
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed onto it when the block ends well and removed when it does not."""
@@ -64,9 +71,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(
-            f"cannot be written ({error.strerror})", where=str(path), mend="choose a place that you may write to"
-        ) from None
+        raise cannot_write(path, error) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
