@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -307,3 +309,80 @@ def test_json_bombs(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(FormatError, match="UTF-8"):
         read_json(path)
+
+
+def begin(path: Path, lengths: list[tuple[int, int]], stop: BaseException, **options: Any) -> None:
+    """A recording that ends in `stop` after these requests."""
+    with contextlib.suppress(type(stop)), TraceWriter(path, SHAPE, source={"test": True}, **options) as writer:
+        add_all(writer, lengths)
+        raise stop
+
+
+def add_all(writer: TraceWriter, lengths: list[tuple[int, int]]) -> None:
+    for number in range(len(writer), len(lengths)):
+        rows, prefill = lengths[number]
+        gates = np.random.default_rng(number).random((rows, 3, 2)) if writer.weights else None
+        arrival = None if number % 3 else number / 2
+        writer.add(
+            picks(rows, seed=number), prefill=prefill, domain=f"d{number % 2}", weights=gates, arrival=arrival,
+            positions=np.arange(rows) + number,
+        )  # fmt: skip
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_resumed_recording_equals_an_uninterrupted_one(tmp_path: Path, weights: bool) -> None:
+    lengths = [(4, 2), (3, 0), (5, UNKNOWN), (2, 2), (6, 1), (1, 1), (7, 3)]
+    options: dict[str, Any] = {"weights": weights, "part_picks": 8 * 6}
+    with TraceWriter(tmp_path / "whole", SHAPE, source={"test": True}, **options) as writer:
+        add_all(writer, lengths)
+    for cut in range(1, len(lengths) + 1):
+        path = tmp_path / f"cut-{cut}"
+        begin(path, lengths[:cut], KeyboardInterrupt(), **options)
+        begin(path, lengths[: cut + 1], RuntimeError(), resume=True, **options)
+        with TraceWriter(path, SHAPE, source={"test": True}, resume=True, **options) as writer:
+            assert len(writer) == min(cut + 1, len(lengths))
+            add_all(writer, lengths)
+        assert files_of(path) == files_of(tmp_path / "whole")
+
+
+def test_a_kill_while_the_last_part_is_rewritten_leaves_the_parts_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path / "t", [(4, 2), (3, 0), (5, 1)], KeyboardInterrupt(), part_picks=8 * 6)
+    snapshots: list[Path] = []
+    rename = Path.replace
+
+    def snapshot(path: Path, target: Path) -> Path:
+        """Path.replace, with a copy of everything taken after each rename: what a kill would leave."""
+        rename(path, target)
+        snapshots.append(Path(shutil.copytree(tmp_path / "t", tmp_path / f"kill-{len(snapshots)}")))
+        return target
+
+    with TraceWriter(tmp_path / "t", SHAPE, source={"test": True}, part_picks=8 * 6, resume=True) as writer:
+        monkeypatch.setattr(Path, "replace", snapshot)
+        add_all(writer, [(4, 2), (3, 0), (5, 1), (2, 2), (6, 1)])
+    monkeypatch.undo()
+    assert len(snapshots) >= 5
+    for copy in snapshots:
+        trace = open_trace(copy)
+        assert len(trace.load().experts) == trace.requests.rows.sum() >= 7
+
+
+def test_only_the_same_recording_is_resumed(tmp_path: Path, trace: Path) -> None:
+    begin(tmp_path / "t2", [(4, 2), (3, 0)], KeyboardInterrupt())
+    other = dataclasses.replace(SHAPE, name="other")
+    for path, shape, options, message in (
+        (trace, SHAPE, {}, "is complete; there is nothing to resume"),
+        (tmp_path / "t2", other, {}, "another shape"),
+        (tmp_path / "t2", SHAPE, {"source": {"test": False}}, "begun with test True, not False"),
+        (tmp_path / "t2", SHAPE, {"weights": True}, "resume without --weights"),
+        (tmp_path / "none", SHAPE, {}, "is not a moeplan trace"),
+    ):
+        before = files_of(path) if path.exists() else {}
+        with pytest.raises(MoeplanError, match=message):
+            TraceWriter(path, shape, **{"source": {"test": True}, "resume": True, **options})
+        assert (files_of(path) if path.exists() else {}) == before

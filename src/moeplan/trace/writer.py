@@ -19,6 +19,8 @@ import numpy.typing as npt
 from moeplan.errors import FormatError, MoeplanError, OutputError
 from moeplan.trace.files import atomic_path, sha256, write_json
 from moeplan.trace.format import FORMAT, JSON_NAME, PHASES, REQUESTS_NAME, UNKNOWN, VERSION, part_schema
+from moeplan.trace.reader import open_trace
+from moeplan.trace.resume import Recorded, read_recorded
 from moeplan.types import ModelShape, expert_dtype
 
 __all__ = ["TraceWriter"]
@@ -43,6 +45,14 @@ class TraceWriter:
         weights: store gate weights as well.
         part_picks: picks per part.
         keep_on_error: keep finished parts when the input turns out bad.
+        resume: go on with a recording at `path` that was cut off: the next request is number `len(writer)`. The
+            finished trace then equals that of a recording without interruption, given the same arguments and requests;
+            what is on disk is kept whatever happens.
+
+    Raises:
+        OutputError: `path` is taken or cannot be made.
+        UsageError: to resume, and the trace is complete or was begun with another shape, source or choice of weights.
+        FormatError: to resume, and `path` is not a trace or a part of it is damaged.
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class TraceWriter:
         weights: bool = False,
         part_picks: int = PART_PICKS,
         keep_on_error: bool = False,
+        resume: bool = False,
     ) -> None:
         self.path, self.shape, self.source = Path(path), shape, source
         self.synthetic, self.weights, self.keep_on_error = synthetic, weights, keep_on_error
@@ -68,6 +79,26 @@ class TraceWriter:
         self._domain: list[str] = []
         self._arrival: list[float | None] = []
         self._flushed = 0
+        self._taken_back: dict[str, Any] | None = None  # description of the last part of a recording that is resumed
+        self._made = False
+        if resume:
+            self._take_back(read_recorded(open_trace(path), shape, source, weights=weights))
+        else:
+            self._make_directory()
+
+    def __len__(self) -> int:
+        """Requests added so far."""
+        return len(self._rows)
+
+    def _take_back(self, recorded: Recorded) -> None:
+        self.keep_on_error = True
+        self._parts, self._taken_back = recorded.parts, recorded.last
+        self._rows, self._prefill = recorded.rows, recorded.prefill
+        self._domain, self._arrival = recorded.domain, recorded.arrival
+        self._pending, self._pending_rows = recorded.items, recorded.last["rows"]
+        self._flushed = len(recorded.rows) - len(recorded.items)
+
+    def _make_directory(self) -> None:
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise OutputError("already exists", where=str(self.path), mend="choose another place, or remove it")
@@ -175,13 +206,31 @@ class TraceWriter:
         self._flush(complete=True)
 
     def _flush(self, *, complete: bool = False) -> None:
-        if self._pending:
+        if self._pending and not self._already_written():
             self._write_part()
         if self._parts:
             self._write_requests()
             self._write_json(complete)
         elif self._made:
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def _already_written(self) -> bool:
+        """Whether the pending requests are just those of the part that was taken back; if more came, it must go.
+
+        The json is made to forget a part before its file changes, so that a kill at any moment leaves a readable trace.
+        """
+        last, self._taken_back = self._taken_back, None
+        if last is None:
+            return False
+        if last["requests"] == len(self._pending):
+            parts, flushed = [*self._parts, last], self._flushed + len(self._pending)
+            self._parts, self._flushed, self._pending, self._pending_rows = parts, flushed, [], 0
+            return True
+        if self._parts:
+            self._write_json(complete=False)
+        else:
+            (self.path / JSON_NAME).unlink(missing_ok=True)
+        return False
 
     def _write_part(self) -> None:
         import pyarrow as pa
