@@ -12,6 +12,7 @@ The generator's presets are set to imbalance, domain similarity and prefill-deco
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from moeplan.replay.measure import StepFigures, measure_steps
 from moeplan.replay.split import MAX_LIVE, blocks, draw_steps, split
 
 SEEDS, BATCHES, REQUESTS, SMALLEST = range(4), 500, 2400, 8
+REAL = Path(__file__).parents[1].parent / "shared" / "traces" / "maverick-mmlu.npz"
 #: (row, strategy): paper at K = D = 8 on equal groups, the original with its own groups, and EPLB on random groups.
 ROWS = (("paper", "paper"), ("paper, unequal groups", "paper-unbalanced"), ("eplb", "eplb"))
 KINDS = (
@@ -79,15 +81,16 @@ def workloads() -> Iterator[tuple[str, str, RequestSet]]:
         yield "DeepSeek-V3 preset, layer 42 (synthetic)", "paper 0.94, eplb 1.00", read_requests(trace)
         trace = generate("llama-4-maverick", root / "maverick", requests=REQUESTS, seed=0)
         yield "Maverick preset, 24 layers (synthetic)", "paper down to 0.80", read_requests(trace)
-        real = Path(__file__).parents[1].parent / "shared" / "traces" / "maverick-mmlu.npz"
-        if real.is_file():
-            trace = import_arrays(real, root / "real", without_layers=(45,))
+        if REAL.is_file():
+            trace = import_arrays(REAL, root / "real", without_layers=(45,))
             yield "maverick-mmlu, 23 layers (real)", "paper down to 0.80", read_requests(trace)
 
 
 def bench() -> list[tuple[str, str]]:
     """(label, result) pairs, one per workload, row and kind of volume."""
-    lines = []
+    lines = (
+        [] if REAL.is_file() else [("maverick-mmlu (real)", "left out: ../shared/traces/maverick-mmlu.npz is absent")]
+    )
     for label, published, requests in workloads():
         runs = [volumes(requests, seed) for seed in SEEDS]
         live = runs[0][1]
@@ -106,5 +109,6 @@ def bench() -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     for name, text in bench():
         print(f"{name:58s} {text}", flush=True)

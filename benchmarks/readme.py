@@ -58,9 +58,7 @@ def blocks() -> dict[str, str]:
             import paper
 
             kept = [line for line in paper.bench() if "padded" not in line[0] or "unpadded" in line[0]]
-            lines = [
-                f"{label.replace(', unpadded', ''):44s} {result}" for label, result in kept if "busiest" not in label
-            ]
+            lines = [f"{label:44s} {result}" for label, result in kept if "busiest" not in label]
             out["paper"] = "```\n" + "\n".join(lines) + "\n```"
     return out
 

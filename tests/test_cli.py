@@ -194,7 +194,7 @@ def test_a_plan_for_another_model(
     assert (
         run(["plan", str(trace), "-o", str(plan), "--nodes", "2", "--gpus-per-node", "2", "--strategy", "linear"]) == 0
     )
-    assert "differ in layers" in refused(["replay", prompts, "--plan", plan], capsys)
+    assert "differ in experts" in refused(["replay", prompts, "--plan", plan], capsys)
     assert "not a moeplan plan" in refused(["replay", trace, "--plan", trace], capsys)
 
 
@@ -202,3 +202,18 @@ def test_help_and_version() -> None:
     for arguments, says in ((["--help"], "compare"), (["--version"], "moeplan 0."), (["compare", "--help"], "--nodes")):
         out = subprocess.run([sys.executable, "-m", "moeplan", *arguments], capture_output=True, text=True)
         assert out.returncode == 0 and says in out.stdout
+
+
+def test_bare_commands_show_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["import"]):
+        assert run(arguments) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("Usage: moeplan") and "\n\nCommands:" in text.replace("\n\nOptions", "", 0)
+
+
+def test_outputs_are_checked_before_the_work(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["compare", trace, "-o", tmp_path / "no" / "x.html", "--nodes", "8", "--gpus-per-node", "8"], capsys)
+    assert "does not exist" in line  # and not: slots do not divide
+    assert "it is a folder" in refused(["compare", trace, "--json", tmp_path], capsys)
+    assert "names none" in refused(["compare", trace, "--strategies", " , "], capsys)
+    assert "does not exist" in refused(["compare", tmp_path / "nothing"], capsys)

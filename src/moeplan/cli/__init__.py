@@ -7,6 +7,11 @@ import sys
 
 def main() -> None:
     """Entry point of the `moeplan` command."""
-    from moeplan.cli.app import run
+    try:
+        from moeplan.cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # so early that nothing had begun
+        print("moeplan: stopped", file=sys.stderr)
+        status = 130
+    sys.exit(status)

@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         print(f"moeplan: {error.line()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("moeplan: stopped; what was finished is kept", file=sys.stderr)
+        print("moeplan: stopped; a trace that was being written keeps its finished requests", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,8 +58,12 @@ def run(arguments: list[str]) -> int:
         print("moeplan: not enough memory for this input; leave layers out or use fewer requests", file=sys.stderr)
         return 2
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+            return 2
         if hasattr(error, "format_message"):  # click's usage errors
-            print(f"moeplan: {' '.join(str(error.format_message()).split())}", file=sys.stderr)
+            line = " ".join(str(error.format_message()).split()).replace("Value error, ", "")
+            print(f"moeplan: {line}", file=sys.stderr)
             return 2
         if type(error).__name__ == "Abort":
             print("moeplan: stopped", file=sys.stderr)

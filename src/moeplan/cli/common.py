@@ -13,7 +13,7 @@ import typer
 
 from moeplan.errors import UsageError
 
-__all__ = ["JsonOption", "Progress", "WithoutLayers", "emit_json", "parse_layers", "progress", "say"]
+__all__ = ["JsonOption", "Progress", "WithoutLayers", "check_places", "emit_json", "parse_layers", "progress", "say"]
 
 JsonOption = Annotated[
     str | None,
@@ -39,6 +39,15 @@ def claim_stdout(json_target: str | None) -> None:
     """Call first in a verb with `--json`: with `-`, text for people goes to standard error."""
     global _json_on_stdout
     _json_on_stdout = json_target == "-"
+
+
+def check_places(*targets: str | Path | None) -> None:
+    """Refuse, before any work, files that cannot be written in the end."""
+    from moeplan.trace.files import check_place
+
+    for target in targets:
+        if target is not None and str(target) != "-":
+            check_place(target)
 
 
 def emit_json(target: str | None, data: Any) -> None:

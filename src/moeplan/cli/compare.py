@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeplan.cli import options as o
-from moeplan.cli.common import JsonOption, WithoutLayers, claim_stdout, emit_json, parse_layers, progress, say
+from moeplan.cli.common import (
+    JsonOption,
+    WithoutLayers,
+    check_places,
+    claim_stdout,
+    emit_json,
+    parse_layers,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from moeplan.replay import Comparison
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
 
-    @app.command(help="Fit strategies on one part of a trace's requests and measure them on the other.")
+    @app.command(help="Compare strategies on requests they never saw.")
     def compare(
         trace: o.TraceArgument,
         nodes: o.Nodes = 8,
@@ -47,14 +56,16 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> None:
         claim_stdout(json)
+        check_places(output, json)
         from moeplan.plan import Options, read_requests
         from moeplan.replay import Setup
         from moeplan.replay import compare as run
+        from moeplan.replay.comparison import strategy_names
         from moeplan.trace import open_trace
 
         cluster, mode, rule = o.cluster_of(nodes, gpus_per_node, home, dispatch, replica_rule)
         setup = Setup(
-            cluster, tuple(name.strip() for name in strategies.split(",") if name.strip()), redundant, rule, mode,
+            cluster, strategy_names(strategies), redundant, rule, mode,
             fit, folds, seed, block, steps, options=Options(clusters), hidden=hidden,
         )  # fmt: skip
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
@@ -68,12 +79,15 @@ def register(app: typer.Typer) -> None:
             from moeplan.report.compare_page import write_compare_page
 
             write_compare_page(Path(output), table, opened)
-            say(f"report: {output}")
+            say(f"wrote {output}")
+        else:
+            say("a page with figures: add -o compare.html")
 
 
 def show(table: Comparison, trace: Trace, seconds: float) -> None:
     """The table for people."""
     from moeplan.cli.table import table_lines
+    from moeplan.report.compare_page import verdict
 
     setup, shape = table.head["setup"], trace.shape
     say(
@@ -84,11 +98,16 @@ def show(table: Comparison, trace: Trace, seconds: float) -> None:
     count = table.head["requests"]
     done = f"measured on {count['test'][0]} requests"
     if count["fit"][0]:
-        done = f"fit on {count['fit'][0]} requests, measured on {count['test'][0]} unseen ones, {setup['folds']} folds"
+        folds = f"{setup['folds']} fold{'s' * (setup['folds'] != 1)}"
+        done = f"fit on {count['fit'][0]} requests, measured on {count['test'][0]} unseen ones, {folds}"
     say(f"{done} ({table.head['column']}), {seconds:.1f} s")
+    for note in table.notes:
+        say(f"note: {note}")
     say()
     for line in table_lines(table):
         say(line)
     say()
-    for note in (*table.notes, *table.method):
+    say(verdict(table))
+    say()
+    for note in table.method:
         say(f"  - {note}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeplan.cli.common import JsonOption, claim_stdout, emit_json, progress, say
+from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
 from moeplan.errors import MoeplanError, OutputError
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
 
-    @app.command(help="Generate a small workload, profile it, compare strategies on it, and write the pages.")
+    @app.command(help="The whole way on a small generated workload.")
     def demo(
         output: Annotated[
             str, typer.Option("-o", "--output", metavar="DIR", help="Where the trace and the pages go.")
@@ -27,6 +30,7 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
+        check_places(json)
         from moeplan.cli.compare import show
         from moeplan.cluster import Cluster
         from moeplan.plan import read_requests
@@ -53,9 +57,20 @@ def register(app: typer.Typer) -> None:
         write_compare_page(root / "compare.html", table, trace)
         say()
         say(f"pages:  {root / 'profile.html'}  {root / 'compare.html'}")
-        say(f"again:  moeplan compare {root / 'trace'} --nodes 4 --gpus-per-node 4 --redundant 16")
+        say(
+            f"next:   {_program()} compare {root / 'trace'} --nodes 4 --gpus-per-node 4 --redundant 16"
+            "  (a spare slot a GPU)"
+        )
         say(f"{time.perf_counter() - start:.1f} s in all")
         emit_json(json, {"trace": trace.label, "synthetic": True, **table.to_dict()})
+
+
+def _program() -> str:
+    """How to call this program again: by name where the shell finds it, else by path."""
+    name = Path(sys.argv[0])
+    if shutil.which("moeplan") or name.name != "moeplan":
+        return "moeplan"
+    return os.path.relpath(name) if name.is_absolute() else str(name)
 
 
 def _trace(root: Path, seed: int) -> Trace:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moeplan.cli import options as o
-from moeplan.cli.common import JsonOption, WithoutLayers, claim_stdout, emit_json, parse_layers, progress, say
-from moeplan.errors import PlanError
+from moeplan.cli.common import (
+    JsonOption,
+    WithoutLayers,
+    check_places,
+    claim_stdout,
+    emit_json,
+    parse_layers,
+    progress,
+    say,
+)
+from moeplan.errors import OutputError, PlanError
 
 if TYPE_CHECKING:
     from moeplan.plan import RequestSet
@@ -38,6 +48,9 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
+        check_places(json)
+        if Path(output).exists():
+            raise OutputError("already exists", where=output, mend="choose another place, or remove it")
         import numpy as np
 
         from moeplan.plan import Options, read_requests, solve
@@ -66,6 +79,8 @@ def register(app: typer.Typer) -> None:
         say(f"{opened.label}: {strategy} on {len(requests)} requests in {result.seconds:.2f} s -> {output}")
         for note in (*requests.notes, *result.notes):
             say(f"  - {note}")
+        if not result.equal_groups:
+            say("  - its groups are unequal in size: such a plan is for comparison and does not count")
         if expected is None:
             say("  - expected figures are not given: too few requests to hold a quarter back")
         else:

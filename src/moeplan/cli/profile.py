@@ -10,6 +10,7 @@ import typer
 from moeplan.cli.common import (
     JsonOption,
     WithoutLayers,
+    check_places,
     claim_stdout,
     emit_json,
     parse_layers,
@@ -37,16 +38,16 @@ def profile(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything that is drawn.")] = 0,
     json_target: JsonOption = None,
 ) -> None:
-    """Characterise a trace: imbalance, domains, phases, leakage, co-activation; an HTML report and JSON."""
+    """Characterise a trace; an HTML report and JSON."""
     claim_stdout(json_target)
     from moeplan.profile import profile as characterise
-    from moeplan.report.page import check_place, write_page
+    from moeplan.report.page import write_page
     from moeplan.report.profile_page import profile_html
     from moeplan.trace import open_trace
 
     opened = open_trace(trace, without_layers=parse_layers(without_layers))
     page = output or Path(f"{trace.resolve().name}-profile.html")
-    check_place(page)
+    check_places(page, json_target)
     with progress("profile") as report:
         found = characterise(opened, seed=seed, signature_tokens=signature_tokens, progress=report)
     write_page(page, profile_html(found))
@@ -66,7 +67,8 @@ def _summary(found: Profile) -> None:
     say(f"{found.trace.label}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}")
     rows = [f"{int(stages.lengths(s).sum()):,} {name}" for s, name in enumerate(found.stage_labels.values())]
     named = ", ".join(text for text in rows if not text.startswith("0 "))
-    say(f"{len(requests):,} requests of {len(found.counts.domains)} domain(s); rows: {named}")
+    domains = len(found.counts.domains)
+    say(f"{len(requests):,} requests of {domains} domain{'s' * (domains != 1)}; rows: {named}")
     for notice in found.notices:
         say(textwrap.fill(f"note: {notice}", 110, subsequent_indent="      "))
     for topic, sentence in sentences(found).items():

@@ -8,14 +8,23 @@ from typing import Annotated
 import typer
 
 from moeplan.cli import options as o
-from moeplan.cli.common import JsonOption, WithoutLayers, claim_stdout, emit_json, parse_layers, progress, say
+from moeplan.cli.common import (
+    JsonOption,
+    WithoutLayers,
+    check_places,
+    claim_stdout,
+    emit_json,
+    parse_layers,
+    progress,
+    say,
+)
 from moeplan.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
 
-    @app.command(help="Replay a trace under a finished plan, beside linear on the same slots.")
+    @app.command(help="Replay a trace under a plan, beside linear.")
     def replay(
         trace: o.TraceArgument,
         plan: Annotated[str, typer.Option("--plan", metavar="PLAN", help="A plan made by 'moeplan plan'.")],
@@ -32,6 +41,7 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
+        check_places(json)
         from moeplan.cli.compare import show
         from moeplan.cluster import Dispatch
         from moeplan.plan import read_requests
@@ -44,9 +54,9 @@ def register(app: typer.Typer) -> None:
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         ours, theirs = opened.shape, stored.shape
         for label, a, b in (
-            ("layers", ours.layer_ids, theirs.layer_ids),
             ("experts", ours.num_experts, theirs.num_experts),
             ("picks per token", ours.top_k, theirs.top_k),
+            ("layers", ours.layer_ids, theirs.layer_ids),
         ):
             if a != b:
                 count = (f"{len(a)} layers", f"{len(b)}") if isinstance(a, tuple) and isinstance(b, tuple) else (a, b)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moeplan.report.compare_page import GROUPS_BY
+
 if TYPE_CHECKING:
     from moeplan.replay import Comparison, TableRow
 
@@ -50,7 +52,7 @@ def _line(row: TableRow, table: Comparison) -> list[str]:
         low, high = versus["ci95"] or (versus["value"], versus["value"])
         change = f"{100 * versus['value']:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
     guard = "ok" if row.guarded else ("unequal groups" if not row.equal_groups else "over")
-    by = {"none": "random", "prefill": "signature"}.get(row.signature, row.signature)
+    by = GROUPS_BY.get(row.signature, row.signature)
     return [row.name, by, cells[0], change, *cells[1:], guard]
 
 

@@ -119,6 +119,8 @@ def load_plan(path: str | Path) -> StoredPlan:
     """
     root = Path(path)
     head_path = root / "plan.json"
+    if not root.exists():
+        raise FormatError("does not exist", where=str(root), mend="check the path")
     if not head_path.is_file():
         raise FormatError(
             "is not a moeplan plan (a directory with plan.json)", where=str(root), mend="make one: moeplan plan"

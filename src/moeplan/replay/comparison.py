@@ -19,7 +19,7 @@ from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import Draws, blocks, draw_steps, live_requests, split
 from moeplan.replay.table import Comparison, Measured, tabulate
 
-__all__ = ["Row", "Setup", "compare", "replay", "rows_of"]
+__all__ = ["Row", "Setup", "compare", "replay", "rows_of", "strategy_names"]
 
 Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int, int, str], None]
@@ -62,6 +62,18 @@ class Setup:
             raise UsageError(f"--hidden {self.hidden} is not positive")
         for name in self.strategies:
             find(name)
+
+
+def strategy_names(text: str) -> tuple[str, ...]:
+    """'a,b' as names.
+
+    Raises:
+        UsageError: no name in it.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UsageError("--strategies names none", mend="e.g. linear,eplb,paper")
+    return names
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,10 @@ def live_requests(test_sizes: list[int], cluster: Cluster) -> int:
     smallest = least // groups
     need = 8 if cluster.gpus_per_home == 1 and cluster.gpus_per_node > 1 else 3
     if smallest < need:
+        by_node = ", --home node" if cluster.gpus_per_home == 1 and cluster.gpus_per_node > 1 else ""
         raise PlanError(
             f"{least} test requests in {groups} groups are {smallest} a group, but replaying steps needs {need}",
-            mend=f"use --home node, fewer nodes, a smaller --fit, or a trace with {need * groups} test requests",
+            mend=f"use fewer nodes{by_node}, a smaller --fit, or a trace with {need * groups} test requests",
         )
     return min(MAX_LIVE, smallest - 2)
 

@@ -76,5 +76,6 @@ def gpu_load_figure(rows: list[TableRow], alt: str) -> Image:
         axes.set_xlabel("GPU, busiest first")
         axes.set_ylabel("picks served / mean")
         axes.set_ylim(bottom=0)
+        axes.set_xlim(1 - 0.02 * len(rows[0].gpu_load), len(rows[0].gpu_load))
         legend_below(figure, axes, columns=3)
         return to_image(figure, alt)

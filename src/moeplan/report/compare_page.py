@@ -9,7 +9,10 @@ from moeplan.report.compare_figures import bars_figure, gpu_load_figure, load_fi
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.trace import Trace
 
-__all__ = ["compare_html", "write_compare_page"]
+__all__ = ["GROUPS_BY", "compare_html", "verdict", "write_compare_page"]
+
+#: What a signature kind is called in tables.
+GROUPS_BY = {"none": "random", "prefill": "signature"}
 
 #: key, heading, scale, format: all keys of the full table.
 _KEYS = (
@@ -68,6 +71,11 @@ def compare_html(table: Comparison, trace: Trace) -> str:
     return render(f"Strategies on {trace.label}", subtitle, notices, [s for s in sections if s is not None])
 
 
+def verdict(table: Comparison) -> str:
+    """The answer in one sentence: who lowers the remote share most among the rows that count."""
+    return _outcome(list(table.rows), "remote_share", "the remote share")
+
+
 def _change(row: TableRow, key: str) -> str:
     """'-6.6 % (interval -8.3 to -4.9)' against linear."""
     versus = row.versus_linear.get(key)
@@ -88,6 +96,7 @@ def _best(rows: list[TableRow], key: str) -> TableRow | None:
 
 def _outcome(rows: list[TableRow], key: str, what: str) -> str:
     """One sentence on who wins among the rows that count, and what an unguarded row would have given."""
+    rows = [row for row in rows if row.signature != "oracle"]
     best = _best(rows, key)
     if best is None:
         text = f"No strategy but linear keeps the load guard, so no reduction of {what} counts here"
@@ -114,7 +123,7 @@ def _outcome(rows: list[TableRow], key: str, what: str) -> str:
 def _volume(table: Comparison, rows: list[TableRow]) -> Section:
     linear = table.row("linear").figures["remote_share"].value or 0.0
     sentence = f"With linear, {100 * linear:.1f} % of all picks are served on another node than the token's. "
-    sentence += _outcome(rows, "remote_share", "the remote share")
+    sentence += _outcome(list(table.rows), "remote_share", "the remote share")
     figures = [
         bars_figure(rows, table, key, label, alt, scale)
         for key, label, scale, alt in (
@@ -134,7 +143,7 @@ def _volume(table: Comparison, rows: list[TableRow]) -> Section:
 def _nodes(table: Comparison, rows: list[TableRow]) -> Section:
     linear = table.row("linear").figures["remote_nodes_per_token"].value or 0.0
     sentence = f"With linear, a token reaches {linear:.2f} other nodes at a layer. "
-    sentence += _outcome(rows, "remote_nodes_per_token", "the nodes reached")
+    sentence += _outcome(list(table.rows), "remote_nodes_per_token", "the nodes reached")
     padded = [row for row in rows if row.name != "linear" and row.figures["padded_ratio"].value is not None]
     if padded:
         worst = max(padded, key=lambda row: row.figures["padded_ratio"].value or 0.0)
@@ -220,9 +229,8 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
         f"In a step with {live} live requests a group the busiest GPU serves {linear.value:.2f} times the mean under "
         f"linear, where even GPUs would show {floor:.2f} by chance alone; "
     )
-    sentence += (
-        f"{', '.join(over)} exceed the node-load guard." if over else "every strategy keeps the node-load guard."
-    )
+    verb = "exceeds" if len(over) == 1 else "exceed"
+    sentence += f"{', '.join(over) or 'no strategy'} {verb if over else 'exceeds'} the node-load guard."
     note = "Dotted: what the same number of independent picks would show on perfectly even GPUs or nodes."
     figures = [
         load_figure(known, "gpu_load_ratio", "GPU load, max / mean", "GPU load per step"),
@@ -233,10 +241,10 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
 
 def _all_keys(table: Comparison) -> Section:
     keys = [entry for entry in _KEYS if any(row.figures[entry[0]].value is not None for row in table.rows)]
-    head = ["strategy", "groups by", "counts", *(name for _, name, _, _ in keys)]
+    head = ["strategy", "groups by", "guard", *(name for _, name, _, _ in keys)]
     body = []
     for row in table.rows:
-        cells = [row.name, row.signature, _mark(row).strip(" ()") or "yes"]
+        cells = [row.name, GROUPS_BY.get(row.signature, row.signature), _mark(row).strip(" ()") or "ok"]
         for key, _, scale, form in keys:
             value = row.figures[key].value
             cells.append("–" if value is None else form.format(value * scale))
@@ -245,7 +253,9 @@ def _all_keys(table: Comparison) -> Section:
     count = sum(row.guarded for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows count. On the remote share, "
     sentence += f"beyond noise, linear is beaten by {', '.join(wins)}." if wins else "none beats linear beyond noise."
-    note = "over: node load above 1.05 times linear's. unequal: groups of unequal size. Definitions: docs/metrics.md."
+    note = (
+        "ok: counts. over: node load above 1.05 times linear's. unequal: of unequal size. See docs/metrics.md."
+    )
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 
@@ -256,4 +266,4 @@ def _mark(row: TableRow) -> str:
 
 def _method(table: Comparison) -> Section:
     rows = [[line] for line in table.method]
-    return Section("How this was measured", "What these figures rest on:", table=Table(["choice"], rows))
+    return Section("How this was measured", "What these figures rest on:", table=Table(["what"], rows))

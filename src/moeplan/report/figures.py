@@ -109,7 +109,7 @@ def legend_below(figure: Any, axes: Any, *, columns: int = 2) -> None:
             handles,
             labels,
             loc="outside lower center",
-            ncols=min(columns, len(labels)),
+            ncols=1 if max(map(len, labels)) > 22 else min(columns, len(labels)),
             handlelength=2.4,
             markerscale=1.6,
             columnspacing=1.5,

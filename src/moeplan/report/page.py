@@ -5,16 +5,14 @@ Nothing is loaded from elsewhere, so a page can be mailed and read offline; it f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moeplan import __version__
-from moeplan.errors import OutputError
 from moeplan.report.figures import Image
 
-__all__ = ["Section", "Table", "check_place", "render", "write_page"]
+__all__ = ["Section", "Table", "render", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -81,24 +79,6 @@ def render(title: str, subtitle: str, notices: Sequence[str], sections: Sequence
     )
     template = environment.get_template("template.html")
     return template.render(title=title, subtitle=subtitle, notices=notices, sections=sections, version=__version__)
-
-
-def check_place(path: str | Path) -> None:
-    """Refuse a place that a page cannot be written to, before the work is done rather than after it.
-
-    Raises:
-        OutputError: the folder is missing or not writable, or the path is a folder.
-    """
-    page = Path(path)
-    why = None
-    if page.is_dir():
-        why = "it is a folder"
-    elif not page.parent.is_dir():
-        why = "its folder does not exist"
-    elif not os.access(page.parent, os.W_OK):
-        why = "no permission"
-    if why:
-        raise OutputError(f"cannot be written ({why})", where=str(page), mend="choose a place that you may write to")
 
 
 def write_page(path: str | Path, html: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moeplan.errors import FormatError, OutputError
 
-__all__ = ["atomic_path", "cannot_write", "read_json", "sha256", "write_json"]
+__all__ = ["atomic_path", "cannot_write", "check_place", "read_json", "sha256", "write_json"]
 
 #: No JSON file that moeplan reads whole is larger: a bigger one is refused before it is opened.
 MAX_JSON_BYTES = 256 * 1024 * 1024
@@ -57,6 +57,24 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(
         f"cannot be written ({error.strerror})", where=str(path), mend="choose a place that you may write to"
     )
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a place that a file cannot be written to, before the work is done rather than after it.
+
+    Raises:
+        OutputError: the folder is missing or not writable, or the path is a folder.
+    """
+    place = Path(path)
+    why = None
+    if place.is_dir():
+        why = "it is a folder"
+    elif not place.parent.is_dir():
+        why = "its folder does not exist"
+    elif not os.access(place.parent, os.W_OK):
+        why = "no permission"
+    if why:
+        raise OutputError(f"cannot be written ({why})", where=str(place), mend="choose a place that you may write to")
 
 
 @contextlib.contextmanager

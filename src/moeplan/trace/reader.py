@@ -159,6 +159,8 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     """
     root = Path(path)
     head_path = root / JSON_NAME
+    if not root.exists():
+        raise FormatError("does not exist", where=str(root), mend="check the path")
     if not root.is_dir() or not head_path.is_file():
         mend = "make one with 'moeplan import'"
         if root.suffix in (".npz", ".json", ".csv"):
