@@ -208,7 +208,7 @@ def test_bare_commands_show_their_help(capsys: pytest.CaptureFixture[str]) -> No
     for arguments in ([], ["import"]):
         assert run(arguments) == 2
         text = capsys.readouterr().err
-        assert text.startswith("Usage: moeplan") and "\n\nCommands:" in text.replace("\n\nOptions", "", 0)
+        assert text.startswith("Usage: moeplan") and "Commands:\n" in text
 
 
 def test_outputs_are_checked_before_the_work(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from moeplan.errors import OutputError
 from moeplan.profile import profile
 from moeplan.report.figures import canvas, heat_map, lines, to_image
 from moeplan.report.page import Section, Table, render, write_page
-from moeplan.trace.files import check_place
 from moeplan.report.profile_page import profile_html, sentences
 from moeplan.trace import TraceWriter, open_trace
+from moeplan.trace.files import check_place
 from moeplan.types import ModelShape
 
 

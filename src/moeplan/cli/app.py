@@ -41,7 +41,7 @@ for _verb in VERBS:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status: 0, 1 (the answer is no), 2 (wrong use or bad input)."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="moeplan", standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into this status without a word
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
