@@ -199,4 +199,7 @@ def _report(trace: Trace, json: str | None) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
+    from moeplan.cli.import_engines import register_engines
+
+    register_engines(_app)
     app.add_typer(_app, name="import")
