@@ -44,7 +44,8 @@ class RecordOptions:
     """How prompts are run.
 
     Attributes:
-        max_new_tokens: sampled per request, at most; None takes each prompt's own limit, or `NEW_TOKENS`.
+        max_new_tokens: sampled per request, at most; None takes each prompt's own limit, or `NEW_TOKENS` or what the
+            model's positions leave.
         batch_size: requests that run together.
         max_prompt_tokens: longer prompts are cut to their first tokens; None refuses what the model cannot hold.
         temperature: 0 takes the likeliest token; above it, tokens are drawn with `seed`.
@@ -181,7 +182,7 @@ class _Generator:
             mask[row, length - len(request.ids) :] = 1
         try:
             with torch.inference_mode(), torch.random.fork_rng():
-                torch.manual_seed(self._options.seed * 2**32 + start)
+                torch.manual_seed(_seed_of(self._options.seed, start))
                 tokens = self._model.generate(
                     input_ids=ids.to(self._model.device),
                     attention_mask=mask.to(self._model.device),
@@ -218,6 +219,11 @@ class _Generator:
         }
 
 
+def _seed_of(seed: int, start: int) -> int:
+    """A seed of its own for each batch; torch's generator on a CPU takes 32 bits and drops the rest."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:4], "big")
+
+
 class _Meter:
     """Tells progress with tokens a second."""
 
@@ -239,9 +245,12 @@ def _tokenised(prompt: Prompt, loaded: LoadedModel, options: RecordOptions) -> _
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     if max(ids) >= vocabulary:
         raise FormatError(f"token id {max(ids)} is outside the model's {vocabulary}", where=prompt.where)
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    room = limit if type(limit) is int else 2**62
     new = min(prompt.max_new_tokens or options.max_new_tokens or NEW_TOKENS, options.max_new_tokens or MAX_NEW_TOKENS)
-    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if type(room) is int and len(ids) + new > room:
+    if prompt.max_new_tokens is None and options.max_new_tokens is None:
+        new = max(1, min(new, room - len(ids)))  # nobody asked for more
+    if len(ids) + new > room:
         raise FormatError(
             f"{len(ids)} prompt tokens and {new} new ones are more than the model's {room} positions",
             where=prompt.where,

@@ -147,7 +147,7 @@ def _picks_of(name: str, module: Any, args: tuple[Any, ...], output: Any) -> _Ca
                 known = widest if widest > value.shape[1] else None
                 picked = None if gate is None else output[gate]
                 return _Call(name, 0, value, picked, _from_output(place, gate), known)
-    if len(args) > 1 and _is_matrix(args[0]) and args[0].is_floating_point() and _is_picks(args[1]):
+    if len(args) > 1 and _is_hidden(args[0]) and _is_picks(args[1]):
         gate = _place_of(args, args[1])
         return _Call(name, 1, args[1], None if gate is None else args[gate], _from_arguments(gate), None)
     family = FAMILIES.get(type(module).__name__)
@@ -185,6 +185,14 @@ def _is_matrix(value: Any) -> bool:
     import torch
 
     return isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[0] == PROBE_TOKENS
+
+
+def _is_hidden(value: Any) -> bool:
+    """Floating [T, H], or [1, T, H]."""
+    import torch
+
+    good = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim in (2, 3)
+    return good and value.shape[-2] == PROBE_TOKENS
 
 
 def _is_picks(value: Any) -> bool:
