@@ -42,7 +42,7 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for index, item in enumerate(items):
             place = f"{where}, item {index}" if isinstance(value, list) else where
             if not isinstance(item, dict):
-                raise FormatError(f"is a {type(item).__name__}, not an object", where=place)
+                raise FormatError(f"is no object (but {type(item).__name__})", where=place)
             yield place, item
 
 

@@ -60,7 +60,7 @@ def import_megatron(
     """Turn router traces, one file per rank, into a trace of pseudo-requests.
 
     Args:
-        facts: the number of experts at least; k is checked against it.
+        facts: the number of experts at least; k and, from a config, the number of layers are checked against it.
 
     Raises:
         UsageError: no number of experts.
@@ -74,6 +74,12 @@ def import_megatron(
     if first is None:
         raise FormatError("holds no decoder line", where=str(files[0]), mend="check how it was recorded")
     layers, picks = sorted(first[1].layers), _stack(first[1], sorted(first[1].layers), facts.top_k)
+    if facts.moe_layers is not None and len(layers) != len(facts.moe_layers):
+        raise FormatError(
+            f"has {len(layers)} decoder layers, the config {len(facts.moe_layers)} MoE layers",
+            where=first[1].where,
+            mend="the file may be cut off; for one pipeline stage, give --num-experts instead of --config",
+        )
     stored = facts.add_to(extras or ModelExtras()).shape(
         name="", num_experts=num_experts, top_k=picks.shape[2], layer_ids=layers, where=str(files[0])
     )
