@@ -288,6 +288,10 @@ def objects() -> str:
         (vllm(changed(2, 1, [3, 3])), "row 2, layer 1: expert 3 is picked twice"),
         (vllm(changed(3, 2, [0, 0])), "row 3, layer 2: expert 0 is picked twice; .* did not capture this token"),
         (vllm(picks(5) * 0), "no layer has a pick"),
+        (
+            vllm(routed_experts={"data": "AAAA", "shape": [1, 3, 1], "dtype": "uint8", "start": 10**19}, prompt=None),
+            "a start of 10000000000000000000 is beyond any sequence",
+        ),
         (vllm(prompt=-1), "usage.prompt_tokens is '-1', not a whole number"),
         (vllm(prompt=9, completion=None), "5 rows are fewer than the prompt's 9"),
         (vllm(picks(0), prompt=1, completion=0), "holds no answer with a row"),
@@ -531,7 +535,10 @@ def slot(value: int) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edit(0, positions=[0, 1, 2, 3, 4], extend_seq_lens=[3, 2]), "record 1: decode tokens at position 2 continue no request"),
+        (
+            edit(0, positions=[0, 1, 2, 3, 4], extend_seq_lens=[3, 2]),
+            "record 1: decode tokens at position 2 continue no request",
+        ),
         (edit(0, extend_seq_lens=[3, 3]), "record 0: extend_seq_lens add up to 6, but there are 5 tokens"),
         (edit(0, extend_seq_lens=None), "extend_seq_lens is not a tensor or list of whole numbers"),
         (edit(0, positions=[0, 1, 3, 0, 1]), "positions inside a prompt are not consecutive"),
@@ -574,6 +581,18 @@ def test_recorder_ranks(tmp_path: Path) -> None:
         record["topk_ids_of_layer"][1:, :, 0] = 2
     trace = import_recorder([first, save_pt(tmp_path / "r1.pt", data)], tmp_path / "t")
     assert isinstance(trace, Trace) and len(trace.requests) == 4
+
+
+def test_a_tensor_that_unfolds_is_not_unfolded(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="the recorder writes torch files")
+    bomb = torch.zeros(1, dtype=torch.int32).expand(1 << 12, 1 << 12, 1 << 12)
+    path = save_pt(tmp_path / "x.pt", {"logical_count": bomb})
+    assert path.stat().st_size < 10_000
+    with pytest.raises(FormatError, match="logical_count declares more than it stores"):
+        import_recorder([path], tmp_path / "t")
+    huge = save_pt(tmp_path / "y.pt", {"logical_count": torch.full((2, 1, 1), 2**62)})
+    with pytest.raises(FormatError, match="a count that is negative or too large"):
+        import_recorder([huge], tmp_path / "t")
 
 
 def test_a_pickle_is_never_run(tmp_path: Path) -> None:
@@ -723,6 +742,8 @@ def test_logical_count_with_steps(tmp_path: Path) -> None:
         ({"logical_count": [[1e300, 2]]}, r"expert 0: 1e\+300 is not a count"),
         ({"logical_count": [[float("nan"), 2]]}, "expert 0: nan is not a count"),
         ({"logical_count": [[0, 0]]}, "no pick was counted"),
+        ({"logical_count": [[[5, 5]], [[-1, 1]]]}, "holds a negative count"),
+        ({"logical_count": [[[2**63, 5]], [[2**63, 1]]]}, "expert 0: .* is not a count"),
     ],
 )
 def test_bad_logical_counts(tmp_path: Path, value: Any, message: str) -> None:

@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 Picks = npt.NDArray[np.integer[Any]]
+#: Positions are stored in 32 bits.
+MAX_POSITION = 2**32
 _CUT_OFF = "the response may be cut off: copy or record it again"
 
 
@@ -116,6 +118,8 @@ def place_rows(
     Raises:
         FormatError: rows that are neither [asked, prompt + completion - 1) nor all of them.
     """
+    if asked + rows > MAX_POSITION:
+        raise FormatError(f"a start of {str(asked)[:20]} is beyond any sequence", where=where)
     if prompt is None:
         return UNKNOWN, asked
     if asked > prompt:

@@ -17,7 +17,8 @@ from moeplan.trace.files import read_json
 
 __all__ = ["import_logical_count", "import_tensorrt_llm", "same_tokens"]
 
-MAX_JSON_BYTES = 256 * 1024 * 1024
+#: A thousand passes of DeepSeek-V3; parsed JSON takes many times its size in memory.
+MAX_JSON_BYTES = 64 * 1024 * 1024
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -45,10 +46,12 @@ def import_logical_count(
         raise FormatError(
             "logical_count is not a table of counts, [layers, experts] or [steps, layers, experts]", where=str(path)
         )
-    source = {"import": "logical-count", "file": path.name}
+    source: dict[str, Any] = {"import": "logical-count", "file": path.name}
     if totals.ndim == 3:
-        source["steps"] = str(len(totals))
-        totals = totals.sum(axis=0)
+        source["steps"] = len(totals)
+        if (totals < 0).any():
+            raise FormatError("holds a negative count", where=str(path))
+        totals = totals.astype(np.float64).sum(axis=0)  # exact below 2**53, and more is refused
     profile = make_counts(totals, where=str(path), source=source, name=name or "", top_k=top_k, stage=stage)
     return write_counts(profile, out)
 

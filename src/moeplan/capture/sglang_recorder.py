@@ -35,6 +35,9 @@ __all__ = ["import_recorder"]
 
 EXTEND, DECODE, IDLE = 1, 2, 4  # srt/model_executor/forward_batch_info.py, ForwardMode
 
+#: Picks of one expert in one pass; what may be added up without overflow.
+MAX_COUNT = 2**40
+
 REBALANCED = "ids were mapped back with the last expert map: a rebalance during the recording would make them wrong"
 REBUILT = "requests were rebuilt from positions and the order in the batch; a retracted request counts as two"
 
@@ -164,8 +167,8 @@ def _count_stat(
     passes = integers(data["logical_count"], 3, "logical_count", f"{path}")
     if facts.num_experts is not None and passes.shape[2] != facts.num_experts:
         raise FormatError(f"counts {passes.shape[2]} experts, expected {facts.num_experts}", where=str(path))
-    if passes.size and int(passes.min()) < 0:
-        raise FormatError("logical_count holds a negative count", where=str(path))
+    if passes.size and not (int(passes.min()) >= 0 and int(passes.max()) < MAX_COUNT):
+        raise FormatError("logical_count holds a count that is negative or too large", where=str(path))
     notes = []
     if len(passes) and passes.any(axis=(1, 2)).all():
         notes.append(
@@ -183,7 +186,7 @@ def _count_passes(dumps: Sequence[_Dump], name: str, facts: ModelFacts, stage: s
         for number, record in enumerate(dump.records):
             where = f"{dump.path}, record {number}"
             found = integers(record.get("global_physical_count"), 2, "global_physical_count", where)
-            if found.shape != physical.shape or (found < 0).any():
+            if found.shape != physical.shape or (found < 0).any() or (found >= MAX_COUNT).any():
                 raise FormatError(
                     f"global_physical_count {list(found.shape)} is not counts of {list(physical.shape)} slots",
                     where=where,

@@ -13,9 +13,8 @@ from moeplan.errors import FormatError, UsageError
 
 __all__ = ["integers", "load_pt"]
 
-#: A day of per-token recording on one rank is far below this; declared sizes above it are a bomb.
-MAX_PT_BYTES = 8 * 1024 * 1024 * 1024
-MAX_CELLS = 2 * 1024 * 1024 * 1024
+#: A million tokens of DeepSeek-V3 on one rank are below this; declared sizes above it are a bomb.
+MAX_PT_BYTES = 2 * 1024 * 1024 * 1024
 _CUT_OFF = "it may be cut off: copy or record it again"
 
 
@@ -64,9 +63,15 @@ def integers(value: Any, ndim: int, label: str, where: str) -> npt.NDArray[np.in
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex() or value.layout is not torch.strided:
             raise FormatError(f"{label} is not whole numbers", where=where)
-        if value.dim() != ndim or value.numel() > MAX_CELLS:
-            raise FormatError(f"{label} has the shape {list(value.shape)[:6]}, expected {ndim} dimensions", where=where)
-        return np.asarray(value.numpy(), np.int64)
+        if value.dim() != ndim:
+            raise FormatError(f"{label} has {value.dim()} dimensions, expected {ndim}", where=where)
+        # A tensor may declare more cells than it stores (strides of zero): a few bytes that unfold to gigabytes.
+        if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise FormatError(f"{label} declares more than it stores: {list(value.shape)}", where=where)
+        try:
+            return np.asarray(value.numpy(), np.int64)
+        except (TypeError, RuntimeError, OverflowError) as error:
+            raise FormatError(f"{label} is not plain whole numbers ({str(error)[:60]})", where=where) from None
     if not isinstance(value, list) or ndim != 1 or any(type(item) is not int for item in value):
         raise FormatError(f"{label} is not a tensor or list of whole numbers", where=where)
     try:
