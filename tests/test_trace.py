@@ -380,7 +380,7 @@ def test_only_the_same_recording_is_resumed(tmp_path: Path, trace: Path) -> None
         (tmp_path / "t2", other, {}, "another shape"),
         (tmp_path / "t2", SHAPE, {"source": {"test": False}}, "begun with test True, not False"),
         (tmp_path / "t2", SHAPE, {"weights": True}, "resume without --weights"),
-        (tmp_path / "none", SHAPE, {}, "is not a moeplan trace"),
+        (tmp_path / "none", SHAPE, {}, "does not exist"),
     ):
         before = files_of(path) if path.exists() else {}
         with pytest.raises(MoeplanError, match=message):
