@@ -216,7 +216,8 @@ def files_of(path: Path) -> dict[str, bytes]:
 def test_killed_and_resumed_equals_uninterrupted(
     qwen: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    monkeypatch.setattr(hf, "PART_PICKS", 45 * 3 * TOP_K)  # parts end inside batches
+    monkeypatch.setattr(hf, "PART_PICKS", 1)
+    monkeypatch.setattr(hf, "PART_TOKENS", 45)  # parts end inside batches
     prompts, options = token_prompts(17), RecordOptions(max_new_tokens=4, batch_size=3, temperature=temperature)
     whole = record_model(qwen, prompts, tmp_path / "whole", options)
     assert len(list(whole.parts())) >= 4

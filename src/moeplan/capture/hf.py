@@ -33,8 +33,9 @@ from moeplan.types import ModelShape
 
 __all__ = ["RecordOptions", "check_out", "record_model"]
 
-#: Picks per part: few enough that a kill loses minutes, whatever the model.
-PART_PICKS = 1024 * 1024
+#: A part ends at so many picks, but not before so many tokens: a kill loses less than a minute of a small model's work,
+#: and a large model's recording does not fall into thousands of files.
+PART_PICKS, PART_TOKENS = 256 * 1024, 1024
 #: Sampled per request where neither the prompt nor an option says.
 NEW_TOKENS = 128
 
@@ -113,7 +114,7 @@ def record_model(
             loaded.shape,
             source=source,
             weights=options.weights,
-            part_picks=PART_PICKS,
+            part_picks=max(PART_PICKS, PART_TOKENS * loaded.shape.num_layers * loaded.shape.top_k),
             keep_on_error=True,
             resume=begun,
         ) as writer,
