@@ -161,6 +161,12 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     head_path = root / JSON_NAME
     if not root.exists():
         raise FormatError("does not exist", where=str(root), mend="check the path")
+    if (root / "counts.json").is_file():
+        raise FormatError(
+            "holds counts without requests; this needs a trace",
+            where=str(root),
+            mend="record request by request, or import stored responses",
+        )
     if not root.is_dir() or not head_path.is_file():
         mend = "make one with 'moeplan import'"
         if root.suffix in (".npz", ".json", ".csv"):
