@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: Modules with a `bench() -> list[(label, result)]`.
-MODULES = ("counting", "replay", "profile_memory", "paper")
+MODULES = ("counting", "replay", "profile_memory", "paper", "record_overhead")
 
 
 def machine() -> str:

@@ -24,6 +24,8 @@ from moeplan.plan.problem import Decision, Problem, Strategy
 from moeplan.plan.router import ClusterRouter, normalised
 from moeplan.types import Int32Array, Placement
 
+STARTS = 4  # of K-means, the best of which counts
+
 __all__ = ["map_clusters", "pick_clusters", "place_by_use"]
 
 BoolArray = npt.NDArray[np.bool_]
@@ -46,12 +48,16 @@ def paper(problem: Problem, seed: int, equal: bool = True) -> Decision:
 
 
 def group_requests(
-    use: npt.NDArray[np.uint32], clusters: int, groups: int, seed: int
+    use: npt.NDArray[np.uint32],
+    clusters: int,
+    groups: int,
+    seed: int,
+    points: npt.NDArray[np.float32] | None = None,
 ) -> tuple[ClusterRouter, npt.NDArray[np.int64]]:
     """K-means of the L2-normalised decode counts, and the map from clusters to groups.
 
     Args:
-        use: uint32 [n, L, E]; clusters: K, at most n; groups: D.
+        use: uint32 [n, L, E]; clusters: K, at most n; groups: D; points: `in_span(normalised(use))`, if it is there.
 
     Returns:
         The router, and int64 [n], the cluster of each fit request.
@@ -59,7 +65,7 @@ def group_requests(
     if clusters > len(use):
         raise PlanError(f"{clusters} clusters for {len(use)} fit requests", mend=f"use --clusters {len(use)} or less")
     flat = normalised(use)
-    label = kmeans(flat, clusters, seed)
+    label = kmeans(flat if points is None else points, clusters, seed)
     clusters = int(label.max()) + 1  # fewer where requests are alike
     member = np.zeros((clusters, len(use)), np.float32)
     member[label, np.arange(len(use))] = 1.0
@@ -113,24 +119,27 @@ def use_by_group(use: npt.NDArray[np.uint32], group: BoolArray) -> FloatArray:
 
 
 def kmeans(points: npt.NDArray[np.float32], clusters: int, seed: int) -> npt.NDArray[np.int64]:
-    """int64 [n] labels 0, 1, .. without gaps; the same for the same seed.
-
-    Distances live in the n-dimensional span of the points, so K-means runs there: with many experts far fewer numbers.
-    """
+    """int64 [n] labels 0, 1, .. without gaps, the best of a few starts; the same for the same seed."""
     import warnings
 
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    if len(points) < points.shape[1]:
-        value, vector = np.linalg.eigh((points @ points.T).astype(np.float64))
-        kept = value > value[-1] * 1e-9
-        points = (vector[:, kept] * np.sqrt(value[kept])).astype(np.float32)
+    points = in_span(points)
     with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():  # one thread: one order of sums
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters is met below
-        label = KMeans(clusters, n_init=10, random_state=seed).fit(points).labels_
+        label = KMeans(clusters, n_init=STARTS, random_state=seed).fit(points).labels_
     return np.asarray(np.unique(label, return_inverse=True)[1], np.int64)
+
+
+def in_span(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The points [n, f] in coordinates of their own span, [n, at most n]: the same distances, far fewer numbers."""
+    if len(points) >= points.shape[1]:
+        return points
+    value, vector = np.linalg.eigh((points @ points.T).astype(np.float64))
+    kept = value > value[-1] * 1e-9
+    return np.asarray(vector[:, kept] * np.sqrt(value[kept]), np.float32)
 
 
 def pick_clusters(problem: Problem, seed: int) -> int:
@@ -146,9 +155,10 @@ def pick_clusters(problem: Problem, seed: int) -> int:
     candidates = [k for k in (groups // 2, groups, 2 * groups, 4 * groups) if 2 <= k <= len(fit) // 4]
     if len(fit) < groups or len(judge) < groups or len(candidates) < 2:
         return min(groups, n)
+    points = in_span(normalised(problem.use[fit]))
     best, least = groups, np.inf
     for clusters in candidates:
-        router, label = group_requests(problem.use[fit], clusters, groups, seed)
+        router, label = group_requests(problem.use[fit], clusters, groups, seed, points)
         slots = place(problem, use_by_group(problem.use[fit], fit_groups(router, problem.use[fit], label, True)))
         group = equal_groups(router.scores(problem.signature[judge]))
         cluster = problem.cluster
