@@ -253,9 +253,7 @@ def _all_keys(table: Comparison) -> Section:
     count = sum(row.guarded for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows count. On the remote share, "
     sentence += f"beyond noise, linear is beaten by {', '.join(wins)}." if wins else "none beats linear beyond noise."
-    note = (
-        "ok: counts. over: node load above 1.05 times linear's. unequal: of unequal size. See docs/metrics.md."
-    )
+    note = "ok: counts. over: node load above 1.05 times linear's. unequal: of unequal size. See docs/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 
