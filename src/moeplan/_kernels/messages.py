@@ -132,36 +132,43 @@ def summarise_step(
     layers, gpus = picks.shape
     nodes = gpus // gpus_per_node
     pair = np.zeros((nodes, nodes), np.int64)
-    sent, received = np.zeros(gpus, np.int64), np.zeros(gpus, np.int64)
-    served = np.zeros(nodes, np.int64)
-    out[:] = 0.0
+    received, served = np.zeros(gpus, np.int64), np.zeros(nodes, np.int64)
+    for i in range(out.size):
+        out[i] = 0.0
     for layer in range(layers):
-        pair[:] = 0
-        sent[:] = 0
-        received[:] = 0
-        served[:] = 0
-        most, total, experts = np.int64(0), np.int64(0), np.int64(0)
+        most, fullest, total, experts = 0, 0, 0, 0
         for a in range(gpus):
-            for b in range(gpus):
-                count = links[layer, a, b]
-                sent[a] += count
-                received[b] += count
-                pair[a // gpus_per_node, b // gpus_per_node] += count
-            most = max(most, picks[layer, a])
-            total += picks[layer, a]
-            served[a // gpus_per_node] += picks[layer, a]
-            experts += touched[layer, a]
-        largest, across = np.int64(0), np.int64(0)
+            received[a] = 0
         for a in range(nodes):
+            served[a] = 0
+            for b in range(nodes):
+                pair[a, b] = 0
+        busiest, largest, across = 0, 0, 0
+        for a in range(gpus):
+            node, sent = a // gpus_per_node, 0
+            for b in range(gpus):
+                count = int(links[layer, a, b])
+                sent += count
+                received[b] += count
+                pair[node, b // gpus_per_node] += count
+            busiest = max(busiest, sent)
+            most = max(most, int(picks[layer, a]))
+            total += picks[layer, a]
+            served[node] += picks[layer, a]
+            experts += touched[layer, a]
+        for a in range(gpus):
+            busiest = max(busiest, int(received[a]))
+        for a in range(nodes):
+            fullest = max(fullest, int(served[a]))
             for b in range(nodes):
                 if a != b:
-                    largest = max(largest, pair[a, b])
+                    largest = max(largest, int(pair[a, b]))
                     across += pair[a, b]
         out[0] += nodes * (nodes - 1) * largest
-        out[1] += gpus * max(sent.max(), received.max())
+        out[1] += gpus * busiest
         out[2] += across
         out[3] += most * gpus / total / layers
-        out[4] += served.max() * nodes / total / layers
+        out[4] += fullest * nodes / total / layers
         out[5] += experts / gpus / layers
 
 

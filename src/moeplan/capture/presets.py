@@ -109,7 +109,7 @@ PRESETS = {
             topic_spread=2.17,
             phase_spread=0.42,
             family_share=0.44,
-            requests=600,
+            requests=400,
             prefill=32,
             decode=48,
         ),

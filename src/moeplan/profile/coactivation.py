@@ -95,7 +95,7 @@ def coactivation(counts: Counts, *, seed: int = 0) -> Coactivation | Skipped:
     strongest: list[tuple[int, int, int, int, float, float]] = []
     for layer in range(layers):  # one [E, E] table at a time
         pairs = np.zeros((1, size, size), np.uint32)
-        count_pairs(experts[:, layer : layer + 1], start, stop, pairs)
+        count_pairs(np.ascontiguousarray(experts[:, layer : layer + 1]), start, stop, pairs)
         np.fill_diagonal(pairs[0], 0)
         fitted = quasi_independence(pairs[0])
         observed, expected = pairs[0][upper].astype(np.float64), fitted[upper]

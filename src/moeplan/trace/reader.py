@@ -294,4 +294,5 @@ def _list_values(column: Any, width: int, path: Path) -> np.ndarray[Any, np.dtyp
     values = column.flatten()
     if values.null_count or column.null_count:
         raise FormatError("holds empty (null) picks", where=str(path))
-    return np.asarray(values.to_numpy(zero_copy_only=False))
+    array = np.asarray(values.to_numpy(zero_copy_only=False))
+    return array if array.flags.writeable else array.copy()  # one kind of array, one compiled loop
