@@ -57,6 +57,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(output, json)
+        from moeplan.cluster import check_slots
         from moeplan.plan import Options, read_requests
         from moeplan.replay import Setup
         from moeplan.replay import compare as run
@@ -69,6 +70,7 @@ def register(app: typer.Typer) -> None:
             fit, folds, seed, block, steps, options=Options(clusters), hidden=hidden,
         )  # fmt: skip
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
+        check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
         start = time.perf_counter()
         with progress("compare") as report:
             requests = read_requests(opened, signature_tokens=signature_tokens, phase=phase.value)

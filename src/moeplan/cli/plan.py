@@ -53,6 +53,7 @@ def register(app: typer.Typer) -> None:
             raise OutputError("already exists", where=output, mend="choose another place, or remove it")
         import numpy as np
 
+        from moeplan.cluster import check_slots
         from moeplan.plan import Options, read_requests, solve
         from moeplan.plan.store import save_plan
         from moeplan.replay import Setup
@@ -65,6 +66,7 @@ def register(app: typer.Typer) -> None:
             options=Options(clusters),
         )  # fmt: skip
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
+        check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
         with progress("plan") as report:
             requests = read_requests(opened, signature_tokens=signature_tokens)
             problem = fit_problem(requests, setup, np.arange(len(requests)))

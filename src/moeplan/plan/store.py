@@ -138,8 +138,10 @@ def load_plan(path: str | Path) -> StoredPlan:
         sums = dict(head["arrays"])
         seed, strategy = int(head["seed"]), str(head["strategy"])
         clustered = head["router"] == "clusters"
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"a field is missing or wrong ({error})", where=where) from None
+    except MoeplanError as error:
+        raise FormatError(error.what, where=where, mend=error.mend) from None
     try:
         placement = Placement(
             _array(root, "slots", sums, 2), shape.num_experts, cluster.nodes, cluster.gpus_per_node

@@ -145,8 +145,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
                     notes.setdefault(note, {})[str(fold + 1)] = None
             result = solved[row.strategy]
             group = group_test(requests, fit, test, result, row.signature, _rng(setup, fold, 1))
-            equal = result.equal_groups or row.signature == "none"
-            measured[row.name].append(measure(requests, setup, test, group, equal, draws, live, result))
+            measured[row.name].append(measure(requests, setup, row, test, group, draws, live, result))
             done += 1
     said = (
         f"{note} (fold{'s' * (len(at) > 1)} {', '.join(at)})" if len(at) < setup.folds else note
@@ -156,10 +155,11 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
 
 
 def measure(
-    requests: RequestSet, setup: Setup, test: Int64Array, group: Int64Array, equal: bool, draws: Draws, live: int,
+    requests: RequestSet, setup: Setup, row: Row, test: Int64Array, group: Int64Array, draws: Draws, live: int,
     result: Result,
 ) -> Measured:  # fmt: skip
     """One row in one fold: per request, and (where groups are equal) per step."""
+    equal = result.equal_groups or row.signature == "none"  # random groups are always equal
     figures = measure_requests(requests, test, group, result.who, setup.dispatch)
     steps = None
     if equal:
@@ -185,12 +185,15 @@ def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
     draws = draw_steps(requests.measured_span, setup.steps, _rng(setup, 0, 2))
     linear = solve(fit_problem(requests, setup, everyone), "linear", setup.seed)
     name = result.strategy if result.strategy != "linear" else "plan"
-    rows = [Row("linear", "linear", "none"), Row(name, result.strategy, "prefill"), Row(f"{name}/none", name, "none")]
+    rows = [
+        Row("linear", "linear", "none"),
+        Row(name, result.strategy, "prefill"),
+        Row(f"{name}/none", result.strategy, "none"),
+    ]
     measured = {}
     for row, of in zip(rows, (linear, result, result), strict=True):
         group = group_test(requests, everyone, everyone, of, row.signature, _rng(setup, 0, 1))
-        equal = of.equal_groups or row.signature == "none"
-        measured[row.name] = [measure(requests, setup, everyone, group, equal, draws, live, of)]
+        measured[row.name] = [measure(requests, setup, row, everyone, group, draws, live, of)]
     return tabulate(requests, setup, rows, measured, block, live, ())
 
 
@@ -236,7 +239,7 @@ def _domain_signature(requests: RequestSet, fit: Int64Array, test: Int64Array) -
     """float32 [n_test, L, E]: the mean use of the fit requests of the same domain (of all, where it has none)."""
     use = requests.use[fit].astype(np.float32)
     use /= np.maximum(use.sum(axis=(1, 2), keepdims=True), 1.0)
-    mean = np.repeat(use.mean(axis=0)[None], len(requests.domains), axis=0)
-    for domain in np.unique(requests.domain[fit]):
-        mean[domain] = use[requests.domain[fit] == domain].mean(axis=0)
-    return np.asarray(mean[requests.domain[test]] * 1e4, np.float32)  # scores divide by the sum; keep it well above 1
+    out = np.repeat(use.mean(axis=0)[None], len(test), axis=0)
+    for domain in np.intersect1d(requests.domain[fit], requests.domain[test]):
+        out[requests.domain[test] == domain] = use[requests.domain[fit] == domain].mean(axis=0)
+    return out * np.float32(1e4)  # scores divide by the sum; keep it well above 1

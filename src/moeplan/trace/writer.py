@@ -239,7 +239,6 @@ class TraceWriter:
         rows = [len(item[0]) for item in self._pending]
         number = np.arange(self._flushed, self._flushed + len(rows), dtype=np.uint32)
         phase = np.concatenate([_phase_codes(len(item[0]), item[1]) for item in self._pending])
-        picks = self.shape.num_layers * self.shape.top_k
         columns = [
             pa.array(np.repeat(number, rows)),
             pa.array(np.concatenate([item[2] for item in self._pending])),
@@ -256,7 +255,6 @@ class TraceWriter:
                     type=self._schema.field("weights").type,
                 )
             )
-        assert len(columns[3]) == sum(rows), picks
         table = pa.Table.from_arrays(columns, schema=self._schema)
         path = self.path / f"part-{len(self._parts):05d}.parquet"
         with atomic_path(path) as temporary:
