@@ -347,10 +347,9 @@ from moeplan.cli.app import run
 from moeplan.trace.writer import TraceWriter
 add = TraceWriter.add
 def slow(self, *args, **kwargs):
-    number = add(self, *args, **kwargs)
-    print(number, flush=True)
+    add(self, *args, **kwargs)
+    print(len(self) - 1, flush=True)
     time.sleep(0.05)
-    return number
 TraceWriter.add = slow
 sys.exit(run(["import", "arrays", *sys.argv[1:]]))
 """

@@ -23,6 +23,7 @@ from moeplan.capture.prompts import Prompt, read_prompts  # noqa: E402
 from moeplan.cli.app import run as command_line  # noqa: E402
 from moeplan.errors import MoeplanError, UsageError  # noqa: E402
 from moeplan.trace import open_trace  # noqa: E402
+from moeplan.trace.keep import Keep  # noqa: E402
 
 EXPERTS, TOP_K, VOCABULARY, NEW = 8, 2, 64, 7
 STOPS = [3, 9, 17, 33, 40, 51]
@@ -212,15 +213,17 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("temperature", "keep"), [(0.0, Keep()), (0.8, Keep()), (0.8, Keep(min_tokens=9)), (0.8, Keep(9, 2))]
+)
 def test_killed_and_resumed_equals_uninterrupted(
-    qwen: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+    qwen: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, keep: Keep
 ) -> None:
     monkeypatch.setattr(hf, "PART_PICKS", 1)
-    monkeypatch.setattr(hf, "PART_TOKENS", 45)  # parts end inside batches
+    monkeypatch.setattr(hf, "PART_TOKENS", 45 if keep.aggregate is None else 9)  # parts end inside batches
     prompts, options = token_prompts(17), RecordOptions(max_new_tokens=4, batch_size=3, temperature=temperature)
-    whole = record_model(qwen, prompts, tmp_path / "whole", options)
-    assert len(list(whole.parts())) >= 4
+    whole = record_model(qwen, prompts, tmp_path / "whole", options, keep=keep)
+    assert len(list(tmp_path.glob("whole/part-*"))) >= 3 and bool(whole.dropped) == (keep.min_tokens > 1)
     resumed_from = []
     for after in range(1, 6):  # Ctrl-C after so many batches, and what a kill at the same moment would have left
 
@@ -231,17 +234,18 @@ def test_killed_and_resumed_equals_uninterrupted(
                 raise StopError
 
         with pytest.raises(StopError):
-            record_model(qwen, prompts, tmp_path / f"ctrl-c-{after}", options, progress=stop)
+            record_model(qwen, prompts, tmp_path / f"ctrl-c-{after}", options, keep=keep, progress=stop)
         for how in ("ctrl-c", "kill"):
             path = tmp_path / f"{how}-{after}"
+            path.mkdir(exist_ok=True)
             (path / ".part-00009.parquet.abc.tmp").write_bytes(b"cut off")
             if (path / "trace.json").exists():
                 resumed_from.append(len(open_trace(path).requests))
-            trace = record_model(qwen, prompts, path, options, resume=True)
+            trace = record_model(qwen, prompts, path, options, keep=keep, resume=True)
             assert trace.complete and files_of(path) == files_of(tmp_path / "whole")
     assert any(n % 3 for n in resumed_from)  # a batch was cut in two
     before = files_of(tmp_path / "whole")
-    assert record_model(qwen, prompts, tmp_path / "whole", options, resume=True).complete
+    assert record_model(qwen, prompts, tmp_path / "whole", options, keep=keep, resume=True).complete
     assert files_of(tmp_path / "whole") == before
 
 
@@ -362,6 +366,12 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run(folder, prompts, tmp_path / "one", "--limit", "2", "--domain", "z", "--dtype", "bfloat16") == 0
     assert open_trace(tmp_path / "one").requests.domains == ("z",)
     assert command_line(["profile", str(tmp_path / "t"), "-o", str(tmp_path / "page.html")]) == 0
+    capsys.readouterr()
+    flags = ("--max-new-tokens", "3", "--min-tokens", "3", "--domain", "all", "--aggregate", "2")
+    assert run(folder, prompts, tmp_path / "sums", *flags) == 0
+    said = capsys.readouterr().out
+    assert "1 sum of 2 requests" in said and "not stored: " in said
+    assert open_trace(tmp_path / "sums").aggregate == 2
 
 
 @pytest.mark.parametrize(
@@ -372,6 +382,9 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--dtype", "float8"], "--dtype 'float8' is not one of"),
         (["--device", "toaster"], "cannot load it"),
         (["--limit", "0"], "--limit 0 is not positive"),
+        (["--min-tokens", "0"], "--min-tokens 0 is not positive"),
+        (["--aggregate", "2"], "--aggregate 2: no domain has so many requests, the largest has 1"),
+        (["--aggregate", "1"], "--aggregate 1 sums nothing; give 2 or more"),
         (["--prompts", "nothing.jsonl"], "nothing.jsonl: does not exist"),
     ],
 )

@@ -278,7 +278,7 @@ def test_cut_off_and_changed_files(trace: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is of version 2, this moeplan reads up to 1; update moeplan"),
+        ({"version": 3}, "is of version 3, this moeplan reads up to 2; update moeplan"),
         ({"format": "other"}, "is not a moeplan-trace file"),
         ({"parts": []}, "holds no request"),
         ({"parts": [{"file": "../secret", "rows": 1, "requests": 1, "sha256": ""}]}, "part 0 is not described"),

@@ -27,8 +27,8 @@ from moeplan.capture.model import Progress, silent
 from moeplan.capture.prompts import MAX_NEW_TOKENS, Prompt, prompts_digest
 from moeplan.errors import FormatError, MoeplanError, OutputError, UsageError
 from moeplan.trace.format import JSON_NAME, REQUESTS_NAME
+from moeplan.trace.keep import Keep
 from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.writer import TraceWriter
 from moeplan.types import ModelShape
 
 __all__ = ["RecordOptions", "check_out", "record_model"]
@@ -81,12 +81,14 @@ def record_model(
     out: Path,
     options: RecordOptions | None = None,
     *,
+    keep: Keep | None = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> Trace:
     """Run the prompts through the model and write the trace.
 
     Args:
+        keep: what is stored; all requests, row by row, when not given.
         resume: go on with a recording at `out`, if there is one; it must have been begun with the same arguments.
         progress: called after each batch with the requests done.
 
@@ -95,13 +97,15 @@ def record_model(
         UsageError: gate weights were asked of a router that gives none; another recording is at `out`.
         OutputError: `out` exists (without `resume`) or cannot be written.
     """
-    options = options or RecordOptions()
+    options, keep = options or RecordOptions(), keep or Keep()
+    domains = [prompt.domain for prompt in prompts]
+    keep.check(domains, weights=options.weights)
     check_out(out, resume=resume)
     mute = next((router for router in loaded.routers if not router.has_weights), None)
     if options.weights and mute is not None:
         raise UsageError(f"{mute.name} ({mute.kind}) gives no gate weights", mend="record without --weights")
     requests = [_tokenised(prompt, loaded, options) for prompt in prompts]
-    source = _source(loaded, prompts, options)
+    source = {**_source(loaded, prompts, options), **keep.source()}
     begun = resume and (out / JSON_NAME).exists()
     if begun and _finished(out, source, loaded.shape):
         return open_trace(out)
@@ -109,7 +113,7 @@ def record_model(
         _sweep(out, begun=begun)
     meter = _Meter(progress, len(requests))
     with (
-        TraceWriter(
+        keep.writer(
             out,
             loaded.shape,
             source=source,
@@ -120,11 +124,16 @@ def record_model(
         ) as writer,
         _Generator(loaded, options) as generator,
     ):
-        for start in range(len(writer) // options.batch_size * options.batch_size, len(requests), options.batch_size):
-            for request in generator.run(requests[start : start + options.batch_size], start)[len(writer) - start :]:
-                writer.add(**request)
-                meter.rows += len(request["experts"])
-            meter.tell(len(writer))
+        needed = writer.needed(domains)
+        for start in range(0, len(requests), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            if not needed[batch].any():
+                continue
+            for request, new in zip(generator.run(requests[batch], start), needed[batch], strict=True):
+                if new:
+                    writer.add(**request)
+                    meter.rows += len(request["experts"])
+            meter.tell(min(batch.stop, len(requests)))
     return open_trace(out)
 
 

@@ -13,7 +13,18 @@ import typer
 
 from moeplan.errors import UsageError
 
-__all__ = ["JsonOption", "Progress", "WithoutLayers", "check_places", "emit_json", "parse_layers", "progress", "say"]
+__all__ = [
+    "Aggregate",
+    "JsonOption",
+    "MinTokens",
+    "Progress",
+    "WithoutLayers",
+    "check_places",
+    "emit_json",
+    "parse_layers",
+    "progress",
+    "say",
+]
 
 JsonOption = Annotated[
     str | None,
@@ -21,6 +32,14 @@ JsonOption = Annotated[
 ]
 WithoutLayers = Annotated[
     str, typer.Option("--without-layers", metavar="IDS", help="Leave out these layers, e.g. 45 or 0,1,45.")
+]
+MinTokens = Annotated[
+    int,
+    typer.Option("--min-tokens", metavar="M", help="Store no request of fewer tokens, prefill and decode together."),
+]
+Aggregate = Annotated[
+    int | None,
+    typer.Option("--aggregate", metavar="N", help="Store no token rows, only sums over N requests of a domain."),
 ]
 
 #: progress(done, total, note): called by long work; does nothing in a pipe.

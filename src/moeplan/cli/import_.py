@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeplan.cli.common import JsonOption, WithoutLayers, claim_stdout, emit_json, parse_layers, progress, say
+from moeplan.cli.common import (
+    Aggregate,
+    JsonOption,
+    MinTokens,
+    WithoutLayers,
+    claim_stdout,
+    emit_json,
+    parse_layers,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from moeplan.trace.reader import Trace
@@ -126,6 +136,29 @@ def moe_beyond(
     _report(trace, json)
 
 
+@_app.command("trace")
+def of_trace(
+    source: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace with token rows.")],
+    output: Out,
+    min_tokens: MinTokens = 1,
+    aggregate: Aggregate = None,
+    domain: Annotated[str | None, typer.Option("--domain", help="Label of every request [default: its own].")] = None,
+    without_layers: WithoutLayers = "",
+    json: JsonOption = None,
+) -> None:
+    """A trace into one that gives less away: without short requests, or sums in place of token rows."""
+    from moeplan.capture.less import import_trace
+    from moeplan.trace import open_trace
+    from moeplan.trace.keep import Keep
+
+    claim_stdout(json)
+    keep = Keep(min_tokens, aggregate)
+    opened = open_trace(source, without_layers=parse_layers(without_layers))
+    with progress("copying requests") as tick:
+        made = import_trace(opened, output, keep, domain=domain, progress=tick)
+    _report(made, json)
+
+
 def trace_summary(trace: Trace) -> dict[str, Any]:
     """What is in a trace, as plain values: the JSON of `import` and `generate`."""
     requests, shape = trace.requests, trace.shape
@@ -151,6 +184,10 @@ def trace_summary(trace: Trace) -> dict[str, Any]:
         "requests_with_unknown_phases": int(unknown.sum()),
         "requests_without_prefill": int((requests.prefill == 0).sum()),
         "requests_without_decode": int(((requests.decode == 0) & ~unknown).sum()),
+        "aggregate": trace.aggregate,
+        "dropped": trace.dropped,
+        "left_over": trace.left_over,
+        "min_tokens": trace.source.get("min_tokens", 1),
         "checksum": trace.checksum,
     }
 
@@ -161,8 +198,15 @@ def say_summary(facts: dict[str, Any]) -> None:
     layers = "layer" if facts["layers"] == 1 else "layers"
     form = f"{facts['layers']} {layers} x {facts['experts']} experts, top-{facts['top_k']}"
     say(f"{facts['model'] or 'unnamed model'}{label}: {form}")
-    say(f"{facts['requests']} requests, {facts['tokens']} tokens, {_phases(facts)}")
+    what = "requests"
+    if facts["aggregate"] > 1:
+        what = f"sum{'s' * (facts['requests'] != 1)} of {facts['aggregate']} requests"
+    say(f"{facts['requests']} {what}, {facts['tokens']} tokens, {_phases(facts)}")
     say(_domains(facts["domains"]))
+    if facts["dropped"]:
+        say(f"not stored: {facts['dropped']} requests of fewer than {facts['min_tokens']} tokens")
+    if facts["left_over"]:
+        say(f"not stored: {facts['left_over']} requests that filled no sum of {facts['aggregate']} of their domain")
     for key, what in (
         ("requests_with_unknown_phases", "have unknown phases"),
         (

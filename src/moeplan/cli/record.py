@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.cli.common import JsonOption, claim_stdout, emit_json, progress, say
+from moeplan.cli.common import Aggregate, JsonOption, MinTokens, claim_stdout, emit_json, progress, say
 from moeplan.cli.import_ import say_summary, trace_summary
 
 __all__ = ["register"]
@@ -52,6 +52,8 @@ def transformers(
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     weights: Annotated[bool, typer.Option("--weights", help="Keep gate weights as well.")] = False,
+    min_tokens: MinTokens = 1,
+    aggregate: Aggregate = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a recording that was cut off (same flags as before).")
     ] = False,
@@ -69,8 +71,10 @@ def transformers(
     from moeplan.capture.hf import RecordOptions, check_out, record_model
     from moeplan.capture.hf_model import load_model
     from moeplan.capture.prompts import read_prompts
+    from moeplan.trace.keep import Keep
 
     claim_stdout(json)
+    keep = Keep(min_tokens, aggregate)
     options = RecordOptions(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -81,11 +85,12 @@ def transformers(
     )
     check_out(output, resume=resume)
     rows = read_prompts(prompts, domain=domain, limit=limit)
+    keep.check([row.domain for row in rows], weights=weights)
     needs_tokenizer = any(row.token_ids is None for row in rows)
     loaded = load_model(model, dtype=dtype, device=device, allow_download=allow_download, tokenizer=needs_tokenizer)
     start = time.monotonic()
     with progress("recording") as tick:
-        trace = record_model(loaded, rows, output, options, resume=resume, progress=tick)
+        trace = record_model(loaded, rows, output, options, keep=keep, resume=resume, progress=tick)
     seconds = time.monotonic() - start
     facts = {**trace_summary(trace), "seconds": seconds}
     say_summary(facts)

@@ -1,8 +1,9 @@
-"""The trace format, version 1: names, schemas, and the two values that everything reads (`Requests`, `Rows`).
+"""The trace format: names, schemas, and the two values that everything reads (`Requests`, `Rows`).
 
 A trace is a directory: `trace.json`, `requests.parquet` (one row per request) and `part-00000.parquet` .. (one row per
-token). A request's rows are whole in one part, in order, prefill before decode; requests are numbered 0, 1, .. in the
-order of the parts. `docs/trace-format.md` says what MUST and MAY be there.
+token; version 2 has sums of requests instead, see `sums.py`). A request's rows are whole in one part, in order, prefill
+before decode; requests are numbered 0, 1, .. in the order of the parts. `docs/trace-format.md` says what MUST and MAY
+be there.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class Requests:
         """int64 [R + 1], the first row of each request in the whole trace."""
         return np.concatenate(([0], np.cumsum(self.rows)))
 
+    def between(self, first: int, last: int) -> Requests:
+        """Requests first .. last - 1."""
+        part = slice(first, last)
+        return Requests(self.rows[part], self.prefill[part], self.domain[part], self.domains, self.arrival[part])
+
     @property
     def prefill_known(self) -> Int64Array:
         """int64 [R], prefill rows, 0 where phases are unknown."""
@@ -89,6 +95,7 @@ class Rows:
         offsets: int64 [n + 1]; request first + i has rows offsets[i] .. offsets[i + 1] - 1.
         prefill: int64 [n], prefill rows, -1 where phases are unknown.
         weights: float16 [T, L, k] gate weights, or None.
+        positions: uint32 [T], each token's index in its sequence, or None.
     """
 
     first: int
@@ -96,6 +103,7 @@ class Rows:
     offsets: Int64Array
     prefill: Int64Array
     weights: npt.NDArray[np.float16] | None = None
+    positions: npt.NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.prefill)

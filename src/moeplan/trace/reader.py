@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import FormatError, UsageError
+from moeplan.trace.columns import list_values, phase_names, read_columns
 from moeplan.trace.files import read_json, sha256
 from moeplan.trace.format import (
     FORMAT,
     JSON_NAME,
     REQUESTS_NAME,
     UNKNOWN,
-    VERSION,
     Requests,
     Rows,
     layers_kept,
 )
+from moeplan.trace.sums import SUMS_VERSION, Sums, read_sums
 from moeplan.types import ModelShape, expert_dtype
 
 __all__ = ["Trace", "open_trace"]
@@ -40,6 +41,9 @@ class Trace:
         synthetic: a generated workload; outputs must say so.
         complete: False for a recording that was cut off.
         checksum: identifies the rows (sha256 over the parts' own).
+        aggregate: N where the trace holds no token rows but sums of N requests, which `requests` then are; else 1.
+        dropped: requests that were shorter than asked for and are not stored.
+        left_over: requests that filled no sum and are not stored.
     """
 
     path: Path
@@ -50,6 +54,9 @@ class Trace:
     checksum: str
     source: dict[str, Any]
     without_layers: tuple[int, ...]
+    aggregate: int
+    dropped: int
+    left_over: int
     _stored: ModelShape
     _parts: tuple[dict[str, Any], ...]
     _weights: bool
@@ -64,14 +71,51 @@ class Trace:
         """Bytes that `load` takes per token."""
         return self.shape.num_layers * self.shape.top_k * np.dtype(expert_dtype(self.shape.num_experts)).itemsize
 
-    def parts(self, *, weights: bool = False) -> Iterator[Rows]:
-        """Each part in turn, verified: checksum, schema, ids, and agreement with the table of requests."""
+    @property
+    def has_weights(self) -> bool:
+        """Whether it holds gate weights."""
+        return self._weights
+
+    def parts(self, *, weights: bool = False, positions: bool = False) -> Iterator[Rows]:
+        """Each part in turn, verified: checksum, schema, ids, and agreement with the table of requests.
+
+        Raises:
+            UsageError: a trace of sums has no token rows; weights were asked for and are not there.
+        """
+        if self.aggregate > 1:
+            raise UsageError(
+                f"holds sums of {self.aggregate} requests and no token rows, which this needs",
+                where=str(self.path),
+                mend="use a trace made without --aggregate",
+            )
         if weights and not self._weights:
             raise UsageError("this trace holds no gate weights", where=str(self.path), mend="record it with --weights")
         _, keep = layers_kept(self._stored, self.without_layers)
+        for part, first in self._checked_files():
+            yield self._read_part(part, first, keep, weights, positions)
+
+    def sums(self) -> Iterator[Sums]:
+        """Each part of a trace of sums in turn, verified."""
+        if self.aggregate == 1:
+            raise UsageError("holds token rows, not sums of requests", where=str(self.path))
+        _, keep = layers_kept(self._stored, self.without_layers)
+        for part, first in self._checked_files():
+            own = self.requests.between(first, first + part["requests"])
+            found = read_sums(self.path / part["file"], first, own, self._stored)
+            yield found if keep is None else Sums(first, found.counts[:, :, keep])
+
+    def _checked_files(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Each part's description and first request, once its file has the checksum it should have."""
         first = 0
         for part in self._parts:
-            yield self._read_part(part, first, keep, weights)
+            path = self.path / part["file"]
+            if sha256(path) != part["sha256"]:
+                raise FormatError(
+                    "checksum differs from trace.json",
+                    where=str(path),
+                    mend="the part was changed or cut off: record again",
+                )
+            yield part, first
             first += part["requests"]
 
     def load(self) -> Rows:
@@ -84,20 +128,12 @@ class Trace:
             at += len(rows.experts)
         return Rows(0, experts, self.requests.offsets, self.requests.prefill)
 
-    def _read_part(self, part: dict[str, Any], first: int, keep: Any, weights: bool) -> Rows:
-        path = self.path / part["file"]
-        if sha256(path) != part["sha256"]:
-            raise FormatError(
-                "checksum differs from trace.json",
-                where=str(path),
-                mend="the part was changed or cut off: record again",
-            )
-        stored = self._stored
-        columns = _read_columns(
-            path, ["request", "phase", "experts"] + (["weights"] if weights else []), at_most=part["rows"]
-        )
+    def _read_part(self, part: dict[str, Any], first: int, keep: Any, weights: bool, positions: bool) -> Rows:
+        path, stored = self.path / part["file"], self._stored
+        names = ["request", "phase", "experts"] + ["weights"] * weights + ["position"] * positions
+        columns = read_columns(path, names, at_most=part["rows"])
         count = len(columns["request"])
-        picks = _list_values(columns["experts"], stored.num_layers * stored.top_k, path)
+        picks = list_values(columns["experts"], stored.num_layers * stored.top_k, path)
         dtype = expert_dtype(stored.num_experts)
         if picks.dtype != dtype and not (picks.dtype.kind in "ui" and picks.size and int(picks.min()) >= 0):
             raise FormatError(f"column experts holds {picks.dtype}, not unsigned ids", where=str(path))
@@ -112,11 +148,13 @@ class Trace:
         self._check_rows(path, columns, lengths, prefill, first)
         gate = None
         if weights:
-            gate = _list_values(columns["weights"], stored.num_layers * stored.top_k, path).reshape(experts.shape)
+            gate = list_values(columns["weights"], stored.num_layers * stored.top_k, path).reshape(experts.shape)
         if keep is not None:
             experts = np.ascontiguousarray(experts[:, keep])
             gate = None if gate is None else gate[:, keep]
-        return Rows(first, experts.astype(dtype, copy=False), np.concatenate(([0], np.cumsum(lengths))), prefill, gate)
+        at = columns["position"].to_numpy(zero_copy_only=False).astype(np.uint32) if positions else None
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        return Rows(first, experts.astype(dtype, copy=False), offsets, prefill, gate, at)
 
     def _check_rows(self, path: Path, columns: dict[str, Any], lengths: Any, prefill: Any, first: int) -> None:
         """The part's request and phase columns must say what requests.parquet says."""
@@ -130,10 +168,7 @@ class Trace:
             raise FormatError(
                 f"row {row}: request {request[row]} where requests.parquet has {expected[row]}", where=str(path)
             )
-        phase = columns["phase"]
-        names = np.asarray(phase.dictionary.to_pylist() if hasattr(phase, "dictionary") else [], dtype=str)
-        codes = phase.indices.to_numpy(zero_copy_only=False) if len(names) and not phase.null_count else None
-        text = names[codes] if codes is not None else np.asarray(phase.to_pylist(), dtype=str)
+        text = phase_names(columns["phase"])
         start = np.concatenate(([0], np.cumsum(lengths)[:-1]))
         index = np.arange(len(expected)) - np.repeat(start, lengths)
         length = np.repeat(prefill, lengths)
@@ -178,11 +213,13 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     where = str(head_path)
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"is not a {FORMAT} file", where=where)
-    version = head.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    version, aggregate = head.get("version"), head.get("aggregate", 1)
+    if not isinstance(version, int) or version > SUMS_VERSION:
         raise FormatError(
-            f"is of version {version}, this moeplan reads up to {VERSION}", where=where, mend="update moeplan"
+            f"is of version {version}, this moeplan reads up to {SUMS_VERSION}", where=where, mend="update moeplan"
         )
+    if type(aggregate) is not int or (aggregate > 1) != (version == SUMS_VERSION):
+        raise FormatError(f"is of version {version} and sums {str(aggregate)[:20]} requests a row", where=where)
     stored = ModelShape.from_dict(head.get("model"), where=where)
     shape, _ = layers_kept(stored, without_layers)
     parts = _checked_parts(head, where)
@@ -197,6 +234,8 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     if complete and sha256(requests_path) != head.get("requests_sha256"):
         raise FormatError("checksum differs from trace.json", where=str(requests_path))
     source = head.get("source")
+    counts = head.get("counts")
+    counts = counts if isinstance(counts, dict) else {}
     return Trace(
         path=root,
         shape=shape,
@@ -206,10 +245,18 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
         checksum=digest,
         source=source if isinstance(source, dict) else {},
         without_layers=tuple(without_layers),
+        aggregate=aggregate,
+        dropped=_whole(counts.get("dropped")),
+        left_over=_whole(counts.get("left_over")),
         _stored=stored,
         _parts=parts,
         _weights=bool(head.get("weights")),
     )
+
+
+def _whole(value: Any) -> int:
+    """A count that is written for people only; what is none reads as 0."""
+    return value if type(value) is int and value > 0 else 0
 
 
 def _checked_parts(head: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
@@ -229,7 +276,7 @@ def _checked_parts(head: dict[str, Any], where: str) -> tuple[dict[str, Any], ..
 
 
 def _read_requests(path: Path, count: int, tokens: int) -> Requests:
-    columns = _read_columns(path, ["domain", "rows", "prefill", "arrival"], at_most=count + MAX_AHEAD)
+    columns = read_columns(path, ["domain", "rows", "prefill", "arrival"], at_most=count + MAX_AHEAD)
     if len(columns["rows"]) < count:
         raise FormatError(f"{len(columns['rows'])} requests, but trace.json counts {count}", where=str(path))
 
@@ -252,47 +299,3 @@ def _read_requests(path: Path, count: int, tokens: int) -> Requests:
     index = {label: i for i, label in enumerate(domains)}
     arrival = numbers("arrival", np.nan, np.float64)
     return Requests(rows, prefill, np.array([index[label] for label in labels], np.int64), domains, arrival)
-
-
-def _read_columns(path: Path, names: list[str], *, at_most: int) -> dict[str, Any]:
-    """Whole columns of a file whose footer declares no more rows than `at_most`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        declared = pq.read_metadata(path).num_rows
-        if declared > at_most:
-            raise FormatError(f"declares {declared} rows, at most {at_most} belong there", where=str(path))
-        table = pq.read_table(path, columns=names, memory_map=False)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise FormatError(
-            f"is not a whole parquet file with columns {', '.join(names)} ({str(error).splitlines()[0][:120]})",
-            where=str(path),
-            mend="it may be cut off: record or import again",
-        ) from None
-    missing = [name for name in names if name not in table.column_names]
-    if missing:
-        raise FormatError(f"has no column {missing[0]!r}", where=str(path))
-    return {name: table.column(name).combine_chunks() for name in names}
-
-
-def _list_values(column: Any, width: int, path: Path) -> np.ndarray[Any, np.dtype[Any]]:
-    """The values of a list column whose every row must hold `width` of them."""
-    import pyarrow as pa
-
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    if not pa.types.is_fixed_size_list(column.type):
-        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise FormatError(f"a list column was expected, not {column.type}", where=str(path))
-        lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
-        if (lengths != width).any():
-            row = int(np.argmax(lengths != width))
-            raise FormatError(f"row {row}: {lengths[row]} picks, expected {width}", where=str(path))
-    elif column.type.list_size != width:
-        raise FormatError(f"row 0: {column.type.list_size} picks, expected {width}", where=str(path))
-    values = column.flatten()
-    if values.null_count or column.null_count:
-        raise FormatError("holds empty (null) picks", where=str(path))
-    array = np.asarray(values.to_numpy(zero_copy_only=False))
-    return array if array.flags.writeable else array.copy()  # one kind of array, one compiled loop

@@ -7,19 +7,22 @@ interruption, and the finished trace is the same, byte for byte.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import UsageError
+from moeplan.trace.columns import read_columns
 from moeplan.trace.files import read_json
-from moeplan.trace.format import JSON_NAME
-from moeplan.trace.reader import Trace
+from moeplan.trace.format import JSON_NAME, REQUESTS_NAME
+from moeplan.trace.reader import MAX_AHEAD, Trace
 from moeplan.types import ModelShape
 
-__all__ = ["Recorded", "read_recorded"]
+__all__ = ["Recorded", "read_recorded", "token_items"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Recorded:
     Attributes:
         parts: descriptions of all parts but the last, as in `trace.json`.
         last: the description of the last part.
-        items: its requests: (experts [rows, L, k], prefill, positions uint32 [rows], weights [rows, L, k] or None).
+        items: its requests, as the writer keeps them until they are written.
         rows, prefill, domain, arrival: one entry per request, of all parts.
+        taken: the same: how many requests had been taken in when this one was stored, those not stored included.
     """
 
     parts: list[dict[str, Any]]
@@ -40,17 +44,26 @@ class Recorded:
     prefill: list[int]
     domain: list[str]
     arrival: list[float | None]
+    taken: list[int]
 
 
-def read_recorded(trace: Trace, shape: ModelShape, source: dict[str, Any], *, weights: bool) -> Recorded:
+def read_recorded(
+    trace: Trace,
+    shape: ModelShape,
+    source: dict[str, Any],
+    *,
+    weights: bool,
+    read_back: Callable[[Trace], list[tuple[Any, ...]]],
+) -> Recorded:
     """Read back an incomplete trace, which must have been begun with the same model and settings.
+
+    Args:
+        read_back: the last part's items, from a trace whose parts it verifies.
 
     Raises:
         UsageError: the trace is complete, or another model, source or choice of weights began it.
         FormatError: one of its parts is damaged.
     """
-    import pyarrow.parquet as pq
-
     where = str(trace.path)
     if trace.complete:
         raise UsageError("is complete; there is nothing to resume", where=where)
@@ -68,25 +81,40 @@ def read_recorded(trace: Trace, shape: ModelShape, source: dict[str, Any], *, we
     if stored != weights:
         mend = "resume with --weights" if stored else "resume without --weights"
         raise UsageError("was begun with another choice of gate weights", where=where, mend=mend)
-    *_, rows = trace.parts(weights=weights)  # every part is verified on the way
-    last = head["parts"][-1]
-    column = pq.read_table(trace.path / last["file"], columns=["position"]).column(0)
-    positions = column.to_numpy().astype(np.uint32)
-    starts = rows.offsets[:-1]
-    items: list[tuple[Any, ...]] = []
-    for number, (start, stop) in enumerate(zip(starts, rows.offsets[1:], strict=True)):
-        gate = None if rows.weights is None else rows.weights[start:stop]
-        items.append((rows.experts[start:stop], int(rows.prefill[number]), positions[start:stop], gate))
+    items = read_back(trace)
     requests = trace.requests
     return Recorded(
         parts=head["parts"][:-1],
-        last=last,
+        last=head["parts"][-1],
         items=items,
         rows=[int(n) for n in requests.rows],
         prefill=[int(n) for n in requests.prefill],
         domain=[requests.domains[i] for i in requests.domain],
         arrival=_arrivals(requests.arrival),
+        taken=_taken(trace),
     )
+
+
+def token_items(trace: Trace, *, weights: bool) -> list[tuple[Any, ...]]:
+    """The last part's requests: (experts [rows, L, k], prefill, positions uint32 [rows], weights or None) each."""
+    *_, rows = trace.parts(weights=weights, positions=True)  # every part is verified on the way
+    assert rows.positions is not None
+    items: list[tuple[Any, ...]] = []
+    for number, (start, stop) in enumerate(pairwise(rows.offsets)):
+        gate = None if rows.weights is None else rows.weights[start:stop]
+        items.append((rows.experts[start:stop], int(rows.prefill[number]), rows.positions[start:stop], gate))
+    return items
+
+
+def _taken(trace: Trace) -> list[int]:
+    """Column `taken` of the requests; their own numbers from 1 where it is absent, since then all were stored."""
+    import pyarrow.parquet as pq
+
+    path, count = trace.path / REQUESTS_NAME, len(trace.requests)
+    if "taken" not in pq.read_schema(path).names:
+        return list(range(1, count + 1))
+    taken = read_columns(path, ["taken"], at_most=count + MAX_AHEAD)["taken"].slice(0, count).to_pylist()
+    return [int(n) for n in taken]
 
 
 def _arrivals(arrival: npt.NDArray[np.float64]) -> list[float | None]:

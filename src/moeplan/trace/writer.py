@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, MoeplanError, OutputError
+from moeplan.trace.columns import token_table
 from moeplan.trace.files import atomic_path, sha256, write_json
-from moeplan.trace.format import FORMAT, JSON_NAME, PHASES, REQUESTS_NAME, UNKNOWN, VERSION, part_schema
-from moeplan.trace.reader import open_trace
-from moeplan.trace.resume import Recorded, read_recorded
+from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, VERSION
+from moeplan.trace.reader import Trace, open_trace
+from moeplan.trace.resume import Recorded, read_recorded, token_items
 from moeplan.types import ModelShape, expert_dtype
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["TraceWriter"]
 
 #: Picks per part: 16 Mi picks decode to 16 MiB (32 MiB above 256 experts), whatever the model.
 PART_PICKS = 16 * 1024 * 1024
 MAX_DOMAIN_CHARS = 200
+
+Experts = npt.NDArray[np.unsignedinteger]
 
 
 class TraceWriter:
@@ -45,9 +52,10 @@ class TraceWriter:
         weights: store gate weights as well.
         part_picks: picks per part.
         keep_on_error: keep finished parts when the input turns out bad.
-        resume: go on with a recording at `path` that was cut off: the next request is number `len(writer)`. The
-            finished trace then equals that of a recording without interruption, given the same arguments and requests;
-            what is on disk is kept whatever happens.
+        resume: go on with a recording at `path` that was cut off: `needed` says with which requests. The finished trace
+            then equals that of a recording without interruption, given the same arguments and requests; what is on disk
+            is kept whatever happens.
+        min_tokens: requests of fewer rows are dropped; `dropped` counts them.
 
     Raises:
         OutputError: `path` is taken or cannot be made.
@@ -66,36 +74,47 @@ class TraceWriter:
         part_picks: int = PART_PICKS,
         keep_on_error: bool = False,
         resume: bool = False,
+        min_tokens: int = 1,
     ) -> None:
         self.path, self.shape, self.source = Path(path), shape, source
         self.synthetic, self.weights, self.keep_on_error = synthetic, weights, keep_on_error
-        self._part_rows = max(1, part_picks // (shape.num_layers * shape.top_k))
-        self._schema = part_schema(shape, weights=weights)
-        self._pending: list[tuple[Any, ...]] = []  # (experts, prefill, position, weights) of whole requests
+        self.min_tokens, self.dropped = min_tokens, 0
+        self._part_rows = max(1, part_picks // self._row_values())
+        self._pending: list[tuple[Any, ...]] = []  # whole requests, as `_read_back` and `_table` know them
         self._pending_rows = 0
         self._parts: list[dict[str, Any]] = []
         self._rows: list[int] = []
         self._prefill: list[int] = []
         self._domain: list[str] = []
         self._arrival: list[float | None] = []
+        self._taken: list[int] = []  # how many requests had been taken in when this one was stored
         self._flushed = 0
         self._taken_back: dict[str, Any] | None = None  # description of the last part of a recording that is resumed
         self._made = False
         if resume:
-            self._take_back(read_recorded(open_trace(path), shape, source, weights=weights))
+            self._take_back(read_recorded(open_trace(path), shape, source, weights=weights, read_back=self._read_back))
         else:
             self._make_directory()
 
     def __len__(self) -> int:
-        """Requests added so far."""
+        """Requests stored so far."""
         return len(self._rows)
+
+    def needed(self, domains: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Which requests are still to be added, of all that there are, in their order: not those taken in before.
+
+        Args:
+            domains: the label of every request.
+        """
+        return np.arange(len(domains)) >= len(self) + self.dropped
 
     def _take_back(self, recorded: Recorded) -> None:
         self.keep_on_error = True
         self._parts, self._taken_back = recorded.parts, recorded.last
         self._rows, self._prefill = recorded.rows, recorded.prefill
         self._domain, self._arrival = recorded.domain, recorded.arrival
-        self._pending, self._pending_rows = recorded.items, recorded.last["rows"]
+        self._taken, self.dropped = recorded.taken, recorded.taken[-1] - len(recorded.rows)
+        self._pending, self._pending_rows = recorded.items, sum(self._size(item) for item in recorded.items)
         self._flushed = len(recorded.rows) - len(recorded.items)
 
     def _make_directory(self) -> None:
@@ -141,8 +160,8 @@ class TraceWriter:
         positions: npt.NDArray[np.integer] | None = None,
         weights: npt.NDArray[np.floating] | None = None,
         where: str | None = None,
-    ) -> int:
-        """Add one request and return its number.
+    ) -> None:
+        """Take in one request; fewer than `min_tokens` rows are checked and dropped.
 
         Args:
             experts: integers [rows, L, k], prefill rows first.
@@ -182,27 +201,47 @@ class TraceWriter:
             raise FormatError("gate weights are missing or do not match the picks", where=where)
         if positions is not None and positions.shape != (rows,):
             raise FormatError(f"{positions.shape} positions for {rows} rows", where=where)
-        if self._pending_rows and self._pending_rows + rows > self._part_rows:
-            self._flush()
+        if rows < self.min_tokens:
+            self._drop(domain)
+        else:
+            self._keep(experts.astype(expert_dtype(count)), prefill, domain, arrival, positions, weights)
+
+    def _drop(self, domain: str) -> None:
+        self.dropped += 1
+
+    def _keep(
+        self, experts: Experts, prefill: int, domain: str, arrival: float | None, positions: Any, weights: Any
+    ) -> None:
+        """One request that was found good."""
         item = (
-            experts.astype(expert_dtype(count)),
+            experts,
             prefill,
-            np.arange(rows, dtype=np.uint32) if positions is None else positions.astype(np.uint32),
+            np.arange(len(experts), dtype=np.uint32) if positions is None else positions.astype(np.uint32),
             None if weights is None else weights.astype(np.float16),
         )
-        number = len(self._rows)
+        self._store(item, len(experts), prefill, domain, arrival, len(self) + self.dropped + 1)
+
+    def _store(
+        self, item: tuple[Any, ...], rows: int, prefill: int, domain: str, arrival: float | None, taken: int
+    ) -> None:
+        if self._pending_rows and self._pending_rows + self._size(item) > self._part_rows:
+            self._flush()
         self._rows.append(rows)
         self._prefill.append(prefill)
         self._domain.append(domain)
         self._arrival.append(arrival)
-        self._pending_rows += rows
+        self._taken.append(taken)
+        self._pending_rows += self._size(item)
         self._pending.append(item)  # last: a Ctrl-C before this line leaves the request out, never half in
-        return number
 
     def close(self) -> None:
         """Write what is left and mark the trace complete."""
         if not self._rows:
-            raise FormatError("there is no request to write", where=str(self.path), mend="check the input")
+            what, mend = "there is no request to write", "check the input"
+            if self.dropped:
+                what = f"none of the {self.dropped} requests has {self.min_tokens} tokens"
+                mend = "use a smaller --min-tokens"
+            raise FormatError(what, where=str(self.path), mend=mend)
         self._flush(complete=True)
 
     def _flush(self, *, complete: bool = False) -> None:
@@ -232,37 +271,35 @@ class TraceWriter:
             (self.path / JSON_NAME).unlink(missing_ok=True)
         return False
 
+    def _row_values(self) -> int:
+        """Values in one row of a part."""
+        return self.shape.num_layers * self.shape.top_k
+
+    def _size(self, item: tuple[Any, ...]) -> int:
+        """Rows of a part that a request takes."""
+        return len(item[0])
+
+    def _read_back(self, trace: Trace) -> list[tuple[Any, ...]]:
+        """The requests of the last part, as they were before it was written."""
+        return token_items(trace, weights=self.weights)
+
     def _write_part(self) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [len(item[0]) for item in self._pending]
-        number = np.arange(self._flushed, self._flushed + len(rows), dtype=np.uint32)
-        phase = np.concatenate([_phase_codes(len(item[0]), item[1]) for item in self._pending])
-        columns = [
-            pa.array(np.repeat(number, rows)),
-            pa.array(np.concatenate([item[2] for item in self._pending])),
-            pa.DictionaryArray.from_arrays(pa.array(phase), pa.array(PHASES)),
-            pa.FixedSizeListArray.from_arrays(
-                pa.array(np.concatenate([item[0].reshape(-1) for item in self._pending])),
-                type=self._schema.field("experts").type,
-            ),
-        ]
-        if self.weights:
-            columns.append(
-                pa.FixedSizeListArray.from_arrays(
-                    pa.array(np.concatenate([item[3].reshape(-1) for item in self._pending])),
-                    type=self._schema.field("weights").type,
-                )
-            )
-        table = pa.Table.from_arrays(columns, schema=self._schema)
+        count = len(self._pending)
+        table = self._table(self._flushed)
         path = self.path / f"part-{len(self._parts):05d}.parquet"
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", row_group_size=table.num_rows)
-        part = {"file": path.name, "rows": sum(rows), "requests": len(rows), "sha256": sha256(path)}
-        parts, flushed, pending = [*self._parts, part], self._flushed + len(rows), list[tuple[Any, ...]]()
+        tokens = sum(self._rows[self._flushed : self._flushed + count])
+        part = {"file": path.name, "rows": tokens, "requests": count, "sha256": sha256(path)}
+        parts, flushed, pending = [*self._parts, part], self._flushed + count, list[tuple[Any, ...]]()
         # Plain assignments, no call between them: a Ctrl-C cannot fall in here and write the same rows twice.
         self._parts, self._flushed, self._pending, self._pending_rows = parts, flushed, pending, 0
+
+    def _table(self, first: int) -> pa.Table:
+        """The pending requests as a part; `first` is the number of the first one."""
+        return token_table(self.shape, self._pending, first, weights=self.weights)
 
     def _write_requests(self) -> None:
         import pyarrow as pa
@@ -272,25 +309,38 @@ class TraceWriter:
         rows = np.array(self._rows[done], np.int64)
         prefill = np.array(self._prefill[done], np.int64)
         unknown = prefill == UNKNOWN
-        table = pa.table(
-            {
-                "id": pa.array(np.arange(self._flushed, dtype=np.uint32)),
-                "domain": pa.array(self._domain[done]).dictionary_encode(),
-                "rows": pa.array(rows),
-                "prefill": pa.array(prefill, mask=unknown),
-                "decode": pa.array(rows - prefill, mask=unknown),
-                "arrival": pa.array(self._arrival[done], pa.float64()),
-            }
-        )
+        columns = {
+            "id": pa.array(np.arange(self._flushed, dtype=np.uint32)),
+            "domain": pa.array(self._domain[done]).dictionary_encode(),
+            "rows": pa.array(rows),
+            "prefill": pa.array(prefill, mask=unknown),
+            "decode": pa.array(rows - prefill, mask=unknown),
+            "arrival": pa.array(self._arrival[done], pa.float64()),
+        }
+        if self._needs_taken():
+            columns["taken"] = pa.array(self._taken[done], pa.uint32())
+        table = pa.table(columns)
         with atomic_path(self.path / REQUESTS_NAME) as temporary:
             pq.write_table(table, temporary, compression="zstd")
+
+    def _needs_taken(self) -> bool:
+        """Whether a request's number does not say how many had been taken in before it."""
+        return self.min_tokens > 1
+
+    def _counts(self) -> dict[str, int]:
+        """Counts beside requests, tokens and picks."""
+        return {"dropped": self.dropped} if self.min_tokens > 1 else {}
+
+    def _head(self) -> dict[str, Any]:
+        """What tells this form of a trace from others."""
+        return {"version": VERSION}
 
     def _write_json(self, complete: bool) -> None:
         tokens = sum(part["rows"] for part in self._parts)
         digest = hashlib.sha256("".join(part["sha256"] for part in self._parts).encode()).hexdigest()
         data: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            **self._head(),
             "complete": complete,
             "synthetic": self.synthetic,
             "model": self.shape.to_dict(),
@@ -300,6 +350,7 @@ class TraceWriter:
                 "requests": self._flushed,
                 "tokens": tokens,
                 "picks": tokens * self.shape.num_layers * self.shape.top_k,
+                **self._counts(),
             },
             "parts": self._parts,
             "checksum": digest,
@@ -307,9 +358,3 @@ class TraceWriter:
         if complete:  # before that, a kill may leave it one part ahead of this file
             data["requests_sha256"] = sha256(self.path / REQUESTS_NAME)
         write_json(self.path / JSON_NAME, data)
-
-
-def _phase_codes(rows: int, prefill: int) -> npt.NDArray[np.int8]:
-    if prefill == UNKNOWN:
-        return np.full(rows, PHASES.index("unknown"), np.int8)
-    return (np.arange(rows) >= prefill).astype(np.int8)
