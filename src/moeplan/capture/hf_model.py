@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeplan import embedded
 from moeplan.capture.hf_routers import Router, find_routers
 from moeplan.errors import UsageError
 from moeplan.types import ModelShape
@@ -61,6 +62,7 @@ def load_model(
     """Load a model folder (or, with `allow_download`, a name on the Hub) from safetensors; its own code never runs.
 
     Args:
+        source: the folder; the word `embedded` for the model that comes with the package.
         dtype: one of `DTYPES`; auto takes the type it was saved in.
         device: of torch, e.g. cpu or cuda:1; auto takes a GPU if there is one.
         tokenizer: whether one is needed.
@@ -75,6 +77,8 @@ def load_model(
         raise UsageError(f"{error.name} is not installed", mend="pip install 'moeplan[transformers]'") from None
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if source == embedded.WORD and not Path(source).exists():
+        source = str(embedded.MODEL)
     if not allow_download and not Path(source).is_dir():
         raise UsageError("is not a model folder", where=source, mend="check the path, or add --allow-download")
     transformers.utils.logging.set_verbosity_error()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplan import embedded
 from moeplan.errors import FormatError, UsageError
 from moeplan.trace.columns import list_values, phase_names, read_columns
 from moeplan.trace.files import read_json, sha256
@@ -185,14 +186,14 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     """Open a trace directory.
 
     Args:
-        path: the directory.
+        path: the directory; the word `embedded` for the trace that comes with the package.
         without_layers: the model's own indices of layers to leave out of everything.
 
     Raises:
         FormatError: not a trace, cut off before its first part, a newer version, a wrong checksum.
         UsageError: a layer that is not there.
     """
-    root = Path(path)
+    root = embedded.TRACE if str(path) == embedded.WORD and not Path(path).exists() else Path(path)
     head_path = root / JSON_NAME
     if not root.exists():
         raise FormatError("does not exist", where=str(root), mend="check the path")
