@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from moeplan.capture.hf_config import ModelFacts, model_facts
@@ -176,7 +177,6 @@ def test_vllm_raw_form_and_start(tmp_path: Path) -> None:
     trace = import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", facts=E8)
     same(trace, ids[2:, 1:], (1, 2))
     assert trace.requests.prefill.tolist() == [1]
-    import pyarrow.parquet as pq
 
     assert pq.read_table(tmp_path / "t" / "part-00000.parquet")["position"].to_pylist() == [2, 3, 4]
 
@@ -360,6 +360,19 @@ def test_sglang_wrong_shape_of_the_right_size_is_noticed(engines: Path, tmp_path
     with pytest.raises(FormatError, match="is picked twice; the shape or the model is another one"):
         import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", facts=facts)
     assert not (tmp_path / "t").exists()
+
+
+def test_the_rank_that_served_is_kept_where_the_engine_names_it(tmp_path: Path) -> None:
+    silent = sglang()
+    silent["meta_info"]["dp_rank"] = None
+    import_sglang([save(tmp_path / "r.jsonl", sglang(), silent)], tmp_path / "t", facts=SGLANG)
+    assert pq.read_table(tmp_path / "t" / "requests.parquet")["dp_rank"].to_pylist() == [1, None]
+    import_sglang([save(tmp_path / "s.json", silent)], tmp_path / "u", facts=SGLANG)
+    assert "dp_rank" not in pq.read_schema(tmp_path / "u" / "requests.parquet").names
+    for rank in (-1, "0", 2**31):
+        silent["meta_info"]["dp_rank"] = rank
+        with pytest.raises(FormatError, match="rank"):
+            import_sglang([save(tmp_path / "b.json", silent)], tmp_path / "v", facts=SGLANG)
 
 
 def test_sglang_openai_form(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What stored responses of vLLM and SGLang share: encodings, phases, dense layers, and the way into a trace.
+"""What responses of vLLM and SGLang share: encodings, phases, dense layers, and the way into a trace.
 
 Both engines send one row per token of prompt and output except the last sampled token, which is never forwarded; ids
 are logical; the layer axis counts all hidden layers, and a dense layer's rows are zeros.
@@ -24,10 +24,11 @@ from moeplan.errors import FormatError, UsageError
 from moeplan.trace.format import UNKNOWN, layer_spans, layers_kept
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.writer import TraceWriter
-from moeplan.types import MAX_K, MAX_LAYERS
+from moeplan.types import MAX_K, MAX_LAYERS, ModelShape
 
 __all__ = [
     "Answer",
+    "Layout",
     "Picks",
     "check_picks",
     "decode_npy",
@@ -55,6 +56,7 @@ class Answer:
         start: position of the first row in its sequence.
         model: the name that the response gives, or "".
         where: file and place, for errors.
+        dp_rank: the data-parallel rank that served it; None where the response does not tell.
     """
 
     picks: Picks
@@ -62,6 +64,7 @@ class Answer:
     start: int
     model: str
     where: str
+    dp_rank: int | None = None
 
 
 def response_files(sources: Sequence[Path]) -> list[Path]:
@@ -224,6 +227,44 @@ def check_picks(
     return kept
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the first answer of a recording says all of them look.
+
+    Attributes:
+        shape: the model; its layers are those with experts.
+        form: (hidden layers, k) of every answer.
+    """
+
+    shape: ModelShape
+    form: tuple[int, int]
+
+    @classmethod
+    def of(cls, first: Answer, facts: ModelFacts, extras: ModelExtras, dense_layers: Sequence[int] | None) -> Layout:
+        """Raises UsageError or FormatError where flags, config and answer leave something open or contradict."""
+        num_experts = facts.need_experts(first.where)
+        _, layers, k = first.picks.shape
+        shape = facts.add_to(extras).shape(
+            name=first.model,
+            num_experts=num_experts,
+            top_k=k,
+            layer_ids=moe_layers_of(first.picks, facts, dense_layers, first.where),
+            where=first.where,
+        )
+        return cls(shape, (layers, k))
+
+    def picks_of(self, answer: Answer) -> Picks:
+        """Integers [rows, L, k] of an answer, dense layers dropped; raises FormatError where it looks otherwise."""
+        if answer.picks.shape[1:] != self.form:
+            raise FormatError(
+                f"{answer.picks.shape[1]} layers, top-{answer.picks.shape[2]}, but the first answer has"
+                f" {self.form[0]} and top-{self.form[1]}",
+                where=answer.where,
+                mend="record different models into different traces",
+            )
+        return check_picks(answer.picks, self.shape.layer_ids, self.shape.num_experts, answer.where)
+
+
 def write_answers(
     files: Sequence[Path],
     answers: Iterable[tuple[int, Answer]],
@@ -243,34 +284,18 @@ def write_answers(
     first = next(stream, None)
     if first is None:
         raise FormatError("holds no answer with a row", where=str(files[0]), mend="check how it was recorded")
-    place = first[1].where
-    num_experts = facts.need_experts(place)
-    moe_layers = moe_layers_of(first[1].picks, facts, dense_layers, place)
-    stored = facts.add_to(extras).shape(
-        name=first[1].model,
-        num_experts=num_experts,
-        top_k=first[1].picks.shape[2],
-        layer_ids=moe_layers,
-        where=place,
-    )
-    shape, keep = layers_kept(stored, without_layers)
-    form = first[1].picks.shape[1:]
+    layout = Layout.of(first[1], facts, extras, dense_layers)
+    shape, keep = layers_kept(layout.shape, without_layers)
     source = {**source, "notes": []}
     with TraceWriter(out, shape, source=source) as writer:
         for index, answer in _chain(first, stream):
-            if answer.picks.shape[1:] != form:
-                raise FormatError(
-                    f"{answer.picks.shape[1]} layers, top-{answer.picks.shape[2]}, but the first answer has"
-                    f" {form[0]} and top-{form[1]}",
-                    where=answer.where,
-                    mend="import different models into different traces",
-                )
-            picks = check_picks(answer.picks, moe_layers, num_experts, answer.where)
+            picks = layout.picks_of(answer)
             writer.add(
                 picks if keep is None else picks[:, keep],
                 prefill=answer.prefill,
                 domain=domain_of(files[index]) if domain is None else domain,
                 positions=np.arange(answer.start, answer.start + len(picks)),
+                dp_rank=answer.dp_rank,
                 where=answer.where,
             )
             progress(index + 1, len(files), files[index].name)

@@ -29,7 +29,7 @@ from moeplan.errors import FormatError, UsageError
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
 
-__all__ = ["decode_routed_experts", "import_sglang"]
+__all__ = ["decode_routed_experts", "import_sglang", "read_response"]
 
 _ASK = 'start the server with --enable-return-routed-experts and send "return_routed_experts": true'
 _UNKNOWN_PHASES = "some responses do not say how long the prompt was: their phases are unknown"
@@ -98,12 +98,22 @@ def _read(
 ) -> Iterator[tuple[int, Answer]]:
     for index, path in enumerate(files):
         for where, response in json_objects(path):
-            yield index, _read_response(response, form, start, where, notes)
+            yield index, read_response(response, form, start, where, notes)
 
 
-def _read_response(
+def read_response(
     response: dict[str, Any], form: tuple[int, int], start: int, where: str, notes: dict[str, None]
 ) -> Answer:
+    """The answer of one response.
+
+    Args:
+        form: (hidden layers, k).
+        start: `routed_experts_start_len` of the request.
+        notes: gains a line for what was odd but kept.
+
+    Raises:
+        FormatError: no picks in it, or rows that do not fit its own counts of tokens.
+    """
     meta = response.get("meta_info")
     choices = response.get("choices")
     usage = meta if isinstance(meta, dict) else response.get("usage")
@@ -129,4 +139,5 @@ def _read_response(
     if prefill == UNKNOWN:
         notes[_UNKNOWN_PHASES] = None
     model = response.get("model")
-    return Answer(picks, prefill, first, model if isinstance(model, str) else "", where)
+    rank = whole(usage.get("dp_rank"), "dp_rank", where)
+    return Answer(picks, prefill, first, model if isinstance(model, str) else "", where, rank)

@@ -30,7 +30,7 @@ from moeplan.errors import FormatError
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
 
-__all__ = ["decode_routed_experts", "import_vllm"]
+__all__ = ["decode_routed_experts", "import_vllm", "read_response"]
 
 _FLAG = "start the server with --enable-return-routed-experts and record again"
 _UNKNOWN_PHASES = "some responses do not say how long a choice's prompt was: its phases are unknown"
@@ -95,12 +95,20 @@ def decode_routed_experts(value: Any, where: str) -> tuple[Picks, int | None]:
 def _read(files: Sequence[Path], start: int, notes: dict[str, None]) -> Iterator[tuple[int, Answer]]:
     for index, path in enumerate(files):
         for where, response in json_objects(path):
-            for answer in _read_response(response, start, where, notes):
+            for answer in read_response(response, start, where, notes):
                 yield index, answer
 
 
-def _read_response(response: dict[str, Any], start: int, where: str, notes: dict[str, None]) -> list[Answer]:
-    """The answers of one response."""
+def read_response(response: dict[str, Any], start: int, where: str, notes: dict[str, None]) -> list[Answer]:
+    """The answers of one response, one for each choice.
+
+    Args:
+        start: `routed_experts_prompt_start` of the request.
+        notes: gains a line for what was odd but kept.
+
+    Raises:
+        FormatError: no choices or no picks in it, or rows that do not fit its own counts of tokens.
+    """
     choices = response.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise FormatError("is no completion or chat response: it has no choices", where=where)

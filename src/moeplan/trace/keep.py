@@ -151,7 +151,14 @@ class SumsWriter(TraceWriter):
         super()._drop(domain)
 
     def _keep(
-        self, experts: Experts, prefill: int, domain: str, arrival: float | None, positions: Any, weights: Any
+        self,
+        experts: Experts,
+        prefill: int,
+        domain: str,
+        arrival: float | None,
+        dp_rank: int | None,
+        positions: Any,
+        weights: Any,
     ) -> None:
         """Add a request to its domain's sum, and store the sum when it is full."""
         from moeplan._kernels.counting import count_ranges
@@ -174,7 +181,7 @@ class SumsWriter(TraceWriter):
             counts = one_phase(sum_.counts)
             prefill = UNKNOWN if counts[PHASES.index("unknown")].any() else sum_.prefill
             of.open = None
-            self._store((counts,), sum_.rows, prefill, domain, None, of.taken)
+            self._store((counts,), sum_.rows, prefill, domain, None, None, of.taken)
 
     def _take_back(self, recorded: Recorded) -> None:
         super()._take_back(recorded)

@@ -33,7 +33,7 @@ class Recorded:
         parts: descriptions of all parts but the last, as in `trace.json`.
         last: the description of the last part.
         items: its requests, as the writer keeps them until they are written.
-        rows, prefill, domain, arrival: one entry per request, of all parts.
+        rows, prefill, domain, arrival, dp_rank: one entry per request, of all parts.
         taken: the same: how many requests had been taken in when this one was stored, those not stored included.
     """
 
@@ -44,6 +44,7 @@ class Recorded:
     prefill: list[int]
     domain: list[str]
     arrival: list[float | None]
+    dp_rank: list[int | None]
     taken: list[int]
 
 
@@ -91,7 +92,8 @@ def read_recorded(
         prefill=[int(n) for n in requests.prefill],
         domain=[requests.domains[i] for i in requests.domain],
         arrival=_arrivals(requests.arrival),
-        taken=_taken(trace),
+        dp_rank=_optional(trace, "dp_rank") or [None] * len(requests),
+        taken=_optional(trace, "taken") or list(range(1, len(requests) + 1)),  # absent: all were stored
     )
 
 
@@ -106,15 +108,15 @@ def token_items(trace: Trace, *, weights: bool) -> list[tuple[Any, ...]]:
     return items
 
 
-def _taken(trace: Trace) -> list[int]:
-    """Column `taken` of the requests; their own numbers from 1 where it is absent, since then all were stored."""
+def _optional(trace: Trace, name: str) -> list[Any] | None:
+    """A column of the requests that not every trace has."""
     import pyarrow.parquet as pq
 
     path, count = trace.path / REQUESTS_NAME, len(trace.requests)
-    if "taken" not in pq.read_schema(path).names:
-        return list(range(1, count + 1))
-    taken = read_columns(path, ["taken"], at_most=count + MAX_AHEAD)["taken"].slice(0, count).to_pylist()
-    return [int(n) for n in taken]
+    if name not in pq.read_schema(path).names:
+        return None
+    column = read_columns(path, [name], at_most=count + MAX_AHEAD)[name]
+    return list(column.slice(0, count).to_pylist())
 
 
 def _arrivals(arrival: npt.NDArray[np.float64]) -> list[float | None]:

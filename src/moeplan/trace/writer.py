@@ -87,6 +87,7 @@ class TraceWriter:
         self._prefill: list[int] = []
         self._domain: list[str] = []
         self._arrival: list[float | None] = []
+        self._dp_rank: list[int | None] = []
         self._taken: list[int] = []  # how many requests had been taken in when this one was stored
         self._flushed = 0
         self._taken_back: dict[str, Any] | None = None  # description of the last part of a recording that is resumed
@@ -112,7 +113,7 @@ class TraceWriter:
         self.keep_on_error = True
         self._parts, self._taken_back = recorded.parts, recorded.last
         self._rows, self._prefill = recorded.rows, recorded.prefill
-        self._domain, self._arrival = recorded.domain, recorded.arrival
+        self._domain, self._arrival, self._dp_rank = recorded.domain, recorded.arrival, recorded.dp_rank
         self._taken, self.dropped = recorded.taken, recorded.taken[-1] - len(recorded.rows)
         self._pending, self._pending_rows = recorded.items, sum(self._size(item) for item in recorded.items)
         self._flushed = len(recorded.rows) - len(recorded.items)
@@ -159,6 +160,7 @@ class TraceWriter:
         arrival: float | None = None,
         positions: npt.NDArray[np.integer] | None = None,
         weights: npt.NDArray[np.floating] | None = None,
+        dp_rank: int | None = None,
         where: str | None = None,
     ) -> None:
         """Take in one request; fewer than `min_tokens` rows are checked and dropped.
@@ -171,6 +173,7 @@ class TraceWriter:
             positions: integers [rows], each token's index in its sequence; 0, 1, .. when not given (prefix-cached
                 tokens are absent from a trace, so a recorder that knows better says so).
             weights: floats [rows, L, k]; needed exactly when the writer stores weights.
+            dp_rank: the data-parallel rank that served it, 0 .. 2**31 - 1, where the engine says so.
             where: what an error should call this request (a file and row).
 
         Raises:
@@ -201,16 +204,25 @@ class TraceWriter:
             raise FormatError("gate weights are missing or do not match the picks", where=where)
         if positions is not None and positions.shape != (rows,):
             raise FormatError(f"{positions.shape} positions for {rows} rows", where=where)
+        if dp_rank is not None and not 0 <= dp_rank < 2**31:
+            raise FormatError(f"data-parallel rank {str(dp_rank)[:20]} is none", where=where)
         if rows < self.min_tokens:
             self._drop(domain)
         else:
-            self._keep(experts.astype(expert_dtype(count)), prefill, domain, arrival, positions, weights)
+            self._keep(experts.astype(expert_dtype(count)), prefill, domain, arrival, dp_rank, positions, weights)
 
     def _drop(self, domain: str) -> None:
         self.dropped += 1
 
     def _keep(
-        self, experts: Experts, prefill: int, domain: str, arrival: float | None, positions: Any, weights: Any
+        self,
+        experts: Experts,
+        prefill: int,
+        domain: str,
+        arrival: float | None,
+        dp_rank: int | None,
+        positions: Any,
+        weights: Any,
     ) -> None:
         """One request that was found good."""
         item = (
@@ -219,10 +231,17 @@ class TraceWriter:
             np.arange(len(experts), dtype=np.uint32) if positions is None else positions.astype(np.uint32),
             None if weights is None else weights.astype(np.float16),
         )
-        self._store(item, len(experts), prefill, domain, arrival, len(self) + self.dropped + 1)
+        self._store(item, len(experts), prefill, domain, arrival, dp_rank, len(self) + self.dropped + 1)
 
     def _store(
-        self, item: tuple[Any, ...], rows: int, prefill: int, domain: str, arrival: float | None, taken: int
+        self,
+        item: tuple[Any, ...],
+        rows: int,
+        prefill: int,
+        domain: str,
+        arrival: float | None,
+        dp_rank: int | None,
+        taken: int,
     ) -> None:
         if self._pending_rows and self._pending_rows + self._size(item) > self._part_rows:
             self._flush()
@@ -230,6 +249,7 @@ class TraceWriter:
         self._prefill.append(prefill)
         self._domain.append(domain)
         self._arrival.append(arrival)
+        self._dp_rank.append(dp_rank)
         self._taken.append(taken)
         self._pending_rows += self._size(item)
         self._pending.append(item)  # last: a Ctrl-C before this line leaves the request out, never half in
@@ -317,6 +337,8 @@ class TraceWriter:
             "decode": pa.array(rows - prefill, mask=unknown),
             "arrival": pa.array(self._arrival[done], pa.float64()),
         }
+        if any(rank is not None for rank in self._dp_rank[done]):
+            columns["dp_rank"] = pa.array(self._dp_rank[done], pa.int32())
         if self._needs_taken():
             columns["taken"] = pa.array(self._taken[done], pa.uint32())
         table = pa.table(columns)
