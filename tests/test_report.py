@@ -51,7 +51,7 @@ def test_a_synthetic_trace_is_labelled_in_title_and_notices(html: str):
 
 def test_every_section_has_a_sentence_with_numbers_and_a_figure(html: str):
     sections = re.findall(r"<section>(.*?)</section>", html, re.S)
-    assert len(sections) == 8
+    assert len(sections) == 9
     for section in sections:
         sentence = re.search(r'<p class="sentence[^"]*">(.*?)</p>', section, re.S)
         assert sentence and re.search(r"\d", sentence[1])
@@ -70,8 +70,8 @@ def test_what_cannot_be_shown_says_why(tmp_path: Path):
     found = profile(open_trace(tmp_path / "t"))
     said = sentences(found)
     assert "top-1" in said["Experts picked together"]
-    assert sum(text.startswith("Not shown") for text in said.values()) == 5
-    assert profile_html(found).count("skipped") >= 5
+    assert sum(text.startswith("Not shown") for text in said.values()) == 6
+    assert profile_html(found).count("skipped") >= 6
 
 
 def test_render_is_generic():

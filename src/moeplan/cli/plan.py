@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
         with progress("plan") as report:
-            requests = read_requests(opened, signature_tokens=signature_tokens)
+            requests = read_requests(opened, signature_tokens=signature_tokens, rows=False)
             problem = fit_problem(requests, setup, np.arange(len(requests)))
             report(1, 3, "solving")
             result = solve(problem, strategy, seed)
@@ -78,13 +78,14 @@ def register(app: typer.Typer) -> None:
             output, result, problem, trace_checksum=opened.checksum, synthetic=opened.synthetic, expected=expected,
             stands_in=requests.stands_in,
         )  # fmt: skip
-        say(f"{opened.label}: {strategy} on {len(requests)} requests in {result.seconds:.2f} s -> {output}")
+        say(f"{opened.label}: {strategy} on {len(requests)} {opened.unit} in {result.seconds:.2f} s -> {output}")
         for note in (*requests.notes, *result.notes):
             say(f"  - {note}")
         if not result.equal_groups:
             say("  - its groups are unequal in size: such a plan is for comparison and does not count")
         if expected is None:
-            say("  - expected figures are not given: too few requests to hold a quarter back")
+            why = "too few requests to hold a quarter back" if requests.sums is None else "they take token rows"
+            say(f"  - expected figures are not given: {why}")
         else:
             say("expected on unseen requests (fitted on three quarters, measured on the last):")
             for key in _EXPECTED:
@@ -101,9 +102,11 @@ def register(app: typer.Typer) -> None:
 
 
 def _expected(requests: RequestSet, setup: Setup, strategy: str) -> dict[str, Any] | None:
-    """The strategy's figures on a held-out quarter; None where the trace is too small for one."""
+    """The strategy's figures on a held-out quarter; None where the trace is too small for one, or has no rows."""
     from moeplan.replay import compare
 
+    if requests.sums is not None:
+        return None
     try:
         row = compare(requests, setup).row(strategy).to_dict()
     except PlanError:

@@ -25,7 +25,7 @@ class Stream:
     """Token rows of the fit requests, for what counts cannot say (co-activation).
 
     Attributes:
-        experts: unsigned [T, L, k].
+        experts: unsigned [T, L, k]; none where a trace holds sums of requests.
         starts, stops: int64 [n], each request's rows.
     """
 
@@ -95,7 +95,16 @@ class Problem:
 
     @cached_property
     def pairs(self) -> npt.NDArray[np.uint32]:
-        """uint32 [L, E, E], how often two experts served the same token."""
+        """uint32 [L, E, E], how often two experts served the same token.
+
+        Raises:
+            PlanError: there are no token rows to tell.
+        """
+        if not len(self.stream.experts):
+            raise PlanError(
+                "the trace holds sums of requests, which do not tell what one token picks together",
+                mend="use another strategy, or the trace that the sums were made of",
+            )
         out = np.zeros((self.shape.num_layers, self.shape.num_experts, self.shape.num_experts), np.uint32)
         count_pairs(self.stream.experts, self.stream.starts, self.stream.stops, out)
         return out

@@ -18,7 +18,7 @@ from moeplan.errors import UsageError
 from moeplan.plan.problem import Stream
 from moeplan.trace import Trace
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
-from moeplan.types import ModelShape
+from moeplan.types import ModelShape, expert_dtype
 
 __all__ = ["PHASES_MEASURED", "RequestSet", "read_requests"]
 
@@ -33,7 +33,7 @@ class RequestSet:
     """The usable requests of a trace.
 
     Attributes:
-        shape: the model. experts: unsigned [T, L, k], all rows of the trace.
+        shape: the model. experts: unsigned [T, L, k], all rows of the trace; none where it holds sums of requests.
         index: int64 [n], each request's number in the trace. total: requests in the trace.
         domain: int64 [n] into `domains`.
         signature_span, use_span, measured_span: int64 [n, 2], first row and end: what is known before, what plans are
@@ -42,6 +42,7 @@ class RequestSet:
         column: what the measured rows are called: decode, prefill, prefill and decode, rest of prompt, rest of rows.
         stands_in: what the signature rests on, when it is not the prefill; else None.
         notes: what a reader must know, one line each.
+        sums: uint32 [2, n, L, E], picks of prefill and decode, where the trace holds sums: each stands for a request.
     """
 
     shape: ModelShape
@@ -57,6 +58,7 @@ class RequestSet:
     column: str
     stands_in: str | None
     notes: tuple[str, ...]
+    sums: Counts | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -70,12 +72,12 @@ class RequestSet:
     @cached_property
     def signature(self) -> Counts:
         """uint32 [n, L, E], picks in the signature rows."""
-        return self._count(self.signature_span)
+        return self.sums[0] if self.sums is not None else self._count(self.signature_span)
 
     @cached_property
     def use(self) -> Counts:
         """uint32 [n, L, E], picks in the rows that plans are fitted on."""
-        return self._count(self.use_span)
+        return self.sums[1] if self.sums is not None else self._count(self.use_span)
 
     @cached_property
     def measured(self) -> Counts:
@@ -93,15 +95,32 @@ class RequestSet:
         return Stream(self.experts, np.ascontiguousarray(span[:, 0]), np.ascontiguousarray(span[:, 1]))
 
 
-def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: str = "decode") -> RequestSet:
+def read_requests(
+    trace: Trace, *, signature_tokens: int | None = None, phase: str = "decode", rows: bool = True
+) -> RequestSet:
     """Load a trace's rows and sort its requests into usable and not.
 
     Usable: a prefill of at least 1 row and a decode of at least 8; with `signature_tokens` N, at least 2N rows of
     decode (of the prompt, where the trace has no decode; of all rows, where no phase is known).
 
+    Args:
+        trace: an opened trace.
+        signature_tokens: N, to let the first N rows stand in for the prefill.
+        phase: what is measured: decode, prefill or mixed.
+        rows: False where counts are enough, to read a trace of sums too, whose sums then stand for requests.
+
     Raises:
-        UsageError: no usable request, with what to do instead.
+        UsageError: no usable request, with what to do instead; sums, where rows are needed.
     """
+    if trace.aggregate > 1:
+        if rows or signature_tokens is not None:
+            need = "comparing and replaying need" if signature_tokens is None else "--signature-tokens needs"
+            raise UsageError(
+                f"holds sums of {trace.aggregate} requests; {need} the picks of each token",
+                where=str(trace.path),
+                mend="use the trace that they were made of",
+            )
+        return _read_sums(trace)
     if phase not in PHASES_MEASURED:
         raise UsageError(f"--phase {phase!r} is not one of {', '.join(PHASES_MEASURED)}")
     requests = trace.requests
@@ -145,6 +164,28 @@ def read_requests(trace: Trace, *, signature_tokens: int | None = None, phase: s
     return RequestSet(
         trace.shape, trace.load().experts, index, len(requests), requests.domain[index], requests.domains,
         signature[index], use, measured, requests.prefill_known[index], column, stands_in, tuple(notes),
+    )  # fmt: skip
+
+
+def _read_sums(trace: Trace) -> RequestSet:
+    """The sums that have rows of both phases, each in a request's place."""
+    requests = trace.requests
+    index = np.flatnonzero(Stages.of(requests).usable)
+    if not len(index):
+        raise UsageError(
+            f"none of the {len(requests)} sums has prefill and decode rows",
+            where=str(trace.path),
+            mend="record both phases",
+        )
+    parts = [part.counts[:2, Stages.of(requests).usable[part.first : part.first + len(part)]] for part in trace.sums()]
+    none = np.zeros((len(index), 2), np.int64)
+    notes = (
+        f"{len(index)} of {len(requests)} sums of {trace.aggregate} requests are usable; each stands for a request",
+    )
+    return RequestSet(
+        trace.shape, np.empty((0, trace.shape.num_layers, trace.shape.top_k), expert_dtype(trace.shape.num_experts)),
+        index, len(requests), requests.domain[index], requests.domains, none, none, none,
+        requests.prefill_known[index], "decode", None, notes, np.concatenate(parts, axis=1),
     )  # fmt: skip
 
 

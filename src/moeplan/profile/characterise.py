@@ -16,6 +16,7 @@ from moeplan.profile.imbalance import Imbalance, imbalance
 from moeplan.profile.leakage import Leakage, leakage
 from moeplan.profile.map import RequestMap, request_map
 from moeplan.profile.phases import Phases, phases
+from moeplan.profile.privacy import Privacy, privacy
 from moeplan.profile.similarity import Similarity, similarity
 from moeplan.trace import UNKNOWN, Trace
 
@@ -42,9 +43,10 @@ class Profile:
     similarity: dict[str, Similarity | Skipped]
     phases: Phases | Skipped
     leakage: Leakage | Skipped
+    privacy: Privacy
     maps: dict[str, RequestMap | Skipped]
     coactivation: Coactivation | Skipped
-    distinct: Distinct
+    distinct: Distinct | Skipped
 
     @property
     def stage_labels(self) -> dict[str, str]:
@@ -64,6 +66,9 @@ class Profile:
                     "complete": trace.complete,
                     "without_layers": trace.without_layers,
                     "requests": len(trace.requests),
+                    "aggregate": trace.aggregate,
+                    "dropped": trace.dropped,
+                    "left_over": trace.left_over,
                     "tokens": int(trace.requests.rows.sum()),
                     "rows_by_stage": {name: int(counts.stages.lengths(s).sum()) for s, name in enumerate(STAGES)},
                     "requests_by_domain": {
@@ -80,6 +85,7 @@ class Profile:
                 "similarity": {name: item.to_dict() for name, item in self.similarity.items()},
                 "predictability": self.phases.to_dict(),
                 "request_types": self.leakage.to_dict(),
+                "privacy": self.privacy.to_dict(),
                 "map": {name: item.to_dict() for name, item in self.maps.items()},
                 "coactivation": self.coactivation.to_dict(),
                 "distinct_experts": self.distinct.to_dict(),
@@ -122,6 +128,7 @@ def profile(
             similarity={name: similarity(counts, stage, kept, seed=seed) for name, stage in stages.items()},
             phases=phases(counts, kept, seed=seed),
             leakage=leakage(counts, kept, seed=seed, progress=progress),
+            privacy=privacy(counts, kept, trace.aggregate, seed=seed),
             maps={name: request_map(counts, stage, kept, seed=seed) for name, stage in stages.items()},
             coactivation=coactivation(counts, seed=seed),
             distinct=distinct(counts, kept, seed=seed),
@@ -135,6 +142,11 @@ def _notices(trace: Trace, counts: Counts, load: Imbalance) -> tuple[str, ...]:
         found.append("Synthetic: this workload was generated, it is not a recording of a model.")
     if not trace.complete:
         found.append("The recording was cut off; what follows rests on its finished parts.")
+    if trace.aggregate > 1:
+        found.append(
+            f"Each row is the sum of {trace.aggregate} requests of one domain (--aggregate); what is said below of "
+            "requests is said of such sums."
+        )
     if stages.signature_tokens is not None:
         found.append(
             f"The {stages.prefill} stand in for the prefill and the {stages.decode} for the decode (--signature-tokens "

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moeplan._kernels.counting import count_pairs
 from moeplan.profile.common import FloatArray, Skipped, plain_dict
-from moeplan.profile.counts import Counts
+from moeplan.profile.counts import WITHOUT_ROWS, Counts
 
 __all__ = ["Coactivation", "coactivation", "quasi_independence"]
 
@@ -85,6 +85,8 @@ def coactivation(counts: Counts, *, seed: int = 0) -> Coactivation | Skipped:
     """Pairs in the reservoir's decode rows (prefill rows, or rows of unknown phase, where there are no others)."""
     if counts.shape.top_k < 2:
         return Skipped("no pairs: a token picks one expert per layer (top-1)")
+    if not len(counts.reservoir.experts):
+        return Skipped(WITHOUT_ROWS)
     stage = counts.reservoir.serving_stage()
     experts = counts.reservoir.experts[counts.reservoir.stage == stage]
     layers, size = counts.shape.num_layers, counts.shape.num_experts

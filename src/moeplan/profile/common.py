@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FloatArray", "Skipped", "interval", "mean_without_nan", "pearson", "plain", "plain_dict", "spread"]
+__all__ = [
+    "FloatArray",
+    "Skipped",
+    "interval",
+    "mean_without_nan",
+    "pearson",
+    "plain",
+    "plain_dict",
+    "spread",
+    "wilson",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -48,6 +58,16 @@ def mean_without_nan(a: npt.NDArray[Any], axis: int | tuple[int, ...] | None = N
 def interval(draws: npt.NDArray[Any], axis: int = 0) -> FloatArray:
     """The middle 95 % of bootstrap draws: [2] + the other axes, (low, high); NaN where a draw is NaN."""
     return np.asarray(np.percentile(draws, [2.5, 97.5], axis=axis), np.float64)
+
+
+def wilson(share: float, n: int) -> FloatArray:
+    """95 % interval of a share of n trials: (low, high), inside 0 .. 1 also where all or none succeed.
+
+    E. B. Wilson, J. Am. Stat. Assoc. 22 (1927).
+    """
+    z = 1.96
+    centre, half = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return np.array([centre - half, centre + half]) / (1 + z * z / n)
 
 
 def spread(items: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.counting import count_ranges
+from moeplan.errors import UsageError
 from moeplan.trace import Requests, Rows, Trace
 from moeplan.trace.stages import Stages
-from moeplan.types import ModelShape
+from moeplan.types import ModelShape, expert_dtype
 
-__all__ = ["DECODE", "OTHER", "PREFILL", "STAGES", "Counts", "Reservoir", "count"]
+__all__ = ["DECODE", "OTHER", "PREFILL", "STAGES", "WITHOUT_ROWS", "Counts", "Reservoir", "count", "stratified"]
 
 Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int, int, str], None]
@@ -25,6 +26,9 @@ Progress = Callable[[int, int, str], None]
 #: Rows that are neither: unknown phases, and rows that `signature_tokens` leaves out.
 STAGES = ("prefill", "decode", "other")
 PREFILL, DECODE, OTHER = range(3)
+
+#: Why a measure of token rows has no figure.
+WITHOUT_ROWS = "the trace holds sums of requests and no token rows"
 
 MAX_DOMAINS, LUMPED = 64, "(other)"
 MAX_SAMPLE, SAMPLE_BYTES = 2_000, 256 * 2**20
@@ -60,7 +64,7 @@ class Counts:
         totals: int64 [2, D, S, L, E], picks of all requests; first axis: not usable, usable for what needs both stages.
         sample: int64 [n], the sampled requests, rising.
         prefill, decode: uint32 [n, L, E], their counts.
-        reservoir: token rows.
+        reservoir: token rows; none where the trace holds sums.
     """
 
     shape: ModelShape
@@ -116,37 +120,36 @@ def count(
         signature_tokens: see `Stages.of`.
         max_sample, reservoir_rows: upper bounds; memory bounds them further.
         progress: called with (requests done, requests, "").
+
+    Raises:
+        UsageError: `signature_tokens` of a trace that holds sums, or that no request can serve.
     """
+    if signature_tokens is not None and trace.aggregate > 1:
+        raise UsageError(
+            f"--signature-tokens needs token rows, the trace holds sums of {trace.aggregate} requests",
+            where=str(trace.path),
+            mend="leave it out",
+        )
     shape, requests = trace.shape, trace.requests
     layers, experts = shape.num_layers, shape.num_experts
     stages = Stages.of(requests, signature_tokens)
     domains, domain, lumped = _lump(requests)
     rng = np.random.default_rng([seed, 1])
-    sample = _stratified(requests.domain, min(max_sample, max(1, SAMPLE_BYTES // (layers * experts * 4))), rng)
+    sample = stratified(requests.domain, min(max_sample, max(1, SAMPLE_BYTES // (layers * experts * 4))), rng)
     slot = np.full(len(requests), -1, np.int64)
     slot[sample] = np.arange(len(sample))
-    chosen = _choose_rows(stages, min(reservoir_rows, max(1, RESERVOIR_BYTES // trace.row_bytes)), rng)
-    kept = np.empty((len(chosen.row), layers, shape.top_k), np.uint8 if experts <= 256 else np.uint16)
-
-    totals = np.zeros((2, len(domains), len(STAGES), layers, experts), np.int64)
-    scratch = np.zeros((totals[..., 0, 0].size, layers, experts), np.uint32)
-    by_request = [np.zeros((len(sample), layers, experts), np.uint32) for _ in (PREFILL, DECODE)]
-    for rows in trace.parts():
-        part = slice(rows.first, rows.first + len(rows))
-        for stage in range(len(STAGES)):
-            starts = rows.offsets[:-1] + stages.starts(stage)[part]
-            stops = starts + stages.lengths(stage)[part]
-            key = (stages.usable[part] * len(domains) + domain[part]) * len(STAGES) + stage
-            count_ranges(rows.experts, starts, stops, key, scratch)
-            if stage != OTHER:
-                count_ranges(rows.experts, starts, stops, slot[part], by_request[stage])
-        totals += scratch.reshape(totals.shape)
-        scratch[:] = 0
-        _keep(rows, chosen, requests.offsets[rows.first], kept)
-        if progress:
-            progress(part.stop, len(requests), "counting")
-        del rows  # or two parts would be in memory while the next one is read
-    reservoir = Reservoir(kept, chosen.request, chosen.stage)
+    tally = _Tally(
+        totals=np.zeros((2, len(domains), len(STAGES), layers, experts), np.int64),
+        by_request=np.zeros((2, len(sample), layers, experts), np.uint32),
+        cell=(stages.usable * len(domains) + domain) * len(STAGES),
+        slot=slot,
+        progress=progress or (lambda done, total, note: None),
+    )
+    if trace.aggregate > 1:
+        reservoir = _count_sums(trace, tally)
+    else:
+        chosen = _choose_rows(stages, min(reservoir_rows, max(1, RESERVOIR_BYTES // trace.row_bytes)), rng)
+        reservoir = _count_rows(trace, stages, chosen, tally)
     return Counts(
         shape=shape,
         requests=requests,
@@ -155,12 +158,61 @@ def count(
         domain=domain,
         labels=len(requests.domains),
         lumped=lumped,
-        totals=totals,
+        totals=tally.totals,
         sample=sample,
-        prefill=by_request[PREFILL],
-        decode=by_request[DECODE],
+        prefill=tally.by_request[PREFILL],
+        decode=tally.by_request[DECODE],
         reservoir=reservoir,
     )
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What is added to on the way.
+
+    Attributes:
+        totals: as in `Counts`; cell: int64 [R], where a request's first stage is in it, all but the last axes flat.
+        by_request: uint32 [2, n, L, E], prefill and decode of the sample; slot: int64 [R], place in it or -1.
+    """
+
+    totals: Int64Array
+    by_request: npt.NDArray[np.uint32]
+    cell: Int64Array
+    slot: Int64Array
+    progress: Progress
+
+
+def _count_rows(trace: Trace, stages: Stages, chosen: _Chosen, tally: _Tally) -> Reservoir:
+    kept = np.empty((len(chosen.row), trace.shape.num_layers, trace.shape.top_k), expert_dtype(trace.shape.num_experts))
+    totals = tally.totals
+    scratch = np.zeros((totals[..., 0, 0].size, *totals.shape[-2:]), np.uint32)
+    for rows in trace.parts():
+        part = slice(rows.first, rows.first + len(rows))
+        for stage in range(len(STAGES)):
+            starts = rows.offsets[:-1] + stages.starts(stage)[part]
+            stops = starts + stages.lengths(stage)[part]
+            count_ranges(rows.experts, starts, stops, tally.cell[part] + stage, scratch)
+            if stage != OTHER:
+                count_ranges(rows.experts, starts, stops, tally.slot[part], tally.by_request[stage])
+        totals += scratch.reshape(totals.shape)
+        scratch[:] = 0
+        _keep(rows, chosen, trace.requests.offsets[rows.first], kept)
+        tally.progress(part.stop, len(trace.requests), "counting")
+        del rows  # or two parts would be in memory while the next one is read
+    return Reservoir(kept, chosen.request, chosen.stage)
+
+
+def _count_sums(trace: Trace, tally: _Tally) -> Reservoir:
+    """The same of a trace of sums, whose phases are the stages; it has no rows to keep."""
+    cells = tally.totals.reshape(-1, *tally.totals.shape[-2:])
+    for sums in trace.sums():
+        for number, counts in enumerate(sums.counts.swapaxes(0, 1), sums.first):
+            cells[tally.cell[number] : tally.cell[number] + len(STAGES)] += counts
+            if tally.slot[number] >= 0:
+                tally.by_request[:, tally.slot[number]] = counts[[PREFILL, DECODE]]
+        tally.progress(sums.first + len(sums), len(trace.requests), "counting")
+    none = np.empty(0, np.int64)
+    return Reservoir(np.empty((0, trace.shape.num_layers, trace.shape.top_k), np.uint8), none, none)
 
 
 def _lump(requests: Requests) -> tuple[tuple[str, ...], Int64Array, int]:
@@ -180,7 +232,7 @@ def _lump(requests: Requests) -> tuple[tuple[str, ...], Int64Array, int]:
     return (*(names[i] for i in kept), LUMPED), index[domain], len(names) - len(kept)
 
 
-def _stratified(domain: Int64Array, most: int, rng: np.random.Generator) -> Int64Array:
+def stratified(domain: Int64Array, most: int, rng: np.random.Generator) -> Int64Array:
     """At most `most` requests, each domain with its share (the largest remainders get the odd ones), rising."""
     if len(domain) <= most:
         return np.arange(len(domain))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, mean_without_nan, plain_dict
-from moeplan.profile.counts import Counts
+from moeplan.profile.common import FloatArray, Skipped, mean_without_nan, plain_dict
+from moeplan.profile.counts import WITHOUT_ROWS, Counts
 
 __all__ = ["Distinct", "distinct"]
 
@@ -41,7 +41,7 @@ class Distinct:
         return plain_dict(vars(self))
 
 
-def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Distinct:
+def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Distinct | Skipped:
     """Draw batches of rows without replacement from the reservoir and count what they touch.
 
     Args:
@@ -49,6 +49,8 @@ def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Di
         kept: layer rows that means are taken over.
         seed: of the draws.
     """
+    if not len(counts.reservoir.experts):
+        return Skipped(WITHOUT_ROWS)
     stage = counts.reservoir.serving_stage()
     of_stage = counts.reservoir.stage == stage
     experts = counts.reservoir.experts[of_stage][:, kept]  # [m, L', k]

@@ -12,6 +12,7 @@ from moeplan.profile.imbalance import Imbalance
 from moeplan.profile.leakage import Leakage
 from moeplan.profile.map import RequestMap
 from moeplan.profile.phases import NULLS, Phases
+from moeplan.profile.privacy import Link
 from moeplan.profile.similarity import Similarity
 from moeplan.report.figures import GREY, PALETTE, Image, canvas, heat_map, legend_below, lines, shorten, to_image
 
@@ -20,6 +21,7 @@ __all__ = [
     "coactivation_figure",
     "distinct_figure",
     "imbalance_figure",
+    "link_figure",
     "map_figure",
     "phases_figure",
     "similarity_figure",
@@ -116,6 +118,25 @@ def classification_figure(found: Leakage) -> Image:
         axes.set_ylim(0, 103)
         legend_below(figure, axes, columns=3)
         return to_image(figure, "Request-type classification accuracy by layer with its control")
+
+
+def link_figure(found: Link) -> Image:
+    """How often a request's row is found, by how many requests a row sums, with its intervals and chance."""
+    with canvas() as (figure, axes):
+        series = (
+            ("by text", found.by_text, found.text_ci, PALETTE[1]),
+            ("by routing", found.by_routing, found.routing_ci, PALETTE[0]),
+        )
+        for label, rate, ci, colour in series:
+            axes.fill_between(found.aggregate, 100 * ci[:, 0], 100 * ci[:, 1], color=colour, alpha=0.15, linewidth=0)
+            axes.plot(found.aggregate, 100 * rate, color=colour, marker="o", markersize=4, label=label)
+        axes.axhline(100 * found.chance, color=GREY, linestyle=":", linewidth=1.4, label=f"chance ({found.chance:.0%})")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(found.aggregate, [str(n) for n in found.aggregate])
+        axes.minorticks_off()
+        axes.set(ylim=(0, 103), xlabel="requests summed into a row", ylabel="row found among 10, %")
+        legend_below(figure, axes, columns=3)
+        return to_image(figure, "How often a request's row is found, against the requests summed into a row")
 
 
 def coactivation_figure(found: Coactivation) -> Image:

@@ -10,6 +10,7 @@ from moeplan.profile.phases import NULLS
 from moeplan.profile.similarity import Similarity
 from moeplan.report import profile_figures as draw
 from moeplan.report.page import Section, Table, render
+from moeplan.report.privacy_section import privacy_section
 
 __all__ = ["profile_html", "sentences"]
 
@@ -18,10 +19,10 @@ MAX_PAIRS, MAX_DOMAINS, MAX_STRONGEST = 12, 20, 10
 
 def profile_html(found: Profile) -> str:
     """The whole page."""
-    shape = found.trace.shape
+    shape, requests = found.trace.shape, found.trace.requests
     subtitle = (
         f"{found.trace.path.name}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}; "
-        f"{len(found.trace.requests):,} requests, {int(found.trace.requests.rows.sum()):,} tokens; seed {found.seed}"
+        f"{len(requests):,} {found.trace.unit}, {int(requests.rows.sum()):,} tokens; seed {found.seed}"
     )
     sections = [
         _trace(found),
@@ -30,6 +31,7 @@ def profile_html(found: Profile) -> str:
         _phases(found),
         _map(found),
         _classification(found),
+        privacy_section(found),
         _coactivation(found),
         _distinct(found),
     ]
@@ -46,6 +48,7 @@ def sentences(found: Profile) -> dict[str, str]:
             _phases(found, figures=False),
             _map(found, figures=False),
             _classification(found, figures=False),
+            privacy_section(found, figures=False),
             _coactivation(found, figures=False),
             _distinct(found, figures=False),
         )
@@ -92,7 +95,7 @@ def _trace(found: Profile) -> Section:
     domains = f"{len(counts.domains)} domain{'s' if len(counts.domains) != 1 else ''}"
     return Section(
         "What was recorded",
-        f"{total:,} requests of {domains}; {both}.",
+        f"{total:,} {found.trace.unit} of {domains}; {both}.",
         table=Table(head, rows, caption),
         note="Imbalance: largest expert's load over the mean, mean over layers. Even experts: what as many independent "
         "picks would show if every expert were equally likely; small samples look uneven by themselves.",
@@ -314,7 +317,9 @@ def _coactivation(found: Profile, *, figures: bool = True) -> Section:
 
 
 def _distinct(found: Profile, *, figures: bool = True) -> Section:
-    item, size = found.distinct, found.trace.shape.num_experts
+    heading, item, size = "Distinct experts in a batch", found.distinct, found.trace.shape.num_experts
+    if isinstance(item, Skipped):
+        return Section(heading, f"Not shown: {item.reason}.", skipped=True)
     at = int(np.argmin(np.abs(item.mixed - size / 2)))  # where batches are most telling: half of the experts touched
     b = int(item.batch[at])
     sentence = (
@@ -330,7 +335,7 @@ def _distinct(found: Profile, *, figures: bool = True) -> Section:
         for i, b in enumerate(item.batch.tolist())
     ]
     return Section(
-        "Distinct experts in a batch",
+        heading,
         sentence + ".",
         [draw.distinct_figure(item, size)] if figures else (),
         Table(["batch", "mixed", "one domain", "by popularity", "even"], rows, "distinct experts per layer"),

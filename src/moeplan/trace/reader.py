@@ -68,6 +68,11 @@ class Trace:
         return f"{self.shape.name or self.path.name}{' (synthetic)' if self.synthetic else ''}"
 
     @property
+    def unit(self) -> str:
+        """What `requests` are called: requests, or sums of N requests."""
+        return "requests" if self.aggregate == 1 else f"sums of {self.aggregate} requests"
+
+    @property
     def row_bytes(self) -> int:
         """Bytes that `load` takes per token."""
         return self.shape.num_layers * self.shape.top_k * np.dtype(expert_dtype(self.shape.num_experts)).itemsize

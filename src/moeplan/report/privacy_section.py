@@ -1,0 +1,91 @@
+"""The section of a profile that says what the stored rows give away."""
+
+from __future__ import annotations
+
+from moeplan.profile import Profile, Skipped
+from moeplan.profile.common import FloatArray
+from moeplan.profile.privacy import LINE_UP, Kind, Link
+from moeplan.report.page import Section, Table
+from moeplan.report.profile_figures import link_figure
+
+__all__ = ["privacy_section"]
+
+HEADING = "What the stored rows give away"
+
+
+def privacy_section(found: Profile, *, figures: bool = True) -> Section:
+    """Kind and link in one sentence and one table; the reasons where neither can be measured."""
+    item = found.privacy
+    stages = {name: found.counts.stages.named(i) for i, name in enumerate(item.kind)}
+    kinds = {stages[name]: kind for name, kind in item.kind.items() if isinstance(kind, Kind)}
+    link = item.link if isinstance(item.link, Link) else None
+    if not kinds and link is None:
+        reasons = dict.fromkeys(r.reason for r in (*item.kind.values(), item.link) if isinstance(r, Skipped))
+        return Section(HEADING, f"Not shown: it {'; '.join(reasons)}.", skipped=True)
+    sentences = [_kind_sentence(kinds, item.aggregate)] if kinds else []
+    sentences.append(_link_sentence(link, item.link))
+    rows = [
+        [f"domain, from {name}", _percent(kind.accuracy), _range(kind.ci95), _percent(kind.chance), f"{kind.rows:,}"]
+        for name, kind in kinds.items()
+    ]
+    if link is not None:
+        for what, rate, ci in (("routing", link.by_routing, link.routing_ci), ("text", link.by_text, link.text_ci)):
+            for i, n in enumerate(link.aggregate.tolist()):
+                cells = (_percent(float(rate[i])), _range(ci[i]), _percent(link.chance), f"{link.requests[i]:,}")
+                rows.append([f"row, by {what}, N = {n}", *cells])
+    left_out = {name for kind in kinds.values() for name in kind.left_out}
+    return Section(
+        HEADING,
+        " ".join(sentences),
+        [link_figure(link)] if figures and link is not None and len(link.aggregate) > 1 else (),
+        Table(["what is told", "right", "95 %", "by chance", "of"], rows),
+        "Domain: ridge regression on the counts of all layers, 5 folds; chance is to name the largest domain always"
+        + (f"; {len(left_out)} domains of fewer than 5 rows are left out" if left_out else "")
+        + "."
+        + (_link_note(stages) if link is not None else ""),
+    )
+
+
+def _link_note(stages: dict[str, str]) -> str:
+    return (
+        f" Row: the row that holds a request's {stages['prefill']} is sought among {LINE_UP} of its domain, by the "
+        f"routing of its {stages['decode']}, or by the counts that whoever has its text can compute with the model. N: "
+        "requests summed into a row, as 'moeplan import trace --aggregate N' stores them to be shared."
+    )
+
+
+def _kind_sentence(kinds: dict[str, Kind], aggregate: int) -> str:
+    told = " and ".join(f"{_percent(kind.accuracy)} from {name}" for name, kind in kinds.items())
+    largest = max(kind.chance for kind in kinds.values())
+    row = "request" if aggregate == 1 else f"sum of {aggregate} requests"
+    return (
+        f"The domain of a stored {row} is named rightly in {told}; always naming the largest domain would be right in "
+        f"{_percent(largest)}."
+    )
+
+
+def _link_sentence(link: Link | None, item: Link | Skipped) -> str:
+    if link is None:
+        return f"Which request a row is of is not measured: {item.reason if isinstance(item, Skipped) else ''}."
+    text = (
+        f"Which request it is shows too: among {LINE_UP} of its domain, the row is found by the rest of the request's "
+        f"routing in {_percent(link.by_routing[0])}, and by its text in {_percent(link.by_text[0])} "
+        f"({_percent(link.chance)} by chance)"
+    )
+    if len(link.aggregate) > 1:
+        text += (
+            f"; in sums of {link.aggregate[-1]} (--aggregate {link.aggregate[-1]}), in "
+            f"{_percent(link.by_routing[-1])} and {_percent(link.by_text[-1])}"
+        )
+    return text + "."
+
+
+def _percent(share: float) -> str:
+    """Whole percents, and no '100 %' or '0 %' that is not one."""
+    if 0.995 <= share < 1 or 0 < share < 0.005:
+        return f"{100 * share:.1f} %"
+    return f"{100 * share:.0f} %"
+
+
+def _range(ci: FloatArray) -> str:
+    return f"{100 * ci[0]:.0f} - {100 * ci[1]:.0f} %"
