@@ -177,7 +177,6 @@ def test_vllm_raw_form_and_start(tmp_path: Path) -> None:
     trace = import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", facts=E8)
     same(trace, ids[2:, 1:], (1, 2))
     assert trace.requests.prefill.tolist() == [1]
-
     assert pq.read_table(tmp_path / "t" / "part-00000.parquet")["position"].to_pylist() == [2, 3, 4]
 
 

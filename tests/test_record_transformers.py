@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from moeplan.capture import hf  # noqa: E402
+from moeplan.capture import recording  # noqa: E402
 from moeplan.capture.hf import RecordOptions, record_model  # noqa: E402
 from moeplan.capture.hf_model import LoadedModel, load_model  # noqa: E402
 from moeplan.capture.prompts import Prompt, read_prompts  # noqa: E402
@@ -219,8 +219,8 @@ def files_of(path: Path) -> dict[str, bytes]:
 def test_killed_and_resumed_equals_uninterrupted(
     qwen: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, keep: Keep
 ) -> None:
-    monkeypatch.setattr(hf, "PART_PICKS", 1)
-    monkeypatch.setattr(hf, "PART_TOKENS", 45 if keep.aggregate is None else 9)  # parts end inside batches
+    monkeypatch.setattr(recording, "PART_PICKS", 1)
+    monkeypatch.setattr(recording, "PART_TOKENS", 45 if keep.aggregate is None else 9)  # parts end inside batches
     prompts, options = token_prompts(17), RecordOptions(max_new_tokens=4, batch_size=3, temperature=temperature)
     whole = record_model(qwen, prompts, tmp_path / "whole", options, keep=keep)
     assert len(list(tmp_path.glob("whole/part-*"))) >= 3 and bool(whole.dropped) == (keep.min_tokens > 1)

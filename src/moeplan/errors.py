@@ -6,7 +6,7 @@ prints its one line and exits with status 2. Anything else that escapes is a def
 
 from __future__ import annotations
 
-__all__ = ["FormatError", "MoeplanError", "OutputError", "PlanError", "UsageError"]
+__all__ = ["FormatError", "MoeplanError", "OutputError", "PlanError", "ServerError", "UsageError"]
 
 
 class MoeplanError(Exception):
@@ -44,3 +44,17 @@ class PlanError(UsageError):
 
 class OutputError(MoeplanError):
     """The result cannot be written where it was asked for."""
+
+
+class ServerError(MoeplanError):
+    """A server cannot be reached, refuses a request, or keeps failing.
+
+    Attributes:
+        status: the HTTP status of a refusal; None where there was none.
+    """
+
+    def __init__(
+        self, what: str, *, where: str | None = None, mend: str | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(what, where=where, mend=mend)
+        self.status = status

@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,55 +22,41 @@ import numpy.typing as npt
 from moeplan.capture.hf_model import LoadedModel, pad_token, stop_tokens
 from moeplan.capture.hf_routers import PickTap
 from moeplan.capture.model import Progress, silent
-from moeplan.capture.prompts import MAX_NEW_TOKENS, Prompt, prompts_digest
-from moeplan.errors import FormatError, MoeplanError, OutputError, UsageError
-from moeplan.trace.format import JSON_NAME, REQUESTS_NAME
+from moeplan.capture.prompts import Prompt, prompts_digest
+from moeplan.capture.recording import (
+    Meter,
+    SamplingOptions,
+    check_out,
+    finished,
+    new_tokens,
+    part_picks,
+    seed_of,
+    sweep,
+)
+from moeplan.errors import FormatError, MoeplanError, UsageError
+from moeplan.trace.format import JSON_NAME
 from moeplan.trace.keep import Keep
 from moeplan.trace.reader import Trace, open_trace
-from moeplan.types import ModelShape
 
-__all__ = ["RecordOptions", "check_out", "record_model"]
-
-#: A part ends at so many picks, but not before so many tokens: a kill loses less than a minute of a small model's work,
-#: and a large model's recording does not fall into thousands of files.
-PART_PICKS, PART_TOKENS = 256 * 1024, 1024
-#: Sampled per request where neither the prompt nor an option says.
-NEW_TOKENS = 128
+__all__ = ["RecordOptions", "record_model"]
 
 
 @dataclass(frozen=True)
-class RecordOptions:
-    """How prompts are run.
+class RecordOptions(SamplingOptions):
+    """How prompts are run in this process.
 
     Attributes:
-        max_new_tokens: sampled per request, at most; None takes each prompt's own limit, or `NEW_TOKENS` or what the
-            model's positions leave.
         batch_size: requests that run together.
-        max_prompt_tokens: longer prompts are cut to their first tokens; None refuses what the model cannot hold.
-        temperature: 0 takes the likeliest token; above it, tokens are drawn with `seed`.
-        seed: of the draws.
         weights: keep gate weights.
     """
 
-    max_new_tokens: int | None = None
     batch_size: int = 8
-    max_prompt_tokens: int | None = None
-    temperature: float = 0.0
-    seed: int = 0
     weights: bool = False
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--batch-size", self.batch_size),
-            ("--max-prompt-tokens", self.max_prompt_tokens),
-        ):
-            if value is not None and value < 1:
-                raise UsageError(f"{flag} {value} is not positive")
-        if not 0 <= self.temperature < 100:
-            raise UsageError(f"--temperature {self.temperature} is outside 0 to 100")
-        if not 0 <= self.seed < 2**31:
-            raise UsageError(f"--seed {self.seed} is outside 0 to {2**31 - 1}")
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size} is not positive")
 
 
 def record_model(
@@ -107,18 +91,18 @@ def record_model(
     requests = [_tokenised(prompt, loaded, options) for prompt in prompts]
     source = {**_source(loaded, prompts, options), **keep.source()}
     begun = resume and (out / JSON_NAME).exists()
-    if begun and _finished(out, source, loaded.shape):
+    if begun and finished(out, source, loaded.shape):
         return open_trace(out)
     if resume:
-        _sweep(out, begun=begun)
-    meter = _Meter(progress, len(requests))
+        sweep(out, begun=begun)
+    meter = Meter(progress, len(requests))
     with (
         keep.writer(
             out,
             loaded.shape,
             source=source,
             weights=options.weights,
-            part_picks=max(PART_PICKS, PART_TOKENS * loaded.shape.num_layers * loaded.shape.top_k),
+            part_picks=part_picks(loaded.shape),
             keep_on_error=True,
             resume=begun,
         ) as writer,
@@ -135,12 +119,6 @@ def record_model(
                     meter.rows += len(request["experts"])
             meter.tell(min(batch.stop, len(requests)))
     return open_trace(out)
-
-
-def check_out(out: Path, *, resume: bool) -> None:
-    """Refuse a place that is taken before a model is loaded for it."""
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError("already exists", where=str(out), mend="choose another place, remove it, or add --resume")
 
 
 @dataclass(frozen=True)
@@ -192,7 +170,7 @@ class _Generator:
             mask[row, length - len(request.ids) :] = 1
         try:
             with torch.inference_mode(), torch.random.fork_rng():
-                torch.manual_seed(_seed_of(self._options.seed, start))
+                torch.manual_seed(seed_of(self._options.seed, start))
                 tokens = self._model.generate(
                     input_ids=ids.to(self._model.device),
                     attention_mask=mask.to(self._model.device),
@@ -229,22 +207,6 @@ class _Generator:
         }
 
 
-def _seed_of(seed: int, start: int) -> int:
-    """A seed of its own for each batch; torch's generator on a CPU takes 32 bits and drops the rest."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:4], "big")
-
-
-class _Meter:
-    """Tells progress with tokens a second."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._start, self.rows = progress, total, time.monotonic(), 0
-
-    def tell(self, done: int) -> None:
-        rate = self.rows / max(time.monotonic() - self._start, 1e-9)
-        self._progress(done, self._total, f"{done}/{self._total} requests, {rate:,.0f} tokens/s")
-
-
 def _tokenised(prompt: Prompt, loaded: LoadedModel, options: RecordOptions) -> _Request:
     """A prompt's token ids, checked against the model's vocabulary and positions."""
     ids = prompt.token_ids if prompt.token_ids is not None else _encode(prompt, loaded.tokenizer)
@@ -256,16 +218,7 @@ def _tokenised(prompt: Prompt, loaded: LoadedModel, options: RecordOptions) -> _
     if max(ids) >= vocabulary:
         raise FormatError(f"token id {max(ids)} is outside the model's {vocabulary}", where=prompt.where)
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    room = limit if type(limit) is int else 2**62
-    new = min(prompt.max_new_tokens or options.max_new_tokens or NEW_TOKENS, options.max_new_tokens or MAX_NEW_TOKENS)
-    if prompt.max_new_tokens is None and options.max_new_tokens is None:
-        new = max(1, min(new, room - len(ids)))  # nobody asked for more
-    if len(ids) + new > room:
-        raise FormatError(
-            f"{len(ids)} prompt tokens and {new} new ones are more than the model's {room} positions",
-            where=prompt.where,
-            mend=f"use --max-prompt-tokens {room - new}" if new < room else "use a smaller --max-new-tokens",
-        )
+    new = new_tokens(prompt, len(ids), limit if type(limit) is int else None, options)
     return _Request(prompt, ids, new)
 
 
@@ -304,22 +257,3 @@ def _source(loaded: LoadedModel, prompts: Sequence[Prompt], options: RecordOptio
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
-
-
-def _finished(out: Path, source: dict[str, Any], shape: ModelShape) -> bool:
-    """Whether just this recording is at `out` and complete."""
-    trace = open_trace(out)
-    return trace.complete and trace.source == source and trace.shape == shape
-
-
-def _sweep(out: Path, *, begun: bool) -> None:
-    """Remove what a kill left half-written, and the files of a first part that no `trace.json` names yet."""
-    if not out.is_dir():
-        return
-    temporary = [p for p in out.iterdir() if re.fullmatch(r"\.(part-\d+|requests|trace)\..*\.tmp", p.name)]
-    for path in temporary:
-        path.unlink(missing_ok=True)
-    rest = list(out.iterdir())
-    if not begun and {path.name for path in rest} <= {"part-00000.parquet", REQUESTS_NAME}:
-        for path in rest:
-            path.unlink()

@@ -72,7 +72,7 @@ def model_facts(
     """Config and flags together.
 
     Args:
-        config: a model's config.json.
+        config: a model's config.json, or the folder that holds it.
         num_experts, num_layers, top_k: flags, which must not contradict the config.
         dense_layers: hidden layers without experts; needs `num_layers` only when the recording does not say it.
 
@@ -80,6 +80,8 @@ def model_facts(
         FormatError: a config that is no JSON object, or holds values out of range or in contradiction.
         UsageError: a flag that contradicts the config.
     """
+    if config is not None and config.is_dir():
+        config = config / "config.json"
     facts = ModelFacts() if config is None else _read_config(config)
     changes: dict[str, Any] = {}
     for key, flag, value, top in (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moeplan.capture.hf_config import ModelFacts
     from moeplan.trace.reader import Trace
 
-__all__ = ["counts_summary", "register_engines"]
+__all__ = ["counts_summary", "dense_layers_of", "register_engines"]
 
 CountsOut = Annotated[Path, typer.Option("-o", "--output", metavar="COUNTS", help="The counts profile to make.")]
 RecorderOut = Annotated[
@@ -75,7 +75,7 @@ def vllm(
     from moeplan.capture.vllm_responses import import_vllm
 
     claim_stdout(json)
-    dense = _dense_layers(dense_layers)
+    dense = dense_layers_of(dense_layers)
     facts = _facts(config, num_experts, dense_layers=dense)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
     dropped = parse_layers(without_layers)
@@ -117,7 +117,7 @@ def sglang(
     from moeplan.capture.sglang_responses import import_sglang
 
     claim_stdout(json)
-    dense = _dense_layers(dense_layers)
+    dense = dense_layers_of(dense_layers)
     facts = _facts(config, num_experts, num_layers, top_k, dense)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
     dropped = parse_layers(without_layers)
@@ -270,7 +270,7 @@ def _facts(
     return model_facts(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense_layers)
 
 
-def _dense_layers(text: str | None) -> tuple[int, ...] | None:
+def dense_layers_of(text: str | None) -> tuple[int, ...] | None:
     """'0,1,2' as layers, 'none' as no layer, nothing as not known."""
     if text is None or text.strip().lower() == "none":
         return None if text is None else ()
