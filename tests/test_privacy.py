@@ -185,7 +185,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     assert sentences(few)["What the stored rows give away"].startswith("Not shown: it needs 2 domains with 5 rows")
     one = profile(make(tmp_path / "one", domains="a", requests=12))
     assert isinstance(one.privacy.link, Link) and one.privacy.link.aggregate.tolist() == [1]
-    assert sentences(one)["What the stored rows give away"].startswith("Which request it is shows")
+    assert sentences(one)["What the stored rows give away"].startswith("Among 10 of its domain, a request's row")
 
 
 def test_maverick_before_and_after(shared: Path, tmp_path: Path) -> None:

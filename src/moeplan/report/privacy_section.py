@@ -68,8 +68,8 @@ def _link_sentence(link: Link | None, item: Link | Skipped) -> str:
     if link is None:
         return f"Which request a row is of is not measured: {item.reason if isinstance(item, Skipped) else ''}."
     text = (
-        f"Which request it is shows too: among {LINE_UP} of its domain, the row is found by the rest of the request's "
-        f"routing in {_percent(link.by_routing[0])}, and by its text in {_percent(link.by_text[0])} "
+        f"Among {LINE_UP} of its domain, a request's row is found by the rest of its routing in "
+        f"{_percent(link.by_routing[0])}, and by its text in {_percent(link.by_text[0])} "
         f"({_percent(link.chance)} by chance)"
     )
     if len(link.aggregate) > 1:
@@ -83,7 +83,7 @@ def _link_sentence(link: Link | None, item: Link | Skipped) -> str:
 def _percent(share: float) -> str:
     """Whole percents, and no '100 %' or '0 %' that is not one."""
     if 0.995 <= share < 1 or 0 < share < 0.005:
-        return f"{100 * share:.1f} %"
+        return f"{min(100 * share, 99.9):.1f} %"
     return f"{100 * share:.0f} %"
 
 
