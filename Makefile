@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEV := .venv/.ready-dev
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-engines check bench clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,11 @@ demo: $(READY)
 test: $(DEV)
 	$(BIN)/python -m pytest
 
+# A real vLLM on the CPU, in .venv-vllm: made once, and again when tests/engines/requirements-vllm.txt changes.
+test-engines: $(DEV)
+	$(BIN)/python tests/engines/environment.py
+	$(BIN)/python -m pytest -m engines tests/engines
+
 check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +36,4 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
