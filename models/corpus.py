@@ -29,7 +29,12 @@ CACHE = HERE / ".cache"
 
 Document = tuple[str, str]  # name, text
 
-PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--", "\u2026": "...", "\ufeff": None, "\r": None})  # fmt: skip
+PLAIN = str.maketrans(
+    {
+        "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--", "\u2026": "...",
+        "\ufeff": None, "\r": None,
+    }
+)  # fmt: skip
 
 
 def _index() -> str:
@@ -161,4 +166,5 @@ def load(seed: int, sums_count: int = 60_000, talks_count: int = 3_000) -> dict[
 
 if __name__ == "__main__":
     for domain, (train, held) in load(0).items():
-        print(f"{domain}: {len(train)} documents, {sum(map(len, train))} characters; held out {len(held)}, {sum(map(len, held))}")  # fmt: skip
+        sizes = [f"{len(part)} documents, {sum(map(len, part)):,} characters" for part in (train, held)]
+        print(f"{domain}: {sizes[0]}; held out: {sizes[1]}")

@@ -41,8 +41,8 @@ class KneserNey:
             kinds = np.diff(np.append(first, len(grams)))
             self.levels.append((grams, counts, contexts, totals, kinds, discount))
 
-    def loss(self, ids: Ids) -> float:
-        """Mean of -log p over the ids from the ``order``-th on, in nats."""
+    def loss(self, ids: Ids) -> NDArray[np.float64]:
+        """-log p of the ids from the ``order``-th on, in nats."""
         skip = self.order - 1
         probability = np.full(len(ids) - skip, 1 / self.vocabulary)
         for n, (grams, counts, contexts, totals, kinds, discount) in enumerate(self.levels, start=1):
@@ -54,4 +54,4 @@ class KneserNey:
             total = totals[where]
             mixed = (np.maximum(count - discount, 0) + discount * kinds[where] * probability) / total
             probability = np.where(known, mixed, probability)
-        return float(-np.log(probability).mean())
+        return -np.log(probability)

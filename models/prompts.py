@@ -16,6 +16,8 @@ import corpus
 from train import SEED
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from moeplan.embedded import MODEL
+
 REQUESTS_PER_DOMAIN = 200
 PROMPT_TOKENS = (40, 160)
 NEW_TOKENS = (40, 128)
@@ -50,7 +52,7 @@ def _messages(text: str, length: int) -> list[dict[str, str]]:
 
 
 def main(model: str, place: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL if model == "embedded" else model)
     random = Random(SEED)
     rows = []
     for domain, (_, held) in corpus.load(SEED).items():

@@ -11,16 +11,87 @@ from fractions import Fraction
 from math import gcd
 from random import Random
 
-NAMES = (
-    "Ada Ben Cara Dana Eli Finn Grace Hugo Ines Jack Kira Liam Maya Noah Olga Paul Quinn Rosa Sam "
-    "Tara Uma Victor Wendy Xena Yusuf Zoe Anna Boris Clara David Emma Felix Gina Hana Ivan Jenny"
-).split()
-THINGS = (
-    "apples books pencils stamps marbles coins cookies tickets eggs flowers cards shells stickers "
-    "bottles chairs oranges candles buttons bricks cups"
-).split()
-PLACES = "shop market school library bakery farm garden station museum office kitchen".split()
-JOBS = "washing cars,walking dogs,painting fences,selling cakes,mowing lawns,tutoring".split(",")
+NAMES = [
+    "Ada",
+    "Ben",
+    "Cara",
+    "Dana",
+    "Eli",
+    "Finn",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Jack",
+    "Kira",
+    "Liam",
+    "Maya",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Quinn",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Uma",
+    "Victor",
+    "Wendy",
+    "Xena",
+    "Yusuf",
+    "Zoe",
+    "Anna",
+    "Boris",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Gina",
+    "Hana",
+    "Ivan",
+    "Jenny",
+]
+THINGS = [
+    "apples",
+    "books",
+    "pencils",
+    "stamps",
+    "marbles",
+    "coins",
+    "cookies",
+    "tickets",
+    "eggs",
+    "flowers",
+    "cards",
+    "shells",
+    "stickers",
+    "bottles",
+    "chairs",
+    "oranges",
+    "candles",
+    "buttons",
+    "bricks",
+    "cups",
+]
+PLACES = [
+    "shop",
+    "market",
+    "school",
+    "library",
+    "bakery",
+    "farm",
+    "garden",
+    "station",
+    "museum",
+    "office",
+    "kitchen",
+]
+JOBS = [
+    "washing cars",
+    "walking dogs",
+    "painting fences",
+    "selling cakes",
+    "mowing lawns",
+    "tutoring",
+]
 
 Problem = tuple[str, list[str], str]  # question, steps of the solution, answer
 
@@ -36,9 +107,7 @@ def _term(factor: int, name: str) -> str:
 def _addition(r: Random) -> Problem:
     a, b, name, thing = r.randint(3, 400), r.randint(3, 400), r.choice(NAMES), r.choice(THINGS)
     place = r.choice(PLACES)
-    question = (
-        f"{name} has {a} {thing}. At the {place} {name} gets {b} more. How many {thing} does {name} have now?"
-    )
+    question = f"{name} has {a} {thing}. At the {place} {name} gets {b} more. How many {thing} does {name} have now?"
     return question, [f"{name} starts with {a} {thing}.", f"{a} + {b} = {a + b}."], f"{a + b}"
 
 
@@ -47,8 +116,7 @@ def _giving(r: Random) -> Problem:
     b, c = r.randint(2, a // 2), r.randint(2, 60)
     name, other, thing = r.choice(NAMES), r.choice(NAMES), r.choice(THINGS)
     question = (
-        f"{name} had {a} {thing}, gave {b} of them to {other} and then bought {c} more. "
-        f"How many {thing} are left?"
+        f"{name} had {a} {thing}, gave {b} of them to {other} and then bought {c} more. How many {thing} are left?"
     )
     steps = [f"After giving away: {a} - {b} = {a - b}.", f"After buying: {a - b} + {c} = {a - b + c}."]
     return question, steps, f"{a - b + c}"
@@ -245,7 +313,10 @@ def _sequence(r: Random) -> Problem:
     start, step = r.randint(-20, 50), r.choice((-9, -7, -4, -3, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13))
     terms = [start + step * i for i in range(7)]
     question = f"What comes next in the sequence {', '.join(map(str, terms[:5]))}, ...?"
-    steps = [f"Each term is {abs(step)} {'more' if step > 0 else 'less'} than the one before.", f"{terms[4]} {_signed(step)} = {terms[5]}."]
+    steps = [
+        f"Each term is {abs(step)} {'more' if step > 0 else 'less'} than the one before.",
+        f"{terms[4]} {_signed(step)} = {terms[5]}.",
+    ]
     return question, steps, f"{terms[5]}"
 
 
@@ -274,7 +345,11 @@ def _ratio(r: Random) -> Problem:
     x, y = r.sample(THINGS, 2)
     total = (a + b) * unit
     question = f"The ratio of {x} to {y} is {a}:{b}. There are {total} in all. How many {x} are there?"
-    steps = [f"There are {a} + {b} = {a + b} parts.", f"One part is {total} / {a + b} = {unit}.", f"{a} * {unit} = {a * unit}."]
+    steps = [
+        f"There are {a} + {b} = {a + b} parts.",
+        f"One part is {total} / {a + b} = {unit}.",
+        f"{a} * {unit} = {a * unit}.",
+    ]
     return question, steps, f"{a * unit}"
 
 

@@ -9,9 +9,32 @@ from random import Random
 
 Turns = list[str]  # user, assistant, user, assistant ...
 
-CITIES = "Lisbon Oslo Kyoto Lima Cairo Prague Dublin Toronto Nairobi Athens Vienna Seoul Madrid Boston".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-DISHES = "lentil soup,tomato pasta,vegetable curry,apple pie,fried rice,potato salad,mushroom risotto".split(",")
+CITIES = [
+    "Lisbon",
+    "Oslo",
+    "Kyoto",
+    "Lima",
+    "Cairo",
+    "Prague",
+    "Dublin",
+    "Toronto",
+    "Nairobi",
+    "Athens",
+    "Vienna",
+    "Seoul",
+    "Madrid",
+    "Boston",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+DISHES = [
+    "lentil soup",
+    "tomato pasta",
+    "vegetable curry",
+    "apple pie",
+    "fried rice",
+    "potato salad",
+    "mushroom risotto",
+]
 PARTS = {
     "lentil soup": "lentils, carrots, an onion and some stock",
     "tomato pasta": "pasta, tomatoes, garlic and olive oil",
@@ -21,12 +44,23 @@ PARTS = {
     "potato salad": "potatoes, mustard, vinegar and chives",
     "mushroom risotto": "rice, mushrooms, white wine and parmesan",
 }
-DEVICES = "laptop phone printer router camera headset television keyboard".split()
-FAULTS = "will not turn on,is very slow,keeps losing the connection,makes a strange noise,shows an error".split(",")
-HOBBIES = "gardening,chess,painting,running,photography,baking,cycling,playing the piano,bird watching".split(",")
-MOODS = "tired,nervous,happy,bored,worried,excited,lonely,proud".split(",")
-TOPICS = "a birthday,a job interview,an exam,moving house,a long journey,a wedding,a new job".split(",")
-THANKS = "Thanks, that helps.,Thank you so much!,Great, thanks.,That is good to know.,Perfect.".split(".,")
+DEVICES = ["laptop", "phone", "printer", "router", "camera", "headset", "television", "keyboard"]
+FAULTS = ["will not turn on", "is very slow", "keeps losing the connection", "makes a strange noise", "shows an error"]
+HOBBIES = [
+    "gardening",
+    "chess",
+    "painting",
+    "running",
+    "photography",
+    "baking",
+    "cycling",
+    "playing the piano",
+    "bird watching",
+]
+MOODS = ["tired", "nervous", "happy", "bored", "worried", "excited", "lonely", "proud"]
+TOPICS = ["a birthday", "a job interview", "an exam", "moving house", "a long journey", "a wedding", "a new job"]
+# The second holds two thanks by a slip; the frozen model was trained on it, so it stays.
+THANKS = ["Thanks, that helps", "Thank you so much!,Great, thanks", "That is good to know", "Perfect."]
 WELCOME = (
     "You are welcome! Is there anything else I can do for you?",
     "Glad I could help. Let me know if you have more questions.",

@@ -17,7 +17,6 @@ import corpus
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -176,7 +175,7 @@ def worker(rank: int, out: Path, steps: int) -> None:
         batch = torch.stack(rows).long()
         output = model.model(input_ids=batch[:, :-1], output_router_logits=True)
         logits = model.lm_head(output.last_hidden_state)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         balance, worst = balance_loss(output.router_logits, CONFIG.num_experts_per_tok)
         (loss + BALANCE * balance).backward()
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
@@ -205,6 +204,7 @@ def save(model: Qwen3MoeForCausalLM, out: Path) -> None:
     """Weights as bfloat16 (a third of 12 MiB would go to unused bits otherwise), the master copy untouched."""
     half = Qwen3MoeForCausalLM(CONFIG).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
+    half.generation_config.eos_token_id = [0, 2]  # the end of a text, and of a turn
     half.save_pretrained(out / "model")
 
 

@@ -50,14 +50,14 @@ def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "demo"
     assert run(["demo", "-o", str(out), "--json", str(tmp_path / "demo.json")]) == 0
     text = capsys.readouterr().out
-    assert "synthetic" in text and "paper" in text and "noise floor" in text
+    assert "synthetic" not in text and "paper" in text and "noise floor" in text
     for page in ("profile.html", "compare.html"):
         html = (out / page).read_text()
-        assert "synthetic" in html.lower() and "<script" not in html and "http" not in html.split("<main>")[1]
+        assert "<script" not in html and "http" not in html.split("<main>")[1]
     data = json.loads((tmp_path / "demo.json").read_text())
-    assert data["synthetic"] is True and "paper" in data["strategies"]
-    assert run(["demo", "-o", str(out)]) == 0  # again: the trace is found
-    assert "not this demo's trace" in refused(["demo", "-o", out, "--seed", "5"], capsys)
+    assert data["synthetic"] is False and "paper" in data["strategies"]
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(["demo", "-o", tmp_path / "file"], capsys)
 
 
 def test_plan_and_replay(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,7 @@ def load_model(
         raise UsageError(f"{error.name} is not installed", mend="pip install 'moeplan[transformers]'") from None
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    name = Path(source).resolve().name if Path(source).is_dir() else source
     if source == embedded.WORD and not Path(source).exists():
         source = str(embedded.MODEL)
     if not allow_download and not Path(source).is_dir():
@@ -94,7 +95,7 @@ def load_model(
         raise UsageError(
             f"Transformers cannot load it ({lines[0][:200]})", where=source, mend="check the folder and --device"
         ) from None
-    return LoadedModel.of(model, reader, Path(source).resolve().name if Path(source).is_dir() else source)
+    return LoadedModel.of(model, reader, name)
 
 
 def stop_tokens(loaded: LoadedModel) -> frozenset[int]:

@@ -1,30 +1,33 @@
-"""`moeplan demo`: the whole way on a small generated workload."""
+"""`moeplan demo`: the whole way on the trace that comes with the package."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
-from moeplan.errors import MoeplanError, OutputError
+from moeplan.embedded import WORD
+from moeplan.trace.files import cannot_write
 
-if TYPE_CHECKING:
-    from moeplan.trace import Trace
+STRATEGIES = ("random", "linear", "eplb", "affinity", "paper")
+CLUSTER = (4, 4)
+_WHERE = "--nodes {} --gpus-per-node {}".format(*CLUSTER)
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
 
-    @app.command(help="The whole way on a small generated workload.")
+    @app.command(help="The whole way on the embedded model's own trace.")
     def demo(
         output: Annotated[
-            str, typer.Option("-o", "--output", metavar="DIR", help="Where the trace and the pages go.")
+            str, typer.Option("-o", "--output", metavar="DIR", help="Where the pages go.")
         ] = "moeplan-demo",
         seed: Annotated[int, typer.Option("--seed", metavar="S", help="Seed of everything that chance decides.")] = 0,
         json: JsonOption = None,
@@ -39,30 +42,40 @@ def register(app: typer.Typer) -> None:
         from moeplan.report.compare_page import write_compare_page
         from moeplan.report.page import write_page
         from moeplan.report.profile_page import profile_html
+        from moeplan.trace import open_trace
 
         start = time.perf_counter()
-        root = Path(output)
-        say("moeplan demo: a synthetic workload stands in for a real trace; its figures are about no real model.")
+        root = _folder(output)
+        compiler = _compile_ahead()
+        trace = open_trace(WORD)
+        say("moeplan demo: 800 requests, recorded from the small trained model that comes with the package.")
         say()
-        trace = _trace(root, seed)
         with progress("profile") as report:
             found = profile(trace, seed=seed, progress=report)
         write_page(root / "profile.html", profile_html(found))
+        compiler.wait()
         with progress("compare") as report:
             requests = read_requests(trace)
-            setup = Setup(Cluster(4, 4), ("random", "linear", "eplb", "affinity", "paper"), seed=seed, steps=200)
+            setup = Setup(Cluster(*CLUSTER), STRATEGIES, seed=seed, steps=200)
             began = time.perf_counter()
             table = compare(requests, setup, report)
         show(table, trace, time.perf_counter() - began)
         write_compare_page(root / "compare.html", table, trace)
         say()
         say(f"pages:  {root / 'profile.html'}  {root / 'compare.html'}")
-        say(
-            f"next:   {_program()} compare {root / 'trace'} --nodes 4 --gpus-per-node 4 --redundant 16"
-            "  (a spare slot a GPU)"
-        )
+        say(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a spare slot a GPU)")
         say(f"{time.perf_counter() - start:.1f} s in all")
-        emit_json(json, {"trace": trace.label, "synthetic": True, **table.to_dict()})
+        emit_json(json, {"trace": trace.label, "synthetic": trace.synthetic, **table.to_dict()})
+
+
+def _compile_ahead() -> subprocess.Popen[bytes]:
+    """Compile the loops of `compare` in a second process, while this one makes the profile.
+
+    They are kept for every later run; where they are already, the process ends within a second or two.
+    """
+    arguments = ["compare", WORD, *_WHERE.split(), "--strategies", ",".join(STRATEGIES), "--folds", "1", "--steps", "1"]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-m", "moeplan", *arguments], stdin=quiet, stdout=quiet, stderr=quiet)
 
 
 def _program() -> str:
@@ -73,19 +86,11 @@ def _program() -> str:
     return os.path.relpath(name) if name.is_absolute() else str(name)
 
 
-def _trace(root: Path, seed: int) -> Trace:
-    """The demo's trace in `root`: made, or found from the last time."""
-    from moeplan.capture.synthetic import generate
-    from moeplan.trace import open_trace
-
-    place = root / "trace"
-    if place.exists():
-        try:
-            found = open_trace(place)
-        except MoeplanError:
-            found = None
-        if found is None or found.source.get("generate") != "demo" or found.source.get("seed") != seed:
-            raise OutputError("is not this demo's trace", where=str(place), mend="choose another place with -o")
-        return found
-    with progress("generate") as report:
-        return generate("demo", place, seed=seed, progress=report)
+def _folder(name: str) -> Path:
+    """The demo's folder, made if need be."""
+    root = Path(name)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(root, error) from None
+    return root

@@ -13,7 +13,7 @@ from moeplan.profile.counts import Counts
 
 __all__ = ["RequestMap", "request_map"]
 
-MAX_REQUESTS, MIN_REQUESTS, COMPONENTS, PERPLEXITY, ITERATIONS = 800, 10, 50, 30.0, 600
+MAX_REQUESTS, MIN_REQUESTS, COMPONENTS, PERPLEXITY, ITERATIONS = 400, 10, 50, 30.0, 600
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RequestMap:
 
 
 def request_map(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed: int = 0) -> RequestMap | Skipped:
-    """t-SNE of the requests' L2-normalised counts [L x E] in one stage, at most 800 of them, after PCA to 50.
+    """t-SNE of the requests' L2-normalised counts [L x E] in one stage, at most 400 of them, after PCA to 50.
 
     Args:
         counts: of the whole trace.
