@@ -29,7 +29,7 @@ def test_the_trace_is_small_and_recorded_from_that_model() -> None:
     trace = moeplan.open_trace("embedded")
     config = json.loads((MODEL / "config.json").read_text())
     assert (trace.shape.num_layers, trace.shape.num_experts, trace.shape.top_k) == (
-        config["num_hidden_layers"], config["num_experts"], config["num_experts_per_tok"],
+        config["num_hidden_layers"], config["num_local_experts"], config["num_experts_per_tok"],
     )  # fmt: skip
     requests = trace.requests
     assert not trace.synthetic and trace.complete and len(requests) >= 500
@@ -43,7 +43,7 @@ def test_no_text_but_our_own_is_shipped() -> None:
     kinds = {f.suffix for folder in (MODEL, TRACE) for f in folder.iterdir()}
     assert kinds <= {".json", ".safetensors", ".parquet", ".jinja"}
     words = json.loads((MODEL / "tokenizer.json").read_text())["model"]["vocab"]
-    assert max(map(len, words)) <= 24
+    assert max(map(len, words)) <= 32  # pieces of words and indentation, never a sentence
 
 
 def test_no_layer_collapses() -> None:
