@@ -14,7 +14,6 @@ import typer
 
 from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
 from moeplan.embedded import WORD
-from moeplan.trace.files import cannot_write
 
 STRATEGIES = ("random", "linear", "eplb", "affinity", "paper")
 CLUSTER = (4, 4)
@@ -88,6 +87,8 @@ def _program() -> str:
 
 def _folder(name: str) -> Path:
     """The demo's folder, made if need be."""
+    from moeplan.trace.files import cannot_write
+
     root = Path(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
