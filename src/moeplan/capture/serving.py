@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -38,7 +38,16 @@ from moeplan.trace.format import JSON_NAME, UNKNOWN
 from moeplan.trace.keep import Keep
 from moeplan.trace.reader import Trace, open_trace
 
-__all__ = ["Engine", "ServingOptions", "in_order", "openai_request", "record_served", "served_model", "sole_answer"]
+__all__ = [
+    "Engine",
+    "ServingOptions",
+    "in_order",
+    "openai_request",
+    "record_served",
+    "served_model",
+    "served_version",
+    "sole_answer",
+]
 
 #: Requests that are begun and not yet written, for each one that runs: more of them keep a server busy behind one long
 #: answer, fewer of them take less memory.
@@ -112,7 +121,7 @@ def record_served(
         dense_layers: hidden layers without experts; needed for top-1 without a config.
         keep: what is stored; all requests, row by row, when not given.
         resume: go on with a recording at `out`, if there is one; it must have been begun with the same arguments.
-        progress: called with the prompts checked, then with the requests written.
+        progress: called after each prompt that was checked, then after each request that was written.
 
     Raises:
         UsageError: something about the model is not known or contradicts; another recording is at `out`.
@@ -204,9 +213,10 @@ def served_model(server: Server, asked: str | None) -> tuple[str, int | None]:
         UsageError: it serves several, or not the one that is wanted.
     """
     entries = server.get("/v1/models", patient=False).get("data")
-    entries = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
-    names = [e["id"] for e in entries if isinstance(e.get("id"), str)]
-    bases = [e["id"] for e in entries if isinstance(e.get("id"), str) and e.get("parent") is None]  # no adapters
+    entries = entries if isinstance(entries, list) else []
+    entries = [e for e in entries if isinstance(e, dict) and _is_name(e.get("id"))]
+    names = [e["id"] for e in entries]
+    bases = [e["id"] for e in entries if e.get("parent") is None]  # no adapters
     if not names:
         raise ServerError("lists no model", where=f"{server.url}/v1/models", mend="check --url")
     listed = ", ".join(name[:100] for name in names[:8])
@@ -217,6 +227,20 @@ def served_model(server: Server, asked: str | None) -> tuple[str, int | None]:
     name = bases[0] if asked is None else asked
     positions = next(e.get("max_model_len") for e in entries if e.get("id") == name)
     return name, positions if type(positions) is int and positions > 0 else None
+
+
+def served_version(server: Server, path: str) -> str | None:
+    """What a server calls its version at a path; None where it does not say, or a gateway before it hides the path."""
+    try:
+        version = server.get(path).get("version")
+    except ServerError:
+        return None
+    return version if _is_name(version) else None
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    """Whether it can stand in a message and in a trace."""
+    return isinstance(value, str) and 0 < len(value) <= 300 and value.isprintable()
 
 
 def sole_answer(answers: Sequence[Answer], where: str) -> Answer:
@@ -281,7 +305,8 @@ def _fit(
     with closing(in_order(fit, prompts, options.concurrency, server.stop)) as requests:
         for request in requests:
             fitted.append(request)
-            progress(len(fitted), len(prompts), f"{len(fitted)}/{len(prompts)} prompts checked")
+            # None of the requests is done yet: a bar that was full once no longer estimates the time left.
+            progress(0, len(prompts), f"{len(fitted)}/{len(prompts)} prompts checked")
     return fitted
 
 

@@ -14,9 +14,9 @@ from moeplan.capture.answers import Answer
 from moeplan.capture.hf_config import ModelFacts
 from moeplan.capture.prompts import Prompt
 from moeplan.capture.server import Server
-from moeplan.capture.serving import openai_request, sole_answer
+from moeplan.capture.serving import openai_request, served_version, sole_answer
 from moeplan.capture.sglang_responses import read_response
-from moeplan.errors import ServerError, UsageError
+from moeplan.errors import UsageError
 
 __all__ = ["SglangEngine"]
 
@@ -50,11 +50,7 @@ class SglangEngine:
                 where=server.url,
                 mend="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
             )
-        try:
-            version = server.get("/server_info").get("version")
-        except ServerError:
-            version = None  # a gateway before it may hide the path
-        return cls(model, (facts.num_layers, facts.top_k), openai, version if isinstance(version, str) else None)
+        return cls(model, (facts.num_layers, facts.top_k), openai, served_version(server, "/server_info"))
 
     @property
     def source(self) -> dict[str, Any]:

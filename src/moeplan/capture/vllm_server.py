@@ -12,9 +12,8 @@ from typing import Any
 from moeplan.capture.answers import Answer
 from moeplan.capture.prompts import Prompt
 from moeplan.capture.server import Server
-from moeplan.capture.serving import openai_request, sole_answer
+from moeplan.capture.serving import openai_request, served_version, sole_answer
 from moeplan.capture.vllm_responses import read_response
-from moeplan.errors import ServerError
 
 __all__ = ["VllmEngine"]
 
@@ -34,11 +33,7 @@ class VllmEngine:
     @classmethod
     def of(cls, server: Server, model: str) -> VllmEngine:
         """The engine behind a server, which may tell its version at `/version`."""
-        try:
-            version = server.get("/version").get("version")
-        except ServerError:
-            version = None  # a gateway before it may hide the path
-        return cls(model, version if isinstance(version, str) else None)
+        return cls(model, served_version(server, "/version"))
 
     @property
     def source(self) -> dict[str, Any]:
