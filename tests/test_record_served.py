@@ -272,10 +272,10 @@ def test_killed_and_resumed_equals_uninterrupted(
             path.mkdir(exist_ok=True)
             (path / ".part-00009.parquet.abc.tmp").write_bytes(b"cut off")
             done = len(open_trace(path).requests) if (path / "trace.json").exists() else 0
-            fake.seen = []
-            assert_holds(record(fake, path, prompts, resume=True, concurrency=concurrency), prompts)
+            with serve(Fake()) as again:
+                assert_holds(record(again, path, prompts, resume=True, concurrency=concurrency), prompts)
             assert files_of(path) == files_of(tmp_path / "whole")
-            assert len(fake.bodies("completions")) == 12 - done + 1  # only what was missing, and the first look
+            assert len(again.bodies("completions")) == 12 - done + 1  # only what was missing, and the first look
     before = files_of(tmp_path / "whole")
     assert record(fake, tmp_path / "whole", prompts, resume=True).complete
     assert files_of(tmp_path / "whole") == before
