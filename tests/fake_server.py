@@ -28,6 +28,7 @@ class Fake:
             (status, headers); or raw bytes to send in place of a response, or a list of them, sent slowly.
         delay: seconds for a body, before it is answered.
         paths: that do not exist.
+        most: good answers that were made at a time.
     """
 
     engine: str = "vllm"
@@ -41,6 +42,16 @@ class Fake:
     most: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     closing: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Counts what runs at a time; a client that has its answer does not count any more."""
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        yield
+        with self.lock:
+            self.running -= 1
 
     def bodies(self, path: str = "") -> list[dict[str, Any]]:
         """What was posted, to one path or anywhere."""
@@ -114,26 +125,20 @@ class _Handler(BaseHTTPRequestHandler):
         with fake.lock:
             before = sum(1 for to, sent, _ in fake.seen if (to, sent) == (path, body))
             fake.seen.append((path, body, dict(self.headers)))
-            fake.running += 1
-            fake.most = max(fake.most, fake.running)
-        try:
-            fault = fake.fault(path, before)
-            if isinstance(fault, bytes | list):
-                for block in [fault] if isinstance(fault, bytes) else fault:
-                    self.wfile.write(block)
-                    self.wfile.flush()
-                    fake.closing.wait(0.05 if isinstance(fault, list) else 0)
-                return
-            if fault is not None or path in fake.paths:
-                status, headers = fault if isinstance(fault, tuple) else (fault or 404, {})
-                error = {"error": {"message": f"about {body}", "type": "BadRequestError", "param": "max_tokens"}}
-                self._send(status, error, headers)
-                return
-            fake.closing.wait(fake.delay(body))
+        fault = fake.fault(path, before)
+        if isinstance(fault, bytes | list):
+            for block in [fault] if isinstance(fault, bytes) else fault:
+                self.wfile.write(block)
+                self.wfile.flush()
+                fake.closing.wait(0.05 if isinstance(fault, list) else 0)
+        elif fault is not None or path in fake.paths:
+            status, headers = fault if isinstance(fault, tuple) else (fault or 404, {})
+            error = {"error": {"message": f"about {body}", "type": "BadRequestError", "param": "max_tokens"}}
+            self._send(status, error, headers)
+        else:
+            with fake.under_way():
+                fake.closing.wait(fake.delay(body))
             self._send(200, self._good(path, body), {})
-        finally:
-            with fake.lock:
-                fake.running -= 1
 
     def _good(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/v1/models":
