@@ -65,7 +65,7 @@ def test_plan_and_replay(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     plan = tmp_path / "plan"
     assert run(["plan", str(trace), "-o", str(plan), *where, "--redundant", "8"]) == 0
     assert "expected on unseen requests" in capsys.readouterr().out
-    assert {p.name for p in plan.iterdir()} == {"plan.json", "slots.npy", "centroids.npy", "serves.npy"}
+    assert {p.name for p in plan.iterdir()} == {"plan.json", "slots.npy", "weights.npy", "intercept.npy"}
     assert run(["replay", str(trace), "--plan", str(plan), "--json", "-", "--steps", "5"]) == 0
     streams = capsys.readouterr()
     data = json.loads(streams.out)

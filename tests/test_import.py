@@ -342,7 +342,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from moeplan.cli.app import run
 from moeplan.trace.writer import TraceWriter
 add = TraceWriter.add

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         redundant: o.Redundant = 0,
         strategies: Annotated[
             str, typer.Option("--strategies", metavar="A,B,..", help="Strategies, separated by commas.")
-        ] = "random,linear,eplb,affinity,paper",
+        ] = "random,linear,eplb,affinity,paper,moeplan",
         home: o.Home_ = o.HomeChoice.node,
         dispatch: o.Dispatch_ = o.DispatchChoice.pick,
         replica_rule: o.Rule = o.RuleChoice.nearest_static,

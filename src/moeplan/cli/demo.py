@@ -15,7 +15,7 @@ import typer
 from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
 from moeplan.embedded import WORD
 
-STRATEGIES = ("random", "linear", "eplb", "affinity", "paper")
+STRATEGIES = ("random", "linear", "eplb", "affinity", "paper", "moeplan")
 CLUSTER = (4, 4)
 _WHERE = "--nodes {} --gpus-per-node {}".format(*CLUSTER)
 

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
         nodes: o.Nodes = 8,
         gpus_per_node: o.GpusPerNode = 8,
         redundant: o.Redundant = 0,
-        strategy: Annotated[str, typer.Option("--strategy", metavar="NAME", help="How to plan.")] = "paper",
+        strategy: Annotated[str, typer.Option("--strategy", metavar="NAME", help="How to plan.")] = "moeplan",
         home: o.Home_ = o.HomeChoice.node,
         dispatch: o.Dispatch_ = o.DispatchChoice.pick,
         replica_rule: o.Rule = o.RuleChoice.nearest_static,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moeplan.cluster import Routes
 
-__all__ = ["ClusterRouter", "LocalityRouter", "Router"]
+__all__ = ["ClusterRouter", "LinearRouter", "LocalityRouter", "Router"]
 
 FloatArray = npt.NDArray[np.float64]
 Signatures = npt.NDArray[np.number]
@@ -79,6 +79,29 @@ class ClusterRouter:
             members, groups = np.flatnonzero(cluster == k), np.flatnonzero(self.serves[k])
             group[members] = groups[np.arange(len(members)) % len(groups)]
         return group
+
+
+@dataclass(frozen=True)
+class LinearRouter:
+    """A learnt linear score of the signature; see `moeplan.plan.foresight`.
+
+    Attributes:
+        weights: float32 [D, L * E], on the signature as `by_layer` gives it. intercept: float64 [D].
+    """
+
+    weights: npt.NDArray[np.float32]
+    intercept: FloatArray
+
+    def scores(self, signatures: Signatures) -> FloatArray:
+        """Expected share of the request's decode that each group holds."""
+        return np.asarray(by_layer(signatures) @ self.weights.T + self.intercept, np.float64)
+
+
+def by_layer(counts: Signatures) -> npt.NDArray[np.float32]:
+    """float32 [n, L * E]: each request's counts as shares of a layer's picks, over L (all layers weigh the same)."""
+    layers = counts.astype(np.float32)
+    layers /= np.maximum(layers.sum(axis=2, keepdims=True) * layers.shape[1], 1e-12)
+    return layers.reshape(len(counts), -1)
 
 
 def normalised(counts: Signatures) -> npt.NDArray[np.float32]:

@@ -16,7 +16,7 @@ from moeplan import __version__
 from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, routes
 from moeplan.errors import FormatError, MoeplanError, OutputError
 from moeplan.plan.problem import Problem
-from moeplan.plan.router import ClusterRouter, LocalityRouter, Router
+from moeplan.plan.router import ClusterRouter, LinearRouter, LocalityRouter
 from moeplan.plan.solver import Result
 from moeplan.trace.files import cannot_write, read_json, write_json
 from moeplan.types import ModelShape, Placement
@@ -24,6 +24,8 @@ from moeplan.types import ModelShape, Placement
 __all__ = ["FORMAT", "VERSION", "StoredPlan", "load_plan", "save_plan"]
 
 FORMAT, VERSION = "moeplan-plan", 1
+#: Router -> what plan.json calls it.
+_ROUTERS: dict[type[Any], str] = {ClusterRouter: "clusters", LinearRouter: "linear", LocalityRouter: "locality"}
 _MAX_ARRAY_BYTES = 8 * 1024**3
 
 
@@ -69,6 +71,8 @@ def save_plan(
     arrays: dict[str, npt.NDArray[Any]] = {"slots": result.placement.slots}
     if isinstance(result.router, ClusterRouter):
         arrays |= {"centroids": result.router.centroids, "serves": result.router.serves}
+    elif isinstance(result.router, LinearRouter):
+        arrays |= {"weights": result.router.weights, "intercept": result.router.intercept}
     elif not isinstance(result.router, LocalityRouter):
         raise OutputError(f"plans do not store a {type(result.router).__name__} yet", where=str(path))
     cluster = problem.cluster
@@ -85,7 +89,7 @@ def save_plan(
         "redundant": problem.redundant,
         "replica_rule": problem.rule.value,
         "dispatch": problem.dispatch.value,
-        "router": "clusters" if isinstance(result.router, ClusterRouter) else "locality",
+        "router": _ROUTERS[type(result.router)],
         "equal_groups": result.equal_groups,
         "fit_seconds": result.seconds,
         "fit_requests": len(problem.use),
@@ -137,7 +141,7 @@ def load_plan(path: str | Path) -> StoredPlan:
         rule, dispatch = ReplicaRule(head["replica_rule"]), Dispatch(head["dispatch"])
         sums = dict(head["arrays"])
         seed, strategy = int(head["seed"]), str(head["strategy"])
-        clustered = head["router"] == "clusters"
+        kind = str(head["router"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"a field is missing or wrong ({error})", where=where) from None
     except MoeplanError as error:
@@ -151,13 +155,7 @@ def load_plan(path: str | Path) -> StoredPlan:
     if placement.num_layers != shape.num_layers:
         raise FormatError(f"{placement.num_layers} layers of slots for {shape.num_layers} layers", where=str(root))
     who = routes(placement, cluster, rule, seed)
-    router: Router = LocalityRouter.of(who)
-    if clustered:
-        centroids, serves = _array(root, "centroids", sums, 2), _array(root, "serves", sums, 2)
-        good = centroids.shape == (len(serves), shape.num_layers * shape.num_experts)
-        if not good or serves.shape[1] != cluster.num_groups or not np.isfinite(centroids).all():
-            raise FormatError("the router's arrays do not fit the plan", where=str(root))
-        router = ClusterRouter(centroids.astype(np.float32), serves.astype(np.bool_))
+    router = _router(root, kind, sums, shape, cluster) or LocalityRouter.of(who)
     result = Result(
         strategy, seed, placement, who, router, bool(head.get("equal_groups", True)), (),
         float(head.get("fit_seconds") or 0.0),
@@ -165,6 +163,29 @@ def load_plan(path: str | Path) -> StoredPlan:
     return StoredPlan(
         result, shape, cluster, placement.redundant, rule, dispatch, str(head.get("trace_checksum", "")), head
     )  # fmt: skip
+
+
+def _router(
+    root: Path, kind: str, sums: dict[str, Any], shape: ModelShape, cluster: Cluster
+) -> ClusterRouter | LinearRouter | None:
+    """The stored router; None for the one that every placement brings along."""
+    width, groups = shape.num_layers * shape.num_experts, cluster.num_groups
+    router: ClusterRouter | LinearRouter
+    if kind == "locality":
+        return None
+    if kind == "clusters":
+        first, second = _array(root, "centroids", sums, 2), _array(root, "serves", sums, 2)
+        good = first.shape == (len(second), width) and second.shape[1] == groups
+        router = ClusterRouter(first.astype(np.float32), second.astype(np.bool_))
+    elif kind == "linear":
+        first, second = _array(root, "weights", sums, 2), _array(root, "intercept", sums, 1)
+        good = first.shape == (groups, width) and second.shape == (groups,) and bool(np.isfinite(second).all())
+        router = LinearRouter(first.astype(np.float32), second.astype(np.float64))
+    else:
+        raise FormatError(f"has a router of an unknown kind {kind[:40]!r}", where=str(root / "plan.json"))
+    if not good or not np.isfinite(first).all():
+        raise FormatError("the router's arrays do not fit the plan", where=str(root))
+    return router
 
 
 def _array(root: Path, name: str, sums: dict[str, Any], dimensions: int) -> npt.NDArray[Any]:

@@ -1,0 +1,75 @@
+"""What a signature foretells: how much of a request's decode each group would serve at home.
+
+A prefill is a noisy sample of what the decode will use. The forecast trusts it in part (the share of the signature's
+own picks that a group's node holds) and learns the rest from the fit requests by ridge regression on the signature,
+which shrinks what a signature cannot tell to the mean. Trust and strength of the shrinking are those with the least
+leave-one-out error, which for ridge regression has a closed form (Golub, Heath and Wahba 1979).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.plan.router import LinearRouter, by_layer
+
+__all__ = ["Foresight"]
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Most requests that the regression rests on: its cost grows with their cube.
+MOST = 1000
+#: What is tried: the weight of a signature's own picks, and the ridge, in shares of the signatures' variance.
+TRUST = (0.0, 0.25, 0.5, 0.75, 1.0)
+STRENGTHS = 0.001 * 10.0 ** np.arange(0, 6.01, 0.5)
+
+
+class Foresight:
+    """Regression on the fit requests' signatures; fitted again for every placement, cheaply.
+
+    Args:
+        signature: [n, L, E], picks of each fit request in its signature rows.
+        seed: of the choice of requests, where there are more than `MOST`.
+    """
+
+    def __init__(self, signature: npt.NDArray[np.number], seed: int) -> None:
+        n = len(signature)
+        rng = np.random.default_rng([seed, 0xF0])
+        self.chosen = np.arange(n) if n <= MOST else np.sort(rng.choice(n, MOST, replace=False))
+        self._points = by_layer(signature[self.chosen])
+        self._centre = self._points.mean(axis=0)
+        self._points -= self._centre
+        gram = (self._points @ self._points.T).astype(np.float64)
+        self._scale = max(float(np.trace(gram)) / len(gram), 1e-12)
+        value, self._vector = np.linalg.eigh(gram / self._scale)
+        self._value = np.maximum(value, 0.0)
+
+    def fit(self, target: FloatArray, home: npt.NDArray[np.float32]) -> tuple[LinearRouter, FloatArray]:
+        """The router, and what it foretells of the chosen requests when each is left out.
+
+        Args:
+            target: float64 [m, D], the share of each chosen request's decode that each group holds.
+            home: float32 [D, L * E], whether a group's node holds the expert.
+        """
+        m = len(target)
+        own = ((self._points + self._centre) @ home.T).astype(np.float64)
+        least, best, foretold = np.inf, (0.0, 0.0), target
+        for trust in TRUST:
+            rest = target - trust * own
+            mean = rest.mean(axis=0)
+            inside = self._vector.T @ (rest - mean)
+            for strength in STRENGTHS:
+                kept = self._value / (self._value + strength * m)
+                fitted = mean + self._vector @ (kept[:, None] * inside)
+                leverage = np.minimum((self._vector**2) @ kept + 1.0 / m, 1.0 - 1e-6)
+                miss = (rest - fitted) / (1.0 - leverage)[:, None]
+                error = float(((miss - miss.mean(axis=1, keepdims=True)) ** 2).sum())
+                if error < least:
+                    least, best, foretold = error, (trust, float(strength)), target - miss
+        trust, strength = best
+        rest = target - trust * own
+        mean = rest.mean(axis=0)
+        dual = self._vector @ (self._vector.T @ (rest - mean) / (self._value + strength * m)[:, None]) / self._scale
+        learnt = (self._points.T @ dual.astype(np.float32)).T
+        weights = learnt + np.float32(trust) * home
+        return LinearRouter(weights, mean - learnt.astype(np.float64) @ self._centre), foretold

@@ -1,0 +1,55 @@
+"""The load that a plan puts on nodes step by step, foretold on the fit requests.
+
+What counts is `node_load_ratio` on unseen requests, at most 1.05 x linear's (docs/metrics.md). A plan may see only its
+fit requests, so it replays steps of those.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.cluster import Dispatch, Routes, step_messages
+from moeplan.plan.assignment import random_groups
+from moeplan.plan.problem import Problem
+
+__all__ = ["GUARD", "Steps"]
+
+Int64Array = npt.NDArray[np.int64]
+
+GUARD = 1.05  # of linear's node load, the bound of a figure that counts
+STEPS, MOST_LIVE = 48, 128
+
+
+class Steps:
+    """The same seeded steps for every plan that is weighed: requests by key, and a row of each.
+
+    A step takes from each group the requests with the smallest keys, one uniform row of each.
+    """
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self._problem = problem
+        n, groups = len(problem.use), problem.cluster.num_groups
+        rng = np.random.default_rng([seed, 0x57E9])
+        self._live = int(np.clip(n // groups, 1, MOST_LIVE))
+        starts, stops = problem.stream.starts, problem.stream.stops
+        rows = np.maximum(stops - starts, 1)
+        # Keys as in replay: requests are live in proportion to how long they decode.
+        self._key = rng.exponential(size=(STEPS, n)) / rows
+        self._row = starts + (rng.random((STEPS, n)) * rows).astype(np.int64)
+        self.random_groups = random_groups(n, groups, rng)
+
+    def node_load_ratio(self, who: Routes, group: Int64Array) -> float:
+        """Busiest node over the mean of picks served, mean over steps and layers."""
+        cluster = self._problem.cluster
+        members = [np.flatnonzero(group == d) for d in range(cluster.num_groups)]
+        live = min(self._live, *(len(of) for of in members))
+        sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
+        indices = np.tile(np.arange(live), cluster.num_groups)
+        total, buffer = 0.0, None
+        for key, row in zip(self._key, self._row, strict=True):
+            rows = np.concatenate([row[of[np.argsort(key[of], kind="stable")[:live]]] for of in members])
+            buffer = step_messages(who, Dispatch.PICK, self._problem.stream.experts, rows, sources, indices, buffer)
+            by_node = buffer[1].reshape(len(buffer[1]), cluster.nodes, -1).sum(axis=2)
+            total += float((by_node.max(axis=1) / by_node.mean(axis=1)).mean())
+        return total / len(self._key)
