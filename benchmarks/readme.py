@@ -52,9 +52,11 @@ def blocks() -> dict[str, str]:
                 "$ moeplan compare maverick --nodes 8 --gpus-per-node 8"
             )
             out["maverick"] = f"```console\n{command}\n{table(text)}\n```"
-            gain = re.search(r"^paper +signature +[\d.]+ +-([\d.]+) % \[([-+\d.]+), ([-+\d.]+)\]", text, re.M)
-            assert gain is not None
-            out["real"] = f"{gain[1]} % (interval {gain[3].lstrip('-')} to {gain[2].lstrip('-')})"
+            for block, strategy in (("real", "paper"), ("ours", "moeplan")):
+                row = rf"^{strategy} +signature +[\d.]+ +-([\d.]+) % \[([-+\d.]+), ([-+\d.]+)\]"
+                gain = re.search(row, text, re.M)
+                assert gain is not None
+                out[block] = f"{gain[1]} % (interval {gain[3].lstrip('-')} to {gain[2].lstrip('-')})"
             import paper
 
             kept = [line for line in paper.bench() if "padded" not in line[0] or "unpadded" in line[0]]
@@ -67,7 +69,7 @@ if __name__ == "__main__":
     readme = ROOT / "README.md"
     page = readme.read_text(encoding="utf-8")
     for name, text in blocks().items():
-        space = "" if name == "real" else "\n"
+        space = "" if name in ("real", "ours") else "\n"
         pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
         page = re.sub(pattern, lambda m, s=space, t=text: f"{m[1]}{s}{t}{s}{m[2]}", page, flags=re.S)
     readme.write_text(page, encoding="utf-8")
