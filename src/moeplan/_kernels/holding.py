@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numba as nb
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["improve"]
+
+WORKERS = 2
 
 Float = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
@@ -144,5 +148,5 @@ def improve(use: Float, held: Bool, weight: float, sweeps: int) -> None:
         weight: price of unevenness, in shares of all picks.
         sweeps: most sweeps over all slots of a layer.
     """
-    for layer in range(use.shape[0]):
-        _layer(use[layer], held[layer], weight, sweeps)
+    with ThreadPoolExecutor(WORKERS) as pool:  # layers know nothing of each other
+        list(pool.map(lambda layer: _layer(use[layer], held[layer], weight, sweeps), range(len(use))))

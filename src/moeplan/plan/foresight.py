@@ -19,8 +19,7 @@ FloatArray = npt.NDArray[np.float64]
 
 #: Most requests that the regression rests on: its cost grows with their cube.
 MOST = 1000
-#: What is tried: the weight of a signature's own picks, and the ridge, in shares of the signatures' variance.
-TRUST = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: Ridges that are tried, in shares of the signatures' variance.
 STRENGTHS = 0.001 * 10.0 ** np.arange(0, 6.01, 0.5)
 
 
@@ -42,7 +41,10 @@ class Foresight:
         gram = (self._points @ self._points.T).astype(np.float64)
         self._scale = max(float(np.trace(gram)) / len(gram), 1e-12)
         value, self._vector = np.linalg.eigh(gram / self._scale)
-        self._value = np.maximum(value, 0.0)
+        kept = np.maximum(value, 0.0)[:, None] / (np.maximum(value, 0.0)[:, None] + STRENGTHS * len(gram))
+        self._value, self._kept = np.maximum(value, 0.0), kept
+        #: [m, strengths], 1 - the weight of each request's own target in its own fit.
+        self._free = np.maximum(1.0 - (self._vector**2) @ kept - 1.0 / len(gram), 1e-6)
 
     def fit(self, target: FloatArray, home: npt.NDArray[np.float32]) -> tuple[LinearRouter, FloatArray]:
         """The router, and what it foretells of the chosen requests when each is left out.
@@ -51,25 +53,26 @@ class Foresight:
             target: float64 [m, D], the share of each chosen request's decode that each group holds.
             home: float32 [D, L * E], whether a group's node holds the expert.
         """
-        m = len(target)
+        m, groups = target.shape
         own = ((self._points + self._centre) @ home.T).astype(np.float64)
-        least, best, foretold = np.inf, (0.0, 0.0), target
-        for trust in TRUST:
-            rest = target - trust * own
-            mean = rest.mean(axis=0)
-            inside = self._vector.T @ (rest - mean)
-            for strength in STRENGTHS:
-                kept = self._value / (self._value + strength * m)
-                fitted = mean + self._vector @ (kept[:, None] * inside)
-                leverage = np.minimum((self._vector**2) @ kept + 1.0 / m, 1.0 - 1e-6)
-                miss = (rest - fitted) / (1.0 - leverage)[:, None]
-                error = float(((miss - miss.mean(axis=1, keepdims=True)) ** 2).sum())
-                if error < least:
-                    least, best, foretold = error, (trust, float(strength)), target - miss
-        trust, strength = best
-        rest = target - trust * own
-        mean = rest.mean(axis=0)
-        dual = self._vector @ (self._vector.T @ (rest - mean) / (self._value + strength * m)[:, None]) / self._scale
+        both = np.hstack([target, own])
+        mean = both.mean(axis=0)
+        inside = self._vector.T @ (both - mean)
+        least, trust, chosen, foretold = np.inf, 0.0, 0, target
+        for number in range(len(STRENGTHS)):
+            fitted = mean + self._vector @ (self._kept[:, number, None] * inside)
+            miss = (both - fitted) / self._free[:, number, None]
+            # Only differences between groups decide; the error of target - trust x own is a parabola in the trust.
+            missed, spared = miss[:, :groups], miss[:, groups:]
+            a, b = (part - part.mean(axis=1, keepdims=True) for part in (missed, spared))
+            share = float(np.clip((a * b).sum() / max(float((b * b).sum()), 1e-300), 0.0, 1.0))
+            error = float(((a - share * b) ** 2).sum())
+            if error < least:
+                least, trust, chosen = error, share, number
+                foretold = target - (missed - share * spared)
+        rest = inside[:, :groups] - trust * inside[:, groups:]
+        strength = float(STRENGTHS[chosen])
+        dual = self._vector @ (rest / (self._value + strength * m)[:, None]) / self._scale
         learnt = (self._points.T @ dual.astype(np.float32)).T
-        weights = learnt + np.float32(trust) * home
-        return LinearRouter(weights, mean - learnt.astype(np.float64) @ self._centre), foretold
+        intercept = mean[:groups] - trust * mean[groups:] - learnt.astype(np.float64) @ self._centre
+        return LinearRouter(learnt + np.float32(trust) * home, intercept), foretold

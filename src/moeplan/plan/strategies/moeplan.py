@@ -23,7 +23,7 @@ from moeplan.plan.packing import slots_from_nodes
 from moeplan.plan.problem import Decision, Problem, Strategy
 from moeplan.plan.router import LinearRouter, normalised
 from moeplan.plan.strategies.linear import linear
-from moeplan.plan.strategies.paper import kmeans, place_by_use
+from moeplan.plan.strategies.paper import in_span, kmeans, place_by_use
 from moeplan.types import Int32Array, Placement
 
 __all__ = ["soft_groups"]
@@ -64,16 +64,20 @@ class _Planner:
         others[self.foresight.chosen] = False
         self.others = np.flatnonzero(others)
 
-    def start(self, number: int) -> _State:
-        """Groups around the centres of a K-means of what requests used."""
-        rng = np.random.default_rng([self.seed, number, 0x3A])
+    def starts(self) -> list[_State]:
+        """Groups around the centres of K-means of what requests used, from several seeds."""
+        rng = np.random.default_rng([self.seed, 0x3A])
         n, groups = len(self.flat), self.cluster.num_groups
         some = np.arange(n) if n <= MOST_CLUSTERED else rng.choice(n, MOST_CLUSTERED, replace=False)
-        points = normalised(self.problem.use[some])
-        label = kmeans(points, min(groups, len(some)), int(rng.integers(1 << 31)))
-        centres = np.stack([points[label == k % (label.max() + 1)].mean(axis=0) for k in range(groups)])
-        score = (normalised(self.problem.use) @ centres.T).astype(np.float64)
-        return _State(equal_groups(score), score)
+        points = normalised(self.problem.use)
+        spanned = in_span(points[some])
+        states = []
+        for _ in range(STARTS):
+            label = kmeans(spanned, min(groups, len(some)), int(rng.integers(1 << 31)))
+            centres = np.stack([points[some[label == k % (label.max() + 1)]].mean(axis=0) for k in range(groups)])
+            score = (points @ centres.T).astype(np.float64)
+            states.append(_State(equal_groups(score), score))
+        return states
 
     def alternate(self, state: _State, price: float, rounds: int) -> None:
         """Placement for the groups, groups for the placement, until neither changes."""
@@ -153,7 +157,7 @@ def moeplan(problem: Problem, seed: int) -> Decision:
         held = place_by_use(use, planner.room, cluster.gpus_per_node)
         load = np.take_along_axis(use, held, axis=2)
         return Decision(slots_from_nodes(held, load, cluster.gpus_per_node))
-    states = [planner.start(number) for number in range(STARTS)]
+    states = planner.starts()
     for state in states:
         planner.alternate(state, PRICE, ROUNDS)
     best = max(states, key=lambda state: state.value)
