@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import moeplan
+from moeplan.capture.hf_config import model_facts
 from moeplan.embedded import MODEL, TRACE
 
 MIB = 1 << 20
@@ -84,3 +85,8 @@ def test_speaks_its_four_domains() -> None:
         [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
     )
     assert written == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_word_names_its_config_too() -> None:
+    facts = model_facts(Path("embedded"))
+    assert (facts.num_experts, facts.top_k, facts.moe_layers) == (32, 4, tuple(range(8)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moeplan import embedded
 from moeplan.capture.model import ModelExtras
 from moeplan.errors import FormatError, UsageError
 from moeplan.trace.files import read_json
@@ -72,7 +73,7 @@ def model_facts(
     """Config and flags together.
 
     Args:
-        config: a model's config.json, or the folder that holds it.
+        config: a model's config.json, or the folder that holds it, or the word `embedded`.
         num_experts, num_layers, top_k: flags, which must not contradict the config.
         dense_layers: hidden layers without experts; needs `num_layers` only when the recording does not say it.
 
@@ -80,6 +81,8 @@ def model_facts(
         FormatError: a config that is no JSON object, or holds values out of range or in contradiction.
         UsageError: a flag that contradicts the config.
     """
+    if config is not None and str(config) == embedded.WORD and not config.exists():
+        config = embedded.MODEL
     if config is not None and config.is_dir():
         config = config / "config.json"
     facts = ModelFacts() if config is None else _read_config(config)

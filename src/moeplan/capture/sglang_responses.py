@@ -31,7 +31,7 @@ from moeplan.trace.reader import Trace
 
 __all__ = ["decode_routed_experts", "import_sglang", "read_response"]
 
-_ASK = 'start the server with --enable-return-routed-experts and send "return_routed_experts": true'
+_ASK = 'start the server with --enable-return-routed-experts (requests must carry "return_routed_experts": true)'
 _UNKNOWN_PHASES = "some responses do not say how long the prompt was: their phases are unknown"
 
 

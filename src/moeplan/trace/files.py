@@ -34,7 +34,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise FormatError(
-            f"is not whole JSON ({error.msg} at line {error.lineno}, column {error.colno})",
+            f"is not whole JSON ({error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno})",
             where=str(path),
             mend="the file may be cut off: copy or record it again",
         ) from None
