@@ -15,7 +15,7 @@ import typer
 from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
 from moeplan.embedded import WORD
 
-STRATEGIES = ("random", "linear", "eplb", "affinity", "paper", "moeplan")
+STRATEGIES = ("linear", "eplb", "paper", "moeplan")
 CLUSTER = (4, 4)
 _WHERE = "--nodes {} --gpus-per-node {}".format(*CLUSTER)
 
@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         compiler.wait()
         with progress("compare") as report:
             requests = read_requests(trace)
-            setup = Setup(Cluster(*CLUSTER), STRATEGIES, seed=seed, steps=200)
+            setup = Setup(Cluster(*CLUSTER), STRATEGIES, seed=seed, steps=100)
             began = time.perf_counter()
             table = compare(requests, setup, report)
         show(table, trace, time.perf_counter() - began)
