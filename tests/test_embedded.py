@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,14 +48,18 @@ def test_no_text_but_our_own_is_shipped() -> None:
     assert max(map(len, words)) <= 32  # pieces of words and indentation, never a sentence
 
 
-def test_no_layer_collapses() -> None:
-    found = moeplan.profile_trace(moeplan.open_trace("embedded")).to_dict()
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What `profile` says of the trace."""
+    return moeplan.profile_trace(moeplan.open_trace("embedded")).to_dict()
+
+
+def test_no_layer_collapses(found: dict[str, Any]) -> None:
     assert found["imbalance"]["flagged_layers"] == []
     assert max(found["imbalance"]["overall"]) < 8  # 32 would be one expert doing everything a token asks for
 
 
-def test_specialises_and_foretells_beyond_the_nulls() -> None:
-    found = moeplan.profile_trace(moeplan.open_trace("embedded")).to_dict()
+def test_specialises_and_foretells_beyond_the_nulls(found: dict[str, Any]) -> None:
     for stage in ("prefill", "decode"):
         assert all(pair["differs"] for pair in found["similarity"][stage]["pairs"])
     gain = found["predictability"]["advantage"]

@@ -81,10 +81,9 @@ def model_facts(
         FormatError: a config that is no JSON object, or holds values out of range or in contradiction.
         UsageError: a flag that contradicts the config.
     """
-    if config is not None and str(config) == embedded.WORD and not config.exists():
-        config = embedded.MODEL
-    if config is not None and config.is_dir():
-        config = config / "config.json"
+    if config is not None:
+        config = embedded.named(config, embedded.MODEL)
+        config = config / "config.json" if config.is_dir() else config
     facts = ModelFacts() if config is None else _read_config(config)
     changes: dict[str, Any] = {}
     for key, flag, value, top in (

@@ -78,8 +78,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     name = Path(source).resolve().name if Path(source).is_dir() else source
-    if source == embedded.WORD and not Path(source).exists():
-        source = str(embedded.MODEL)
+    source = str(embedded.named(source, embedded.MODEL)) if source == embedded.WORD else source
     if not allow_download and not Path(source).is_dir():
         raise UsageError("is not a model folder", where=source, mend="check the path, or add --allow-download")
     transformers.utils.logging.set_verbosity_error()

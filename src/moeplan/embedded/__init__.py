@@ -7,8 +7,14 @@ or a trace is asked for and the word ``embedded`` is given.
 
 from pathlib import Path
 
-__all__ = ["MODEL", "TRACE", "WORD"]
+__all__ = ["MODEL", "TRACE", "WORD", "named"]
 
 WORD = "embedded"
 MODEL = Path(__file__).with_name("model")
 TRACE = Path(__file__).with_name("trace")
+
+
+def named(given: str | Path, what: Path) -> Path:
+    """`what` (`MODEL` or `TRACE`) where the word is given and nothing of that name lies there; else the path given."""
+    path = Path(given)
+    return what if str(given) == WORD and not path.exists() else path

@@ -17,7 +17,8 @@ __all__ = ["GUARD", "Steps"]
 
 Int64Array = npt.NDArray[np.int64]
 
-GUARD = 1.05  # of linear's node load, the bound of a figure that counts
+#: A row is guarded, and counts, when its node_load_ratio is at most this many times linear's.
+GUARD = 1.05
 STEPS, MOST_LIVE = 48, 128
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from moeplan import __version__
 from moeplan.cluster import Dispatch, message_bytes
+from moeplan.plan.guard import GUARD
 from moeplan.plan.requests import RequestSet
 from moeplan.replay.measure import RequestFigures, StepFigures
 from moeplan.replay.statistics import (
@@ -30,8 +31,6 @@ __all__ = ["GUARD", "Comparison", "Measured", "TableRow", "tabulate"]
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
-#: A row is guarded when its node_load_ratio is at most this many times linear's.
-GUARD = 1.05
 #: A layer is pointed out when one expert takes more than this share of its picks.
 DOMINATED = 0.5
 #: Keys by which one row can beat another: smaller is better in all of them.

@@ -198,7 +198,7 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
         FormatError: not a trace, cut off before its first part, a newer version, a wrong checksum.
         UsageError: a layer that is not there.
     """
-    root = embedded.TRACE if str(path) == embedded.WORD and not Path(path).exists() else Path(path)
+    root = embedded.named(path, embedded.TRACE)
     head_path = root / JSON_NAME
     if not root.exists():
         raise FormatError("does not exist", where=str(root), mend="check the path")

@@ -169,15 +169,16 @@ def moeplan(problem: Problem, seed: int) -> Decision:
     allowed = MARGIN * GUARD * _steps_of(problem, linear(problem, seed).slots, steps, steps.random_groups)
     price = PRICE
     notes: tuple[str, ...] = ()
+    slots = planner.slots(best)
     for _ in range(RAISES):
-        slots = planner.slots(best)
         if _steps_of(problem, slots, steps, best.group) <= allowed:
             break
         price *= DEARER
         planner.alternate(best, price, 2)
+        slots = planner.slots(best)
     else:
         notes = ("moeplan: the guard on node load could not be kept on the fit requests",)
-    return Decision(planner.slots(best), best.router, (*notes, f"moeplan: price of uneven load {price:g}"))
+    return Decision(slots, best.router, (*notes, f"moeplan: price of uneven load {price:g}"))
 
 
 def _steps_of(problem: Problem, slots: Int32Array, steps: Steps, group: Int64Array) -> float:
