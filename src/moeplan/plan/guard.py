@@ -13,12 +13,10 @@ from moeplan.cluster import Dispatch, Routes, step_messages
 from moeplan.plan.assignment import random_groups
 from moeplan.plan.problem import Problem
 
-__all__ = ["GUARD", "Steps"]
+__all__ = ["Steps"]
 
 Int64Array = npt.NDArray[np.int64]
 
-#: A row is guarded, and counts, when its node_load_ratio is at most this many times linear's.
-GUARD = 1.05
 STEPS, MOST_LIVE = 48, 128
 
 

@@ -15,7 +15,11 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.plan.router import Router
 from moeplan.types import Int32Array, ModelShape
 
-__all__ = ["Decision", "Options", "Problem", "Strategy", "Stream"]
+__all__ = ["GUARD", "OBJECTIVES", "Decision", "Options", "Problem", "Strategy", "Stream"]
+
+#: A row is guarded, and counts, when its node_load_ratio is at most this many times linear's.
+GUARD = 1.05
+OBJECTIVES = ("bytes", "balance", "time")
 
 Counts = npt.NDArray[np.uint32]
 
@@ -40,13 +44,23 @@ class Options:
 
     Attributes:
         clusters: K of the `paper` strategy; None picks it on the fit requests.
+        guard: most that `moeplan` lets node_load_ratio be, in multiples of linear's; infinite to leave load alone.
+        objective: what `moeplan` weighs: bytes (locality, load within the guard), balance (load first) or time.
+        without: parts of `moeplan` to leave out, for ablations (`moeplan.plan.strategies.moeplan.PARTS`).
     """
 
     clusters: int | None = None
+    guard: float = GUARD
+    objective: str = "bytes"
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.clusters is not None and self.clusters < 1:
             raise UsageError(f"--clusters {self.clusters} is not positive")
+        if not self.guard >= 1.0:
+            raise UsageError(f"--guard {self.guard:g} is below 1", mend=f"e.g. {GUARD:g}, or inf to leave load alone")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"--objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moeplan import __version__
 from moeplan.cluster import Dispatch, message_bytes
-from moeplan.plan.guard import GUARD
+from moeplan.plan.problem import GUARD
 from moeplan.plan.requests import RequestSet
 from moeplan.replay.measure import RequestFigures, StepFigures
 from moeplan.replay.statistics import (

@@ -18,7 +18,7 @@ from moeplan._kernels.holding import improve
 from moeplan.cluster import routes
 from moeplan.plan.assignment import equal_groups
 from moeplan.plan.foresight import Foresight
-from moeplan.plan.guard import GUARD, Steps
+from moeplan.plan.guard import Steps
 from moeplan.plan.packing import slots_from_nodes
 from moeplan.plan.problem import Decision, Problem, Strategy
 from moeplan.plan.router import LinearRouter, normalised
@@ -166,7 +166,9 @@ def moeplan(problem: Problem, seed: int) -> Decision:
         return Decision(planner.slots(best), best.router, (note,))
 
     steps = Steps(problem, seed)
-    allowed = MARGIN * GUARD * _steps_of(problem, linear(problem, seed).slots, steps, steps.random_groups)
+    allowed = (
+        MARGIN * problem.options.guard * _steps_of(problem, linear(problem, seed).slots, steps, steps.random_groups)
+    )
     price = PRICE
     notes: tuple[str, ...] = ()
     slots = planner.slots(best)
