@@ -1,4 +1,4 @@
-"""`moeplan plan`: fit a plan on a whole trace and write it."""
+"""`moeplan plan`: fit a plan on a whole trace and write it; or tell whether a stored one has gone stale."""
 
 from __future__ import annotations
 
@@ -18,22 +18,36 @@ from moeplan.cli.common import (
     progress,
     say,
 )
-from moeplan.errors import OutputError, PlanError
+from moeplan.errors import OutputError, PlanError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.plan import RequestSet
+    from moeplan.plan.store import StoredPlan
     from moeplan.replay import Setup
+    from moeplan.replay.drift import Drift
 
+#: Flags that go with --drift; the plan says the rest.
+_WITH_DRIFT = {"start", "drift", "signature_tokens", "block", "without_layers", "seed", "json"}
 _EXPECTED = ("remote_share", "remote_nodes_per_token", "gpu_load_ratio", "node_load_ratio", "experts_per_gpu")
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
 
-    @app.command(help="Fit a plan on all usable requests of a trace.")
+    @app.command(
+        help="Fit a plan on all usable requests of a trace. With --from PLAN --drift TRACE: tell whether a plan has "
+        "gone stale on new traffic (exit status 0: still good, 1: stale)."
+    )
     def plan(
-        trace: o.TraceArgument,
-        output: Annotated[str, typer.Option("-o", "--output", metavar="PLAN", help="The plan's directory.")],
+        context: typer.Context,
+        trace: Annotated[str | None, typer.Argument(metavar="TRACE", help="A moeplan trace (a directory).")] = None,
+        output: Annotated[
+            str | None, typer.Option("-o", "--output", metavar="PLAN", help="The plan's directory.")
+        ] = None,
+        start: Annotated[str | None, typer.Option("--from", metavar="PLAN", help="A plan made before.")] = None,
+        drift: Annotated[
+            str | None, typer.Option("--drift", metavar="TRACE", help="New traffic to hold the plan of --from to.")
+        ] = None,
         nodes: o.Nodes = 8,
         gpus_per_node: o.GpusPerNode = 8,
         redundant: o.Redundant = 0,
@@ -43,12 +57,21 @@ def register(app: typer.Typer) -> None:
         replica_rule: o.Rule = o.RuleChoice.nearest_static,
         signature_tokens: o.SignatureTokens = None,
         clusters: o.Clusters = None,
+        block: o.Block = 1,
         without_layers: WithoutLayers = "",
         seed: o.Seed = 0,
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
         check_places(json)
+        if drift is not None or start is not None:
+            if drift is None or start is None:
+                raise UsageError("--from and --drift go together", mend="moeplan plan --from PLAN --drift TRACE")
+            _only_with_drift(context)
+            _drift(start, drift, signature_tokens, block, parse_layers(without_layers), seed, json)
+        if trace is None or output is None:
+            missing = "TRACE" if trace is None else "-o PLAN"
+            raise UsageError(f"{missing} is missing", mend="moeplan plan TRACE -o PLAN, or --from PLAN --drift TRACE")
         if Path(output).exists():
             raise OutputError("already exists", where=output, mend="choose another place, or remove it")
         import numpy as np
@@ -112,3 +135,80 @@ def _expected(requests: RequestSet, setup: Setup, strategy: str) -> dict[str, An
     except PlanError:
         return None
     return {key: row[key] for key in _EXPECTED}
+
+
+def _only_with_drift(context: typer.Context) -> None:
+    """Refuse flags that the stored plan answers already."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in _WITH_DRIFT and source is not None and source.name == "COMMANDLINE":
+            flag = "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} does not go with --drift", mend="leave it out: the plan says how it was made")
+
+
+def _drift(
+    start: str, new: str, signature_tokens: int | None, block: int, without_layers: tuple[int, ...], seed: int,
+    json: str | None,
+) -> None:  # fmt: skip
+    """Hold a stored plan to new traffic; ends with exit status 0 (still good) or 1 (stale)."""
+    from moeplan.plan import read_requests
+    from moeplan.plan.store import load_plan
+    from moeplan.replay import drift
+    from moeplan.trace import open_trace
+
+    stored = load_plan(start)
+    setup = drift.drift_setup(stored, seed=seed, block=block)
+    opened = open_trace(new, without_layers=without_layers)
+    drift.check_shape(opened.shape, stored.shape, start)
+    tokens = drift.signature_tokens_of(stored) if signature_tokens is None else signature_tokens
+    with progress("drift") as report:
+        requests = read_requests(opened, signature_tokens=tokens)
+        found = drift.drift(requests, stored, setup, report)
+    seen = stored.trace_checksum == opened.checksum
+    _say_drift(found, stored, opened.label, new, start)
+    for note in requests.notes:
+        say(f"  - {note}")
+    if requests.stands_in != stored.head.get("signature_stands_in"):
+        was, now = stored.head.get("signature_stands_in") or "prefill", requests.stands_in or "prefill"
+        say(f"  - signatures rest on the {now}; the plan was fitted on the {was}")
+    if seen:
+        say("  - the plan was fitted on this very trace, test parts included: it looks better here than it is")
+    facts = {"trace": opened.label, "synthetic": opened.synthetic, "plan": start, "fitted_on_this_trace": seen}
+    emit_json(json, facts | found.to_dict())
+    raise typer.Exit(1 if found.stale else 0)
+
+
+def _say_drift(found: Drift, stored: StoredPlan, label: str, new: str, plan: str) -> None:
+    from moeplan.plan.problem import GUARD
+    from moeplan.replay.drift import FRESH, OLD, OLD_RANDOM
+
+    count, setup = found.table.head["requests"], found.table.head["setup"]
+    say(
+        f"{label}: {count['fit'][0]} requests to plan anew on, {count['test'][0]} others to measure on, "
+        f"{setup['folds']} folds; {stored.result.strategy} on {setup['nodes']} nodes x {setup['gpus_per_node']} GPUs, "
+        f"{setup['redundant']} redundant slots, dispatch per {setup['dispatch']}"
+    )
+    say(f"{'':30s} {found.key + ' [95 %]':>30s}  node load  GPU load")
+    names = {"linear": "linear, random groups", OLD_RANDOM: f"{OLD}, random groups", OLD: OLD, FRESH: FRESH}
+    for name, row in names.items():
+        figures = found.table.row(name).figures
+        low, high = figures[found.key].interval() or (0.0, 0.0)
+        say(
+            f"{row:30s} {figures[found.key].value:13.3f} [{low:.3f}, {high:.3f}]"
+            f"  {figures['node_load_ratio'].value:9.2f}  {figures['gpu_load_ratio'].value:8.2f}"
+        )
+    if found.change is not None:
+        (a, b), (c, d) = found.change["ci95"], found.change["ci95_of_planning"]
+        say(
+            f"planning anew changes {found.key} by {100 * found.change['value']:+.1f} %: [{100 * a:+.1f}, "
+            f"{100 * b:+.1f}] over requests, [{100 * c:+.1f}, {100 * d:+.1f}] from plan to plan"
+        )
+    low, high = found.load
+    say(f"node load is {found.node_load(OLD):.2f} x linear's [{low:.2f}, {high:.2f}]; the guard is {GUARD:g}")
+    why = [f"planning anew lowers {found.key} beyond noise"] * found.helps
+    why += ["it breaks the guard on node load, and a plan made anew does not"] * found.overloaded
+    if why:
+        say(f"stale: {', and '.join(why)}")
+        say(f"next: moeplan plan {new} --from {plan} --max-moves M -o NEW, or plan anew without --from")
+    else:
+        say("still good: what planning anew would change is no more than noise")

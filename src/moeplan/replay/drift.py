@@ -1,0 +1,212 @@
+"""Has a plan gone stale? The stored plan beside one planned anew, both on new requests that neither has seen.
+
+The new traffic is split as `compare` splits it. On each fit part a fresh plan is made with the old one's strategy and
+cluster; on the other part both are measured, each with its own router into equal groups. What the old plan lacks is
+judged by the interval of the paired difference (`moeplan.replay.statistics`), so a figure that is worse by chance does
+not count. Fresh plans see only half of the new requests: the verdict is about what planning anew would bring today.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+from moeplan.cluster import Dispatch
+from moeplan.errors import FormatError, PlanError, UsageError
+from moeplan.plan import Options, RequestSet, solve
+from moeplan.plan.problem import GUARD
+from moeplan.plan.store import StoredPlan
+from moeplan.replay.comparison import Row, Setup, fit_problem, group_test, measure
+from moeplan.replay.split import blocks, draw_steps, live_requests, split
+from moeplan.replay.statistics import change, less_than
+from moeplan.replay.table import Comparison, Measured, tabulate
+from moeplan.types import ModelShape
+
+__all__ = ["FRESH", "OLD", "OLD_RANDOM", "Drift", "check_shape", "drift", "drift_setup", "signature_tokens_of"]
+
+FloatArray = npt.NDArray[np.float64]
+Progress = Callable[[int, int, str], None]
+
+#: Names of the rows beside `linear`; the second shows how much of the old plan is its router.
+OLD, OLD_RANDOM, FRESH = "stored plan", "stored plan/none", "planned anew"
+
+#: What a plan of each dispatch mode is made to lower. Under allgather no plan changes what is sent.
+_KEYS = {
+    Dispatch.PICK: "remote_share",
+    Dispatch.GPU: "remote_nodes_per_token",
+    Dispatch.NODE: "remote_nodes_per_token",
+}
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The verdict, and what it rests on.
+
+    Attributes:
+        key: the figure that is judged: remote_share or remote_nodes_per_token.
+        table: rows linear, OLD, OLD_RANDOM and FRESH, with every figure of a comparison.
+        change: relative change of `key` by planning anew: value; ci95, which requests came (bootstrap); and
+            ci95_of_planning, how one plan differs from the next (folds). None where the old plan sends nothing.
+        load: 95 % interval over folds of the old plan's node_load_ratio in multiples of linear's.
+        helps: planning anew lowers `key`, beyond both.
+        overloaded: `load` lies above the guard, and the fresh plans keep it.
+    """
+
+    key: str
+    table: Comparison
+    change: dict[str, Any] | None
+    load: list[float]
+    helps: bool
+    overloaded: bool
+
+    @property
+    def stale(self) -> bool:
+        return self.helps or self.overloaded
+
+    def node_load(self, name: str) -> float | None:
+        """A row's node_load_ratio in multiples of linear's."""
+        against = change(*(self.table.row(row).figures["node_load_ratio"] for row in (name, "linear")))
+        return None if against is None else 1.0 + float(against["value"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the verdict, then the table's head, notes and rows."""
+        verdict = {
+            "stale": self.stale,
+            "replanning_helps": self.helps,
+            "overloaded": self.overloaded,
+            "key": self.key,
+            "change_by_replanning": self.change,
+            "node_load_vs_linear": {"value": self.node_load(OLD), "ci95_of_folds": self.load, "guard": GUARD},
+        }
+        return verdict | self.table.to_dict()
+
+
+def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int = 500, folds: int = 4) -> Setup:
+    """How the verdict is reached: half of the requests to fit, as often as `folds` says, the plan's own problem.
+
+    Raises:
+        UsageError: nothing of this plan can go stale (allgather, unequal groups), or a value out of range.
+    """
+    if stored.dispatch not in _KEYS:
+        raise UsageError(
+            "a plan for allgather cannot go stale: no plan changes what allgather sends",
+            mend="moeplan replay TRACE --plan PLAN shows its load",
+        )
+    if not stored.result.equal_groups:
+        raise UsageError(
+            f"the plan's strategy {stored.result.strategy} has unequal groups, whose figures do not count",
+            mend="plan with paper or moeplan",
+        )
+    if folds < 2:
+        raise UsageError(f"{folds} fold does not tell one plan from the next", mend="use at least 2 folds")
+    options = Options(objective=stored.head.get("objective") or Options.objective)
+    return Setup(
+        stored.cluster, (stored.result.strategy,), stored.redundant, stored.rule, stored.dispatch,
+        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options,
+    )  # fmt: skip
+
+
+def signature_tokens_of(stored: StoredPlan) -> int | None:
+    """N where the plan's signatures rest on the first N tokens (in its head: "first 48 decode tokens"); else None."""
+    said = stored.head.get("signature_stands_in")
+    if said is None:
+        return None
+    found = re.fullmatch(r"first ([1-9]\d{0,8}) \w+ tokens", str(said))
+    if not found:
+        raise FormatError(f"signature_stands_in {str(said)[:40]!r} is not known", where="plan.json", mend="plan again")
+    return int(found[1])
+
+
+def check_shape(trace: ModelShape, plan: ModelShape, where: str) -> None:
+    """A plan fits traces of its own model only.
+
+    Raises:
+        UsageError: experts, picks per token or layers differ.
+    """
+    pairs: list[tuple[str, Any, Any]] = [
+        ("experts", trace.num_experts, plan.num_experts),
+        ("picks per token", trace.top_k, plan.top_k),
+        ("layers", trace.num_layers, plan.num_layers),
+        ("layer ids", list(trace.layer_ids), list(plan.layer_ids)),
+    ]
+    for label, ours, theirs in pairs:
+        if ours != theirs:
+            raise UsageError(
+                f"the trace and the plan differ in {label}: {ours} and {theirs}",
+                where=where,
+                mend="use traffic of the same model, and --without-layers as in the plan",
+            )
+
+
+def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Progress | None = None) -> Drift:
+    """Measure the stored plan and fresh ones on requests that the fresh ones have not seen.
+
+    Raises:
+        PlanError: too few requests to split, plan and replay.
+    """
+    block = blocks(requests.index, setup.block)
+    folds = []
+    for fold in range(setup.folds):  # the splits of `compare`, for the same seed
+        chosen = split(requests.domain, block, setup.fit, np.random.default_rng([setup.seed, fold, 0]))
+        folds.append((np.flatnonzero(chosen), np.flatnonzero(~chosen)))
+    least = min(len(fit) for fit, _ in folds)
+    if least < setup.cluster.num_groups:
+        raise PlanError(
+            f"{least} requests to plan anew for {setup.cluster.num_groups} groups",
+            mend="collect more traffic first",
+        )
+    live = live_requests([len(test) for _, test in folds], setup.cluster)
+    rows = [
+        Row("linear", "linear", "none"),
+        Row(OLD, stored.result.strategy, "prefill"),
+        Row(OLD_RANDOM, stored.result.strategy, "none"),
+        Row(FRESH, stored.result.strategy, "prefill"),
+    ]
+    measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
+    notes: dict[str, None] = {}
+    for fold, (fit, test) in enumerate(folds):
+        if progress:
+            progress(fold, setup.folds, f"fold {fold + 1}")
+        problem = fit_problem(requests, setup, fit)
+        fresh = solve(problem, stored.result.strategy, setup.seed + fold)
+        notes |= dict.fromkeys(fresh.notes)
+        of = {"linear": solve(problem, "linear", setup.seed + fold), FRESH: fresh}
+        draws = draw_steps(requests.measured_span[test], setup.steps, np.random.default_rng([setup.seed, fold, 2]))
+        for row in rows:
+            result = of.get(row.name, stored.result)
+            rng = np.random.default_rng([setup.seed, fold, 1])
+            group = group_test(requests, fit, test, result, row.signature, rng)
+            measured[row.name].append(measure(requests, setup, row, test, group, draws, live, result))
+    return _judge(tabulate(requests, setup, rows, measured, block, live, tuple(notes)), _KEYS[setup.dispatch])
+
+
+def _judge(table: Comparison, key: str) -> Drift:
+    rows = {name: table.row(name) for name in ("linear", OLD, FRESH)}
+    linear, old, fresh = (row.figures for row in rows.values())
+    apart = _interval_of_folds(np.subtract(fresh[key].folds, old[key].folds))
+    moved, today = change(fresh[key], old[key]), old[key].value
+    if moved and today:
+        moved["ci95_of_planning"] = [end / today for end in apart]
+    load = _interval_of_folds(np.divide(old["node_load_ratio"].folds, linear["node_load_ratio"].folds))
+    return Drift(
+        key, table, moved, load,
+        helps=less_than(fresh[key], old[key]) and apart[1] < 0.0,
+        overloaded=load[0] > GUARD and rows[FRESH].guarded,
+    )  # fmt: skip
+
+
+def _interval_of_folds(values: FloatArray) -> list[float]:
+    """95 % interval [low, high] of a figure, given its values in the folds: for another plan, on other requests.
+
+    Folds share requests, so their spread is too small for independent samples: the corrected resampled t-test takes
+    the variance of the mean as (1 / F + test / fit) times theirs (Nadeau and Bengio, Inference for the generalization
+    error, Machine Learning 52, 2003, section 3); here both parts are of the same size.
+    """
+    half = float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) * np.sqrt(1.0 / len(values) + 1.0))
+    return [float(values.mean()) - half, float(values.mean()) + half]
