@@ -1,0 +1,382 @@
+"""What a model takes of each accelerator's memory: weights, KV cache, activations; what fits, and the largest batch.
+
+How the parts are laid out over a pipeline stage of tp x dp accelerators (as SGLang, vLLM and TensorRT-LLM do):
+
+| part | on one accelerator |
+|---|---|
+| attention, dense and shared feed-forward, embedding, head | 1 / tp, the same on each of the dp data-parallel ranks |
+| routed experts | (E + redundant) / ep slots a layer, each 1 / moe_tp of an expert, moe_tp = tp x dp / ep |
+| KV cache of a request | 1 / tp of its KV heads but never less than one; MLA's latent is whole on every rank |
+| router, norms, biases, MLA's down-projections | whole |
+
+The figures are of the stage that needs most. Bytes are decimal; nothing is rounded to pages or blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import PlanError, UsageError
+from moeplan.perf.hardware import Hardware
+from moeplan.perf.models import PARTS, ModelSpec, expert_parameters, layer_parameters
+from moeplan.types import ModelShape
+
+__all__ = [
+    "DTYPE_BYTES", "KV_DTYPE_BYTES", "Memory", "Parallel", "Precision", "activation_bytes", "check_parallel",
+    "expert_bytes", "expert_memory", "kv_bytes", "kv_bytes_per_token", "largest_batch", "memory", "model_shape",
+    "weight_bytes",
+]  # fmt: skip
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Bytes per weight of a matrix, its scales included: fp8 a float32 per 128 x 128 block (README_WEIGHTS.md of
+#: DeepSeek-V3), int4 a 16-bit scale per 128, fp4 (NVFP4) a byte per 16, mxfp4 a byte per 32 (OCP MX 1.0).
+DTYPE_BYTES = {
+    "fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "int8": 1.0, "int4": 0.5 + 2 / 128, "fp4": 0.5 + 1 / 16,
+    "mxfp4": 0.5 + 1 / 32,
+}  # fmt: skip
+#: Bytes per number of the KV cache or of an activation; fp8 and int8 have one scale per tensor or head, not counted.
+KV_DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5 + 1 / 16}
+#: What no engine quantises: embedding, head, router, norms, biases. The state of linear attention is kept in float32.
+PLAIN_BYTES, STATE_BYTES, LOGIT_BYTES = 2.0, 4.0, 4.0
+
+#: Columns of `weight_bytes`.
+WEIGHTS = ("attention", "ffn", "experts", "redundant", "vocabulary", "other")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes, each apart.
+
+    Attributes:
+        weights: of attention, dense and shared matrices. experts: of the routed experts; None: as `weights`.
+        kv, activations: of the KV cache and of what flows between operators.
+    """
+
+    weights: str = "bf16"
+    experts: str | None = None
+    kv: str = "bf16"
+    activations: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("weights", DTYPE_BYTES), ("experts", DTYPE_BYTES), ("kv", KV_DTYPE_BYTES), ("activations", KV_DTYPE_BYTES),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in known and not (name == "experts" and value is None):
+                raise UsageError(f'unknown dtype "{value}" for {name}', mend=f"use {', '.join(known)}")
+
+    @classmethod
+    def of_checkpoint(cls, spec: ModelSpec) -> Precision:
+        """As published: the checkpoint's own weights, all else bf16."""
+        if spec.checkpoint is None:
+            raise UsageError(
+                f"the configuration of {spec.name} does not tell its weights' dtype", mend="give the dtype"
+            )
+        return cls(weights=spec.checkpoint[0], experts=spec.checkpoint[1])
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a model is spread over accelerators.
+
+    Attributes:
+        tp: tensor-parallel ranks of attention. dp: data-parallel ranks of attention, each with its own requests.
+        ep: ranks among which a layer's expert slots are dealt; it divides tp x dp, and each slot is split over the
+            tp x dp / ep ranks of its group. pp: pipeline stages, each of tp x dp accelerators.
+        redundant: extra expert slots per layer, in total.
+    """
+
+    tp: int = 1
+    dp: int = 1
+    ep: int = 1
+    pp: int = 1
+    redundant: int = 0
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.dp * self.pp
+
+    @property
+    def moe_tp(self) -> int:
+        return self.tp * self.dp // self.ep
+
+
+def check_parallel(spec: ModelSpec, parallel: Parallel) -> None:
+    """Refuse a layout that cannot be, with the nearest one that can.
+
+    Raises:
+        PlanError: a count below 1; tp that does not divide heads or widths; ep that does not divide tp x dp or the
+            slots; experts asked of a dense model; more stages than layers.
+    """
+    p, a, moe = parallel, spec.attention, spec.moe
+    for name, count, low in (
+        ("tp", p.tp, 1),
+        ("dp", p.dp, 1),
+        ("ep", p.ep, 1),
+        ("pp", p.pp, 1),
+        ("redundant", p.redundant, 0),
+    ):
+        if count < low:
+            raise PlanError(f"{name} is {count}", mend=f"give at least {low}")
+    if p.pp > spec.layers:
+        raise PlanError(f"pp {p.pp} is more than the {spec.layers} layers of {spec.name}", mend="lower pp")
+    linear = spec.linear.value_heads if spec.linear else a.heads
+    for what, count in (("heads", a.heads), ("heads of linear attention", linear), ("dense width", spec.dense_width)):
+        _divides("tp", p.tp, count, f"the {count} {what} of {spec.name}")
+    if a.kv_heads % p.tp and p.tp % a.kv_heads:
+        raise PlanError(f"tp {p.tp} fits not the {a.kv_heads} KV heads of {spec.name}", mend="take one that divides it")
+    if moe is None:
+        if p.ep > 1 or p.redundant:
+            raise PlanError(f"{spec.name} has no experts", mend="leave ep at 1 and redundant at 0")
+        return
+    _divides("ep", p.ep, p.tp * p.dp, f"tp x dp = {p.tp * p.dp}")
+    slots = moe.experts + p.redundant
+    if slots % p.ep:
+        near = [r for r in (slots // p.ep * p.ep - moe.experts, -(-slots // p.ep) * p.ep - moe.experts) if r >= 0]
+        raise PlanError(
+            f"{moe.experts} experts and {p.redundant} redundant slots do not divide over ep {p.ep}",
+            mend=f"redundant {' or '.join(map(str, near))} does",
+        )
+    _divides("tp x dp / ep", p.moe_tp, moe.width, f"the width {moe.width} of an expert of {spec.name}")
+
+
+def _divides(name: str, part: int, whole: int, what: str) -> None:
+    if whole % part:
+        low = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+        divisors = sorted({*low, *(whole // d for d in low)})
+        near = [d for d in divisors if d < part][-1:] + [d for d in divisors if d > part][:1]
+        raise PlanError(f"{name} {part} does not divide {what}", mend=f"{' or '.join(map(str, near))} does")
+
+
+def expert_bytes(spec: ModelSpec, dtype: str) -> float:
+    """Weights of one routed expert in one layer, in bytes."""
+    matrices, biases = expert_parameters(spec)
+    return matrices * DTYPE_BYTES[dtype] + biases * PLAIN_BYTES
+
+
+def weight_bytes(spec: ModelSpec, parallel: Parallel, precision: Precision, *, mtp: bool = False) -> FloatArray:
+    """Weights on one accelerator of each pipeline stage.
+
+    Args:
+        mtp: the modules for multi-token prediction too, on the last stage.
+
+    Returns:
+        float64 [pp, 6] bytes; columns as in `WEIGHTS`. `redundant` is what the redundant slots add to `experts`.
+    """
+    return _weight_bytes(spec, parallel, replace(precision, kv="bf16", activations="bf16"), mtp)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_bytes(spec: ModelSpec, parallel: Parallel, precision: Precision, mtp: bool) -> FloatArray:
+    check_parallel(spec, parallel)
+    rows = dict(zip(PARTS, layer_parameters(spec, parallel.tp).T, strict=True))
+    wide, out = DTYPE_BYTES[precision.weights], np.zeros((parallel.pp, len(WEIGHTS)))
+    slot = expert_bytes(spec, precision.experts or precision.weights) / parallel.ep / parallel.moe_tp
+    embedding = spec.vocab * spec.hidden / parallel.tp * PLAIN_BYTES
+    for stage, (first, last) in enumerate(_stages(spec.layers, parallel.pp)):
+        last += spec.mtp_layers if mtp and last == spec.layers else 0
+        part = {name: float(row[first:last].sum()) for name, row in rows.items()}
+        slots = float((rows["experts"][first:last] > 0).sum()) * slot
+        ends = (stage == 0) + (stage == parallel.pp - 1) * (not spec.tied or parallel.pp > 1)
+        out[stage] = (
+            part["attention"] * wide,
+            (part["dense"] + part["shared"]) * wide,
+            slots * spec.moe.experts if spec.moe else 0.0,
+            slots * parallel.redundant,
+            embedding * ends,
+            (part["router"] + part["other"]) * PLAIN_BYTES,
+        )
+    out[0, -1] += spec.positions * spec.hidden * PLAIN_BYTES
+    out[-1, -1] += spec.hidden * (2 if spec.norm_bias else 1) * PLAIN_BYTES
+    out.setflags(write=False)
+    return out
+
+
+def _stages(layers: int, pp: int) -> list[tuple[int, int]]:
+    """Layers [first, last) of each stage: even, the longer ones first."""
+    sizes = [layers // pp + (stage < layers % pp) for stage in range(pp)]
+    ends = np.cumsum(sizes).tolist()
+    return [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype: str = "bf16", tp: int = 1) -> float:
+    """KV cache that one more token takes on one of `tp` ranks, over all layers, while no window is full."""
+    softmax = spec.layers if spec.linear is None else len(spec.full_layers)
+    return softmax * _layer_kv(spec, dtype, tp)
+
+
+def kv_bytes(
+    spec: ModelSpec, context: int, dtype: str = "bf16", tp: int = 1, *, layers: tuple[int, int] | None = None
+) -> float:
+    """KV cache of one request with `context` tokens on one of `tp` ranks; windows bound it, linear layers keep a state.
+
+    Args:
+        layers: only those in [first, last), as a pipeline stage has them.
+    """
+    first, last = layers or (0, spec.layers)
+    full = sum(first <= i < last for i in spec.full_layers)
+    others = last - first - full
+    out = full * context * _layer_kv(spec, dtype, tp)
+    if spec.linear is not None:
+        n = spec.linear
+        state = -(-n.value_heads // tp) * n.key_dim * n.value_dim * STATE_BYTES
+        return out + others * (state + -(-n.channels // tp) * (n.conv - 1) * PLAIN_BYTES)
+    return out + others * min(context, spec.window) * _layer_kv(spec, dtype, tp)
+
+
+def _layer_kv(spec: ModelSpec, dtype: str, tp: int) -> float:
+    a = spec.attention
+    if a.kind == "mla":
+        return (a.kv_lora_rank + a.qk_rope_head_dim) * KV_DTYPE_BYTES[dtype]
+    return -(-a.kv_heads // tp) * (a.head_dim + a.v_head_dim) * KV_DTYPE_BYTES[dtype]
+
+
+def activation_bytes(spec: ModelSpec, parallel: Parallel, precision: Precision) -> tuple[float, float]:
+    """Workspace per token of a data-parallel rank's step, and per row of logits: (bytes, bytes).
+
+    A stated simple formula, not a measurement: the hidden state twice (input and residual) and the widest of what one
+    layer holds at a time: queries, keys, values and the heads' output; or gate, up and their product in a dense layer;
+    or, in a MoE layer, for each pick served here (top_k x dp / ep a token, if even) its input, gate, up, product and
+    output, and the shared experts. Logits are float32, vocab / tp wide, one row per request.
+    """
+    a, moe, tp = spec.attention, spec.moe, parallel.tp
+    branches = 3 if spec.gated else 2
+    heads, kv_heads = -(-a.heads // tp), -(-a.kv_heads // tp)
+    widest = max(
+        heads * (a.head_dim + a.v_head_dim) + kv_heads * (a.head_dim + a.v_head_dim), branches * spec.dense_width / tp
+    )
+    if moe is not None:
+        picks = moe.top_k * parallel.dp / parallel.ep
+        routed = picks * (2 * spec.hidden + branches * moe.width / parallel.moe_tp)
+        widest = max(widest, routed + branches * moe.shared * moe.shared_width / tp)
+    return (2 * spec.hidden + widest) * KV_DTYPE_BYTES[precision.activations], spec.vocab / tp * LOGIT_BYTES
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One accelerator of the stage that needs most, in bytes.
+
+    Attributes:
+        weights: by part, as in `WEIGHTS`. kv: of the batch. activations: workspace of the largest step.
+        capacity: of the accelerator; usable: what of it may be used, the rest being the engine's and the driver's.
+    """
+
+    weights: dict[str, float]
+    kv: float
+    activations: float
+    capacity: float
+    usable: float
+
+    @property
+    def used(self) -> float:
+        return sum(self.weights.values()) + self.kv + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.used <= self.usable
+
+
+#: Share of the memory that weights, KV cache and activations may take: vLLM's default gpu_memory_utilization.
+USABLE = 0.9
+
+
+def memory(
+    spec: ModelSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, batch: int, context: int,
+    prefill_tokens: int = 0, mtp: bool = False, usable: float = USABLE,
+) -> Memory:  # fmt: skip
+    """What a set-up takes.
+
+    Args:
+        batch: requests of one data-parallel rank. context: tokens that each of them holds, prompt and answer.
+        prefill_tokens: of the largest prefill step of such a rank; a step has at least `batch` tokens.
+        usable: share of the memory that may be used, in (0, 1].
+
+    Raises:
+        PlanError: a layout that cannot be. UsageError: a count below 0, a share outside (0, 1].
+    """
+    limit = _usable(hardware, usable, batch, context, prefill_tokens)
+    weights = weight_bytes(spec, parallel, precision, mtp=mtp)
+    kv = batch * _stage_kv(spec, parallel, precision.kv, context, mtp)
+    token, row = activation_bytes(spec, parallel, precision)
+    worst = int(np.argmax(weights.sum(axis=1) + kv))
+    return Memory(
+        weights=dict(zip(WEIGHTS, (float(v) for v in weights[worst]), strict=True)),
+        kv=float(kv[worst]),
+        activations=token * max(batch, prefill_tokens) + row * batch,
+        capacity=hardware.memory_bytes,
+        usable=limit,
+    )
+
+
+def largest_batch(
+    spec: ModelSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, context: int,
+    prefill_tokens: int = 0, mtp: bool = False, usable: float = USABLE,
+) -> int:  # fmt: skip
+    """The most requests that a data-parallel rank can hold at that context; 0 where not even one fits.
+
+    The need is linear in the batch, with a kink where a decode step outgrows a prefill step; so it fits where both
+    lines do. Arguments and errors as in `memory`.
+    """
+    limit = _usable(hardware, usable, context, prefill_tokens)
+    weights = weight_bytes(spec, parallel, precision, mtp=mtp).sum(axis=1)
+    token, row = activation_bytes(spec, parallel, precision)
+    request = _stage_kv(spec, parallel, precision.kv, context, mtp) + row
+    beside_prefill = (limit - weights - token * prefill_tokens) / request
+    decode_only = (limit - weights) / (request + token)
+    return max(0, int(min(beside_prefill.min(), decode_only.min())))
+
+
+def _usable(hardware: Hardware, share: float, *counts: int) -> float:
+    if min(counts) < 0 or not 0 < share <= 1:
+        raise UsageError("a count below 0, or a usable share of memory outside (0, 1]", mend="correct it")
+    return hardware.memory_bytes * share
+
+
+def _stage_kv(spec: ModelSpec, parallel: Parallel, dtype: str, context: int, mtp: bool) -> FloatArray:
+    """KV cache of one request on one accelerator of each stage: float64 [pp] bytes."""
+    stages = _stages(spec.layers, parallel.pp)
+    out = np.array([kv_bytes(spec, context, dtype, parallel.tp, layers=stage) for stage in stages])
+    out[-1] += spec.mtp_layers * mtp * context * _layer_kv(spec, dtype, parallel.tp)
+    return out
+
+
+def expert_memory(
+    *, num_experts: int, redundant: int, layers: int, gpus: int, gpus_per_home: int, expert_bytes: float | None,
+    kv_bytes_per_token: float | None,
+) -> tuple[float | None, float | None]:  # fmt: skip
+    """What expert slots cost: (expert weights in GB per GPU, KV tokens of a home that the redundant ones displace).
+
+    The meaning of `expert_weight_gb_per_gpu` and `kv_tokens_lost` in docs/metrics.md: slots are even over `gpus`; a
+    home (a node, or one GPU) keeps a token's KV cache once over its `gpus_per_home`. None where a byte figure is not
+    known.
+    """
+    if expert_bytes is None:
+        return None, None
+    weight = (num_experts + redundant) / gpus * layers * expert_bytes / 1e9
+    if kv_bytes_per_token is None:
+        return weight, None
+    return weight, redundant / gpus * layers * expert_bytes * gpus_per_home / kv_bytes_per_token
+
+
+def model_shape(spec: ModelSpec, precision: Precision | None = None) -> ModelShape:
+    """What the rest of moeplan must know of a MoE model; bytes as in `precision`, by default the checkpoint's."""
+    if spec.moe is None:
+        raise UsageError(f"{spec.name} has no experts", mend="take a mixture-of-experts model")
+    precision = precision or Precision.of_checkpoint(spec)
+    return ModelShape(
+        name=spec.name,
+        num_layers=len(spec.moe.layers),
+        num_experts=spec.moe.experts,
+        top_k=spec.moe.top_k,
+        layer_ids=spec.moe.layers,
+        hidden=spec.hidden,
+        routing_groups=spec.moe.groups,
+        expert_bytes=round(expert_bytes(spec, precision.experts or precision.weights)),
+        kv_bytes_per_token=round(kv_bytes_per_token(spec, precision.kv)),
+    )
