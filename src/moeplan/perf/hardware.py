@@ -150,6 +150,7 @@ def find_name(name: str, known: Mapping[str, Iterable[str]], what: str, mend: st
     raise UsageError(f'unknown {what} "{name[:80]}"', mend=some + mend)
 
 
+@functools.lru_cache(maxsize=1024)
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", name.lower())
 

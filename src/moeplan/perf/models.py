@@ -270,14 +270,13 @@ def model(name_or_path: str | Path) -> ModelSpec:
     """
     from moeplan.perf.model_config import read_config, read_entry  # they need this module's classes
 
-    names = {key: (*entry["aliases"], *(a.rsplit("/")[-1] for a in entry["aliases"])) for key, entry in _raw().items()}
     text, path = str(name_or_path), Path(name_or_path)
     if path.exists() or path.suffix == ".json" or path.is_absolute():
         path = path / "config.json" if path.is_dir() else path
         data = read_object(path)
         own = "model_type" not in data and "layers" in data
         return read_entry(path.stem, data, str(path)) if own else read_config(path, data)
-    return _from_catalogue(find_name(text, names, "model", "; or give the path of a config.json"))
+    return _from_catalogue(find_name(text, _names(), "model", "; or give the path of a config.json"))
 
 
 def model_names() -> tuple[str, ...]:
@@ -293,6 +292,12 @@ def model_notes(name: str) -> dict[str, Any]:
 @functools.cache
 def _raw() -> dict[str, dict[str, Any]]:
     return read_object(DATA / "models.json")
+
+
+@functools.cache
+def _names() -> dict[str, tuple[str, ...]]:
+    """Aliases by name; of a Hugging Face name also its last part."""
+    return {key: (*e["aliases"], *(alias.rsplit("/")[-1] for alias in e["aliases"])) for key, e in _raw().items()}
 
 
 @functools.cache
