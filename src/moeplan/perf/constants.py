@@ -1,0 +1,189 @@
+"""What measurement adds to datasheets: efficiencies and overheads, fitted by `benchmarks/time_fit.py`.
+
+`data/constants.json` holds each constant with its unit, meaning, origin and error; `constants()` reads and checks it.
+Shares and ratios refer to the datasheet figures of `Hardware`, so that they carry over to other hardware; times are
+those of Hopper. Derived from the data base of aiconfigurator-core 0.12.0 (Apache-2.0); no measured row is shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import Field, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moeplan.errors import FormatError
+
+__all__ = ["Collective", "Constants", "Decode", "DeepEP", "Experts", "Gemm", "Layer", "Prefill", "constants"]
+
+FILE = Path(__file__).parent / "data" / "constants.json"
+FORMAT = "moeplan-constants", 1
+#: Times and ratios that a kernel may lack; everything else divides.
+MAY_BE_ZERO = ("fill", "split_s", "convert_s", "doubling", "unit_bytes_per_s", "throttle", "decode_s")
+
+
+def _value(unit: str, meaning: str) -> Any:
+    return field(metadata={"unit": unit, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One dense matrix product, of one kernel library."""
+
+    launch_s: float = _value("s", "a kernel that has nothing to do")
+    compute: float = _value("share of peak", "operation rate of a full tile")
+    memory: float = _value("share of peak", "bandwidth of a long read")
+    feed: float = _value("bytes per peak bf16 operation", "what one of 132 units can load")
+    fill: float = _value("elements of k", "filling and draining a tile's pipeline, as a longer k")
+    split_s: float = _value("s", "adding up partial results, for each doubling of the split of k")
+    quantise: float = _value("share of peak", "bandwidth of converting the input to fp8 first")
+    throttle: float = _value("ratio", "slowing of a long product by the power limit")
+    overlap: float = _value("exponent", "how operations and reads overlap: 1 one after the other, large fully")
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Attention of many new tokens."""
+
+    launch_s: float = _value("s", "a kernel that has nothing to do")
+    compute: float = _value("share of peak", "operation rate of the two products")
+    softmax: float = _value("peak operations per pair", "exponentials of one (query, key) pair")
+    memory: float = _value("share of peak", "bandwidth of q, k, v and output")
+    tile_s: float = _value("s", "starting and ending one tile of 128 queries")
+    overlap: float = _value("exponent", "how operations and reads overlap")
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Attention of one or few new tokens per request."""
+
+    launch_s: float = _value("s", "a kernel that has nothing to do")
+    compute: float = _value("share of peak", "operation rate")
+    memory: float = _value("share of peak", "bandwidth of a long read")
+    cache: float = _value("ratio to memory bandwidth", "bandwidth of keys and values that already lie in the L2 cache")
+    tile_s: float = _value("s", "starting and ending one tile: one request and key-value head, 64 rows")
+    split_s: float = _value("s", "adding up, where long contexts are split over units")
+    convert_s: float = _value("s", "the kernels that convert fp8 latents to bf16")
+    convert: float = _value("share of peak", "bandwidth of converting fp8 latents to bf16 first")
+    overlap: float = _value("exponent", "how operations and reads overlap")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of one rank: two grouped products, an activation, and their data movement."""
+
+    launch_s: float = _value("s", "the kernels of one layer that have nothing to do")
+    compute: float = _value("share of peak", "operation rate of the grouped products")
+    memory: float = _value("share of peak", "bandwidth of weights")
+    moves: float = _value("share of peak", "bandwidth of permuting, activating and adding up")
+    rows: float = _value("rows", "padding that each touched expert adds")
+    overlap: float = _value("exponent", "how operations and reads overlap")
+
+
+@dataclass(frozen=True)
+class DeepEP:
+    """Dispatch or combine by DeepEP's kernels."""
+
+    launch_s: float = _value("s", "the kernel, besides the links' latency")
+    hops: float = _value("link latencies", "latencies one after the other")
+    doubling: float = _value("link latencies", "more of them for each doubling of the nodes beyond two")
+    scale_up: float = _value("share of link", "bandwidth inside a node")
+    scale_out: float = _value("share of link", "bandwidth between nodes")
+    unit_bytes_per_s: float = _value("bytes/s", "what one unit (SM) given to the kernel copies; 0: no such limit")
+    overlap: float = _value("exponent", "how the links and the copying overlap")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All-reduce, all-gather and point-to-point transfers."""
+
+    launch_s: float = _value("s", "a collective that moves nothing")
+    scale_up: float = _value("share of link", "bandwidth inside a node")
+    scale_out: float = _value("share of link", "bandwidth between nodes")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a whole attention block costs beyond its kernels."""
+
+    decode_s: float = _value("s", "small kernels of an MLA block under a CUDA graph")
+    host_s: float = _value("s", "the host's time to launch an MLA block without a CUDA graph")
+    host_request_s: float = _value("s", "more of it for each request of the batch")
+    moves: float = _value("share of peak", "bandwidth of norms, rotation and copies")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """All constants; each group is one kernel family."""
+
+    gemm_bf16: Gemm
+    gemm_fp8: Gemm
+    gemm_fp8_block: Gemm
+    prefill_bf16: Prefill
+    prefill_fp8: Prefill
+    decode_bf16: Decode
+    decode_fp8: Decode
+    mla_decode: Decode
+    mla_layer: Layer
+    experts_deepgemm: Experts
+    experts_cutlass: Experts
+    low_latency_dispatch: DeepEP
+    low_latency_combine: DeepEP
+    normal_dispatch: DeepEP
+    normal_combine: DeepEP
+    collective: Collective
+
+    @classmethod
+    def groups(cls) -> dict[str, type]:
+        """{group: its dataclass}."""
+        return {f.name: globals()[str(f.type)] for f in fields(cls)}
+
+
+@cache
+def constants(path: Path = FILE) -> Constants:
+    """Read and check a file of constants.
+
+    Raises:
+        FormatError: the file, a group or a value is missing, unknown, or not a positive number.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except ValueError as error:
+        raise FormatError(f"is not JSON: {error}", where=str(path)) from None
+    if not isinstance(data, dict) or (data.get("format"), data.get("version")) != FORMAT:
+        raise FormatError(f"is not {FORMAT[0]} version {FORMAT[1]}", where=str(path), mend="run benchmarks/time_fit.py")
+    groups = data.get("groups")
+    known = Constants.groups()
+    _same_names("groups", groups, set(known), str(path))
+    assert isinstance(groups, dict)  # _same_names has refused anything else
+    return Constants(**{name: _group(kind, groups[name], f"{path}, {name}") for name, kind in known.items()})
+
+
+def _group(kind: type, data: Any, where: str) -> Any:
+    """One group, each value checked."""
+    values = data.get("values") if isinstance(data, dict) else None
+    names: list[Field[Any]] = list(fields(kind))
+    _same_names("values", values, {f.name for f in names}, where)
+    assert isinstance(values, dict)  # likewise
+    out = {}
+    for name in (f.name for f in names):
+        value = values[name].get("value") if isinstance(values[name], dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise FormatError(f"{name} is {value!r}, not a number of 0 or more", where=where)
+        if value == 0 and name not in MAY_BE_ZERO:
+            raise FormatError(f"{name} is 0, and is divided by", where=where)
+        out[name] = float(value)
+    return kind(**out)
+
+
+def _same_names(what: str, data: Any, names: set[str], where: str) -> None:
+    if not isinstance(data, dict):
+        raise FormatError(f"has no {what}", where=where, mend="run benchmarks/time_fit.py")
+    odd = sorted(names ^ set(data))
+    if odd:
+        kind = "lacks" if odd[0] in names else "has an unknown"
+        raise FormatError(f"{kind} {odd[0]}", where=where, mend="run benchmarks/time_fit.py")
