@@ -204,7 +204,8 @@ def _say_drift(found: Drift, stored: StoredPlan, label: str, new: str, plan: str
             f"{100 * b:+.1f}] over requests, [{100 * c:+.1f}, {100 * d:+.1f}] from plan to plan"
         )
     low, high = found.load
-    say(f"node load is {found.node_load(OLD):.2f} x linear's [{low:.2f}, {high:.2f}]; the guard is {GUARD:g}")
+    too = ", which fresh plans break too" if low > GUARD and not found.overloaded else ""
+    say(f"node load is {found.node_load(OLD):.2f} x linear's [{low:.2f}, {high:.2f}]; the guard is {GUARD:g}{too}")
     why = [f"planning anew lowers {found.key} beyond noise"] * found.helps
     why += ["it breaks the guard on node load, and a plan made anew does not"] * found.overloaded
     if why:
