@@ -16,6 +16,7 @@ from moeplan.perf.operators import DTYPES, UNITS, Number, Time, arrays, dtype, g
 
 __all__ = [
     "MlaShape",
+    "absorb",
     "attention_decode",
     "attention_prefill",
     "mla_decode",
@@ -204,7 +205,7 @@ def mla_layer_decode(
     rows = batch * tokens
     return total(
         *_projections(hardware, shape, rows, kind, down, c),
-        _absorb(hardware, shape, rows, shape.nope, c),
+        absorb(hardware, shape, rows, shape.nope, c),
         mla_decode(
             hardware,
             batch,
@@ -217,7 +218,7 @@ def mla_layer_decode(
             warm=warm,
             c=c,
         ),
-        _absorb(hardware, shape, rows, shape.value, c),
+        absorb(hardware, shape, rows, shape.value, c),
         _rest(hardware, rows * shape.hidden, c, c.mla_layer.decode_s),
     )
 
@@ -274,7 +275,7 @@ def _projections(hardware: Hardware, shape: MlaShape, rows: Number, kind: str, d
     ]
 
 
-def _absorb(hardware: Hardware, shape: MlaShape, rows: Number, width: int, c: Constants) -> Time:
+def absorb(hardware: Hardware, shape: MlaShape, rows: Number, width: int, c: Constants) -> Time:
     """One product per head between its own width and the latent, bf16, heads side by side."""
     fit = c.gemm_bf16
     tiles = np.ceil(rows / 64) * np.ceil(shape.latent / 128) * shape.heads

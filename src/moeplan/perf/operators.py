@@ -91,13 +91,15 @@ class Dtype:
     kernel: str
 
 
-#: fp8: one scale per row; fp8_block: per 128 x 128 weights (DeepSeek-V3). Unmeasured ones borrow a kernel's constants.
+#: fp8: one scale per row; fp8_block: per 128 x 128 weights (DeepSeek-V3). int4 and w8 (8-bit) weights become bf16 on
+#: the way. Unmeasured ones borrow a kernel's constants.
 DTYPES = {
     "bf16": Dtype(2, 2, "bf16", "gemm_bf16"),
     "fp8": Dtype(1, 1, "fp8", "gemm_fp8"),
     "fp8_block": Dtype(1 + 4 / 128**2, 1 + 4 / 128, "fp8", "gemm_fp8_block"),
     "int8": Dtype(1, 1, "int8", "gemm_fp8"),
     "int4": Dtype(0.5 + 2 / 128, 2, "bf16", "gemm_bf16"),
+    "w8": Dtype(1, 2, "bf16", "gemm_bf16"),
     "fp4": Dtype(0.5 + 1 / 16, 0.5 + 1 / 16, "fp4", "gemm_fp8_block"),
 }
 _FEWEST_WAVES = ((128, 32), (128, 64), (128, 128), (128, 256))
@@ -162,22 +164,40 @@ def expert_gemm(
         picks: (token, pick) pairs that this rank serves; the busiest rank decides a step.
         experts: distinct experts among them, whose weights are read.
         hidden, inter: widths of an expert.
-        kernel: `deepgemm` (SGLang's masked grouped product) or `cutlass` (TensorRT-LLM's, with its permutations).
+        kernel: `deepgemm` (the masked grouped product of decode), `contiguous` (that of prefill: not measured by
+            itself, it takes the dense product's operation rate), or `cutlass` (TensorRT-LLM's, with its permutations).
 
     Raises:
         UsageError: unknown kernel or dtype.
     """
-    if kernel not in ("deepgemm", "cutlass"):
-        raise UsageError(f"expert kernel {kernel} is unknown", mend="use deepgemm or cutlass")
-    form = dtype(kind, hardware)
-    fit = (c or constants()).experts_deepgemm if kernel == "deepgemm" else (c or constants()).experts_cutlass
+    if kernel not in ("deepgemm", "contiguous", "cutlass"):
+        raise UsageError(f"expert kernel {kernel} is unknown", mend="use deepgemm, contiguous or cutlass")
+    form, c = dtype(kind, hardware), c or constants()
+    fit = c.experts_cutlass if kernel == "cutlass" else c.experts_deepgemm
     picks, experts, hidden, inter = arrays(picks, experts, hidden, inter)
     weights = 3 * hidden * inter
-    compute = 2 * (picks + experts * fit.rows) * weights / (hardware.flops[form.rate] * fit.compute)
+    if kernel == "contiguous":
+        compute = _contiguous(hardware, form, picks, experts, hidden, inter, c.gemm_fp8_block)
+    else:
+        compute = 2 * (picks + experts * fit.rows) * weights / (hardware.flops[form.rate] * fit.compute)
     memory = experts * weights * form.weight_bytes / (hardware.memory_bytes_per_s * fit.memory)
     moved = picks * (hidden * (4 + 2 * form.input_bytes) + inter * (6 + 2 * form.input_bytes))
     moves = moved / (hardware.memory_bytes_per_s * fit.moves)
     return kernel_time(fit.launch_s, compute, memory, fit.overlap, moves)
+
+
+#: Rows that an expert's block in DeepGEMM's contiguous layout is a multiple of.
+BLOCK_ROWS = 128
+
+
+def _contiguous(
+    hardware: Hardware, form: Dtype, picks: Number, experts: Number, hidden: Number, inter: Number, fit: Gemm
+) -> Number:
+    """Operations of two grouped products of long blocks, at the rate of a dense product with its power limit."""
+    rows = picks + experts * BLOCK_ROWS / 2
+    work = 2 * rows * (2 * inter * (hidden + fit.fill) + hidden * (inter + fit.fill))
+    compute = work / (hardware.flops[form.rate] * fit.compute)
+    return compute * (1 + fit.throttle * compute / (compute + SUSTAINED_S))
 
 
 def elementwise(hardware: Hardware, moved_bytes: Number, kernels: Number = 1, c: Constants | None = None) -> Time:

@@ -1,0 +1,142 @@
+"""What the routing of one step gave each GPU: the same type from a replay, or from uniform routing.
+
+L: MoE layers, or 1 where all are alike; P: GPUs that share the experts (the expert-parallel group).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.cluster import Dispatch
+from moeplan.perf.collectives import Messages, messages_between, uniform_messages
+from moeplan.perf.models import Moe
+
+__all__ = ["Routing", "distinct_experts", "replayed", "uniform"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Picks, distinct experts and messages of one step.
+
+    Attributes:
+        picks: [..., L, P], (token, pick) pairs that each GPU serves.
+        experts: [..., L, P], distinct experts among them: weights that it reads.
+        messages: each GPU's, in the dispatch direction; None where tokens do not travel one by one (all-gather, or
+            one data-parallel rank).
+        slots: expert slots on a GPU.
+        source: `replay`, `uniform`, or `balanced` (uniform, and every GPU the same load).
+    """
+
+    picks: Array
+    experts: Array
+    messages: Messages | None
+    slots: float
+    source: str
+
+    @property
+    def load_ratio(self) -> float:
+        """Picks of the busiest GPU over the mean, mean over layers."""
+        return float((self.picks.max(axis=-1) / np.maximum(self.picks.mean(axis=-1), 1e-12)).mean())
+
+    def part(self, share: float) -> Routing:
+        """Of one equal part of the step: an expert that the whole misses with chance q, the part misses with
+        q ** share."""
+        if share == 1:
+            return self
+        missed = np.clip(1 - self.experts / self.slots, 0.0, 1.0)
+        experts = np.minimum(self.slots * (1 - missed**share), self.picks * share)
+        m = self.messages
+        if m is not None:
+            m = Messages(*(x * share for x in (m.sent_up, m.received_up, m.sent_out, m.received_out)))
+        return Routing(self.picks * share, experts, m, self.slots, self.source)
+
+
+def replayed(
+    picks: npt.ArrayLike, experts: npt.ArrayLike, links: npt.ArrayLike | None, *, gpus_per_node: int, slots: float,
+    padded: bool = False,
+) -> Routing:  # fmt: skip
+    """From the arrays of a replayed step (`moeplan.cluster.step_messages`).
+
+    Args:
+        picks, experts: [..., L, P]. links: [..., L, P, P], messages from GPU to GPU, or None.
+        padded: the kernel pads every pair to the largest (see `messages_between`).
+    """
+    messages = None if links is None else messages_between(links, gpus_per_node, padded=padded)
+    return Routing(np.asarray(picks, np.float64), np.asarray(experts, np.float64), messages, float(slots), "replay")
+
+
+def distinct_experts(experts: float, top_k: int, tokens: npt.ArrayLike) -> Array:
+    """Expected distinct experts that `tokens` tokens pick: E (1 - (1 - k / E)^t)."""
+    miss = 1 - top_k / experts
+    return np.asarray(experts * (1 - miss ** np.asarray(tokens, np.float64)), np.float64)
+
+
+def uniform(
+    moe: Moe, tokens: float, gpus: int, *, redundant: int = 0, mode: Dispatch | None = None, nodes: int = 1,
+    own_tokens: float | None = None, balanced: bool = False, skew: float = 1.0,
+) -> Routing:  # fmt: skip
+    """Every expert as likely as any other; the GPUs' loads differ by chance alone.
+
+    A GPU's picks are a sum of `tokens` independent draws; the P loads of a step are put at the normal quantiles of
+    (i - 0.375) / (P + 0.25) (Blom 1958), so that their mean is exact and the largest is the expected maximum: the
+    noise floor. A larger `skew` puts the busiest GPU at `skew` x the mean; the others share the rest evenly.
+
+    Args:
+        tokens: of the step, over all `gpus` GPUs that share the experts.
+        redundant: extra slots, taken to halve experts evenly.
+        mode: how tokens travel; None: they do not.
+        nodes: nodes that the GPUs fill. own_tokens: tokens that one GPU sends (default: tokens / gpus).
+        balanced: every GPU serves the same.
+    """
+    held = (moe.experts + redundant) / gpus
+    share = 1 / gpus
+    mean = tokens * moe.top_k * share
+    spread = _quantiles(gpus) * np.sqrt(_variance(moe, tokens, share))
+    if balanced or gpus == 1:
+        spread = np.zeros(gpus)
+    picks = np.clip(mean + spread, 0.0, tokens * min(moe.top_k, held))
+    if skew * mean > picks.max() and gpus > 1:
+        picks = np.append(np.full(gpus - 1, mean * (gpus - skew) / (gpus - 1)), skew * mean)
+    miss = np.clip(1 - moe.top_k / (moe.experts + redundant), 0.0, 1.0)
+    ratio = picks / mean if mean > 0 else np.ones(gpus)
+    experts = np.minimum(held * (1 - miss ** (tokens * ratio)), picks)
+    sends = tokens / gpus if own_tokens is None else own_tokens
+    messages = None if mode in (None, Dispatch.ALLGATHER) else _messages(moe, mode, nodes, gpus, sends, ratio)
+    source = "balanced" if balanced else "uniform"
+    return Routing(picks[None], experts[None], messages, held, source if skew <= 1 else f"skewed x{skew:g}")
+
+
+def _variance(moe: Moe, tokens: float, share: float) -> float:
+    """Of a GPU's picks: each token draws k of E experts without replacement, a share of which the GPU holds."""
+    without = (moe.experts - moe.top_k) / max(moe.experts - 1, 1)
+    return tokens * moe.top_k * share * (1 - share) * without
+
+
+@lru_cache(maxsize=256)
+def _quantiles(count: int) -> Array:
+    """Expected order statistics of `count` standard normal draws, rising, float64 [count]."""
+    normal = NormalDist()
+    out = np.array([normal.inv_cdf((i + 0.625) / (count + 0.25)) for i in range(count)])
+    out.setflags(write=False)
+    return out
+
+
+def _messages(moe: Moe, mode: Dispatch, nodes: int, gpus: int, tokens: float, ratio: Array) -> Messages:
+    """Each GPU sends alike and receives in proportion to its load; tokens reach each node alike."""
+    aligned = moe.groups > 1 and moe.groups % nodes == 0
+    per_gpu = uniform_messages(
+        mode, nodes, gpus // nodes, tokens, moe.top_k, moe.experts, max_nodes=moe.groups_kept if aligned else 0
+    )
+    same = np.ones_like(ratio)
+    out = ratio if mode is not Dispatch.NODE else same
+    return Messages(
+        (per_gpu.sent_up * same)[None], (per_gpu.received_up * ratio)[None],
+        (per_gpu.sent_out * same)[None], (per_gpu.received_out * out)[None],
+    )  # fmt: skip
