@@ -147,7 +147,7 @@ def test_dtypes_are_refused_in_one_line() -> None:
         gemm(H100, 1, 1, 1, "fp16x")
     with pytest.raises(UsageError, match=r"H100 does not compute in fp4; use one of bf16, fp8"):
         gemm(H100, 1, 1, 1, "fp4")
-    with pytest.raises(UsageError, match="expert kernel triton is unknown; use deepgemm or cutlass"):
+    with pytest.raises(UsageError, match="expert kernel triton is unknown; use deepgemm, contiguous or cutlass"):
         expert_gemm(H100, 1, 1, 64, 64, kernel="triton")
 
 
