@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+import serving_accuracy
 import time_fit as fits
 import time_tables as tf
 from moeplan.cluster import Dispatch
@@ -127,7 +128,7 @@ def transfers() -> list[Row]:
                 out.append(
                     _transfer(fit, [tables[0].where(~away)], [tables[0].where(away)], "other nodes", f"{left} nodes")
                 )
-        elif fit.group != "mla_layer":
+        elif fit.group not in ("mla_layer", "engine", "blackwell"):
             out.append(_transfer(fit, tables[:1], tables[1:], "H100", "H200"))
     return out
 
@@ -217,7 +218,7 @@ def origins() -> list[Row]:
     return out
 
 
-#: (title, note, rows). Serving points and published targets go here, too.
+#: (title, note, rows).
 SECTIONS: list[tuple[str, str, Callable[[], list[Row]]]] = [
     (
         "Kernels",
@@ -229,7 +230,8 @@ SECTIONS: list[tuple[str, str, Callable[[], list[Row]]]] = [
         "picks and experts are drawn anew as the measurement drew them.",
         kernels,
     ),
-    ("Where the check part misses most", "Bands of one size, worst first.", misses),
+    *serving_accuracy.SECTIONS,
+    ("Where the check part of the kernels misses most", "Bands of one size, worst first.", misses),
     (
         "Transfer",
         "Constants fitted on one machine, or without one node count, and checked there. For this table only.",
@@ -260,7 +262,8 @@ def bench() -> list[tuple[str, str]]:
     """For `make bench`: the check part's median errors."""
     if not tf.MEASURED.is_dir():
         return [("time accuracy", "skipped: ../shared/measured is not on this machine")]
-    return [(row[0], f"{row[3]} of {row[2]} rows, bar {row[7]}") for row in kernels()[1:] if row[1] == "check"]
+    rows = [*kernels()[1:], *serving_accuracy.points()[1:]]
+    return [(row[0], f"{row[3]} of {row[2]} rows, bar {row[7]}") for row in rows if row[1] == "check"]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Fit the time model's constants from measured kernel times, and write `src/moeplan/perf/data/constants.json`.
 
-    python benchmarks/time_fit.py
+    python benchmarks/time_fit.py               # everything: kernels, then what an engine adds
+    python benchmarks/time_fit.py engine        # these groups alone; the others stay as they are in the file
 
 Each group of constants is fitted on the fit parts of its tables, H100 and H200 together (`time_tables.py` deals them);
 `time_accuracy.py` prints both parts' errors. Physical limits bound the search: no share of a peak above 1.
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from moeplan.perf.constants import FILE, FORMAT, Constants
+from moeplan.perf.constants import FILE, FORMAT, Constants, constants
 from moeplan.perf.hardware import hardware
+from serving_tables import FIT_MODELS, served
 from time_tables import (
     MACHINES,
     MEASURED,
@@ -171,6 +173,25 @@ FITS = (
         "1-4 nodes, 128 tokens or more",
     ),
 )
+#: What engines add, from time per output token. In this order: Blackwell's ratios stand on Hopper's constants.
+FITS += (
+    Fit(
+        "engine",
+        lambda: [served("h100_sxm", "dense"), served("h200_sxm", "dense"), served("h200_sxm", "moe")],
+        {"step_s": 5e-4, "request_s": 3e-5, "expert_layer_s": 3e-5},
+        {},
+        "serving_points{,_dense}.csv",
+        "H100 and H200, ep 1",
+    ),
+    Fit(
+        "blackwell",
+        lambda: [served("b200_sxm", "moe")],
+        {"overhead": 0.7, "rates": 0.95},
+        {},
+        "serving_points.csv",
+        "B200, ep 1",
+    ),
+)
 #: Not measured here: stated shares, to be replaced by a measurement when there is one.
 STATED = {"collective": ({"launch_s": 6e-6, "scale_up": 0.75, "scale_out": 0.9},
                          "no measured all-reduce in ../shared/measured: stated, not fitted")}  # fmt: skip
@@ -185,7 +206,7 @@ def solve(fit: Fit, known: dict[str, Any]) -> tuple[dict[str, float], list[Table
         mine = np.flatnonzero(table.fitted)
         mask = np.zeros(len(table.seconds), bool)
         mask[rng.permutation(mine)[:MOST]] = True
-        parts.append(table.where(mask))
+        parts.append(table.where(mask & np.isfinite(table.seconds)))
     names = list(fit.start)
     kind = Constants.groups()[fit.group]
 
@@ -217,6 +238,8 @@ def _bounds(name: str) -> tuple[float, float]:
         "cache": (1.0, 5.0),
         "fill": (1.0, 2000.0),
         "throttle": (1e-3, 1.0),
+        "overhead": (0.1, 2.0),
+        "rates": (0.3, 1.0),
     }.get(name, (1e-9, 1e12))
 
 
@@ -229,8 +252,13 @@ def blank() -> dict[str, Any]:
 def main() -> None:
     if not MEASURED.is_dir():
         sys.exit(f"{MEASURED} is not there: the fit needs the measured times")
-    known, groups = blank(), {}
-    only = sys.argv[1:]
+    known, groups, only = blank(), {}, sys.argv[1:]
+    if only:  # the rest as it is
+        groups = json.loads(FILE.read_text(encoding="utf-8"))["groups"]
+        kept = constants()
+        known |= {name: getattr(kept, name) for name in known if name not in only}
+    else:  # kernels are fitted as they are on Hopper
+        known["blackwell"] = Constants.groups()["blackwell"](1.0, 1.0)
     for fit in FITS:
         if only and fit.group not in only:
             continue
@@ -244,6 +272,8 @@ def main() -> None:
         print(f"{fit.group:22s} fit {error['fit']:.3f} check {error['check']:.3f}  "
               + " ".join(f"{k}={v:.4g}" for k, v in values.items()), flush=True)  # fmt: skip
         split = f"half by {', '.join(tables[0].shape)}, seed {SEED}; "
+        if fit.group in ("engine", "blackwell"):
+            split = f"fitted on {', '.join(FIT_MODELS)}; "
         split += f"{len(parts['fit'])} rows fit, {len(parts['check'])} check"
         groups[fit.group] = {
             "file": fit.file, "split": split + (f"; {fit.note}" if fit.note else ""), "median_error": error,
@@ -252,8 +282,6 @@ def main() -> None:
     for name, (values, note) in STATED.items():
         groups[name] = {"file": None, "split": note, "median_error": None,
                         "values": _described(Constants.groups()[name], values, values)}  # fmt: skip
-    if only:
-        return
     reference = {m: {k: v for k, v in dataclasses.asdict(hardware(m)).items() if k in USED} for m in MACHINES}
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(json.dumps({

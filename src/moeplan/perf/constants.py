@@ -9,19 +9,35 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import Field, dataclass, field, fields
-from functools import cache
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from moeplan.errors import FormatError
 
-__all__ = ["Collective", "Constants", "Decode", "DeepEP", "Experts", "Gemm", "Layer", "Prefill", "constants"]
+__all__ = [
+    "Collective",
+    "Constants",
+    "Decode",
+    "DeepEP",
+    "Engine",
+    "Experts",
+    "Gemm",
+    "Generation",
+    "Layer",
+    "Prefill",
+    "constants",
+    "suited",
+]
 
 FILE = Path(__file__).parent / "data" / "constants.json"
 FORMAT = "moeplan-constants", 1
 #: Times and ratios that a kernel may lack; everything else divides.
-MAY_BE_ZERO = ("fill", "split_s", "convert_s", "doubling", "unit_bytes_per_s", "throttle", "decode_s")
+MAY_BE_ZERO = (
+    "fill", "split_s", "convert_s", "doubling", "unit_bytes_per_s", "throttle", "decode_s", "step_s", "request_s",
+    "expert_layer_s",
+)  # fmt: skip
 
 
 def _value(unit: str, meaning: str) -> Any:
@@ -115,6 +131,25 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What an engine adds to its kernels in a step."""
+
+    step_s: float = _value("s", "between two steps: scheduling and sampling that no kernel hides")
+    request_s: float = _value("s", "the host's work for a decoding request; a step is no shorter than all requests'")
+    expert_layer_s: float = _value(
+        "s", "small kernels around the products of routed experts: sorting, conversion, adding up"
+    )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What sets another generation of accelerators apart from Hopper, in two ratios."""
+
+    overhead: float = _value("ratio to Hopper", "launches and all else that is a time")
+    rates: float = _value("ratio to Hopper", "shares of peak operation rate and bandwidth that kernels reach")
+
+
+@dataclass(frozen=True)
 class Constants:
     """All constants; each group is one kernel family."""
 
@@ -134,11 +169,32 @@ class Constants:
     normal_dispatch: DeepEP
     normal_combine: DeepEP
     collective: Collective
+    engine: Engine
+    blackwell: Generation
 
     @classmethod
     def groups(cls) -> dict[str, type]:
         """{group: its dataclass}."""
         return {f.name: globals()[str(f.type)] for f in fields(cls)}
+
+
+#: Times that a generation's overhead scales; those of links are in the hardware catalogue, `request_s` is the host's.
+_OVERHEADS = ("launch_s", "tile_s", "split_s", "convert_s", "decode_s", "step_s", "expert_layer_s")
+_RATES = ("compute", "memory")
+
+
+@lru_cache(maxsize=16)
+def suited(c: Constants, blackwell: bool) -> Constants:
+    """Constants for a generation: as fitted on Hopper, or changed by the two ratios of Blackwell."""
+    if not blackwell or c.blackwell == Generation(1.0, 1.0):
+        return c
+    ratios = dict.fromkeys(_OVERHEADS, c.blackwell.overhead) | dict.fromkeys(_RATES, c.blackwell.rates)
+    groups = {}
+    for group in fields(c):
+        values = getattr(c, group.name)
+        changed = {f.name: getattr(values, f.name) * ratios[f.name] for f in fields(values) if f.name in ratios}
+        groups[group.name] = replace(values, **changed)
+    return Constants(**groups)
 
 
 @cache

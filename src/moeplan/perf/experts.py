@@ -53,11 +53,12 @@ class MoeTimes:
             s.hardware, routing.picks, routing.experts, spec.hidden, spec.moe.width / p.moe_tp, s.kinds.experts,
             kernel=kernel, c=s.c,
         )  # fmt: skip
-        seconds = np.asarray(time.seconds) * slower(s, part)
+        seconds = np.asarray(time.seconds) * slower(s, part) + s.c.engine.expert_layer_s
+        bounds = {**time.parts, "overhead": time.parts["overhead"] + s.c.engine.expert_layer_s}
         slowest = seconds.argmax(axis=-1)[..., None]
         parts = {"experts": {
             name: np.take_along_axis(np.broadcast_to(value, seconds.shape), slowest, -1)[..., 0]
-            for name, value in time.parts.items()
+            for name, value in bounds.items()
         }}  # fmt: skip
         longest = seconds.max(axis=-1)
         wait = (longest - seconds.mean(axis=-1)).sum(axis=-1) * repeat
@@ -77,9 +78,15 @@ class MoeTimes:
         if s.overlap and s.mode is Dispatch.PICK:
             behind = {"dispatch": [stage["shared"] + stage["prepare"]] * 2, "combine": [stage["core"]] * 2}
         for way, moved in (("dispatch", self.dispatch), ("combine", self.combine)):
-            hidden = sum((np.minimum(moved, cover) for cover in behind[way]), start=np.zeros_like(moved))
+            travel = np.maximum(moved - self._kernel(s, way), 0.0)
+            hidden = sum((np.minimum(travel, cover) for cover in behind[way]), start=np.zeros_like(moved))
             out.append(self._operator(way, moved * halves, hidden, halves))
         return [out[1], out[0], out[2]]
+
+    def _kernel(self, s: Setup, way: str) -> float:
+        """What of a message's time is a kernel on the accelerator, which hides behind nothing."""
+        fit = getattr(s.c, f"{'low_latency' if s.mode is Dispatch.PICK else 'normal'}_{way}")
+        return float(fit.launch_s)
 
     def _behind(self, stage: dict[str, float]) -> dict[str, list[Array]]:
         """Prefill: what the messages of the first and of the second half hide behind."""

@@ -16,7 +16,7 @@ from moeplan.cluster import Dispatch
 from moeplan.perf.collectives import Messages, messages_between, uniform_messages
 from moeplan.perf.models import Moe
 
-__all__ = ["Routing", "distinct_experts", "replayed", "uniform"]
+__all__ = ["Routing", "distinct_experts", "popular", "replayed", "uniform"]
 
 Array = npt.NDArray[np.float64]
 
@@ -108,7 +108,7 @@ def uniform(
     ratio = picks / mean if mean > 0 else np.ones(gpus)
     experts = np.minimum(held * (1 - miss ** (tokens * ratio)), picks)
     sends = tokens / gpus if own_tokens is None else own_tokens
-    messages = None if mode in (None, Dispatch.ALLGATHER) else _messages(moe, mode, nodes, gpus, sends, ratio)
+    messages = None if mode in (None, Dispatch.ALLGATHER) else _messages(moe, mode, nodes, gpus, sends, ratio[None])
     source = "balanced" if balanced else "uniform"
     return Routing(picks[None], experts[None], messages, held, source if skew <= 1 else f"skewed x{skew:g}")
 
@@ -128,6 +128,42 @@ def _quantiles(count: int) -> Array:
     return out
 
 
+def popular(
+    moe: Moe, load: npt.ArrayLike, slots: npt.ArrayLike, tokens: float, gpus: int, *, mode: Dispatch | None = None,
+    nodes: int = 1, slots_per_gpu: npt.ArrayLike | None = None, steps: int = 32, seed: int = 0,
+) -> Routing:  # fmt: skip
+    """Steps drawn from how often each expert is picked, and where its copies lie: when counts are all that is known.
+
+    Tokens are drawn independently of one another, which evens out what requests of one kind do together; a replay of
+    a trace does not.
+
+    Args:
+        load: [L, E], picks of each expert, in any unit. slots: int [L, S], the expert of each slot; copies share alike.
+        tokens: of one step, over all GPUs. slots_per_gpu: int [P], where GPUs hold unlike numbers of slots.
+        steps: drawn; the arrays' first axis.
+    """
+    load, slots = np.asarray(load, np.float64), np.asarray(slots, np.int64)
+    layers, count = slots.shape
+    held = np.full(gpus, count // gpus) if slots_per_gpu is None else np.asarray(slots_per_gpu)
+    copies = np.zeros_like(load)
+    for layer in range(layers):
+        copies[layer] = np.bincount(slots[layer], minlength=load.shape[1])
+    chance = np.minimum(load / load.sum(axis=1, keepdims=True) * moe.top_k, 1.0) / copies  # of a token, per copy
+    per_slot = np.take_along_axis(chance, slots, axis=1)
+    starts = np.concatenate([[0], np.cumsum(held)[:-1]])
+
+    def by_gpu(values: Array) -> Array:
+        return np.asarray(np.add.reduceat(values, starts, axis=1), np.float64)
+
+    mean, spread = tokens * by_gpu(per_slot), np.sqrt(tokens * by_gpu(per_slot * (1 - per_slot)))
+    normal = np.random.default_rng(seed).standard_normal((steps, layers, gpus))
+    picks = np.maximum(mean + spread * normal, 0.0)
+    experts = np.minimum(by_gpu(1 - (1 - per_slot) ** tokens), np.maximum(picks, 0.0))
+    ratio = picks / (tokens * moe.top_k / gpus)
+    messages = None if mode in (None, Dispatch.ALLGATHER) else _messages(moe, mode, nodes, gpus, tokens / gpus, ratio)
+    return Routing(picks, experts, messages, count / gpus, "recorded counts")
+
+
 def _messages(moe: Moe, mode: Dispatch, nodes: int, gpus: int, tokens: float, ratio: Array) -> Messages:
     """Each GPU sends alike and receives in proportion to its load; tokens reach each node alike."""
     aligned = moe.groups > 1 and moe.groups % nodes == 0
@@ -137,6 +173,5 @@ def _messages(moe: Moe, mode: Dispatch, nodes: int, gpus: int, tokens: float, ra
     same = np.ones_like(ratio)
     out = ratio if mode is not Dispatch.NODE else same
     return Messages(
-        (per_gpu.sent_up * same)[None], (per_gpu.received_up * ratio)[None],
-        (per_gpu.sent_out * same)[None], (per_gpu.received_out * out)[None],
+        per_gpu.sent_up * same, per_gpu.received_up * ratio, per_gpu.sent_out * same, per_gpu.received_out * out
     )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
-from moeplan.perf.constants import Constants, constants
+from moeplan.perf.constants import Constants, constants, suited
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.layers import Call, Kinds, kinds
 from moeplan.perf.memory import Parallel, Precision, check_parallel
@@ -110,9 +110,8 @@ def setup_of(
     used_kinds = kinds(spec, hardware, precision)
     if per_node != hardware.scale_up_size:
         hardware = replace(hardware, scale_up_size=per_node)
-    return Setup(
-        spec, hardware, parallel, used_kinds, used, per_node, overlap, balanced, skew, c or constants()
-    )  # fmt: skip
+    fitted = suited(c or constants(), "fp4" in hardware.flops)
+    return Setup(spec, hardware, parallel, used_kinds, used, per_node, overlap, balanced, skew, fitted)
 
 
 @functools.lru_cache(maxsize=1024)

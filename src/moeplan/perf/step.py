@@ -34,11 +34,14 @@ from moeplan.perf.layers import Call, Rows
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.models import ModelSpec
 from moeplan.perf.operators import Number
+from moeplan.perf.operators import overlap as overlapped
 from moeplan.perf.routing import Routing, uniform
 from moeplan.perf.setup import Operator, Setup, merged, setup_of
 
 __all__ = ["Operator", "Step", "decode_step", "prefill_step"]
 
+#: The host schedules the next step while the accelerator works: the longer of the two decides.
+HOST_OVERLAP = 8.0
 NETWORK = ("tp all-reduce", "dispatch", "combine", "send")
 
 
@@ -107,7 +110,7 @@ def decode_step(
     if not spec.mtp_layers:
         raise UsageError(f"{spec.name} has no module for multi-token prediction", mend="leave drafts out")
     module = replace(setup, spec=_draft_module(spec), overlap=False, parallel=replace(parallel, pp=1))
-    one = _step(module, replace(rows, tokens=1, logits=batch), None)
+    one = _step(module, replace(rows, tokens=1, logits=batch), None, engine=False)
     parts: dict[str, Number] = {}
     for operator in one.operators:
         parts[operator.bound] = parts.get(operator.bound, 0.0) + drafts * operator.exposed
@@ -141,7 +144,7 @@ def _draft_module(spec: ModelSpec) -> ModelSpec:
     return replace(spec, layers=1, full_layers=(0,), moe=moe, mtp_layers=0)
 
 
-def _step(s: Setup, rows: Rows, routing: Routing | None) -> Step:
+def _step(s: Setup, rows: Rows, routing: Routing | None, *, engine: bool = True) -> Step:
     """One part of the batch (a pipeline's micro-batch, or half of it) through all layers, then what all parts take."""
     micro = max(1, min(s.parallel.pp, int(rows.batch)))
     halves = 2 if s.overlap else 1
@@ -153,13 +156,16 @@ def _step(s: Setup, rows: Rows, routing: Routing | None) -> Step:
     calls = _compute(s, part)
     moe = None if routing is None else MoeTimes.of(s, part, routing)
     operators = merged(calls, halves)
+    if s.mode is None and s.spec.moe is not None:
+        operators = [_beside_experts(operator) for operator in operators]
     operators += _collectives(s, part, halves)
     waiting: Number = 0.0
     if moe is not None:
         operators += moe.operators(s, _stage_seconds(s, calls), halves)
         waiting = halves * moe.wait
     operators += _sends(s, part, micro * halves, operators, rows.prefill)
-    operators += _engine(s, rows, operators)
+    if engine:
+        operators += _engine(s, rows, operators)
     for operator in operators:
         if operator.name in NETWORK:
             waiting = waiting + operator.exposed
@@ -214,6 +220,15 @@ def _stage_seconds(s: Setup, calls: list[Call]) -> dict[str, float]:
     return out
 
 
+def _beside_experts(operator: Operator) -> Operator:
+    """Where tokens do not travel, shared experts run as one more expert of the grouped product (SGLang), or on a stream
+    of their own (TensorRT-LLM, vLLM): only their operations, or their reads, still take time."""
+    if operator.name != "shared experts":
+        return operator
+    work = np.maximum(operator.parts["compute"], operator.parts["memory"])
+    return replace(operator, hidden=np.maximum(operator.seconds - work, 0.0))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensor and pipeline parallelism, and the engine
 
@@ -252,4 +267,11 @@ def _sends(s: Setup, part: Rows, parts: int, operators: list[Operator], prefill:
 
 
 def _engine(s: Setup, rows: Rows, operators: list[Operator]) -> list[Operator]:
-    return []
+    """What the engine adds: between steps, and where the host's work for all requests outlasts the kernels."""
+    fit = s.c.engine
+    kernels: Number = 0.0
+    for operator in operators:
+        kernels = kernels + operator.exposed
+    host = 0.0 if rows.prefill else rows.batch * fit.request_s
+    longer = overlapped(kernels, host, HOST_OVERLAP) - kernels
+    return [Operator("engine", longer + fit.step_s, 0.0, {"overhead": longer + fit.step_s})]

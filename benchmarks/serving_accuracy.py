@@ -1,0 +1,326 @@
+"""Sections of `docs/accuracy.md` on steps and serving: published figures, serving points, EPLB's gains, speed.
+
+Nothing here is fitted. `time_accuracy.py` prints these sections with its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+import serving_tables as st
+import time_tables as tf
+from moeplan.cluster import Dispatch
+from moeplan.perf.constants import Constants, Engine, Generation, constants
+from moeplan.perf.hardware import hardware
+from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.models import model
+from moeplan.perf.routing import popular
+from moeplan.perf.serving import Layout
+from moeplan.perf.step import Step
+from moeplan.plan.strategies.eplb import rebalance
+
+Row = tuple[str, ...]
+DEEPSEEK = model("DeepSeek-V3")
+FP8 = Precision(weights="fp8")
+COUNTS = tf.MEASURED.parent / "traces" / "sglang_logical_count"
+
+
+def signed(value: float) -> str:
+    return f"{100 * value:+.1f} %"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published figures
+
+#: id in published_targets.csv: (accelerators, expert slots beyond 256, absolutely balanced, has a bar).
+#: `deepseek-online-decode` states 14,800 tokens/s a node at 20-22 a user: 14800 / 8 / 21 = 88 requests a GPU.
+TARGETS = {
+    "deepseek-profile-decode": ("h800", 128, 0, True, True),
+    "sglang-ep72-decode": ("h100", 72, 32, False, True),
+    "sglang-ep72-decode-mtp": ("h100", 72, 32, False, True),
+    "deepseek-profile-prefill": ("h800", 32, 0, True, True),
+    "deepseek-online-decode": ("h800", 144, 32, False, False),
+    "sglang-ep32-prefill-1k": ("h100", 32, 32, False, False),
+    "sglang-ep32-prefill-2k": ("h100", 32, 32, False, False),
+    "sglang-ep32-prefill-4k": ("h100", 32, 32, False, False),
+}
+ONLINE_BATCH, PREFILL_TOKENS = 88, 16384
+
+
+def target_step(name: str, row: dict[str, str], c: Constants | None = None) -> tuple[Step, float]:
+    """(the model's step, tokens of it on one GPU) for a published set-up."""
+    machine, gpus, redundant, balanced, _ = TARGETS[name]
+    at = Layout(
+        DEEPSEEK, hardware(machine), Parallel(dp=gpus, ep=gpus, redundant=redundant), FP8, overlap=True,
+        gpus_per_node=8, balanced=balanced, c=c,
+    )  # fmt: skip
+    context = int(float(row["context"]))
+    if row["phase"] == "prefill":
+        return at.prefill(PREFILL_TOKENS / context, context), PREFILL_TOKENS
+    batch = ONLINE_BATCH if name == "deepseek-online-decode" else int(float(row["tokens_per_gpu_step"]))
+    return at.decode(batch, context), batch
+
+
+def published() -> list[Row]:
+    rows = {row["id"]: row for row in st.each(st._strings("published_targets.csv"))}
+    bare = dataclasses.replace(constants(), engine=Engine(0.0, 0.0, 0.0))
+    out: list[Row] = [
+        ("target", "tokens a GPU", "published, tokens/s/node", "model", "error", "bar", "reached",
+         "step, ms (published)", "idle share", "error without the engine's constants")
+    ]  # fmt: skip
+    for name, (*_, bar) in TARGETS.items():
+        step, tokens = target_step(name, rows[name])
+        plain, _ = target_step(name, rows[name], bare)
+        said, seconds = float(rows[name]["value"]), float(step.seconds)
+        error = 8 * tokens / seconds / said - 1
+        reached = ("yes" if abs(error) <= 0.15 else "**no**") if bar else "-"
+        out.append((
+            name, f"{tokens:g}", f"{said:,.0f}", f"{8 * tokens / seconds:,.0f}", signed(error), "15 %" if bar else "-",
+            reached, f"{1e3 * seconds:.1f} ({8e3 * tokens / said:.1f})", percent(float(step.idle_share)),
+            signed(8 * tokens / float(plain.seconds) / said - 1),
+        ))  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Serving points
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Serving points under one bar: (system, kind, ep > 1) tables, and the bar on the median."""
+
+    what: str
+    tables: tuple[tuple[str, str, bool], ...]
+    bar: float | None
+    c: Constants | None = None
+
+
+def hopper() -> Constants:
+    """As fitted on Hopper, for every machine."""
+    return dataclasses.replace(constants(), blackwell=Generation(1.0, 1.0))
+
+
+def groups() -> tuple[Group, ...]:
+    dense = tuple((system, "dense", False) for system in ("h100_sxm", "h200_sxm", "b200_sxm"))
+    return (
+        Group("MoE, H200, ep 1", (("h200_sxm", "moe", False),), 0.15),
+        Group("MoE, H200, ep > 1", (("h200_sxm", "moe", True),), None),
+        Group("MoE, B200, ep 1, Hopper's constants", (("b200_sxm", "moe", False),), 0.25, hopper()),
+        Group("MoE, B200, ep 1, two ratios fitted", (("b200_sxm", "moe", False),), 0.15),
+        Group("MoE, B200, ep > 1", (("b200_sxm", "moe", True),), None),
+        Group("MoE, B300, ep 1", (("b300_sxm", "moe", False),), None),
+        Group("MoE, B300, ep > 1", (("b300_sxm", "moe", True),), None),
+        Group("MoE, GB200 and GB300, ep 1", (("gb200", "moe", False), ("gb300", "moe", False)), None),
+        Group("MoE, GB200 and GB300, ep > 1", (("gb200", "moe", True), ("gb300", "moe", True)), None),
+        Group("dense, H100, H200 and B200", dense, 0.12),
+        Group("dense, H100", dense[:1], None),
+        Group("dense, H200", dense[1:2], None),
+        Group("dense, B200", dense[2:], None),
+    )
+
+
+def points() -> list[Row]:
+    """One row per bar and part."""
+    out: list[Row] = [
+        ("TPOT against", "part", "rows", "median error", "9 in 10 within", "worst", "bias", "bar", "reached")
+    ]
+    for group in groups():
+        tables = [st.served(*table) for table in group.tables]
+        errors = [table.errors(group.c or constants()) for table in tables]
+        error, fitted = np.concatenate(errors), np.concatenate([table.fitted for table in tables])
+        for part, chosen in (("fit", fitted), ("check", ~fitted), ("all", fitted | ~fitted)):
+            if chosen.any() and not (part == "all" and (fitted.all() or not fitted.any())):
+                out.append((group.what, part, *_scores(error[chosen], group.bar)))
+    return out
+
+
+def _scores(error: np.ndarray, bar: float | None) -> Row:
+    size, median = abs(error), float(np.median(abs(error)))
+    reached = "-" if bar is None else "yes" if median <= bar else "**no**"
+    return (
+        str(len(error)), percent(median), percent(float(np.quantile(size, 0.9))), percent(float(size.max())),
+        signed(float(np.median(error))), f"median {percent(bar)}" if bar else "-", reached,
+    )  # fmt: skip
+
+
+def small_kernels() -> list[Row]:
+    """Data-parallel rows of the fit part, with `engine.expert_layer_s` and without."""
+    c = constants()
+    without = dataclasses.replace(c, engine=dataclasses.replace(c.engine, expert_layer_s=0.0))
+    out: list[Row] = [("machine", "rows", "median error", "bias", "median error without", "bias without")]
+    for system in ("b200_sxm", "b300_sxm"):
+        table = st.served(system, "moe", True)
+        parallel = np.array([st.layout(row)[1] > 1 for row in st.each(table.rows)])
+        table = table.where(parallel & table.fitted)
+        scores: list[str] = []
+        for used in (c, without):
+            error = table.errors(used)
+            scores += [percent(float(np.median(abs(error)))), signed(float(np.median(error)))]
+        out.append((system.split("_")[0].upper(), str(len(table.seconds)), *scores))
+    return out
+
+
+def by_engine() -> list[Row]:
+    """The same errors by model and engine, worst first."""
+    found: dict[Row, list[float]] = {}
+    for row, error in _all_points():
+        split = "ep > 1" if st.layout(row)[3] > 1 else "ep 1"
+        key = (row["system"].split("_")[0].upper(), row["model"], row["backend"], row["mode"], split)
+        found.setdefault(key, []).append(error)
+    ranked = sorted(found.items(), key=lambda item: -float(np.median(np.abs(item[1]))))
+    out: list[Row] = [("machine", "model", "engine", "mode", "experts", "rows", "median error", "bias")]
+    for key, errors in ranked:
+        out.append(
+            (*key, str(len(errors)), percent(float(np.median(np.abs(errors)))), signed(float(np.median(errors))))
+        )
+    return out
+
+
+def _all_points() -> Iterator[tuple[dict[str, str], float]]:
+    for system in ("h100_sxm", "h200_sxm", "b200_sxm", "b300_sxm", "gb200", "gb300"):
+        for kind, split in (("moe", False), ("moe", True), ("dense", False)):
+            table = st.served(system, kind, split)
+            if len(table.seconds):
+                yield from zip(st.each(table.rows), table.errors(constants()).tolist(), strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EPLB
+
+
+def counts(name: str) -> np.ndarray:
+    """float64 [58, 256]: picks of each expert in SGLang's recorded runs of DeepSeek-V3, MoE layers only."""
+    data = np.array(json.loads((COUNTS / name).read_text(encoding="utf-8"))["logical_count"], float)
+    return data.reshape(-1, *data.shape[-2:]).sum(axis=0)[list(DEEPSEEK.moe.layers)]  # type: ignore[union-attr]
+
+
+def eplb_step(name: str, slots: str, overlap: bool, scale: float = 1.0) -> tuple[float, float]:
+    """(seconds, load ratio) of a step with `linear` at 256 slots, or `eplb` at 288; `scale` that of the differences
+    between experts' loads."""
+    load, decode = counts(name), name.startswith("decode")
+    mean = load.mean(axis=1, keepdims=True)
+    load = np.maximum(mean + scale * (load - mean), 0.0)
+    gpus, nodes, mode = (72, 9, Dispatch.PICK) if decode else (32, 4, Dispatch.NODE)
+    context = 2000 if decode else int(name.removeprefix("prefill_in").removesuffix(".json"))
+    tokens = 256 if decode else PREFILL_TOKENS
+    if slots == "linear":
+        held = np.full(gpus, 256 // gpus) + (np.arange(gpus) < 256 % gpus)
+        place = np.tile(np.arange(256), (len(load), 1))
+    else:
+        held, place = np.full(gpus, 288 // gpus), rebalance(load, 288, 1, 1, gpus)
+    assert DEEPSEEK.moe is not None
+    routing = popular(DEEPSEEK.moe, load, place, tokens * gpus, gpus, mode=mode, nodes=nodes, slots_per_gpu=held)
+    parallel = Parallel(dp=gpus, ep=gpus, redundant=32)  # as to memory and slots; the loads are those given
+    at = Layout(DEEPSEEK, hardware("h100"), parallel, FP8, overlap=overlap)
+    step = at.decode(256, 2000, routing=routing) if decode else at.prefill(tokens / context, context, routing=routing)
+    return float(np.mean(step.seconds)), routing.load_ratio
+
+
+def needed_ratio(name: str, gain: float) -> float:
+    """Load ratio of `linear` at which `eplb` gains so much: bisection of the scale."""
+    low, high = 0.0, 2.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        slow, fast = (eplb_step(name, slots, True, middle)[0] for slots in ("linear", "eplb"))
+        low, high = (middle, high) if slow / fast < gain else (low, middle)
+    return eplb_step(name, "linear", True, low)[1]
+
+
+def eplb() -> list[Row]:
+    out: list[Row] = [
+        ("counts", "load ratio, linear 256", "eplb 288", "step, ms", "with eplb", "gain", "published", "error", "bar",
+         "reached", "needed", "gain without overlap")
+    ]  # fmt: skip
+    names = ("decode_in2000out100", "prefill_in1024", "prefill_in2048", "prefill_in4096")
+    for name in (f"{n}.json" for n in names):
+        said = 2.54 if name.startswith("decode") else 1.49
+        (slow, high), (fast, low) = eplb_step(name, "linear", True), eplb_step(name, "eplb", True)
+        plain = eplb_step(name, "linear", False)[0] / eplb_step(name, "eplb", False)[0]
+        error = slow / fast / said - 1
+        out.append((
+            name, f"{high:.2f}", f"{low:.2f}", f"{1e3 * slow:.1f}", f"{1e3 * fast:.1f}", f"{slow / fast:.2f}",
+            f"{said:.2f}", signed(error), "25 %", "yes" if abs(error) <= 0.25 else "**no**",
+            f"{needed_ratio(name, said):.2f}", f"{plain:.2f}",
+        ))  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def speed() -> list[Row]:
+    """One warm estimate: the best of 5 means of 20."""
+    decode = Layout(DEEPSEEK, hardware("h100"), Parallel(dp=72, ep=72, redundant=32), FP8, overlap=True)
+    llama = Layout(model("Llama-3.1-70B"), hardware("h100"), Parallel(tp=8), FP8)
+    cases = {
+        "DeepSeek-V3 decode, EP 72, two-batch overlap": lambda: decode.decode(128, 4000),
+        "DeepSeek-V3 prefill, EP 72, two-batch overlap": lambda: decode.prefill(4, 4096),
+        "Llama-3.1-70B decode, TP 8": lambda: llama.decode(64, 2000),
+    }  # fmt: skip
+    out: list[Row] = [("one estimate, warm", "ms", "bar", "reached")]
+    for what, call in cases.items():
+        best = min(_mean_seconds(call) for _ in range(5))
+        out.append((what, f"{1e3 * best:.2f}", "2 ms", "yes" if best <= 2e-3 else "**no**"))
+    return out
+
+
+def _mean_seconds(call) -> float:  # type: ignore[no-untyped-def]
+    start = time.perf_counter()
+    for _ in range(20):
+        call()
+    return (time.perf_counter() - start) / 20
+
+
+SECTIONS = [
+    (
+        "Steps as published",
+        "DeepSeek-V3, fp8, two-batch overlap; never fitted, and one set of constants for all. Routing is uniform (with "
+        "the load that chance gives the busiest GPU), or balanced where the source says so. EP144 online: 88 requests "
+        "a GPU, from 14,800 tokens/s a node at 20-22 a user; its TPOT is the step. SGLang's prefill rows do not state "
+        "their batch; 16,384 tokens a GPU are assumed, so they have no bar. The last column leaves out `engine`, which "
+        "is fitted on servers of other models whose tokens are not dispatched; see the next section.",
+        published,
+    ),
+    (
+        "Small kernels around the experts",
+        "`engine.expert_layer_s` is fitted where tokens are not dispatched. Is it there, too, where they are? TPOT of "
+        "the fit part's data-parallel rows, with and without; so it is charged everywhere.",
+        small_kernels,
+    ),
+    (
+        "Time per output token of servers",
+        "InferenceX and others, from aiconfigurator's data base; `fit`: rows of Llama-3.1-8B, MiniMax-M2.5 and "
+        "Qwen3.5-397B, `check`: all other models. `engine` is fitted on Hopper's fit rows with ep 1, the two ratios of "
+        "`blackwell` on B200's; nothing on B300, GB200, GB300 or ep > 1. Routing is uniform. How a row is read, and "
+        "which typing errors are mended: `benchmarks/serving_tables.py`.",
+        points,
+    ),
+    (
+        "The same by engine",
+        "Worst first. Llama-3.1-8B on vLLM: 12 rows whose tokens per second would take up to all of the accelerator's "
+        "peak rate, so that most of their prompts must have come from a cache; the model prefills them. TensorRT-LLM's "
+        "dense kernels on H200 outrun the SGLang kernels that the constants are from.",
+        by_engine,
+    ),
+    (
+        "EPLB's gains",
+        "Loads from SGLang's recorded counts, `linear` at 256 slots against `eplb` at 288, two-batch overlap, 256 "
+        "(decode) and 16,384 (prefill) tokens a GPU; 32 seeded steps drawn from the counts, on which `eplb` is also "
+        "fitted. Published by SGLang: 2.54x decode, EP 72; 1.49x prefill, EP 32, whose prompt length is not stated. "
+        "`needed`: the load ratio of `linear` at which the model gives the published gain, the counts' differences "
+        "being scaled.",
+        eplb,
+    ),
+    ("Speed", "On the machine that wrote this page.", speed),
+]
