@@ -106,6 +106,7 @@ def register(app: typer.Typer) -> None:
             balanced,
             skew,
         )
+        _check_ranges(layout, phase, mtp, usd_per_hour)
         yields = 1 + 0.8 * mtp if accepted is None else accepted
         load = Load(context, 1, drafts=mtp, accepted=yields)
         facts = _facts(layout, load, batch, context, phase is StepPhase.prefill, usd_per_hour)
@@ -136,6 +137,20 @@ def _parallel(
     parallel = Parallel(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
     check_parallel(spec, parallel)
     return parallel
+
+
+def _check_ranges(layout: Layout, phase: StepPhase, mtp: int, usd_per_hour: float | None) -> None:
+    shared = layout.parallel.ep
+    if not layout.skew >= 1:
+        raise UsageError(f"--skew {layout.skew:g} is below 1", mend="it is the busiest GPU's load over the mean")
+    if layout.skew > 1 and layout.skew > shared:
+        raise UsageError(f"--skew {layout.skew:g} is more than the {shared} GPUs that share the experts")
+    if layout.skew > 1 and layout.balanced:
+        raise UsageError("--skew and --balanced exclude each other")
+    if mtp < 0 or (mtp and phase is StepPhase.prefill):
+        raise UsageError("--mtp is of decode, and at least 0")
+    if usd_per_hour is not None and not usd_per_hour >= 0:
+        raise UsageError(f"--usd-per-hour {usd_per_hour:g} is negative")
 
 
 def _precision(spec: ModelSpec, weights: str | None, experts: str | None, kv: str) -> Precision:
@@ -222,7 +237,8 @@ def _lines(layout: Layout, facts: dict[str, Any], per_node: int) -> list[str]:
     if spec.moe and layout.precision.experts not in (None, layout.precision.weights):
         dtypes += f", {layout.precision.experts} experts"
     held = f"{facts['context']:,} tokens {'each to prefill' if facts['phase'] == 'prefill' else 'of context'}"
-    where = f"{p['gpus']} x {layout.hardware.name} ({-(-p['gpus'] // per_node)} x {per_node})"
+    nodes = -(-p["gpus"] // per_node)
+    where = f"{p['gpus']} x {layout.hardware.name}" + (f" ({nodes} nodes of {per_node})" if nodes > 1 else "")
     lines = [
         f"{spec.name}, {facts['phase']} on {where}: {ways}; {dtypes}, {layout.precision.kv} KV cache",
         f"{facts['batch']} requests on each of {p['dp']} data-parallel ranks, {held}",

@@ -99,7 +99,8 @@ def _entries(extra: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, s
     for given, entry in ({} if extra is None else read_object(extra)).items():
         if not isinstance(entry, dict):
             raise FormatError(f"{given[:60]} is not an object", where=str(extra), mend="see docs/catalogue.md")
-        name = next((known for known in entries if _plain(known) == _plain(given)), given)
+        spelt = ((known, (known, *old.get("aliases", []))) for known, old in entries.items())
+        name = next((known for known, names in spelt if _plain(given) in map(_plain, names)), given)
         data = Fields(entry, f"{extra}, {given[:60]}")
         if any(type(alias) is not str for alias in (data.items("aliases", 100) if data.has("aliases") else ())):
             raise FormatError("aliases is not a list of names", where=data.where)

@@ -1,0 +1,136 @@
+"""`moeplan estimate`: a breakdown that adds up, the same as JSON, one line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moeplan.cli.app import run
+
+NINE_NODES = [
+    "--model",
+    "DeepSeek-V3",
+    "--hardware",
+    "H100",
+    "--nodes",
+    "9",
+    "--gpus-per-node",
+    "8",
+    "--redundant",
+    "32",
+]
+
+
+def estimate(*arguments: str) -> int:
+    return run(["estimate", *arguments])
+
+
+def figures(tmp_path: Path, *arguments: str) -> dict:  # type: ignore[type-arg]
+    out = tmp_path / "estimate.json"
+    assert estimate(*arguments, "--json", str(out)) == 0
+    return json.loads(out.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def test_nine_nodes_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3 decode on 9 x 8 H100, as text and as JSON."""
+    facts = figures(tmp_path, *NINE_NODES, "--overlap")
+    assert sum(o["exposed_ms"] for o in facts["operators"]) == pytest.approx(facts["step_ms"], rel=1e-12)
+    assert facts["parallel"] == {"tp": 1, "dp": 72, "ep": 72, "pp": 1, "gpus": 72, "redundant": 32}
+    assert facts["tpot_ms"] == facts["step_ms"] and facts["ttft_ms"] is None
+    assert facts["tokens_per_s_per_gpu"] == pytest.approx(128 / facts["step_ms"] * 1e3)
+    usd = facts["usd_per_gpu_hour"] / 3600 / facts["tokens_per_s_per_gpu"] * 1e6
+    assert facts["usd_per_million_tokens"] == pytest.approx(usd)
+    assert facts["routing"] == "uniform" and facts["dispatch"] == "pick" and facts["memory"]["fits"]
+    text = capsys.readouterr().out
+    assert "routing: uniform (no trace was given)" in text and "288 expert slots" in text
+    lines = text.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("operator"))) + 2 :]
+    shown = [line for line in table[: table.index("")] if not line.startswith("step")]
+    step = next(line for line in table if line.startswith("step"))
+    assert len(shown) == len(facts["operators"]) and f"{facts['step_ms']:.3f}" in step
+    assert f"{facts['tpot_ms']:.2f} ms" in text and "kWh per million tokens" in text
+
+
+def test_prefill_and_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefill = figures(tmp_path, *NINE_NODES, "--phase", "prefill", "--batch", "2", "--context", "4096")
+    assert prefill["dispatch"] == "node" and prefill["tpot_ms"] is None
+    assert prefill["tokens_per_s_per_gpu"] == pytest.approx(2 * 4096 / prefill["ttft_ms"] * 1e3)
+    dense = figures(
+        tmp_path, "--model", "llama-3.1-70b", "--hardware", "h200", "--tp", "4", "--kv", "fp8", "--weights", "fp8"
+    )
+    assert dense["parallel"]["gpus"] == 4 and dense["routing"] is None and dense["dispatch"] is None
+    assert "routing" not in capsys.readouterr().out.split("Llama")[-1]
+
+
+def test_flags_change_what_they_say(tmp_path: Path) -> None:
+    plain = figures(tmp_path, *NINE_NODES)
+    drafted = figures(tmp_path, *NINE_NODES, "--mtp", "1", "--accepted", "1.9")
+    assert drafted["step_ms"] > plain["step_ms"] and drafted["tpot_ms"] < drafted["step_ms"]
+    assert any(o["name"] == "drafts" for o in drafted["operators"])
+    assert figures(tmp_path, *NINE_NODES, "--skew", "2")["load_ratio"] == pytest.approx(2)
+    assert figures(tmp_path, *NINE_NODES, "--balanced")["load_ratio"] == 1
+    assert figures(tmp_path, *NINE_NODES, "--dispatch", "allgather")["dispatch"] == "allgather"
+    prices = tmp_path / "mine.json"
+    prices.write_text('{"H100": {"usd_per_hour": 1.5}}', encoding="utf-8")
+    cheap = figures(tmp_path, *NINE_NODES, "--hardware-file", str(prices))
+    assert cheap["usd_per_million_tokens"] == pytest.approx(plain["usd_per_million_tokens"] / 2)
+    own = figures(tmp_path, *NINE_NODES, "--usd-per-hour", "6")
+    assert own["usd_per_million_tokens"] == pytest.approx(plain["usd_per_million_tokens"] * 2)
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert estimate("--model", "DeepSeek-V3", "--hardware", "H100", "--tp", "8", "--batch", "8") == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_json_on_standard_output_is_all_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert estimate(*NINE_NODES, "--json", "-") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["model"] == "DeepSeek-V3" and "operator" in captured.err
+
+
+ONE_NODE = ["--model", "DeepSeek-V3", "--hardware", "H100"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model", "deepseek-v9", "--hardware", "H100"], 'unknown model "deepseek-v9"; near it: '),
+        (["--model", "DeepSeek-V3", "--hardware", "H999"], 'unknown hardware "H999"; the catalogue has A100'),
+        ([*ONE_NODE, "--nodes", "9"], "256 experts and 0 redundant slots do not divide over ep 72; redundant 32 does"),
+        ([*ONE_NODE, "--tp", "3"], "tp 3 x pp 1 does not divide the 8 GPUs"),
+        ([*ONE_NODE, "--gpus-per-node", "8", "--tp", "2", "--dp", "2"], "tp 2 x dp 2 x pp 1 = 4 GPUs, but there are 8"),
+        (
+            ["--model", "Llama-3.1-70B", "--hardware", "H100", "--tp", "5", "--dp", "1"],
+            "tp 5 does not divide the 64 heads",
+        ),
+        (["--model", "Llama-3.1-70B", "--hardware", "H100", "--tp", "8", "--ep", "8"], "Llama-3.1-70B has no experts"),
+        ([*ONE_NODE, "--ep", "4", "--dispatch", "pick"], "dispatch pick needs whole experts"),
+        ([*ONE_NODE, "--kv", "int4"], 'unknown dtype "int4" for kv'),
+        ([*ONE_NODE, "--batch", "0"], "--nodes, --gpus-per-node, --batch and --context must be at least 1"),
+        ([*ONE_NODE, "--skew", "0.5"], "--skew 0.5 is below 1"),
+        ([*ONE_NODE, "--skew", "9"], "--skew 9 is more than the 8 GPUs that share the experts"),
+        ([*ONE_NODE, "--mtp", "1", "--accepted", "3"], "a step with 1 drafts cannot yield 3 tokens"),
+        ([*ONE_NODE, "--mtp", "1", "--phase", "prefill"], "--mtp is of decode"),
+        ([*ONE_NODE, "--usd-per-hour", "-1"], "--usd-per-hour -1 is negative"),
+        ([*ONE_NODE, "--tp", "8", "--overlap"], "two-batch overlap hides dispatch and combine, and here is neither"),
+        (["--model", "gpt-oss-120b", "--hardware", "H100", "--phase", "encode"], "Invalid value for '--phase'"),
+    ],
+)
+def test_what_cannot_be_gets_one_line(
+    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    assert estimate(*arguments, "--json", str(out)) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1 and not out.exists()
+
+
+def test_a_configuration_with_missing_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "llama", "hidden_size": 4096}', encoding="utf-8")
+    assert estimate("--model", str(path), "--hardware", "H100") == 2
+    said = capsys.readouterr().err
+    assert "config.json" in said and "is missing" in said and said.count("\n") == 1
