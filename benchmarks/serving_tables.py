@@ -46,16 +46,15 @@ class Served(Table):
 def served(system: str, kind: str, experts_split: bool = False) -> Served:
     """Points of a system (as the files call it), `moe` or `dense`; those with ep > 1 where `experts_split`."""
     file = FILES[kind == "dense"]
-    rows = {
-        name: np.array(["" if v is None else v for v in column.tolist()]) for name, column in _strings(file).items()
-    }
+    rows = {name: np.array(["" if v is None else v for v in column.tolist()]) for name, column in strings(file).items()}
     rows["model"] = np.array([NAMES.get(path, path.split("/")[1]) for path in rows["model_path"]])
     ep = np.array([layout(row)[3] for row in each(rows)])
     table = Served("serving", system.split("_")[0], rows, _number(rows["silicon_tpot_ms"]) * 1e-3, ("model",), predict)
     return table.where((rows["system"] == system) & ((ep > 1) == experts_split))  # type: ignore[return-value]
 
 
-def _strings(file: str) -> Columns:
+def strings(file: str) -> Columns:
+    """A file's columns, all as text."""
     return {name: column.astype(str) if column.dtype != object else column for name, column in read(file).items()}
 
 
@@ -84,13 +83,17 @@ def layout(row: dict[str, str]) -> tuple[int, int, int, int, int]:
     return tp, dp, expert_tp, ep, whole("batch_size")
 
 
+def dtype(row: dict[str, str]) -> str:
+    """Of a row's weights."""
+    mode = "" if row["gemm_quant_mode"] == "nan" else row["gemm_quant_mode"]
+    return "bf16" if row["precision"] == "bf16" else DTYPES[mode]
+
+
 def serving(row: dict[str, str], hardware: Hardware, c: Constants) -> Serving:
     """What the model says about a row."""
     spec = model(row["model"])
     tp, dp, _, ep, batch = layout(row)
-    wide = DTYPES["" if row["gemm_quant_mode"] == "nan" else row["gemm_quant_mode"]]
-    if row["precision"] == "bf16":
-        wide = "bf16"
+    wide = dtype(row)
     matrices = "bf16" if wide == "fp4" and spec.attention.kind == "mla" else wide
     kv = "fp8" if row["backend"] == "trtllm" and wide != "bf16" and spec.moe is None else "bf16"
     at = Layout(spec, hardware, Parallel(tp=tp, dp=dp, ep=ep if spec.moe else 1), Precision(matrices, wide, kv), c=c)

@@ -53,6 +53,14 @@ def test_nine_nodes_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"{facts['tpot_ms']:.2f} ms" in text and "kWh per million tokens" in text
 
 
+def test_the_page_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "estimate.md").read_text(encoding="utf-8")
+    block = page.split("```console\n")[1].split("```")[0]
+    command, shown = block.split("\n", 1)
+    assert run(command.removeprefix("$ moeplan ").split()) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_prefill_and_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefill = figures(tmp_path, *NINE_NODES, "--phase", "prefill", "--batch", "2", "--context", "4096")
     assert prefill["dispatch"] == "node" and prefill["tpot_ms"] is None

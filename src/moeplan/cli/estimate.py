@@ -36,7 +36,9 @@ def register(app: typer.Typer) -> None:
         nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Nodes of one worker.")] = 1,
         gpus_per_node: Annotated[
             int | None,
-            typer.Option("--gpus-per-node", metavar="G", help="[default: the hardware's, or fewer if told so]"),
+            typer.Option(
+                "--gpus-per-node", metavar="G", help="GPUs that the fast network joins [default: the hardware's]."
+            ),
         ] = None,
         tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks of attention.")] = 1,
         pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
@@ -241,7 +243,9 @@ def _lines(layout: Layout, facts: dict[str, Any], per_node: int) -> list[str]:
     where = f"{p['gpus']} x {layout.hardware.name}" + (f" ({nodes} nodes of {per_node})" if nodes > 1 else "")
     lines = [
         f"{spec.name}, {facts['phase']} on {where}: {ways}; {dtypes}, {layout.precision.kv} KV cache",
-        f"{facts['batch']} requests on each of {p['dp']} data-parallel ranks, {held}",
+        f"{facts['batch']} requests"
+        + (f" on each of {p['dp']} data-parallel ranks" if p["dp"] > 1 else "")
+        + f", {held}",
     ]
     if spec.moe:
         slots = spec.moe.experts + p["redundant"]

@@ -10,7 +10,7 @@ P: GPUs. Ring and one-shot all-reduce: Thakur, Rabenseifner and Gropp, IJHPCA 19
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,17 +61,29 @@ def messages_between(pairs: npt.ArrayLike, gpus_per_node: int, *, padded: bool =
     Args:
         padded: the kernel pads every pair of a level to that level's largest, as all-to-alls of equal blocks do.
     """
-    counts = np.asarray(pairs, np.float64)
+    counts = np.asarray(pairs)
+    if padded:
+        counts = _padded(counts, gpus_per_node)
+    own = np.diagonal(counts, axis1=-2, axis2=-1)
+    sent_up, received_up = -own.astype(np.float64), -own.astype(np.float64)
+    for first in range(0, counts.shape[-1], gpus_per_node):
+        node = slice(first, first + gpus_per_node)
+        inside = counts[..., node, node]
+        sent_up[..., node] += inside.sum(axis=-1)
+        received_up[..., node] += inside.sum(axis=-2)
+    sent, received = counts.sum(axis=-1) - own, counts.sum(axis=-2) - own
+    return Messages(sent_up, received_up, sent - sent_up, received - received_up)
+
+
+def _padded(counts: npt.NDArray[Any], gpus_per_node: int) -> Array:
+    """Every pair of a level as large as that level's largest."""
     gpu = np.arange(counts.shape[-1])
     near = gpu[:, None] // gpus_per_node == gpu // gpus_per_node
-    apart = gpu[:, None] != gpu
-    sums = []
-    for level in (near & apart, ~near):
-        kept = np.where(level, counts, 0.0)
-        if padded:
-            kept = np.where(level, kept.max(axis=(-2, -1), keepdims=True), 0.0)
-        sums += [kept.sum(axis=-1), kept.sum(axis=-2)]
-    return Messages(*sums)
+    out = np.zeros(counts.shape)
+    for level in (near & (gpu[:, None] != gpu), ~near):
+        largest = np.where(level, counts, 0).max(axis=(-2, -1), keepdims=True)
+        out = np.where(level, largest, out)
+    return np.asarray(out, np.float64)
 
 
 def uniform_messages(

@@ -42,6 +42,11 @@ __all__ = ["Operator", "Step", "decode_step", "prefill_step"]
 
 #: The host schedules the next step while the accelerator works: the longer of the two decides.
 HOST_OVERLAP = 8.0
+#: How a breakdown is read: along a layer, then what is once a step.
+ORDER = (
+    "qkv projection", "attention", "output projection", "router", "dispatch", "shared experts", "experts", "combine",
+    "dense ffn", "tp all-reduce", "norms and rest", "head", "sampling", "drafts", "send", "pipeline", "engine",
+)  # fmt: skip
 NETWORK = ("tp all-reduce", "dispatch", "combine", "send")
 
 
@@ -169,6 +174,7 @@ def _step(s: Setup, rows: Rows, routing: Routing | None, *, engine: bool = True)
     for operator in operators:
         if operator.name in NETWORK:
             waiting = waiting + operator.exposed
+    operators.sort(key=lambda operator: ORDER.index(operator.name))
     source, load = (None, 1.0) if routing is None else (routing.source, routing.load_ratio)
     return Step(tuple(operators), waiting, rows.rows, s.mode, source, load)
 
