@@ -324,8 +324,8 @@ SECTIONS = [
         "Qwen3.5-397B, `check`: all other models. `engine` is fitted on Hopper's fit rows with ep 1, the two ratios of "
         "`blackwell` on B200's; nothing on B300, GB200, GB300 or ep > 1. No constant saw a check row, but choices of "
         "structure were made with all rows in view: DeepGEMM's constants for the fused experts of tensor parallelism, "
-        "shared experts beside the routed ones, fp8 keys and values under TensorRT-LLM. Routing is uniform. How a row is read, and "
-        "which typing errors are mended: `benchmarks/serving_tables.py`.",
+        "shared experts beside the routed ones, fp8 keys and values under TensorRT-LLM. Routing is uniform. How a row "
+        "is read, and which typing errors are mended: `benchmarks/serving_tables.py`.",
         points,
     ),
     (
