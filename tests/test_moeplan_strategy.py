@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
 
 import moeplan
-from moeplan._kernels.holding import improve
-from moeplan.cluster import Cluster
+from moeplan._kernels import placing
+from moeplan.cluster import Cluster, Dispatch, ReplicaRule, request_messages, routes
 from moeplan.plan import Options, read_requests, solve
+from moeplan.plan.bounds import best_placement
 from moeplan.plan.foresight import STRENGTHS, Foresight
 from moeplan.plan.router import LinearRouter, by_layer
 from moeplan.plan.store import load_plan, save_plan
@@ -24,57 +25,89 @@ from moeplan.plan.strategies.paper import place_by_use
 from moeplan.replay import Setup, compare
 from moeplan.replay.comparison import fit_problem
 from moeplan.trace import Trace
+from moeplan.types import Placement
 from test_strategies import problem
 
 FloatArray = np.ndarray
 
 
-def value(use: FloatArray, held: FloatArray, weight: float) -> float:
-    """What `improve` raises, written plainly: one layer, use and held [N, E]."""
-    copies, away = held.sum(axis=0), (use * ~held).sum(axis=0)
-    load = (held * (use + away / copies)).sum(axis=1)
-    uneven = ((load / load.mean()) ** 8).mean() ** 0.125
-    return float((use * held).sum() - weight * use.sum() * (uneven - 1.0))
-
-
-def start(use: FloatArray, room: int) -> FloatArray:
-    held = np.zeros(use.shape, np.bool_)
-    np.put_along_axis(held, place_by_use(use, room), True, axis=2)
-    return held
-
-
 @st.composite
-def layers(draw: st.DrawFn) -> tuple[FloatArray, int, float]:
-    nodes, room = draw(st.integers(2, 4)), draw(st.integers(2, 4))
-    experts = draw(st.integers(room + 1, nodes * room))
+def layers(draw: st.DrawFn) -> dict[str, Any]:
+    """One layer with slots that keep the rules, and everything that can be priced."""
+    nodes, per_node, per = draw(st.integers(2, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    gpus, nearest = nodes * per_node, draw(st.booleans())
+    slots = gpus * per
+    least = max(slots // nodes if nearest else per, 2)
+    experts = draw(st.integers(min(least, slots), slots))
     rng = np.random.default_rng(draw(st.integers(0, 9999)))
-    return rng.gamma(0.5, size=(1, nodes, experts)), room, draw(st.sampled_from([0.0, 0.05, 1.0]))
+    # Dealt like cards, node by node: copies of an expert lie `experts` apart, so never twice on a GPU or a node.
+    deck = np.concatenate([rng.permutation(experts), np.arange(slots - experts)])
+    deck[experts:] = deck[: slots - experts]
+    home = np.arange(slots) % nodes if nearest and experts % nodes == 0 else np.arange(slots) * nodes // slots
+    held = np.concatenate([deck[home == n] for n in range(nodes)])
+    assume(legal(held, gpus, nodes, experts, nearest))
+    rows = np.array([rng.permutation(experts)[: min(3, experts)] for _ in range(30)]).astype(np.uint8)
+    return {
+        "use": rng.gamma(0.5, size=(nodes, experts)),
+        "slots": held,
+        "gpus_per_node": per_node,
+        "price_node": draw(st.sampled_from([0.0, 0.05, 0.5])),
+        "price_gpu": draw(st.sampled_from([0.0, 0.05, 0.5])),
+        "nearest": nearest,
+        "near": rng.random((gpus, experts)) * 0.01 if draw(st.booleans()) else None,
+        "rows": (rows, rng.integers(0, nodes, 30)),
+        "by": draw(st.sampled_from([placing.BY_PICK, placing.BY_NODE, placing.BY_GPU])),
+    }
 
 
-@settings(max_examples=80, deadline=None)
+def legal(slots: FloatArray, gpus: int, nodes: int, experts: int, nearest: bool) -> bool:
+    parts = slots.reshape(nodes if nearest else gpus, -1)
+    return all(len(set(part.tolist())) == part.size for part in parts) and len(set(slots.tolist())) == experts
+
+
+def value(task: dict[str, Any], slots: FloatArray) -> float:
+    return placing.value_reference(**{**task, "slots": slots})
+
+
+def improved(task: dict[str, Any], sweeps: int = 100, budget: int = -1) -> tuple[FloatArray, float]:
+    slots = task["slots"].copy()[None]
+    found = placing.improve(
+        task["use"][None], slots, task["gpus_per_node"], task["price_node"], task["price_gpu"], sweeps,
+        nearest=task["nearest"], near=None if task["near"] is None else task["near"][None], rows=[task["rows"]],
+        by=task["by"], budget=budget,
+    )  # fmt: skip
+    return slots[0], float(found[0])
+
+
+@settings(max_examples=60, deadline=None)
 @given(layers())
-def test_improving_keeps_the_invariants_and_stops_at_a_local_optimum(task: tuple[FloatArray, int, float]) -> None:
-    use, room, weight = task
-    held = start(use, room)
-    before = value(use[0], held[0], weight)
-    improve(use, held, weight, 100)
-    assert (held.sum(axis=2) == room).all() and held.any(axis=1).all()
-    after = value(use[0], held[0], weight)
-    assert after >= before - 1e-9
-    nodes, experts = use.shape[1:]
-    slack = 1e-6 * use.sum()
-    for here, a, b in itertools.product(range(nodes), range(experts), range(experts)):
-        if not held[0, here, a] or held[0, here, b]:
-            continue
-        for there in range(nodes):
-            moved = held[0].copy()
-            moved[here, a], moved[here, b] = False, True
-            if there != here:
-                if not held[0, there, b] or held[0, there, a]:
-                    continue
-                moved[there, b], moved[there, a] = False, True
-            if moved.any(axis=0).all():
-                assert value(use[0], moved, weight) <= after + slack
+def test_improving_keeps_the_rules_and_stops_where_no_move_helps(task: dict[str, Any]) -> None:
+    nodes, experts = task["use"].shape
+    gpus = nodes * task["gpus_per_node"]
+    slots, found = improved(task)
+    assert legal(slots, gpus, nodes, experts, task["nearest"])
+    assert found == pytest.approx(value(task, slots), abs=1e-9)
+    assert found >= value(task, task["slots"]) - 1e-9
+    for x, y in itertools.combinations(range(slots.size), 2):
+        other = slots.copy()
+        other[x], other[y] = slots[y], slots[x]
+        if legal(other, gpus, nodes, experts, task["nearest"]):
+            assert value(task, other) <= found + 2 * placing.LEAST
+    for x, e in itertools.product(range(slots.size), range(experts)):
+        other = slots.copy()
+        other[x] = e
+        if legal(other, gpus, nodes, experts, task["nearest"]):
+            assert value(task, other) <= found + 2 * placing.LEAST
+
+
+@settings(max_examples=30, deadline=None)
+@given(layers(), st.integers(0, 4))
+def test_a_budget_bounds_the_copies_that_move(task: dict[str, Any], budget: int) -> None:
+    slots, found = improved(task, budget=budget)
+    gpu = np.arange(slots.size) // (slots.size // (len(task["use"]) * task["gpus_per_node"]))
+    before, after = ({(int(g), int(e)) for g, e in zip(gpu, of, strict=True)} for of in (task["slots"], slots))
+    assert len(after - before) <= budget
+    assert found >= value(task, task["slots"]) - 1e-9
 
 
 @pytest.mark.parametrize("redundant", [0, 8, 16])
@@ -84,17 +117,32 @@ def test_locality_is_near_the_exact_optimum(redundant: int) -> None:
     nodes, experts = 8, 32
     use = rng.gamma(0.4, size=(6, nodes, experts)) * rng.gamma(1.0, size=(6, 1, experts))
     room = (experts + redundant) // nodes
-    held = start(use, room)
-    improve(use, held, 0.0, 100)
-    best = 0.0
-    for layer in use:
-        result = linprog(
-            -layer.ravel(), A_eq=np.kron(np.eye(nodes), np.ones(experts)), b_eq=np.full(nodes, room),
-            A_ub=-np.tile(np.eye(experts), nodes), b_ub=-np.ones(experts), bounds=(0, 1),
-        )  # fmt: skip
-        best -= result.fun
+    slots = place_by_use(use, room).reshape(6, -1)
+    value = placing.improve(use, slots, 1, 0.0, 0.0, 100)
+    best = np.array([best_placement(layer, room).value for layer in use]).sum()
+    kept = ((1.0 + value) * use.sum(axis=(1, 2))).sum()
     # Swaps and replacements end in a local optimum, on such random counts up to 2.5 % short of the best.
-    assert 0.97 * best <= (use * held).sum() <= best * (1 + 1e-9)
+    assert 0.97 * best <= kept <= best * (1 + 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 999), st.booleans())
+def test_messages_are_what_the_replay_counts(seed: int, nearest: bool) -> None:
+    """Rows of requests sent from each home, against `cluster.request_messages`."""
+    rng = np.random.default_rng(seed)
+    nodes, per_node, experts, k, n = 3, 2, 12, 3, 5
+    cluster, slots = Cluster(nodes, per_node), np.tile(rng.permutation(experts), (2, 1)).astype(np.int64)
+    rows = np.array([[rng.permutation(experts)[:k] for _ in range(2)] for _ in range(4 * n)]).astype(np.uint8)
+    request = np.repeat(np.arange(n), 4)
+    who = routes(Placement(slots.astype(np.int32), experts, nodes, per_node), cluster, ReplicaRule.NEAREST_STATIC)
+    for mode, by in ((Dispatch.NODE, placing.BY_NODE), (Dispatch.GPU, placing.BY_GPU)):
+        sent = placing.messages(
+            slots, nodes, per_node, experts, nearest=nearest, rows=[rows[:, i].copy() for i in range(2)],
+            request=request, requests=n, by=by,
+        )  # fmt: skip
+        for home in range(nodes):
+            counted = request_messages(who, mode, rows, np.arange(n) * 4, np.arange(n) * 4 + 4, np.full(n, home))
+            np.testing.assert_allclose(sent[:, home], counted[:, 0])
 
 
 def test_leave_one_out_is_what_leaving_out_gives() -> None:
