@@ -166,7 +166,7 @@ def test_one_clear_line_for_wrong_use(
     assert "layers: 3 and 4" in refused([*ask, "--without-layers", "2"], capsys)
     assert "--nodes does not go with --drift" in refused([*ask, "--nodes", "4"], capsys)
     assert "TRACE does not go" in refused(["plan", even, *ask[1:]], capsys)
-    assert "go together" in refused(["plan", "--drift", even], capsys)
+    assert "--drift needs a plan" in refused(["plan", "--drift", even], capsys)
     assert "-o PLAN is missing" in refused(["plan", even], capsys)
     assert "TRACE is missing" in refused(["plan", "-o", plan], capsys)
     assert "does not exist" in refused(["plan", "--from", tmp_path / "no", "--drift", even], capsys)

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 import moeplan
 from moeplan._kernels import placing
-from moeplan.cluster import Cluster, Dispatch, ReplicaRule, request_messages, routes
+from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, request_messages, routes
 from moeplan.plan import Options, read_requests, solve
+from moeplan.plan.assignment import equal_groups
 from moeplan.plan.bounds import best_placement
 from moeplan.plan.foresight import STRENGTHS, Foresight
+from moeplan.plan.joint import PARTS, soft_groups
 from moeplan.plan.router import LinearRouter, by_layer
 from moeplan.plan.store import load_plan, save_plan
-from moeplan.plan.strategies.moeplan import soft_groups
 from moeplan.plan.strategies.paper import place_by_use
 from moeplan.replay import Setup, compare
 from moeplan.replay.comparison import fit_problem
@@ -240,3 +241,81 @@ def test_requests_all_alike_and_experts_that_nobody_uses(nodes: int, redundant: 
 def test_odd_sizes(experts: int, nodes: int, per_node: int, redundant: int) -> None:
     task = problem(experts=experts, nodes=nodes, per_node=per_node, redundant=redundant, n=20, k=4)
     assert solve(task, "moeplan").placement.replica_count.min() >= 1
+
+
+def halves(trace: Trace, domains: tuple[str, ...]) -> tuple[Any, np.ndarray]:
+    requests = read_requests(trace)
+    wanted = [i for i, name in enumerate(requests.domains) if name in domains]
+    return requests, np.flatnonzero(np.isin(requests.domain, wanted))
+
+
+def test_few_moves_improve_an_older_plan(trace: Trace) -> None:
+    """A plan for code and math, improved for chat and prose by 0, 8 and any number of moves a layer."""
+    setup = Setup(Cluster(4, 2), ())
+    requests, before = halves(trace, ("code", "math"))
+    _, now = halves(trace, ("chat", "prose"))
+    old = solve(fit_problem(requests, setup, before), "moeplan", 0).placement
+    task = fit_problem(requests, setup, now[::2])
+    kept = []
+    for moves in (0, 8, 16):
+        options = Options(max_moves=moves, guard=float("inf"))
+        result = solve(dataclasses.replace(task, old=old.slots, options=options), "moeplan", 0)
+        sets = [[set(gpu.tolist()) for gpu in p.slots.reshape(-1, p.slots_per_gpu)] for p in (old, result.placement)]
+        fresh = np.array([len(b - a) for a, b in zip(*sets, strict=True)]).reshape(old.num_layers, -1).sum(axis=1)
+        assert fresh.max() <= moves
+        group = equal_groups(result.router.scores(requests.signature[now[1::2]]))
+        use = requests.use[now[1::2]]
+        local = result.who.local_share
+        kept.append(sum(float((use[i] * local[d]).sum()) for i, d in enumerate(group)) / use.sum())
+    assert kept[0] < kept[1] < kept[2]
+    with pytest.raises(moeplan.MoeplanError, match="older plan"):
+        solve(dataclasses.replace(task, old=old.slots), "paper", 0)
+
+
+def test_the_guard_is_a_curve(trace: Trace) -> None:
+    """The looser the guard, the more stays at home; in node mode it costs most."""
+    requests = read_requests(trace)
+    reached, load = [], []
+    for guard in (1.02, 1.2, float("inf")):
+        setup = Setup(
+            Cluster(8, 1), ("moeplan",), dispatch=Dispatch.NODE, folds=1, steps=60, options=Options(guard=guard)
+        )
+        row = compare(requests, setup).row("moeplan")
+        reached.append(row.figures["remote_nodes_per_token"].value)
+        load.append(row.figures["node_load_ratio"].value)
+    assert reached[0] >= reached[1] >= reached[2] and reached[0] > reached[2]
+    assert load[0] < load[2]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_can_be_left_out(part: str, trace: Trace) -> None:
+    task = fit_problem(read_requests(trace), Setup(Cluster(4, 2), ()), np.arange(0, 400, 4))
+    result = solve(dataclasses.replace(task, options=Options(without=(part,))), "moeplan", 0)
+    assert result.placement.replica_count.min() >= 1
+    with pytest.raises(moeplan.MoeplanError, match="no part"):
+        solve(dataclasses.replace(task, options=Options(without=("luck",))), "moeplan", 0)
+
+
+def test_balance_comes_first_when_it_is_the_objective(trace: Trace) -> None:
+    requests = read_requests(trace)
+    load = {}
+    for objective in ("bytes", "balance"):
+        setup = Setup(
+            Cluster(4, 4), ("moeplan",), redundant=16, folds=1, steps=60, options=Options(objective=objective)
+        )
+        load[objective] = compare(requests, setup).row("moeplan").figures["gpu_load_total"].value
+    assert load["balance"] < load["bytes"]
+
+
+@pytest.mark.parametrize("rule", list(ReplicaRule))
+@pytest.mark.parametrize("home", list(Home))
+@pytest.mark.parametrize("mode", [Dispatch.PICK, Dispatch.GPU, Dispatch.NODE])
+def test_every_home_rule_and_mode(mode: Dispatch, home: Home, rule: ReplicaRule) -> None:
+    """No GPU holds an expert twice, whatever the setting."""
+    task = problem(n=40, nodes=2, per_node=2, redundant=4)
+    cluster = Cluster(2, 2, home)
+    task = dataclasses.replace(task, cluster=cluster, dispatch=mode, rule=rule)
+    result = solve(task, "moeplan", 1)
+    by_gpu = result.placement.slots.reshape(len(result.placement.slots), 4, -1)
+    assert all(len(set(gpu.tolist())) == gpu.size for layer in by_gpu for gpu in layer)
+    assert result.router.scores(task.signature).shape == (40, cluster.num_groups)

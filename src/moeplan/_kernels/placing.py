@@ -17,6 +17,8 @@ import numpy.typing as npt
 __all__ = ["BY_GPU", "BY_NODE", "BY_PICK", "improve", "messages", "value_reference"]
 
 WORKERS = 2
+#: No copy, slot or expert; written np.int64(NONE), or the compiler makes a copy of each function for the literal.
+NONE = -1
 #: A move must gain this share of a layer's picks.
 LEAST = 1e-6
 #: What a message is counted by.
@@ -216,8 +218,9 @@ def _put(layer: _Layer, e: int, leaves: int, enters: int) -> None:
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _fill(layer: _Layer) -> None:
     """Copies, as the slots have them."""
+    none = np.int64(NONE)
     for x in range(layer.slots.size):
-        _put(layer, layer.slots[x], -1, layer.gpu[x])
+        _put(layer, layer.slots[x], none, layer.gpu[x])
 
 
 class _Moves(NamedTuple):
@@ -233,26 +236,27 @@ class _Moves(NamedTuple):
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _look(layer: _Layer, moves: _Moves, only: int, spare: bool) -> None:
     """Fill `moves`, for one expert or (-1) for all."""
+    none = np.int64(NONE)
     gpus, places = layer.node.size, moves.move.shape[1]
     step = gpus // places
     for s in range(layer.slots.size):
         e = layer.slots[s]
         if only >= 0 and e != only:
             continue
-        now = _cost(layer, e, -1, -1)
+        now = _cost(layer, e, none, none)
         own = layer.gpu[s]
         for p in range(places):
             first = p * step  # any GPU of the place, and not its own: only where it is counts
             inside = moves.place[own] == p
             moves.move[s, p] = 0.0 if inside else now - _cost(layer, e, own, first)
         if layer.copies[e] > 1:
-            moves.lose[s] = now - _cost(layer, e, own, -1)
+            moves.lose[s] = now - _cost(layer, e, own, none)
     if spare:
         for e in range(layer.copies.size):
             if only < 0 or e == only:
-                now = _cost(layer, e, -1, -1)
+                now = _cost(layer, e, none, none)
                 for p in range(places):
-                    moves.gain[e, p] = now - _cost(layer, e, -1, p * step)
+                    moves.gain[e, p] = now - _cost(layer, e, none, p * step)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -367,7 +371,7 @@ def _shift(layer: _Layer, w: _Weights, e: int, leaves: int, enters: int, found: 
 def _dearer(layer: _Layer, w: _Weights, a: int, b: int, here: int, there: int) -> float:
     """What the price of load rises by when a copy of expert a goes from GPU `here` to `there`, and one of b back (-1:
     a is dropped, b is new). Only the GPUs that serve the two are looked at: the mean stays what it is."""
-    found = _shift(layer, w, b, there, here, _shift(layer, w, a, here, there, 0))
+    found = _shift(layer, w, b, there, here, _shift(layer, w, a, here, there, np.int64(0)))
     mean_node = w.node.sum() / w.node.size
     mean_gpu = mean_node * w.node.size / w.gpu.size
     node, gpu = 0.0, 0.0
@@ -403,18 +407,19 @@ def _dear_move(layer: _Layer, w: _Weights, e: int, leaves: int, enters: int) -> 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _leave(layer: _Layer, moves: _Moves, w: _Weights, scale: float, x: int, out: Float) -> float:
     """Gain, at the tangent, of moving slot x's copy to each GPU (`out` [P]); returns that of losing it."""
+    none = np.int64(NONE)
     a, here, node, use, slope, near = layer.slots[x], layer.gpu[x], layer.node, layer.use, w.slope, layer.near
     own, slopes, rest, count = w.tally[0, a], w.tally[1, a], w.tally[2, a], layer.copies[a]
-    local = 1.0 if layer.nearest else 0.0
+    local, zero = 1.0 if layer.nearest else 0.0, np.int64(0)
     use_out, slope_out, move, place = local * use[node[here], a], slope[here], moves.move, moves.place
     for g in range(out.size):
-        dear = _dear(own, slopes, rest, count, 0, use_out, slope_out, local * use[node[g], a], slope[g])
+        dear = _dear(own, slopes, rest, count, zero, use_out, slope_out, local * use[node[g], a], slope[g])
         out[g] = scale * move[x, place[g]] - dear
         if near.size:
             out[g] += near[g, a] - near[here, a]
     if count == 1:
         return 0.0
-    return float(scale * moves.lose[x] - _dear_move(layer, w, a, here, -1) - (near[here, a] if near.size else 0.0))
+    return float(scale * moves.lose[x] - _dear_move(layer, w, a, here, none) - (near[here, a] if near.size else 0.0))
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -422,11 +427,11 @@ def _enter(layer: _Layer, moves: _Moves, w: _Weights, scale: float, here: int, s
     """Gain, at the tangent, of each slot's copy coming to GPU `here`, and of a new copy of each expert: [S + E]."""
     use, node, slope, tally, copies, near = layer.use, layer.node, w.slope, w.tally, layer.copies, layer.near
     slots, gpu, move, place, home = layer.slots, layer.gpu, moves.move, moves.place[here], layer.node[here]
-    local, slope_in = 1.0 if layer.nearest else 0.0, w.slope[here]
+    local, slope_in, zero, one = 1.0 if layer.nearest else 0.0, w.slope[here], np.int64(0), np.int64(1)
     for y in range(slots.size):
         b, there = slots[y], gpu[y]
         others[y] = scale * move[y, place] - _dear(
-            tally[0, b], tally[1, b], tally[2, b], copies[b], 0, local * use[node[there], b], slope[there],
+            tally[0, b], tally[1, b], tally[2, b], copies[b], zero, local * use[node[there], b], slope[there],
             local * use[home, b], slope_in,
         )  # fmt: skip
         if near.size:
@@ -435,7 +440,7 @@ def _enter(layer: _Layer, moves: _Moves, w: _Weights, scale: float, here: int, s
         gain = moves.gain
         for b in range(copies.size):
             others[slots.size + b] = scale * gain[b, place] - _dear(
-                tally[0, b], tally[1, b], tally[2, b], copies[b], 1, 0.0, 0.0, local * use[home, b], slope_in
+                tally[0, b], tally[1, b], tally[2, b], copies[b], one, 0.0, 0.0, local * use[home, b], slope_in
             )
             if near.size:
                 others[slots.size + b] += near[here, b]
@@ -462,7 +467,7 @@ def _exactly(
 ) -> float:  # fmt: skip
     """The gain itself: load instead of its tangent, and, if that is still the best, tokens that hold both experts."""
     a, here = layer.slots[x], layer.gpu[x]
-    there = layer.gpu[y] if y >= 0 else -1
+    there = layer.gpu[y] if y >= 0 else np.int64(NONE)
     gain += _dear_move(layer, w, a, here, there) + _dear_move(layer, w, b, there, here)
     gain -= _dearer(layer, w, a, b, here, there)
     if gain <= best or layer.shared.size == 0 or (y >= 0 and moves.place[here] == moves.place[there]):
@@ -483,8 +488,9 @@ def _exactly(
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _apply(layer: _Layer, rows: Rows, s: _Scratch, moves: _Moves, w: _Weights, x: int, y: int, b: int) -> None:
     """Slots x and y change places; without a y, slot x's copy gives way to one of expert b."""
+    none = np.int64(NONE)
     a, here = layer.slots[x], layer.gpu[x]
-    there = layer.gpu[y] if y >= 0 else -1
+    there = layer.gpu[y] if y >= 0 else np.int64(NONE)
     by_rows, spare = layer.shared.size > 0, layer.slots.size > layer.copies.size
     if by_rows:
         _rows_of(layer, rows, s, a, b, -1.0)
@@ -495,7 +501,7 @@ def _apply(layer: _Layer, rows: Rows, s: _Scratch, moves: _Moves, w: _Weights, x
         layer.slots[y] = a
     if by_rows:
         _rows_of(layer, rows, s, a, b, 1.0)
-        _look(layer, moves, -1, spare)
+        _look(layer, moves, none, spare)
     else:
         _look(layer, moves, a, spare)
         _look(layer, moves, b, spare)
@@ -506,23 +512,25 @@ def _apply(layer: _Layer, rows: Rows, s: _Scratch, moves: _Moves, w: _Weights, x
 def _search(
     layer: _Layer, rows: Rows, s: _Scratch, moves: _Moves, w: _Weights, scale: float, sweeps: int, budget: int
 ) -> float:
+    none = np.int64(NONE)
     slots, gpu = layer.slots, layer.gpu
     experts, spare = layer.copies.size, slots.size > layer.copies.size
     out, others = np.empty(layer.node.size), np.empty(slots.size + experts)
     old = layer.on.copy() if budget >= 0 else layer.on
     moved = 0
     if layer.shared.size:
-        _rows_of(layer, rows, s, -1, -1, 1.0)
-    _look(layer, moves, -1, spare)
+        _rows_of(layer, rows, s, none, none, 1.0)
+    _look(layer, moves, none, spare)
     _weigh(layer, w)
     for _ in range(sweeps):
         improved = False
-        best, slot, partner, entering, spent = LEAST, -1, -1, -1, 0
+        best, slot, partner, entering, spent = LEAST, none, none, none, np.int64(0)
         ready = -1  # the GPU that `others` holds for
         for x in range(slots.size):
             a, here = slots[x], gpu[x]
             if budget < 0:
-                best, slot = LEAST, -1
+                best = LEAST
+                slot = none
             if ready != here:
                 _enter(layer, moves, w, scale, here, spare, others)
                 ready = here
@@ -536,13 +544,13 @@ def _search(
                     if moved + cost <= budget or budget < 0:
                         gain = _exactly(layer, rows, s, moves, w, scale, x, y, b, gain, best) / max(cost, 1)
                         if gain > best:
-                            best, slot, partner, entering, spent = gain, x, y, b, cost
+                            best, slot, partner, entering, spent = gain, np.int64(x), np.int64(y), b, np.int64(cost)
             for b in range(experts if layer.copies[a] > 1 else 0):
                 gain = others[slots.size + b] + leave
-                if gain > best and _allowed(layer, a, b, here, -1):
+                if gain > best and _allowed(layer, a, b, here, none):
                     cost = old[here, a] - old[here, b] if budget >= 0 else 0
                     if moved + cost <= budget or budget < 0:
-                        gain = _exactly(layer, rows, s, moves, w, scale, x, -1, b, gain, best) / max(cost, 1)
+                        gain = _exactly(layer, rows, s, moves, w, scale, x, none, b, gain, best) / max(cost, 1)
                         if gain > best:
                             best, slot, partner, entering, spent = gain, x, -1, b, cost
             if slot >= 0 and (budget < 0 or x == slots.size - 1):
@@ -558,15 +566,16 @@ def _search(
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _worth(layer: _Layer, rows: Rows, s: _Scratch, scale: float) -> float:
     """Value of the layer but for its load."""
+    none = np.int64(NONE)
     worth, sent = 0.0, 0.0
     if layer.near.size:
         for x in range(layer.slots.size):
             worth += layer.near[layer.gpu[x], layer.slots[x]]
     if layer.shared.size:
-        sent = _rows_of(layer, rows, s, -1, -1, 0.0)
+        sent = _rows_of(layer, rows, s, none, none, 0.0)
     else:
         for e in range(layer.copies.size):
-            sent += _cost(layer, e, -1, -1)
+            sent += _cost(layer, e, none, none)
     return float(worth - scale * sent)
 
 

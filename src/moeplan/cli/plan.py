@@ -21,13 +21,15 @@ from moeplan.cli.common import (
 from moeplan.errors import OutputError, PlanError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.plan import RequestSet
+    from moeplan.plan import RequestSet, Result
     from moeplan.plan.store import StoredPlan
     from moeplan.replay import Setup
     from moeplan.replay.drift import Drift
 
 #: Flags that go with --drift; the plan says the rest.
 _WITH_DRIFT = {"start", "drift", "signature_tokens", "block", "without_layers", "seed", "json"}
+#: Flags that go with --from and --max-moves.
+_WITH_FROM = (_WITH_DRIFT - {"drift"}) | {"trace", "output", "guard", "objective", "max_moves"}
 _EXPECTED = ("remote_share", "remote_nodes_per_token", "gpu_load_ratio", "node_load_ratio", "experts_per_gpu")
 
 
@@ -36,7 +38,8 @@ def register(app: typer.Typer) -> None:
 
     @app.command(
         help="Fit a plan on all usable requests of a trace. With --from PLAN --drift TRACE: tell whether a plan has "
-        "gone stale on new traffic (exit status 0: still good, 1: stale)."
+        "gone stale on new traffic (exit status 0: still good, 1: stale). With TRACE --from PLAN --max-moves M: "
+        "improve a plan by few moves."
     )
     def plan(
         context: typer.Context,
@@ -57,6 +60,16 @@ def register(app: typer.Typer) -> None:
         replica_rule: o.Rule = o.RuleChoice.nearest_static,
         signature_tokens: o.SignatureTokens = None,
         clusters: o.Clusters = None,
+        guard: Annotated[
+            float, typer.Option("--guard", metavar="X", help="Most node load, in multiples of linear's; inf: any.")
+        ] = 1.05,
+        objective: Annotated[
+            str, typer.Option("--objective", metavar="O", help="bytes: locality within the guard; balance: load first.")
+        ] = "bytes",
+        max_moves: Annotated[
+            int | None,
+            typer.Option("--max-moves", metavar="M", help="With --from: move at most M expert copies of each layer."),
+        ] = None,
         block: o.Block = 1,
         without_layers: WithoutLayers = "",
         seed: o.Seed = 0,
@@ -64,39 +77,59 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(json)
-        if drift is not None or start is not None:
-            if drift is None or start is None:
-                raise UsageError("--from and --drift go together", mend="moeplan plan --from PLAN --drift TRACE")
-            _only_with_drift(context)
+        if drift is not None:
+            if start is None:
+                raise UsageError("--drift needs a plan", mend="moeplan plan --from PLAN --drift TRACE")
+            _only_with(context, _WITH_DRIFT, "--drift")
             _drift(start, drift, signature_tokens, block, parse_layers(without_layers), seed, json)
         if trace is None or output is None:
             missing = "TRACE" if trace is None else "-o PLAN"
             raise UsageError(f"{missing} is missing", mend="moeplan plan TRACE -o PLAN, or --from PLAN --drift TRACE")
+        if (start is None) != (max_moves is None):
+            raise UsageError(
+                "--from and --max-moves go together", mend="moeplan plan TRACE --from PLAN --max-moves 8 -o NEW"
+            )
+        if start is not None:
+            _only_with(context, _WITH_FROM, "--from")
         if Path(output).exists():
             raise OutputError("already exists", where=output, mend="choose another place, or remove it")
+        import dataclasses
+
         import numpy as np
 
         from moeplan.cluster import check_slots
         from moeplan.plan import Options, read_requests, solve
-        from moeplan.plan.store import save_plan
+        from moeplan.plan.store import load_plan, save_plan
         from moeplan.replay import Setup
         from moeplan.replay.comparison import fit_problem
+        from moeplan.replay.drift import check_shape, signature_tokens_of
         from moeplan.trace import open_trace
 
-        cluster, mode, rule = o.cluster_of(nodes, gpus_per_node, home, dispatch, replica_rule)
+        old = None if start is None else load_plan(start)
+        if old is None:
+            cluster, mode, rule = o.cluster_of(nodes, gpus_per_node, home, dispatch, replica_rule)
+        else:
+            cluster, mode, rule, redundant = old.cluster, old.dispatch, old.rule, old.redundant
+            if signature_tokens is None:
+                signature_tokens = signature_tokens_of(old)
+        options = Options(clusters, guard, objective, max_moves=max_moves or 0)
         setup = Setup(
-            cluster, (strategy,), redundant, rule, mode, fit=0.75, folds=1, seed=seed, steps=100, draws=200,
-            options=Options(clusters),
+            cluster, (strategy,), redundant, rule, mode, fit=0.75, folds=1, seed=seed, block=block, steps=100,
+            draws=200, options=options,
         )  # fmt: skip
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
+        if old is not None and start is not None:
+            check_shape(opened.shape, old.shape, start)
         with progress("plan") as report:
             requests = read_requests(opened, signature_tokens=signature_tokens, rows=False)
             problem = fit_problem(requests, setup, np.arange(len(requests)))
+            if old is not None:
+                problem = dataclasses.replace(problem, old=old.result.placement.slots)
             report(1, 3, "solving")
             result = solve(problem, strategy, seed)
             report(2, 3, "expected figures on an unseen quarter")
-            expected = _expected(requests, setup, strategy)
+            expected = None if old is not None else _expected(requests, setup, strategy)
         save_plan(
             output, result, problem, trace_checksum=opened.checksum, synthetic=opened.synthetic, expected=expected,
             stands_in=requests.stands_in,
@@ -106,7 +139,15 @@ def register(app: typer.Typer) -> None:
             say(f"  - {note}")
         if not result.equal_groups:
             say("  - its groups are unequal in size: such a plan is for comparison and does not count")
-        if expected is None:
+        moved = None if old is None else _moved(old, result)
+        if moved is not None:
+            size = "" if moved["bytes"] is None else f", {moved['bytes'] / 1e9:.2f} GB of weights"
+            say(
+                f"moved against {start}: {moved['copies']} of {moved['slots']} expert copies{size}; at most "
+                f"{moved['most_in_a_layer']} in a layer"
+            )
+            say(f"what it brings: moeplan replay TRACE --plan {output}, beside the same of {start}")
+        elif expected is None:
             why = "too few requests to hold a quarter back" if requests.sums is None else "they take token rows"
             say(f"  - expected figures are not given: {why}")
         else:
@@ -120,7 +161,7 @@ def register(app: typer.Typer) -> None:
                 say(f"  {key:24s} {expected[key]['value']:.3f}{change}")
         emit_json(
             json,
-            {"plan": output, "strategy": strategy, "fit_seconds": result.seconds, "expected": expected},
+            {"plan": output, "strategy": strategy, "fit_seconds": result.seconds, "expected": expected, "moved": moved},
         )
 
 
@@ -137,13 +178,31 @@ def _expected(requests: RequestSet, setup: Setup, strategy: str) -> dict[str, An
     return {key: row[key] for key in _EXPECTED}
 
 
-def _only_with_drift(context: typer.Context) -> None:
+def _moved(old: StoredPlan, new: Result) -> dict[str, int | None]:
+    """Copies that are on a GPU which did not hold the expert before, and the bytes of weights that this takes."""
+    import numpy as np
+
+    before, after = old.result.placement, new.placement
+    held = [set(gpu.tolist()) for gpu in before.slots.reshape(-1, before.slots_per_gpu)]
+    fresh = [len(set(gpu.tolist()) - had) for gpu, had in zip(after.slots.reshape(len(held), -1), held, strict=True)]
+    by_layer = np.array(fresh).reshape(before.num_layers, -1).sum(axis=1)
+    size = old.shape.expert_bytes
+    copies = int(by_layer.sum())
+    return {
+        "copies": copies,
+        "slots": before.slots.size,
+        "most_in_a_layer": int(by_layer.max()),
+        "bytes": None if size is None else round(copies * size),
+    }
+
+
+def _only_with(context: typer.Context, known: set[str], what: str) -> None:
     """Refuse flags that the stored plan answers already."""
     for name in context.params:
         source = context.get_parameter_source(name)
-        if name not in _WITH_DRIFT and source is not None and source.name == "COMMANDLINE":
+        if name not in known and source is not None and source.name == "COMMANDLINE":
             flag = "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} does not go with --drift", mend="leave it out: the plan says how it was made")
+            raise UsageError(f"{flag} does not go with {what}", mend="leave it out: the plan says how it was made")
 
 
 def _drift(

@@ -19,7 +19,7 @@ __all__ = ["GUARD", "OBJECTIVES", "Decision", "Options", "Problem", "Strategy", 
 
 #: A row is guarded, and counts, when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
-OBJECTIVES = ("bytes", "balance", "time")
+OBJECTIVES = ("bytes", "balance")
 
 Counts = npt.NDArray[np.uint32]
 
@@ -45,14 +45,16 @@ class Options:
     Attributes:
         clusters: K of the `paper` strategy; None picks it on the fit requests.
         guard: most that `moeplan` lets node_load_ratio be, in multiples of linear's; infinite to leave load alone.
-        objective: what `moeplan` weighs: bytes (locality, load within the guard), balance (load first) or time.
-        without: parts of `moeplan` to leave out, for ablations (`moeplan.plan.strategies.moeplan.PARTS`).
+        objective: what `moeplan` weighs: bytes (locality, load within the guard) or balance (load first).
+        without: parts of `moeplan` to leave out, for ablations (`moeplan.plan.joint.PARTS`).
+        max_moves: most copies of a layer that may be elsewhere than in the problem's old plan.
     """
 
     clusters: int | None = None
     guard: float = GUARD
     objective: str = "bytes"
     without: tuple[str, ...] = ()
+    max_moves: int = 0
 
     def __post_init__(self) -> None:
         if self.clusters is not None and self.clusters < 1:
@@ -61,6 +63,8 @@ class Options:
             raise UsageError(f"--guard {self.guard:g} is below 1", mend=f"e.g. {GUARD:g}, or inf to leave load alone")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if self.max_moves < 0:
+            raise UsageError(f"--max-moves {self.max_moves} is negative")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Problem:
         signature: uint32 [n, L, E], picks of each fit request in the rows known before (prefill, or what stands in).
         stream: the token rows behind `use`.
         rule, dispatch: how a replica is chosen, and what a message is.
+        old: int32 [L, S], the slots of an older plan to improve by few moves (`moeplan` only).
     """
 
     shape: ModelShape
@@ -85,6 +90,7 @@ class Problem:
     rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
     dispatch: Dispatch = Dispatch.PICK
     options: Options = field(default_factory=Options)
+    old: Int32Array | None = None
 
     def __post_init__(self) -> None:
         check_slots(self.shape.num_experts, self.redundant, self.cluster)
@@ -96,6 +102,8 @@ class Problem:
                 f"{self.cluster.num_groups} groups for {len(self.use)} fit requests",
                 mend="use fewer nodes, a larger --fit, or a trace with more requests",
             )
+        if self.old is not None and self.old.shape != (self.shape.num_layers, self.num_slots):
+            raise PlanError(f"an old plan of {self.old.shape} slots for {(self.shape.num_layers, self.num_slots)}")
 
     @property
     def num_slots(self) -> int:

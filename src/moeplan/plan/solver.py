@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from moeplan.cluster import Routes, routes
-from moeplan.errors import PlanError
+from moeplan.errors import PlanError, UsageError
 from moeplan.plan import strategies
 from moeplan.plan.problem import Problem
 from moeplan.plan.router import LocalityRouter, Router
@@ -45,6 +45,10 @@ def solve(problem: Problem, strategy: str, seed: int = 0) -> Result:
         UsageError: no such strategy. PlanError: the problem has no such plan.
     """
     chosen = strategies.find(strategy)
+    if problem.old is not None and strategy != "moeplan":
+        raise UsageError(
+            f"{strategy} cannot start from an older plan", mend="use --strategy moeplan, or leave out --from"
+        )
     start = time.perf_counter()
     decision = chosen.decide(problem, seed)
     cluster = problem.cluster

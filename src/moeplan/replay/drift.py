@@ -105,7 +105,11 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
         )
     if folds < 2:
         raise UsageError(f"{folds} fold does not tell one plan from the next", mend="use at least 2 folds")
-    options = Options(objective=stored.head.get("objective") or Options.objective)
+    guard = stored.head.get("guard", GUARD)
+    options = Options(
+        objective=stored.head.get("objective") or Options.objective,
+        guard=float("inf") if guard is None else float(guard),
+    )
     return Setup(
         stored.cluster, (stored.result.strategy,), stored.redundant, stored.rule, stored.dispatch,
         fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options,
