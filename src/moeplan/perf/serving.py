@@ -30,7 +30,7 @@ from moeplan.perf.operators import Number, elementwise
 from moeplan.perf.routing import Routing
 from moeplan.perf.step import Operator, Step, decode_step, prefill_step
 
-__all__ = ["CHUNK", "Layout", "Load", "Serving", "aggregated", "cost", "disaggregated", "prefill_seconds"]
+__all__ = ["CHUNK", "Layout", "Load", "Serving", "aggregated", "cost", "disaggregated", "holds", "prefill_seconds"]
 
 #: Tokens of a prefill chunk, engines' usual default.
 CHUNK = 8192
@@ -221,17 +221,26 @@ def cost(
     return hours * price, hours * (hardware.watts if watts is None else watts) / 1000
 
 
-def _holds(layout: Layout, load: Load, chunk: int, usable: float) -> int:
-    """Requests that a data-parallel rank's memory holds; of beams, the prompt once and each answer."""
-    length = load.prompt + load.beams * load.output / 2
-    most = largest_batch(
-        layout.spec, layout.hardware, layout.parallel, layout.precision, context=round(length),
+def holds(layout: Layout, load: Load, *, chunk: int = CHUNK, usable: float = 0.9) -> int:
+    """Requests that a data-parallel rank's memory holds; of beams, the prompt once and each answer. 0: not even one."""
+    return largest_batch(
+        layout.spec, layout.hardware, layout.parallel, layout.precision, context=_held(load),
         prefill_tokens=min(chunk, load.prompt), usable=usable, mtp=load.drafts > 0 and load.module,
     )  # fmt: skip
+
+
+def _held(load: Load) -> int:
+    """Cached tokens of a request, mean over its decode."""
+    return round(load.prompt + load.beams * load.output / 2)
+
+
+def _holds(layout: Layout, load: Load, chunk: int, usable: float) -> int:
+    """`holds`, at least 1."""
+    most = holds(layout, load, chunk=chunk, usable=usable)
     if most < 1:
         p = layout.parallel
         raise UsageError(
-            f"{layout.spec.name} with one request of {round(length)} tokens does not fit {layout.hardware.name} at tp "
+            f"{layout.spec.name} with one request of {_held(load)} tokens does not fit {layout.hardware.name} at tp "
             f"{p.tp}, dp {p.dp}, ep {p.ep}, pp {p.pp}",
             mend="use more accelerators, or smaller dtypes",
         )

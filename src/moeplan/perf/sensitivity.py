@@ -1,0 +1,124 @@
+"""What would help a layout: how its times answer to each part of the hardware, and how much better it would have to be.
+
+Times are homogeneous: with operation rates, bandwidths and latencies all of half the duration, and launches too, a step
+takes half as long; so the elasticities of TTFT and TPOT add up to -1, latencies and overheads counted against the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+
+from moeplan.perf.constants import Constants, constants
+from moeplan.perf.memory import memory
+from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated
+
+__all__ = ["KNOBS", "MOST", "changed", "elasticities", "improvements"]
+
+#: The largest factor by which an improvement is sought.
+MOST = 1000.0
+
+#: What can change, and how it reads; a larger latency or overhead is worse.
+KNOBS = {
+    "flops": "FLOPs",
+    "memory_bandwidth": "memory bandwidth",
+    "capacity": "memory capacity",
+    "scale_up_bandwidth": "scale-up bandwidth",
+    "scale_out_bandwidth": "scale-out bandwidth",
+    "scale_up_latency": "scale-up latency",
+    "scale_out_latency": "scale-out latency",
+    "overhead": "launches and engine",
+}
+_WORSE = ("scale_up_latency", "scale_out_latency", "overhead")
+
+
+def changed(layout: Layout, knob: str, factor: float) -> Layout:
+    """The layout on hardware (or, for `overhead`, with kernels and an engine) of which one thing is `factor` x what it
+    was."""
+    h = layout.hardware
+    if knob == "overhead":
+        return replace(layout, c=_slower(layout.c or constants(), factor))
+    if knob == "flops":
+        h = replace(h, flops={dtype: rate * factor for dtype, rate in h.flops.items()})
+    elif knob == "memory_bandwidth":
+        h = replace(h, memory_bytes_per_s=h.memory_bytes_per_s * factor)
+    elif knob == "capacity":
+        h = replace(h, memory_bytes=h.memory_bytes * factor)
+    else:
+        level, what = ("scale_up" if "up" in knob else "scale_out"), "latency_s" if "lat" in knob else "bytes_per_s"
+        link = getattr(h, level)
+        h = replace(h, **{level: replace(link, **{what: getattr(link, what) * factor})})
+    return replace(layout, hardware=h)
+
+
+def _slower(c: Constants, factor: float) -> Constants:
+    """All times among the constants, and the rate at which units copy messages."""
+    groups = {}
+    for group in fields(c):
+        values = getattr(c, group.name)
+        new = {}
+        for f in fields(values):
+            unit = f.metadata["unit"]
+            if unit in ("s", "bytes/s"):
+                new[f.name] = getattr(values, f.name) * (factor if unit == "s" else 1 / factor)
+        groups[group.name] = replace(values, **new)
+    return Constants(**groups)
+
+
+def elasticities(layout: Layout, load: Load, each: int, step: float = 0.05) -> dict[str, dict[str, float]]:
+    """{knob: {ttft, tpot, requests: per cent of change for one per cent more of the knob}}.
+
+    Central differences of the logarithms over +-`step`. `requests`: how many a rank's memory holds.
+    """
+    out = {}
+    for knob in KNOBS:
+        more, less = (changed(layout, knob, factor) for factor in (1 + step, 1 / (1 + step)))
+        ends = [aggregated(end, load, each) if knob != "capacity" else None for end in (more, less)]
+        ratio = {"ttft": 1.0, "tpot": 1.0, "requests": 1.0}
+        if ends[0] is not None and ends[1] is not None:
+            ratio["ttft"], ratio["tpot"] = ends[0].ttft_s / ends[1].ttft_s, ends[0].tpot_s / ends[1].tpot_s
+        else:  # it changes no time of requests that fit
+            ratio["requests"] = _room(more, load) / _room(less, load)
+        out[knob] = {name: math.log(value) / (2 * math.log(1 + step)) for name, value in ratio.items()}
+    return out
+
+
+def _room(layout: Layout, load: Load) -> float:
+    """Memory beside weights and one prefill step: what requests can fill."""
+    held = memory(
+        layout.spec, layout.hardware, layout.parallel, layout.precision, batch=0, context=load.prompt,
+        prefill_tokens=min(CHUNK, load.prompt),
+    )  # fmt: skip
+    return max(held.usable - held.used, 1.0)
+
+
+def improvements(layout: Layout, load: Load, each: int, within: Callable[[Serving], bool]) -> dict[str, float | None]:
+    """{knob: by how much it alone would have to be better for this layout to be `within`; None: not by MOST}.
+
+    Better is more, but less of a latency or an overhead. `hardware`: everything but `overhead` at once; `all`:
+    everything.
+    """
+    physical = tuple(knob for knob in KNOBS if knob not in ("overhead", "capacity"))
+    groups = {knob: (knob,) for knob in (*physical, "overhead")} | {"hardware": physical}
+    groups["all"] = (*physical, "overhead")
+
+    def meets(knobs: tuple[str, ...], factor: float) -> bool:
+        better = layout
+        for knob in knobs:
+            better = changed(better, knob, 1 / factor if knob in _WORSE else factor)
+        return within(aggregated(better, load, each))
+
+    return {name: _least(partial(meets, knobs)) for name, knobs in groups.items()}
+
+
+def _least(meets: Callable[[float], bool]) -> float | None:
+    """The smallest factor, to 1 %, that meets; None: not even MOST."""
+    if not meets(MOST):
+        return None
+    low, high = 1.0, MOST
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return high
