@@ -1,0 +1,244 @@
+"""One layer of a placement: which GPUs hold which expert, and the messages that it costs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "BY_GPU",
+    "BY_NODE",
+    "BY_PICK",
+    "NONE",
+    "Layer",
+    "Rows",
+    "Scratch",
+    "cost",
+    "put",
+    "rows_of",
+    "sent_by_home",
+    "state_of",
+]
+
+#: What a message is counted by.
+BY_PICK, BY_NODE, BY_GPU = 0, 1, 2
+#: No copy, slot or expert; written np.int64(NONE), or the compiler makes a copy of each function for the literal.
+NONE = -1
+
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+
+class Rows(NamedTuple):
+    """Sampled token rows of one layer, and which of them hold an expert.
+
+    Attributes:
+        experts: unsigned [T, k]; home: int64 [T], the node where each row's request decodes.
+        starts: int64 [E + 1], holding: int64 [T * k]; rows that hold expert e: holding[starts[e]:starts[e + 1]].
+    """
+
+    experts: npt.NDArray[np.unsignedinteger]
+    home: Int
+    starts: Int
+    holding: Int
+
+
+class Layer(NamedTuple):
+    """The state of one layer: E experts, N nodes, P GPUs, S slots."""
+
+    use: Float  # [N, E], picks of each expert by the requests of each node, for loads
+    away: Float  # [N, E], messages that these cost where no other pick of a token shares them
+    near: Float  # [P, E], what a copy on the very GPU that asks is worth besides
+    slots: Int  # [S], the expert of each slot
+    gpu: Int  # [S], of each slot
+    node: Int  # [P], of each GPU
+    unit: Int  # [P], what a message is counted by: node, GPU, or 0 for picks
+    nearest: bool  # a copy at home serves all picks from there; else all copies share all picks
+    copies: Int  # [E]
+    where: Int  # [E, P], the GPUs of an expert's copies
+    on: Bool  # [P, E]
+    at: Int  # [N, E], copies on a node
+    shared: Float  # [E, N, U], of `away`, messages that other picks of the same tokens send to a unit anyway
+
+
+class Scratch(NamedTuple):
+    """What `trace` writes."""
+
+    seen: Int
+    units: Int
+    zero: Int
+    rest: Float
+    share: Float
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def cost(layer: Layer, e: int, leaves: int, enters: int) -> float:
+    """Messages that expert e costs, the other picks of each token staying where they are."""
+    count = layer.copies[e] - (leaves >= 0) + (enters >= 0)
+    home = layer.node[enters] if enters >= 0 else -1
+    gone = layer.node[leaves] if leaves >= 0 else -1
+    total = 0.0
+    for n in range(layer.use.shape[0]):
+        if layer.nearest and layer.at[n, e] - (n == gone) + (n == home) > 0:
+            continue
+        far, free = 0, 0.0
+        for i in range(layer.copies[e] + 1):
+            gpu = layer.where[e, i] if i < layer.copies[e] else enters
+            if gpu < 0 or (gpu == leaves and i < layer.copies[e]) or layer.node[gpu] == n:
+                continue
+            far += 1
+            if layer.shared.size:
+                free += layer.shared[e, n, layer.unit[gpu]]
+        total += (layer.away[n, e] * far - free) / count
+    return total
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def trace(
+    layer: Layer, row: npt.NDArray[np.unsignedinteger], home: int, seen: Int, units: Int, zero: Int, rest: Float,
+    share: Float,
+) -> int:  # fmt: skip
+    """Units that a token reaches, each with the chance that each pick goes there.
+
+    Returns the number of units; per unit: `zero` picks that surely go there, `rest` the product of 1 - chance over the
+    others; share[j, i]: the chance that pick j goes to unit i.
+    """
+    found = 0
+    for j in range(row.size):
+        e = row[j]
+        if layer.nearest and layer.at[home, e] > 0:
+            continue
+        each = 1.0 / layer.copies[e]
+        for i in range(layer.copies[e]):
+            gpu = layer.where[e, i]
+            if layer.node[gpu] == home:
+                continue
+            unit = layer.unit[gpu]
+            if seen[unit] < 0:
+                seen[unit] = found
+                units[found] = unit
+                for other in range(row.size):
+                    share[other, found] = 0.0
+                found += 1
+            share[j, seen[unit]] += each
+    for i in range(found):
+        seen[units[i]] = -1
+        zero[i] = 0
+        rest[i] = 1.0
+        for j in range(row.size):
+            if share[j, i] > 0.999999:
+                zero[i] += 1
+            else:
+                rest[i] *= 1.0 - share[j, i]
+    return found
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def rows_of(layer: Layer, rows: Rows, s: Scratch, a: int, b: int, weight: float) -> float:
+    """Messages of the rows that hold expert a or b (-1: of all rows).
+
+    With a weight other than 0, what picks share is also added to `layer.shared` that many times.
+    """
+    total = 0.0
+    for part in range(2):
+        e, other = (a, -1) if part == 0 else (b, a)
+        first, last = (0, rows.home.size) if a < 0 else (rows.starts[e], rows.starts[e + 1])
+        for i in range(first, last):
+            r = i if a < 0 else rows.holding[i]
+            row = rows.experts[r]
+            if other >= 0:
+                twice = False
+                for j in range(row.size):
+                    twice = twice or row[j] == other
+                if twice:
+                    continue
+            home = rows.home[r]
+            found = trace(layer, row, home, s.seen, s.units, s.zero, s.rest, s.share)
+            for u in range(found):
+                total += 1.0 if s.zero[u] else 1.0 - s.rest[u]
+                if weight != 0.0:
+                    for j in range(row.size):
+                        chance = s.share[j, u]
+                        sure = chance > 0.999999
+                        reached = 1.0
+                        if s.zero[u] - sure == 0:
+                            reached = 1.0 - (s.rest[u] if sure else s.rest[u] / (1.0 - chance))
+                        layer.shared[row[j], home, s.units[u]] += weight * reached
+        if a < 0 or b < 0:
+            break
+    return total
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def put(layer: Layer, e: int, leaves: int, enters: int) -> None:
+    """Move, add (leaves -1) or take away (enters -1) a copy."""
+    if leaves >= 0:
+        last = layer.copies[e] - 1
+        for i in range(last):
+            if layer.where[e, i] == leaves:
+                layer.where[e, i] = layer.where[e, last]
+                break
+        layer.copies[e] = last
+        layer.on[leaves, e] = False
+        layer.at[layer.node[leaves], e] -= 1
+    if enters >= 0:
+        layer.where[e, layer.copies[e]] = enters
+        layer.copies[e] += 1
+        layer.on[enters, e] = True
+        layer.at[layer.node[enters], e] += 1
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def fill(layer: Layer) -> None:
+    """Copies, as the slots have them."""
+    none = np.int64(NONE)
+    for x in range(layer.slots.size):
+        put(layer, layer.slots[x], none, layer.gpu[x])
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def sent_by_home(layer: Layer, rows: Rows, s: Scratch, request: Int, out: Float) -> None:
+    for r in range(rows.home.size):
+        for home in range(layer.at.shape[0]):
+            found = trace(layer, rows.experts[r], home, s.seen, s.units, s.zero, s.rest, s.share)
+            for u in range(found):
+                out[request[r], home] += 1.0 if s.zero[u] else 1.0 - s.rest[u]
+
+
+def state_of(
+    use: Float, slots: Int, per_node: int, nearest: bool, near: Float | None,
+    tokens: tuple[npt.NDArray[np.unsignedinteger], Int] | None, by: int,
+) -> tuple[Layer, Rows | None, Scratch | None]:  # fmt: skip
+    nodes, experts = use.shape
+    gpus = nodes * per_node
+    node = np.arange(gpus) // per_node
+    away, picked, home = use, np.zeros((0, 1), np.uint16), np.zeros(0, np.int64)
+    if by != BY_PICK and tokens is not None:
+        picked, home = tokens[0].astype(np.uint16), tokens[1].astype(np.int64)
+        away = np.zeros(use.shape)
+        np.add.at(away, (np.repeat(home, picked.shape[1]), picked.ravel()), 1.0)
+    units = (0, nodes, gpus)[by]
+    layer = Layer(
+        use, away, np.zeros((0, 0)) if near is None else near, slots,
+        np.arange(slots.size) // (slots.size // gpus), node,
+        (np.zeros(gpus, np.int64), node, np.arange(gpus))[by], nearest,
+        np.zeros(experts, np.int64), np.full((experts, gpus), -1), np.zeros((gpus, experts), np.bool_),
+        np.zeros((nodes, experts), np.int64), np.zeros((experts, nodes, units) if units else (0, 0, 0)),
+    )  # fmt: skip
+    fill(layer)
+    if not units:
+        return layer, None, None  # the compiler then leaves out what only rows need
+    none = np.zeros(units, np.int64)
+    scratch = Scratch(none - 1, none.copy(), none, np.zeros(units), np.zeros((picked.shape[1], units)))
+    return layer, Rows(picked, home, *index(picked, experts)), scratch
+
+
+def index(picked: npt.NDArray[np.unsignedinteger], experts: int) -> tuple[Int, Int]:
+    """Rows by the experts that they hold."""
+    k = max(picked.shape[1], 1)
+    order = np.argsort(picked.ravel(), kind="stable") // k
+    return np.searchsorted(np.sort(picked.ravel()), np.arange(experts + 1)), order
