@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,6 +49,9 @@ def register(app: typer.Typer) -> None:
         steps: Annotated[int, typer.Option("--steps", help="Decode steps replayed in each fold.")] = 500,
         clusters: o.Clusters = None,
         hidden: o.Hidden = None,
+        hardware: o.Hardware_ = None,
+        model: o.Model = None,
+        context: o.Context = None,
         without_layers: WithoutLayers = "",
         seed: o.Seed = 0,
         json: JsonOption = None,
@@ -71,6 +75,7 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
+        setup = dataclasses.replace(setup, timing=o.timing_of(opened.shape, cluster, mode, hardware, model, context))
         start = time.perf_counter()
         with progress("compare") as report:
             requests = read_requests(opened, signature_tokens=signature_tokens, phase=phase.value)

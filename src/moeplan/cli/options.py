@@ -11,6 +11,8 @@ from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
     from moeplan.cluster import Cluster, Dispatch, ReplicaRule
+    from moeplan.replay.timing import Timing
+    from moeplan.types import ModelShape
 
 
 class DispatchChoice(StrEnum):
@@ -65,6 +67,29 @@ Clusters = Annotated[
 ]
 Phase = Annotated[PhaseChoice, typer.Option("--phase", help="Rows to measure on; plans are always fitted on decode.")]
 Block = Annotated[int, typer.Option("--block", metavar="N", help="Keep N neighbouring requests together in splits.")]
+Hardware_ = Annotated[str | None, typer.Option("--hardware", help="Also model step times, on these GPUs, e.g. H100.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="With --hardware: a name of the catalogue, or a config.json [default: the trace's]."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", help="With --hardware: tokens that each request holds [default: 4096]."),
+]
+
+
+def timing_of(
+    shape: ModelShape, cluster: Cluster, mode: Dispatch, hardware: str | None, model: str | None, context: int | None
+) -> Timing | None:
+    """What to time steps with, checked; None without `--hardware`."""
+    if hardware is None:
+        if model is not None or context is not None:
+            flag = "--context" if model is None else "--model"
+            raise UsageError(f"{flag} is for step times", mend="give --hardware too, e.g. --hardware H100")
+        return None
+    from moeplan.replay import timing
+
+    return timing.timing_of(shape, cluster, mode, hardware, model, timing.CONTEXT if context is None else context)
 
 
 def cluster_of(

@@ -36,6 +36,9 @@ def register(app: typer.Typer) -> None:
         block: o.Block = 1,
         steps: Annotated[int, typer.Option("--steps", help="Decode steps replayed.")] = 500,
         hidden: o.Hidden = None,
+        hardware: o.Hardware_ = None,
+        model: o.Model = None,
+        context: o.Context = None,
         without_layers: WithoutLayers = "",
         seed: o.Seed = 0,
         json: JsonOption = None,
@@ -68,7 +71,7 @@ def register(app: typer.Typer) -> None:
         mode = stored.dispatch if dispatch is None else Dispatch(dispatch.value)
         setup = Setup(
             stored.cluster, (), stored.redundant, stored.rule, mode, folds=1, seed=seed, block=block, steps=steps,
-            hidden=hidden,
+            hidden=hidden, timing=o.timing_of(ours, stored.cluster, mode, hardware, model, context),
         )  # fmt: skip
         start = time.perf_counter()
         with progress("replay"):

@@ -23,11 +23,14 @@ _COLUMNS = (
 
 
 def table_lines(table: Comparison) -> list[str]:
-    """Lines of at most about 110 characters: one row per strategy, then what the columns mean."""
+    """Lines of about 110 characters, 130 with times: one row per strategy, then the noise floors."""
     head = ["strategy", "groups by", *(name for name, _, _ in _COLUMNS[:1]), "vs linear [95 %]"]
-    head += [name for name, _, _ in _COLUMNS[1:]] + ["guard"]
-    lines = [head, *(_line(row, table) for row in table.rows)]
-    floors = ["  (noise floor)", "", "", ""] + [_floor(table, key) for _, key, _ in _COLUMNS[1:]] + [""]
+    times = table.head["setup"]["timing"] is not None
+    head += [name for name, _, _ in _COLUMNS[1:]] + ["step ms, change", "idle"] * times + ["guard"]
+    lines = [head, *(_line(row, times) for row in table.rows)]
+    floors = (
+        ["  (noise floor)", "", "", ""] + [_floor(table, key) for _, key, _ in _COLUMNS[1:]] + [""] * (1 + 2 * times)
+    )
     lines.append(floors)
     width = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = []
@@ -39,7 +42,7 @@ def table_lines(table: Comparison) -> list[str]:
     return text
 
 
-def _line(row: TableRow, table: Comparison) -> list[str]:
+def _line(row: TableRow, times: bool) -> list[str]:
     cells = []
     for _, key, form in _COLUMNS:
         value = row.figures[key].value
@@ -53,7 +56,17 @@ def _line(row: TableRow, table: Comparison) -> list[str]:
         change = f"{100 * versus['value']:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
     guard = "ok" if row.guarded else ("unequal groups" if not row.equal_groups else "over")
     by = GROUPS_BY.get(row.signature, row.signature)
-    return [row.name, by, cells[0], change, *cells[1:], guard]
+    return [row.name, by, cells[0], change, *cells[1:], *(_times(row) if times else []), guard]
+
+
+def _times(row: TableRow) -> list[str]:
+    """The modelled step with its change against linear, and the idle share."""
+    ms, idle = row.figures["modelled_step_ms"].value, row.figures["modelled_idle_share"].value
+    if ms is None or idle is None:
+        return ["-", "-"]
+    versus = row.versus_linear["modelled_step_ms"]
+    change = f"{100 * versus['value']:+.1f} %" if versus and row.name != "linear" else ""
+    return [f"{ms:.2f} {change:>8}", f"{100 * idle:.0f} %"]
 
 
 def _floor(table: Comparison, key: str) -> str:

@@ -18,6 +18,7 @@ from moeplan.plan.strategies import find
 from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import Draws, blocks, draw_steps, live_requests, split
 from moeplan.replay.table import Comparison, Measured, tabulate
+from moeplan.replay.timing import Timing
 
 __all__ = ["Row", "Setup", "compare", "replay", "rows_of", "strategy_names"]
 
@@ -36,6 +37,7 @@ class Setup:
         fit: share of the requests that plans may see; folds: repeated splits; block: neighbours kept together.
         steps: steps replayed per fold; draws: bootstrap draws.
         home: is the cluster's. hidden: overrides the trace's.
+        timing: how to time steps; None: the modelled keys are null.
     """
 
     cluster: Cluster
@@ -51,6 +53,7 @@ class Setup:
     draws: int = 1000
     options: Options = field(default_factory=Options)
     hidden: int | None = None
+    timing: Timing | None = None
 
     def __post_init__(self) -> None:
         for label, value, top in (("--folds", self.folds, 100), ("--steps", self.steps, 100_000)):
@@ -117,9 +120,11 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
 
     Raises:
         PlanError: slots that do not divide, more groups than requests, too few test requests a group.
+        UsageError: a model to time that is not the trace's.
     """
     cluster = setup.cluster
     check_slots(requests.shape.num_experts, setup.redundant, cluster)
+    _check_timing(requests, setup)
     block = blocks(requests.index, setup.block)
     folds = [_fold(requests, setup, block, fold) for fold in range(setup.folds)]
     if min(len(fit) for fit, _ in folds) < cluster.num_groups:
@@ -163,7 +168,7 @@ def measure(
     figures = measure_requests(requests, test, group, result.who, setup.dispatch)
     steps = None
     if equal:
-        steps = measure_steps(requests, draws, group, live, result.who, setup.dispatch)
+        steps = measure_steps(requests, draws, group, live, result.who, setup.dispatch, setup.timing)
     return Measured(test, figures, steps, result.seconds, equal)
 
 
@@ -171,8 +176,9 @@ def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
     """One finished plan on all usable requests of a trace, beside `linear` on the same slots.
 
     Raises:
-        PlanError: too few requests for the groups.
+        PlanError: too few requests for the groups. UsageError: a model to time that is not the trace's.
     """
+    _check_timing(requests, setup)
     everyone = np.arange(len(requests))
     block = blocks(requests.index, setup.block)
     if len(requests) < setup.cluster.num_groups:
@@ -195,6 +201,11 @@ def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
         group = group_test(requests, everyone, everyone, of, row.signature, _rng(setup, 0, 1))
         measured[row.name] = [measure(requests, setup, row, everyone, group, draws, live, of)]
     return tabulate(requests, setup, rows, measured, block, live, ())
+
+
+def _check_timing(requests: RequestSet, setup: Setup) -> None:
+    if setup.timing is not None:
+        setup.timing.check(requests.shape, setup.cluster, setup.dispatch)
 
 
 def _rng(setup: Setup, fold: int, purpose: int) -> np.random.Generator:

@@ -5,6 +5,7 @@ Counting is `moeplan.cluster`'s alone; here it is only summed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,12 +16,17 @@ from moeplan._kernels.messages import STEP_VALUES, summarise_step
 from moeplan.cluster import Dispatch, Routes, request_messages, step_messages
 from moeplan.plan.requests import RequestSet
 from moeplan.replay.split import Draws
+from moeplan.replay.timing import Timing
+from moeplan.types import Int32Array
 
 __all__ = ["RequestFigures", "StepFigures", "measure_requests", "measure_steps"]
 
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
+Counted = tuple[Int32Array, Int32Array, Int32Array]
 WORKERS = 2
+#: Messages between GPUs that are kept at once to be timed: 32 MB.
+KEPT = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class StepFigures:
         messages: sum over layers of all messages between nodes (unpadded).
         gpu_load, node_load: max / mean of picks served, mean over layers.
         experts: distinct experts that a GPU touches, mean over GPUs and layers.
+        step_ms, idle_share: [T], of the first T steps: modelled milliseconds, and the share of them in which a GPU
+            waits; None where steps were not timed.
     """
 
     node_padded: FloatArray
@@ -101,15 +109,19 @@ class StepFigures:
     gpu_load: FloatArray
     node_load: FloatArray
     experts: FloatArray
+    step_ms: FloatArray | None = None
+    idle_share: FloatArray | None = None
 
 
 def measure_steps(
-    requests: RequestSet, draws: Draws, group: Int64Array, live: int, who: Routes, mode: Dispatch
-) -> StepFigures:
+    requests: RequestSet, draws: Draws, group: Int64Array, live: int, who: Routes, mode: Dispatch,
+    timing: Timing | None = None,
+) -> StepFigures:  # fmt: skip
     """Replay steps by the replica rule itself; each group's first `live` requests by key take part, in random order.
 
     Args:
         draws: keys and rows of the same n requests that `group` [n] is for.
+        timing: how to time the first steps; None: they are not timed.
     """
     cluster = who.cluster
     steps = len(draws.key)
@@ -125,12 +137,32 @@ def measure_steps(
     indices = np.tile(np.arange(live), cluster.num_groups)
     out = np.zeros((steps, STEP_VALUES))
 
+    def count(s: int, buffer: Counted | None) -> Counted:
+        return step_messages(who, mode, requests.experts, rows[s], sources, indices, buffer)
+
     def work(part: Int64Array) -> None:
         buffer = None
         for s in part:
-            buffer = step_messages(who, mode, requests.experts, rows[s], sources, indices, buffer)
+            buffer = count(s, buffer)
             summarise_step(*buffer, cluster.gpus_per_node, out[s])
 
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(work, np.array_split(np.arange(steps), WORKERS)))
-    return StepFigures(*(np.ascontiguousarray(column) for column in out.T))
+    times = () if timing is None else _times(timing, min(timing.steps, steps), count, who, mode)
+    return StepFigures(*(np.ascontiguousarray(column) for column in out.T), *times)
+
+
+def _times(
+    timing: Timing, steps: int, count: Callable[[int, Counted | None], Counted], who: Routes, mode: Dispatch
+) -> tuple[FloatArray, FloatArray]:
+    """Milliseconds and idle shares of the first steps, as many at once as `KEPT` allows."""
+    layers, gpus = who.placement.num_layers, who.cluster.num_gpus
+    parts = np.array_split(np.arange(steps), -(-steps // max(1, KEPT // (layers * gpus * gpus))))
+    times = []
+    for part in parts:
+        links = np.empty((len(part), layers, gpus, gpus), np.int32)
+        picks, touched = np.empty((2, len(part), layers, gpus), np.int32)
+        for i, s in enumerate(part):
+            count(s, (links[i], picks[i], touched[i]))
+        times.append(timing.times(who.cluster, mode, links, picks, touched))
+    return np.concatenate([t.ms for t in times]), np.concatenate([t.idle_share for t in times])

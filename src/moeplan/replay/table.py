@@ -34,7 +34,9 @@ Int64Array = npt.NDArray[np.int64]
 #: A layer is pointed out when one expert takes more than this share of its picks.
 DOMINATED = 0.5
 #: Keys by which one row can beat another: smaller is better in all of them.
-BEATEN_BY = ("remote_share", "remote_nodes_per_token", "padded_ratio", "gpu_load_ratio", "gpu_load_total")
+BEATEN_BY = (
+    "remote_share", "remote_nodes_per_token", "padded_ratio", "gpu_load_ratio", "gpu_load_total", "modelled_step_ms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,12 @@ def tabulate(
     rng = np.random.default_rng([setup.seed, 3])
     weights = block_weights(block, setup.draws, rng)
     steps = setup.steps * setup.folds
-    step_weights = rng.multinomial(steps, np.full(steps, 1.0 / steps), size=setup.draws).astype(np.float64)
+    step_weights = _step_weights(steps, setup.draws, rng)
+    timed = setup.folds * min(setup.timing.steps, setup.steps) if setup.timing else 1
+    timed_weights = _step_weights(timed, setup.draws, np.random.default_rng([setup.seed, 4]))  # others stay as they are
     unit = "requests" if setup.block == 1 else "blocks"
     floors = _floors(requests, setup, live, measured["linear"], rng)
-    tools = _Tools(requests, setup, weights, step_weights, unit, floors)
+    tools = _Tools(requests, setup, weights, step_weights, unit, floors, timed_weights)
     figures = {row.name: tools.figures(row, measured[row.name], measured["linear"]) for row in rows}
     baseline = figures["linear"]
     allowed = GUARD * (baseline["node_load_ratio"].value or np.inf)
@@ -143,10 +147,15 @@ def tabulate(
     head = _head(requests, setup, measured["linear"], live)
     return Comparison(
         head,
-        (*requests.notes, *_byte_notes(requests, setup), *_layer_notes(requests)),
+        (*requests.notes, *_byte_notes(requests, setup), *_time_notes(requests, setup, live), *_layer_notes(requests)),
         (*_method(requests, setup, live, unit), *notes),
         tuple(table),
     )
+
+
+def _step_weights(steps: int, draws: int, rng: np.random.Generator) -> FloatArray:
+    """float64 [draws, steps]: how often each step is drawn."""
+    return rng.multinomial(steps, np.full(steps, 1.0 / steps), size=draws).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class _Tools:
     step_weights: FloatArray
     unit: str
     floors: dict[str, float]
+    timed_weights: FloatArray
 
     def figures(self, row: Row, folds: list[Measured], linear: list[Measured]) -> dict[str, Figure]:
         shape, setup = self.requests.shape, self.setup
@@ -182,7 +192,9 @@ class _Tools:
             "node_load_total": self._load_total(folds, setup.cluster.gpus_per_node, "node_load_total"),
             "gpu_load_ratio": self._of_steps(folds, "gpu_load", "gpu_load_ratio"),
             "node_load_ratio": self._of_steps(folds, "node_load", "node_load_ratio"),
-            "experts_per_gpu": self._of_steps(folds, "experts", ""),
+            "experts_per_gpu": self._of_steps(folds, "experts"),
+            "modelled_step_ms": self._of_steps(folds, "step_ms"),
+            "modelled_idle_share": self._of_steps(folds, "idle_share"),
         }
         return out | self._sizes(folds) | self._memory() | self._handover(row, folds) | {
             "fit_seconds": Figure(float(np.mean([m.seconds for m in folds]))),
@@ -206,11 +218,13 @@ class _Tools:
         per_fold = tuple(float(v) for v in top.sum(axis=1) / bottom.sum(axis=1))
         return Figure(float(top.sum() / bottom.sum()), draws, per_fold, "steps")
 
-    def _of_steps(self, folds: list[Measured], name: str, floor: str) -> Figure:
-        if folds[0].steps is None:
+    def _of_steps(self, folds: list[Measured], name: str, floor: str = "") -> Figure:
+        """Mean over steps: all of them, or those that were timed."""
+        if folds[0].steps is None or getattr(folds[0].steps, name) is None:
             return Figure(None)
         values = np.array([getattr(m.steps, name) for m in folds])
-        draws = (self.step_weights @ values.ravel()) / values.size
+        weights = self.timed_weights if name in ("step_ms", "idle_share") else self.step_weights
+        draws = (weights @ values.ravel()) / values.size
         extra = (("noise_floor", self.floors[floor]),) if floor else ()
         return Figure(float(values.mean()), draws, tuple(float(v) for v in values.mean(axis=1)), "steps", extra)
 
@@ -296,14 +310,21 @@ def _floors(
 
 
 def _method(requests: RequestSet, setup: Setup, live: int, unit: str) -> list[str]:
-    cluster = setup.cluster
+    cluster, timing = setup.cluster, setup.timing
     return [
         f"per request: all {requests.column} rows of the measured requests; intervals bootstrap over {unit}",
         f"per step: {setup.steps} steps a fold, {live} live requests in each of {cluster.num_groups} groups; intervals "
         f"bootstrap over steps",
+        *([timing.method(cluster, setup.steps, live, requests.column)] if timing else []),
         "signatures not shown: prompt-tokens (a trace holds no token ids), previous-turn (it holds no conversations)",
         "guard ok: equal groups, and node load at most 1.05 x linear's; other rows do not count",
     ]
+
+
+def _time_notes(requests: RequestSet, setup: Setup, live: int) -> list[str]:
+    if setup.timing is None:
+        return []
+    return setup.timing.notes(setup.cluster, requests.shape.num_layers, setup.redundant, live)
 
 
 def _layer_notes(requests: RequestSet) -> list[str]:
@@ -359,5 +380,6 @@ def _head(requests: RequestSet, setup: Setup, linear: list[Measured], live: int)
             "bootstrap_draws": setup.draws,
             "clusters": setup.options.clusters,
             "hidden": setup.hidden or requests.shape.hidden,
+            "timing": setup.timing.to_dict(cluster, setup.steps) if setup.timing else None,
         },
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moeplan.replay import Comparison, TableRow
+from moeplan.replay.split import MAX_LIVE
 from moeplan.report.compare_figures import bars_figure, gpu_load_figure, load_figure
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.trace import Trace
@@ -27,6 +28,8 @@ _KEYS = (
     ("gpu_load_ratio", "GPU load, per step", 1.0, "{:.2f}"),
     ("node_load_ratio", "node load, per step", 1.0, "{:.2f}"),
     ("experts_per_gpu", "experts touched per GPU", 1.0, "{:.2f}"),
+    ("modelled_step_ms", "modelled step, ms", 1.0, "{:.3f}"),
+    ("modelled_idle_share", "idle in it, %", 100.0, "{:.1f}"),
     ("group_size_ratio", "group size", 1.0, "{:.3f}"),
     ("group_token_ratio", "group tokens", 1.0, "{:.3f}"),
     ("expert_weight_gb_per_gpu", "expert weights, GB per GPU", 1.0, "{:.2f}"),
@@ -65,6 +68,7 @@ def compare_html(table: Comparison, trace: Trace) -> str:
         _split(table),
         _gpu_load(table, main),
         _step_load(table, main),
+        _step_time(table, main),
         _all_keys(table),
         _method(table),
     ]
@@ -72,8 +76,11 @@ def compare_html(table: Comparison, trace: Trace) -> str:
 
 
 def verdict(table: Comparison) -> str:
-    """The answer in one sentence: who lowers the remote share most among the rows that count."""
-    return _outcome(list(table.rows), "remote_share", "the remote share")
+    """The answer in one sentence: who lowers the remote share, and the step time, most among the rows that count."""
+    said = _outcome(list(table.rows), "remote_share", "the remote share")
+    if table.row("linear").figures["modelled_step_ms"].value is not None:
+        said += " " + _outcome(list(table.rows), "modelled_step_ms", "the modelled step time")
+    return said
 
 
 def _change(row: TableRow, key: str) -> str:
@@ -237,6 +244,30 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
         load_figure(known, "node_load_ratio", "node load, max / mean", "Node load per step"),
     ]
     return Section("Load in a decode step", sentence, [figure for figure in figures if figure is not None], note=note)
+
+
+def _step_time(table: Comparison, rows: list[TableRow]) -> Section | None:
+    """Only where steps were timed."""
+    timing, linear = table.head["setup"]["timing"], table.row("linear").figures
+    ms, idle = linear["modelled_step_ms"].value, linear["modelled_idle_share"].value
+    if timing is None or ms is None or idle is None:
+        return None
+    sentence = (
+        f"With linear, a decode step of {timing['model']} on {timing['hardware']} takes {ms:.2f} ms by the time model; "
+        f"for {100 * idle:.0f} % of it a GPU waits for the network or for the slowest GPU. "
+    )
+    sentence += _outcome(list(table.rows), "modelled_step_ms", "the step time")
+    figures = [
+        bars_figure(rows, table, "modelled_step_ms", "modelled decode step, ms", "Step time by strategy"),
+        bars_figure(rows, table, "modelled_idle_share", "% of the step that a GPU waits", "Idle share", 100.0),
+    ]
+    live = table.head["setup"]["live_per_group"]
+    limit = ", as many as this trace allows," if live < MAX_LIVE else ""
+    note = (
+        f"{live} live requests a group{limit} of {timing['context']:,} tokens each; "
+        f"{timing['steps']} steps a fold. Intervals are over steps; the time model's own error is not in them."
+    )
+    return Section("Time of a decode step", sentence, [figure for figure in figures if figure is not None], note=note)
 
 
 def _all_keys(table: Comparison) -> Section:

@@ -1,0 +1,216 @@
+"""Time of replayed decode steps: from counted messages, picks and distinct experts to milliseconds.
+
+Counting is `moeplan.cluster`'s and time is `moeplan.perf`'s; here they meet. This module knows nothing of traces, plans
+or the rest of the replay, so that whoever counts steps can time them: `step_times` alone needs no `Timing`.
+
+Names: S steps, L MoE layers, P GPUs, B live requests of one group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.cluster import Cluster, Dispatch, Home
+from moeplan.embedded import MODEL, WORD, named
+from moeplan.errors import MoeplanError, PlanError, UsageError
+from moeplan.perf.hardware import Hardware, hardware
+from moeplan.perf.memory import Parallel, Precision, memory
+from moeplan.perf.models import ModelSpec, model
+from moeplan.perf.routing import replayed
+from moeplan.perf.step import decode_step
+from moeplan.types import ModelShape
+
+__all__ = ["CONTEXT", "TIMED_STEPS", "StepTimes", "Timing", "parallel_of", "step_times", "timing_of"]
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Tokens that each live request holds, unless said otherwise: as `estimate` has it.
+CONTEXT = 4096
+#: Steps of each fold that are timed: messages of a whole step are kept for it, and step times differ little.
+TIMED_STEPS = 50
+
+
+class StepTimes(NamedTuple):
+    """ms: float64 [S], of each step. idle_share: float64 [S], share of it in which a GPU waits, mean over GPUs."""
+
+    ms: FloatArray
+    idle_share: FloatArray
+
+
+def step_times(
+    cluster: Cluster, mode: Dispatch, spec: ModelSpec, machine: Hardware, links: npt.ArrayLike, picks: npt.ArrayLike,
+    touched: npt.ArrayLike, *, context: int = CONTEXT,
+) -> StepTimes:  # fmt: skip
+    """Decode steps as `moeplan.cluster.step_messages` counted them, timed by `moeplan.perf.step.decode_step`.
+
+    All steps have as many tokens; B follows from the picks. Weights are in the checkpoint's dtypes, the KV cache in
+    bf16, without two-batch overlap. Where fewer layers were counted than the model has MoE layers, their mean stands
+    for each of the others.
+
+    Args:
+        spec, machine: `moeplan.perf.models.model("..")` and `moeplan.perf.hardware.hardware("..")`.
+        links: [S, L, P, P], messages from GPU to GPU in dispatch. picks, touched: [S, L, P].
+        context: tokens that each request holds before the step.
+
+    Raises:
+        PlanError, UsageError: a set-up that cannot be (see `Timing.check` for the words of a command line).
+    """
+    assert spec.moe is not None
+    links, picks, touched = np.asarray(links), np.asarray(picks), np.asarray(touched)
+    batch = float(picks.sum()) / np.prod(picks.shape[:2]) / spec.moe.top_k / cluster.num_groups
+    whole = picks.shape[1] == len(spec.moe.layers)
+    if not whole:  # each layer as a step of which all layers are alike; then the mean over layers
+        links, picks, touched = links[:, :, None], picks[:, :, None], touched[:, :, None]
+    parallel = parallel_of(cluster, spec)
+    slots = (spec.moe.experts + parallel.redundant) / cluster.num_gpus  # no part of a whole batch's time
+    routing = replayed(picks, touched, links, gpus_per_node=cluster.gpus_per_node, slots=slots)
+    step = decode_step(
+        spec, machine, parallel, Precision.of_checkpoint(spec), batch, context, routing=routing, mode=mode,
+        gpus_per_node=cluster.gpus_per_node,
+    )  # fmt: skip
+    seconds, waiting = np.asarray(step.seconds, np.float64), np.asarray(step.waiting, np.float64)
+    if not whole:
+        seconds, waiting = seconds.mean(axis=1), waiting.mean(axis=1)
+    return StepTimes(seconds * 1e3, waiting / seconds)
+
+
+def parallel_of(cluster: Cluster, spec: ModelSpec, redundant: int | None = None) -> Parallel:
+    """Attention is split over the GPUs of a home; every home is a data-parallel rank; all GPUs share the experts.
+
+    Args:
+        redundant: extra slots; None: as few as make the slots divide. The time of counted steps does not depend on it.
+    """
+    gpus = cluster.num_gpus
+    if redundant is None:
+        redundant = -spec.moe.experts % gpus if spec.moe else 0
+    return Parallel(tp=cluster.gpus_per_home, dp=cluster.num_groups, ep=gpus, redundant=redundant)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What replayed steps are timed with.
+
+    Attributes:
+        spec: the model. machine: the accelerator, in the cluster's nodes. context: tokens that each live request holds.
+        steps: how many steps of each fold are timed: the first ones, since every step is an independent draw.
+    """
+
+    spec: ModelSpec
+    machine: Hardware
+    context: int = CONTEXT
+    steps: int = TIMED_STEPS
+
+    def check(self, shape: ModelShape, cluster: Cluster, mode: Dispatch) -> None:
+        """Refuse a model that is not the trace's, and a set-up that cannot be.
+
+        Raises:
+            UsageError: no or other experts, picks or hidden size; more layers in the trace than in the model; dtypes
+                that are not known. PlanError: attention that cannot be split over a home.
+        """
+        spec, moe = self.spec, self.spec.moe
+        mend = "give the --model that the trace was recorded from"
+        if moe is None:
+            raise UsageError(f"{spec.name} has no experts", mend=mend)
+        pairs = [("experts", shape.num_experts, moe.experts), ("picks per token", shape.top_k, moe.top_k)]
+        pairs += [("hidden size", shape.hidden, spec.hidden)] if shape.hidden else []
+        for label, ours, theirs in pairs:
+            if ours != theirs:
+                raise UsageError(f"the trace and {spec.name} differ in {label}: {ours} and {theirs}", mend=mend)
+        if shape.num_layers > len(moe.layers):
+            what = f"the trace has {shape.num_layers} MoE layers, but {spec.name} {len(moe.layers)}"
+            raise UsageError(what, mend=mend)
+        if spec.checkpoint is None:
+            raise UsageError(
+                f"the configuration of {spec.name} does not tell its weights' dtype",
+                mend="describe the model in the catalogue's form (docs/catalogue.md), with its checkpoint",
+            )
+        if self.context < 1:
+            raise UsageError(f"--context {self.context} is not positive")
+        try:
+            decode_step(
+                spec, self.machine, parallel_of(cluster, spec), Precision.of_checkpoint(spec), 1, self.context,
+                mode=mode, gpus_per_node=cluster.gpus_per_node,
+            )  # fmt: skip
+        except PlanError as error:
+            if cluster.home is not Home.NODE:
+                raise
+            raise PlanError(
+                f"--home node splits attention over the {cluster.gpus_per_node} GPUs of a node, but {error.what}",
+                mend="time it with other --gpus-per-node, or with --home gpu",
+            ) from None
+
+    def times(self, cluster: Cluster, mode: Dispatch, links: Any, picks: Any, touched: Any) -> StepTimes:
+        """`step_times` of this model, hardware and context."""
+        return step_times(cluster, mode, self.spec, self.machine, links, picks, touched, context=self.context)
+
+    def notes(self, cluster: Cluster, layers: int, redundant: int, live: int) -> list[str]:
+        """What a reader must know before any time: layers that were not recorded, memory that does not suffice."""
+        spec, parallel = self.spec, parallel_of(cluster, self.spec, redundant)
+        out, held = [], len(spec.moe.layers) if spec.moe else 0
+        if layers < held:
+            out.append(
+                f"times: the trace gives {layers} of {spec.name}'s {held} MoE layers; their mean stands for each of "
+                "the others"
+            )
+        need = memory(
+            spec, self.machine, parallel, Precision.of_checkpoint(spec), batch=live, context=self.context
+        )  # fmt: skip
+        if not need.fits:
+            out.append(
+                f"times are of a set-up that does not fit: {live} requests of {self.context:,} tokens a group take "
+                f"{need.used / 1e9:.1f} GB of a GPU's {need.usable / 1e9:.1f} GB"
+            )
+        return out
+
+    def method(self, cluster: Cluster, steps: int, live: int, rows: str) -> str:
+        """One line: what the times are of."""
+        parallel, precision = parallel_of(cluster, self.spec), Precision.of_checkpoint(self.spec)
+        return (
+            f"times: decode of {self.spec.name} on {self.machine.name}, dp {parallel.dp} x tp {parallel.tp}, experts "
+            f"over {parallel.ep} GPUs, {precision.weights} weights, {precision.experts or precision.weights} experts, "
+            f"{live} requests of {self.context:,} tokens a group; {min(self.steps, steps)} steps a fold with their "
+            f"routing ({rows} rows), by the time model of docs/accuracy.md"
+        )
+
+    def to_dict(self, cluster: Cluster, steps: int) -> dict[str, Any]:
+        """Plain values for JSON."""
+        parallel, precision = parallel_of(cluster, self.spec), Precision.of_checkpoint(self.spec)
+        return {
+            "model": self.spec.name, "hardware": self.machine.name, "context": self.context,
+            "steps": min(self.steps, steps), "tp": parallel.tp, "dp": parallel.dp, "ep": parallel.ep,
+            "weights": precision.weights, "experts": precision.experts or precision.weights, "kv": precision.kv,
+        }  # fmt: skip
+
+
+def timing_of(
+    shape: ModelShape, cluster: Cluster, mode: Dispatch, machine: str, name: str | None = None, context: int = CONTEXT
+) -> Timing:
+    """From names as on the command line, checked.
+
+    Args:
+        machine: of the hardware catalogue. name: a model of the catalogue, a config.json, or `embedded`; None: the
+            model by which the trace calls itself.
+
+    Raises:
+        UsageError: unknown names, or as in `Timing.check`. FormatError: a file that does not describe a model.
+    """
+    place = named(name or shape.name, MODEL)
+    try:
+        spec = model(place)
+    except MoeplanError:
+        if name is not None:
+            raise
+        raise UsageError(
+            f'the trace\'s model "{shape.name[:80]}" is not in the catalogue',
+            mend="give --model with a name of the catalogue, or the path of its config.json",
+        ) from None
+    if place == MODEL:
+        spec = dataclasses.replace(spec, name=WORD)
+    timing = Timing(spec, hardware(machine), context)
+    timing.check(shape, cluster, mode)
+    return timing
