@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: Modules with a `bench() -> list[(label, result)]`.
-MODULES = ("counting", "replay", "profile_memory", "paper", "record_overhead")
+MODULES = ("counting", "replay", "planning", "profile_memory", "paper", "record_overhead", "time_accuracy")
 
 
 def machine() -> str:

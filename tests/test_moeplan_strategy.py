@@ -319,3 +319,18 @@ def test_every_home_rule_and_mode(mode: Dispatch, home: Home, rule: ReplicaRule)
     by_gpu = result.placement.slots.reshape(len(result.placement.slots), 4, -1)
     assert all(len(set(gpu.tolist())) == gpu.size for layer in by_gpu for gpu in layer)
     assert result.router.scores(task.signature).shape == (40, cluster.num_groups)
+
+
+def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
+    """With a cost that counts messages alone, and one that counts the busiest GPU alone."""
+    requests = read_requests(trace)
+    task = fit_problem(requests, Setup(Cluster(4, 2), (), redundant=8), np.arange(0, 600, 2))
+    said = []
+    for cost in (lambda links, picks, touched: float(links.sum()), lambda links, picks, touched: float(picks.max())):
+        options = Options(objective="time", cost=cost)
+        result = solve(dataclasses.replace(task, options=options), "moeplan", 0)
+        said.append(next(note for note in result.notes if "it is" in note))
+    assert "bytes it is" in said[0]
+    assert "linear" in said[1] and "linear it is" not in said[1]
+    with pytest.raises(moeplan.MoeplanError, match="what a step costs"):
+        Options(objective="time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,15 +22,30 @@ from moeplan.cli.common import (
 from moeplan.errors import OutputError, PlanError, UsageError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from moeplan.cluster import Cluster, Dispatch
     from moeplan.plan import RequestSet, Result
     from moeplan.plan.store import StoredPlan
     from moeplan.replay import Setup
     from moeplan.replay.drift import Drift
+    from moeplan.replay.timing import Timing
+
+    Array = npt.NDArray[Any]
 
 #: Flags that go with --drift; the plan says the rest.
 _WITH_DRIFT = {"start", "drift", "signature_tokens", "block", "without_layers", "seed", "json"}
 #: Flags that go with --from and --max-moves.
-_WITH_FROM = (_WITH_DRIFT - {"drift"}) | {"trace", "output", "guard", "objective", "max_moves"}
+_WITH_FROM = (_WITH_DRIFT - {"drift"}) | {
+    "trace",
+    "output",
+    "guard",
+    "objective",
+    "max_moves",
+    "hardware",
+    "model",
+    "context_tokens",
+}
 _EXPECTED = ("remote_share", "remote_nodes_per_token", "gpu_load_ratio", "node_load_ratio", "experts_per_gpu")
 
 
@@ -64,8 +80,12 @@ def register(app: typer.Typer) -> None:
             float, typer.Option("--guard", metavar="X", help="Most node load, in multiples of linear's; inf: any.")
         ] = 1.05,
         objective: Annotated[
-            str, typer.Option("--objective", metavar="O", help="bytes: locality within the guard; balance: load first.")
+            str,
+            typer.Option("--objective", metavar="O", help="bytes, balance (load first) or time (needs --hardware)."),
         ] = "bytes",
+        hardware: o.Hardware_ = None,
+        model: o.Model = None,
+        context_tokens: o.Context = None,
         max_moves: Annotated[
             int | None,
             typer.Option("--max-moves", metavar="M", help="With --from: move at most M expert copies of each layer."),
@@ -112,12 +132,14 @@ def register(app: typer.Typer) -> None:
             cluster, mode, rule, redundant = old.cluster, old.dispatch, old.rule, old.redundant
             if signature_tokens is None:
                 signature_tokens = signature_tokens_of(old)
-        options = Options(clusters, guard, objective, max_moves=max_moves or 0)
+        opened = open_trace(trace, without_layers=parse_layers(without_layers))
+        timing = o.timing_of(opened.shape, cluster, mode, hardware, model, context_tokens)
+        cost = None if timing is None else partial(_step_ms, timing, cluster, mode)
+        options = Options(clusters, guard, objective, max_moves=max_moves or 0, cost=cost)
         setup = Setup(
             cluster, (strategy,), redundant, rule, mode, fit=0.75, folds=1, seed=seed, block=block, steps=100,
-            draws=200, options=options,
+            draws=200, options=options, timing=timing,
         )  # fmt: skip
-        opened = open_trace(trace, without_layers=parse_layers(without_layers))
         check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
         if old is not None and start is not None:
             check_shape(opened.shape, old.shape, start)
@@ -176,6 +198,16 @@ def _expected(requests: RequestSet, setup: Setup, strategy: str) -> dict[str, An
     except PlanError:
         return None
     return {key: row[key] for key in _EXPECTED}
+
+
+def _step_ms(timing: Timing, cluster: Cluster, mode: Dispatch, links: Array, picks: Array, touched: Array) -> float:
+    """One step's milliseconds, for `--objective time`."""
+    from moeplan.replay.timing import step_times
+
+    times = step_times(
+        cluster, mode, timing.spec, timing.machine, links[None], picks[None], touched[None], context=timing.context
+    )  # fmt: skip
+    return float(times.ms[0])
 
 
 def _moved(old: StoredPlan, new: Result) -> dict[str, int | None]:

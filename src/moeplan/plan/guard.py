@@ -6,18 +6,23 @@ fit requests, so it replays steps of those.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Dispatch, Routes, step_messages
 from moeplan.plan.assignment import random_groups
-from moeplan.plan.problem import Problem
+from moeplan.plan.problem import Problem, StepCost
+from moeplan.types import Int32Array
 
 __all__ = ["Steps"]
 
 Int64Array = npt.NDArray[np.int64]
 
 STEPS, MOST_LIVE = 48, 128
+COSTED = 12  # steps that are costed, of the same
+Counted = tuple[Int32Array, Int32Array, Int32Array]
 
 
 class Steps:
@@ -40,15 +45,27 @@ class Steps:
 
     def node_load_ratio(self, who: Routes, group: Int64Array) -> float:
         """Busiest node over the mean of picks served, mean over steps and layers."""
+        nodes = self._problem.cluster.nodes
+        total = 0.0
+        for _, picks, _ in self._replay(who, group, Dispatch.PICK, STEPS):
+            by_node = picks.reshape(len(picks), nodes, -1).sum(axis=2)
+            total += float((by_node.max(axis=1) / by_node.mean(axis=1)).mean())
+        return total / STEPS
+
+    def mean_cost(self, who: Routes, group: Int64Array, cost: StepCost) -> float:
+        """What a step costs, by the dispatch mode of the problem, mean over a few steps."""
+        steps = self._replay(who, group, self._problem.dispatch, COSTED)
+        return float(np.mean([cost(*counted) for counted in steps]))
+
+    def _replay(self, who: Routes, group: Int64Array, mode: Dispatch, steps: int) -> Iterator[Counted]:
+        """Messages [L, P, P], picks and distinct experts [L, P] of each step; the arrays are reused."""
         cluster = self._problem.cluster
         members = [np.flatnonzero(group == d) for d in range(cluster.num_groups)]
         live = min(self._live, *(len(of) for of in members))
         sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
         indices = np.tile(np.arange(live), cluster.num_groups)
-        total, buffer = 0.0, None
-        for key, row in zip(self._key, self._row, strict=True):
+        buffer = None
+        for key, row in zip(self._key[:steps], self._row[:steps], strict=True):
             rows = np.concatenate([row[of[np.argsort(key[of], kind="stable")[:live]]] for of in members])
-            buffer = step_messages(who, Dispatch.PICK, self._problem.stream.experts, rows, sources, indices, buffer)
-            by_node = buffer[1].reshape(len(buffer[1]), cluster.nodes, -1).sum(axis=2)
-            total += float((by_node.max(axis=1) / by_node.mean(axis=1)).mean())
-        return total / len(self._key)
+            buffer = step_messages(who, mode, self._problem.stream.experts, rows, sources, indices, buffer)
+            yield buffer

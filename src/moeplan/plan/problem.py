@@ -15,11 +15,13 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.plan.router import Router
 from moeplan.types import Int32Array, ModelShape
 
-__all__ = ["GUARD", "OBJECTIVES", "Decision", "Options", "Problem", "Strategy", "Stream"]
+__all__ = ["GUARD", "OBJECTIVES", "Decision", "Options", "Problem", "StepCost", "Strategy", "Stream"]
 
 #: A row is guarded, and counts, when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
-OBJECTIVES = ("bytes", "balance")
+OBJECTIVES = ("bytes", "balance", "time")
+#: Milliseconds of a step, from its messages [L, P, P], picks and distinct experts [L, P].
+StepCost = Callable[[Int32Array, Int32Array, Int32Array], float]
 
 Counts = npt.NDArray[np.uint32]
 
@@ -45,8 +47,10 @@ class Options:
     Attributes:
         clusters: K of the `paper` strategy; None picks it on the fit requests.
         guard: most that `moeplan` lets node_load_ratio be, in multiples of linear's; infinite to leave load alone.
-        objective: what `moeplan` weighs: bytes (locality, load within the guard) or balance (load first).
+        objective: what `moeplan` weighs: bytes (locality, load within the guard), balance (load first), or
+            time (the one of several such plans whose steps cost least).
         without: parts of `moeplan` to leave out, for ablations (`moeplan.plan.joint.PARTS`).
+        cost: what `time` goes by.
         max_moves: most copies of a layer that may be elsewhere than in the problem's old plan.
     """
 
@@ -55,6 +59,7 @@ class Options:
     objective: str = "bytes"
     without: tuple[str, ...] = ()
     max_moves: int = 0
+    cost: StepCost | None = None
 
     def __post_init__(self) -> None:
         if self.clusters is not None and self.clusters < 1:
@@ -63,6 +68,8 @@ class Options:
             raise UsageError(f"--guard {self.guard:g} is below 1", mend=f"e.g. {GUARD:g}, or inf to leave load alone")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if self.objective == "time" and self.cost is None:
+            raise UsageError("--objective time needs to know what a step costs", mend="give --hardware and --model")
         if self.max_moves < 0:
             raise UsageError(f"--max-moves {self.max_moves} is negative")
 

@@ -9,26 +9,32 @@ replayed on the fit requests keep the guard.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.cluster import routes
-from moeplan.errors import UsageError
+from moeplan.cluster import Routes, routes
+from moeplan.errors import PlanError, UsageError
 from moeplan.plan.guard import Steps
 from moeplan.plan.joint import BY, PARTS, Planner, State
 from moeplan.plan.packing import slots_from_nodes
-from moeplan.plan.problem import Decision, Problem, Strategy
+from moeplan.plan.problem import Decision, Problem, Strategy, Stream
 from moeplan.plan.served import Prices
 from moeplan.plan.strategies.affinity import affinity
+from moeplan.plan.strategies.eplb import eplb
 from moeplan.plan.strategies.linear import linear
 from moeplan.plan.strategies.paper import place_by_use
 from moeplan.types import Int32Array, Placement
 
 __all__ = ["PARTS"]
 
+MOST = 2000  # fit requests that are planned on: more tell little more
 TRIAL, ROUNDS = 3, 8  # rounds of each start, and of the best of them
 #: The first price of uneven nodes, and that of uneven GPUs where a node has several, by objective.
-PRICES: dict[str, Prices] = {"bytes": (0.02, 0.2), "balance": (2.0, 2.0)}
+PRICES: dict[str, Prices] = {"bytes": (0.02, 0.2), "both": (0.2, 1.0), "balance": (2.0, 2.0)}
 DEARER, RAISES, HALVINGS = 2.0, 8, 3  # how the first price rises while the guard is broken, and halves its last rise
 MARGIN = 0.99  # of the guard, since unseen requests will not load nodes quite as the fit requests do
 
@@ -38,10 +44,68 @@ def moeplan(problem: Problem, seed: int) -> Decision:
     for part in problem.options.without:
         if part not in PARTS:
             raise UsageError(f"moeplan has no part {part!r} to leave out", mend=f"one of {', '.join(PARTS)}")
+    whole = len(problem.use)
+    if whole > MOST:
+        problem = _sample(problem, seed)
     planner = Planner(problem, seed)
     if planner.room >= problem.shape.num_experts and problem.old is None:
         return _everything_everywhere(problem, planner)
-    prices = PRICES[problem.options.objective]
+    if problem.options.objective == "time":
+        state, notes = _cheapest(planner)
+    else:
+        state, notes = _plan(planner, PRICES[problem.options.objective])
+    if whole > MOST:
+        notes = (*notes, f"moeplan: planned on {MOST} of {whole} fit requests, drawn by seed")
+    return Decision(state.slots.astype(np.int32), state.router, notes)
+
+
+def _sample(problem: Problem, seed: int) -> Problem:
+    """The same with `MOST` of its requests."""
+    chosen = np.sort(np.random.default_rng([seed, 0x5A]).choice(len(problem.use), MOST, replace=False))
+    stream = problem.stream
+    if len(stream.experts):
+        stream = Stream(stream.experts, stream.starts[chosen], stream.stops[chosen])
+    return dataclasses.replace(problem, use=problem.use[chosen], signature=problem.signature[chosen], stream=stream)
+
+
+def _cheapest(planner: Planner) -> tuple[State, tuple[str, ...]]:
+    """Of plans at several prices of load, and of `linear` and `eplb` with a router of ours, the one whose steps,
+    replayed on the fit requests, cost least. (More copies touched are more weights read: that can cost more than the
+    messages that they save.)"""
+    problem, cost = planner.problem, planner.problem.options.cost
+    if cost is None or not len(problem.stream.experts):
+        raise PlanError("--objective time needs token rows to replay", mend="use a trace that is not of sums")
+    steps = Steps(problem, planner.seed)
+    best, least, said = None, np.inf, []
+    made: dict[str, Callable[[], tuple[State, tuple[str, ...]]]] = {
+        name: partial(_plan, Planner(problem, planner.seed), prices) for name, prices in PRICES.items()
+    }
+    for other in (linear, eplb):
+        slots = other(problem, planner.seed).slots
+        if problem.old is None and not _twice_on_a_gpu(slots, problem.cluster.num_gpus):
+            made[other.__name__] = partial(_routed, planner, slots)
+    for name, make in made.items():
+        plan = make()
+        ms = steps.mean_cost(_routes(problem, plan[0].slots.astype(np.int32)), plan[0].group, cost)
+        said.append(f"{name} {ms:.3f}")
+        if ms < least:
+            best, least, won = plan, ms, name
+    assert best is not None
+    return best[0], (*best[1], f"moeplan: ms a step on the fit requests, {', '.join(said)}: {won} it is")
+
+
+def _routed(planner: Planner, slots: Int32Array) -> tuple[State, tuple[str, ...]]:
+    return planner.again(slots), ()
+
+
+def _twice_on_a_gpu(slots: Int32Array, gpus: int) -> bool:
+    held = np.sort(slots.reshape(len(slots), gpus, -1), axis=2)
+    return bool((np.diff(held, axis=2) == 0).any())
+
+
+def _plan(planner: Planner, prices: Prices) -> tuple[State, tuple[str, ...]]:
+    """At given first prices of uneven nodes and GPUs."""
+    problem, seed = planner.problem, planner.seed
     if problem.cluster.gpus_per_node == 1 or "gpus" in problem.options.without:
         prices = (prices[0], 0.0)
     if problem.old is not None:
@@ -51,14 +115,12 @@ def moeplan(problem: Problem, seed: int) -> Decision:
         tried = [planner.alternate(state, (prices[0], 0.0), planner.rounds(TRIAL)) for state in planner.starts()]
         best = planner.alternate(max(tried, key=lambda state: state.value).afresh(), prices, planner.rounds(ROUNDS))
     if not len(problem.stream.experts):
-        note = "moeplan: sums of requests have no rows to replay; the guard on node load was not checked"
-        return Decision(best.slots.astype(np.int32), best.router, (note,))
+        return best, ("moeplan: sums of requests have no rows to replay; the guard on node load was not checked",)
     if problem.dispatch in BY:
         planner.by_token()
         start = affinity(problem, seed).slots if problem.old is None else None
         best = planner.alternate(best.afresh(), prices, 2, start)
-    best, notes = _guarded(planner, best, prices)
-    return Decision(best.slots.astype(np.int32), best.router, notes)
+    return _guarded(planner, best, prices)
 
 
 def _everything_everywhere(problem: Problem, planner: Planner) -> Decision:
@@ -109,9 +171,13 @@ def _guarded(planner: Planner, state: State, prices: Prices) -> tuple[State, tup
 
 
 def _steps_of(problem: Problem, slots: Int32Array, steps: Steps, group: npt.NDArray[np.int64]) -> float:
+    return steps.node_load_ratio(_routes(problem, slots), group)
+
+
+def _routes(problem: Problem, slots: Int32Array) -> Routes:
     cluster = problem.cluster
     placement = Placement(slots, problem.shape.num_experts, cluster.nodes, cluster.gpus_per_node)
-    return steps.node_load_ratio(routes(placement, cluster, problem.rule), group)
+    return routes(placement, cluster, problem.rule)
 
 
 STRATEGIES = {"moeplan": Strategy(moeplan, routed=True)}

@@ -1,0 +1,98 @@
+"""How long planning takes: whole plans, re-plans of a grouping, and routing a request (`make bench`).
+
+Inputs are drawn, seeded: requests of 12 kinds with gamma-distributed use, as large as DeepSeek-V3 (58 x 256) and a
+model of 60 x 1024. The published EPLB's times on the same sizes (two cores) are those of its own code as measured
+elsewhere: 3.4 s and 9.9 s; `eplb` beside them is our arrays-at-once version of the same rule.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import numpy as np
+
+from moeplan._kernels import placing
+from moeplan.cluster import Cluster, Dispatch
+from moeplan.plan import Problem, solve
+from moeplan.plan.packing import slots_from_nodes
+from moeplan.plan.problem import Stream
+from moeplan.plan.strategies.paper import place_by_use
+from moeplan.types import ModelShape
+
+PUBLISHED_EPLB = {"58 x 256": 3.4, "60 x 1024": 9.9}
+
+
+def drawn(n: int, layers: int, experts: int, top_k: int, rows: int, redundant: int, mode: Dispatch) -> Problem:
+    """A problem of n requests of 12 kinds, and `rows` token rows (whose picks are drawn by the same use)."""
+    rng = np.random.default_rng(0)
+    kinds = rng.gamma(0.5, size=(12, layers, experts)).astype(np.float32)
+    kinds /= kinds.sum(axis=2, keepdims=True)
+    kind = rng.integers(0, 12, n)
+    use = np.empty((n, layers, experts), np.uint32)
+    signature = np.empty_like(use)
+    for i in range(n):
+        expected = kinds[kind[i]] * rng.gamma(2.0, 0.5, size=(layers, experts)).astype(np.float32)
+        expected /= expected.sum(axis=1, keepdims=True)
+        use[i], signature[i] = rng.poisson(expected * top_k * 200), rng.poisson(expected * top_k * 100)
+    each = rows // n
+    picked = np.empty((each * n, layers, top_k), np.uint8 if experts <= 256 else np.uint16)
+    for i in range(n):
+        keys = rng.exponential(size=(each, layers, experts)) / np.maximum(kinds[kind[i]], 1e-9)
+        picked[i * each : (i + 1) * each] = np.argpartition(keys, top_k, axis=2)[:, :, :top_k]
+    start = np.arange(n) * each
+    return Problem(
+        ModelShape("drawn", layers, experts, top_k), Cluster(8, 8), redundant, use, signature,
+        Stream(picked, start, start + each), dispatch=mode,
+    )  # fmt: skip
+
+
+def replan_seconds(layers: int, experts: int, redundant: int, sweeps: int) -> tuple[float, float]:
+    """Seconds of a placement with replicas for a given grouping, and its value (as `placing.improve` has it)."""
+    rng = np.random.default_rng(1)
+    use = rng.gamma(0.5, size=(layers, 1, experts)) * rng.gamma(1.0, size=(layers, 8, experts))
+    start = time.perf_counter()
+    held = place_by_use(use, (experts + redundant) // 8)
+    slots = slots_from_nodes(held, np.take_along_axis(use, held, axis=2), 8).astype(np.int64)
+    value = placing.improve(use, slots, 8, 0.02, 0.2, sweeps)
+    return time.perf_counter() - start, float(value.mean())
+
+
+def bench() -> list[tuple[str, str]]:
+    """Label and result of each timing."""
+    solve(drawn(64, 2, 256, 8, 640, 64, Dispatch.NODE), "moeplan")  # compiles
+    solve(drawn(64, 2, 256, 8, 640, 64, Dispatch.PICK), "moeplan")
+    out = []
+    for name, layers, experts, bar in (("58 x 256", 58, 256, 0.5), ("60 x 1024", 60, 1024, 1.0)):
+        seconds, value = min(replan_seconds(layers, experts, 64, 2) for _ in range(3))
+        best = replan_seconds(layers, experts, 64, 30)[1]
+        out.append(
+            (
+                f"re-plan of a grouping, {name}, 64 GPUs, 64 redundant",
+                f"{seconds:.2f} s (bar {bar:g}; published EPLB {PUBLISHED_EPLB[name]:g}); value {value:.4f}, at rest "
+                f"{best:.4f}",
+            )
+        )
+    task = drawn(10_000, 58, 256, 8, 50_000, 64, Dispatch.PICK)
+    for mode, bar in ((Dispatch.PICK, 10), (Dispatch.NODE, 30)):
+        start = time.perf_counter()
+        result = solve(Problem(**{**vars(task), "dispatch": mode}), "moeplan")
+        seconds = time.perf_counter() - start
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        out.append((f"plan {mode.value}, 58 x 256, 10,000 requests", f"{seconds:.1f} s (bar {bar}), {memory:.1f} GB"))
+    start = time.perf_counter()
+    solve(task, "eplb")
+    out.append(("our eplb on the same", f"{time.perf_counter() - start:.2f} s"))
+    one = task.signature[:1]
+    times = []
+    for _ in range(300):
+        start = time.perf_counter()
+        result.router.scores(one)
+        times.append(time.perf_counter() - start)
+    out.append(("route one request, 58 x 256, 8 groups", f"{1e6 * float(np.median(times)):.0f} us (bar 50)"))
+    return out
+
+
+if __name__ == "__main__":
+    for label, text in bench():
+        print(f"{label:60s} {text}")
