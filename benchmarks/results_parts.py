@@ -1,0 +1,91 @@
+"""Sections of docs/results.md: what signatures are worth, and what each part of the method is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from results_bars import OVER, change_of, markdown, percent
+from results_settings import ABLATED, ABLATED_AT, KEY, SOURCES, Results, Setting
+
+SIGNATURES_SAY = """
+The same placements of `moeplan` on 8 nodes, requests grouped by each kind of signature: change against `linear`, %.
+`none` is what placement gives alone; `domain` needs labels; `oracle` knows the decode and bounds what a better forecast
+could give to this placement. *Gap*: how much more leaves the node than under the oracle.
+"""
+HANDOVER_SAY = """
+Routing by prefill needs the KV cache moved to the group, where prefill ran elsewhere. Beside it the bytes between nodes
+that each decoded token saves, and after how many tokens the move has paid (sets with a recorded prefill; every request
+is charged).
+"""
+PARTS_SAY = """
+`moeplan` with one part left out (8 nodes; change against `linear`, %; mode `node` on two splits). What each part is:
+[method.md](method.md#parts).
+"""
+
+
+def signatures_section(results: Results) -> str:
+    """What each kind of signature is worth on the same placement, and what choosing after prefill costs."""
+    chosen = [s for s in results if s.guarded and not s.without and s.nodes == 8]
+    if not chosen:
+        return ""
+    kinds = (
+        ("none", "moeplan/none"),
+        ("domain", "moeplan/domain"),
+        ("prefill", "moeplan"),
+        ("oracle", "moeplan/oracle"),
+    )
+    rows, moved = [], []
+    for setting in sorted(chosen, key=lambda s: (list(SOURCES).index(s.source), s.mode != "pick", s.redundant)):
+        found, key = results[setting]["strategies"], KEY[setting.mode]
+        gap = found["moeplan"][key]["value"] / found["moeplan/oracle"][key]["value"] - 1.0
+        cells = [change_of(found[row][key]).replace(" %", "") if row in found else "-" for _, row in kinds]
+        rows.append([setting.source, f"`{setting.mode}`", str(setting.redundant), *cells, percent(gap)])
+        moved += _handover(setting, found)
+    lines = [
+        "## Signatures", "",
+        *SIGNATURES_SAY.strip().splitlines(), "",
+        *markdown(["set", "mode", "R", *(kind for kind, _ in kinds), "gap"], rows),
+    ]  # fmt: skip
+    if moved:
+        lines += [
+            "",
+            *HANDOVER_SAY.strip().splitlines(), "",
+            *markdown(["set", "mode", "R", "KV moved a request, MB", "saved a token, KB", "pays after, tokens"], moved),
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _handover(setting: Setting, found: dict[str, Any]) -> Iterator[list[str]]:
+    kv = found["moeplan"]["kv_handover_bytes_per_request"]
+    if kv["value"] is None or kv.get("break_even_decode_tokens") is None:
+        return
+    sent = [found[name]["inter_node_bytes_per_token"]["value"] for name in ("linear", "moeplan")]
+    yield [
+        setting.source, f"`{setting.mode}`", str(setting.redundant), f"{kv['value'] / 1e6:.2f}",
+        f"{(sent[0] - sent[1]) / 1e3:.0f}", f"{kv['break_even_decode_tokens']:.0f}",
+    ]  # fmt: skip
+
+
+def parts_section(ablated: Results, parts: Sequence[str]) -> str:
+    """What is lost when a part of the method is left out."""
+    if not parts or not ablated:
+        return ""
+    lines = [
+        "## Parts of the method", "",
+        *PARTS_SAY.strip().splitlines(), "",
+    ]  # fmt: skip
+    for name in ABLATED:
+        own = {(s.mode, s.redundant, s.without): f["strategies"] for s, f in ablated.items() if s.source == name}
+        if not own:
+            continue
+        rows = []
+        for without in ((), *((part,) for part in parts)):
+            cells = []
+            for mode, extra in ABLATED_AT:
+                row = own[mode, extra, without]["moeplan"]
+                cells.append(change_of(row[KEY[mode]]).replace(" %", "") + ("" if row["guarded"] else OVER))
+            rows.append([f"without `{without[0]}`" if without else "**whole**", *cells])
+        head = [name, *(f"`{mode}`, R = {extra}" for mode, extra in ABLATED_AT)]
+        lines += [*markdown(head, rows), ""]
+    return "\n".join(lines)
