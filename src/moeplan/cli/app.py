@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 #: One module each, in the order of the way of the data. Adding a verb is adding a file and its name here.
-VERBS = ("demo", "record", "import_", "generate", "profile", "plan", "compare", "replay", "estimate")
+VERBS = ("demo", "record", "import_", "generate", "profile", "plan", "compare", "replay", "estimate", "sweep", "size")
 
 
 @app.callback(invoke_without_command=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -220,7 +221,7 @@ def kv_bytes(
         layers: only those in [first, last), as a pipeline stage has them.
     """
     first, last = layers or (0, spec.layers)
-    full = sum(first <= i < last for i in spec.full_layers)
+    full = bisect_left(spec.full_layers, last) - bisect_left(spec.full_layers, first)
     others = last - first - full
     out = full * context * _layer_kv(spec, dtype, tp)
     if spec.linear is not None:

@@ -15,7 +15,7 @@ from moeplan.perf.constants import Constants, constants
 from moeplan.perf.memory import memory
 from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated
 
-__all__ = ["KNOBS", "MOST", "changed", "elasticities", "improvements"]
+__all__ = ["KNOBS", "MOST", "WORSE", "changed", "elasticities", "improvements"]
 
 #: The largest factor by which an improvement is sought.
 MOST = 1000.0
@@ -31,7 +31,7 @@ KNOBS = {
     "scale_out_latency": "scale-out latency",
     "overhead": "launches and engine",
 }
-_WORSE = ("scale_up_latency", "scale_out_latency", "overhead")
+WORSE = ("scale_up_latency", "scale_out_latency", "overhead")
 
 
 def changed(layout: Layout, knob: str, factor: float) -> Layout:
@@ -70,28 +70,29 @@ def _slower(c: Constants, factor: float) -> Constants:
 def elasticities(layout: Layout, load: Load, each: int, step: float = 0.05) -> dict[str, dict[str, float]]:
     """{knob: {ttft, tpot, requests: per cent of change for one per cent more of the knob}}.
 
-    Central differences of the logarithms over +-`step`. `requests`: how many a rank's memory holds.
+    Of the times, central differences of the logarithms over +-`step`. `requests`: how many the memory holds. Capacity
+    changes no time of requests that fit, and nothing else changes how many fit.
     """
     out = {}
     for knob in KNOBS:
-        more, less = (changed(layout, knob, factor) for factor in (1 + step, 1 / (1 + step)))
-        ends = [aggregated(end, load, each) if knob != "capacity" else None for end in (more, less)]
-        ratio = {"ttft": 1.0, "tpot": 1.0, "requests": 1.0}
-        if ends[0] is not None and ends[1] is not None:
-            ratio["ttft"], ratio["tpot"] = ends[0].ttft_s / ends[1].ttft_s, ends[0].tpot_s / ends[1].tpot_s
-        else:  # it changes no time of requests that fit
-            ratio["requests"] = _room(more, load) / _room(less, load)
-        out[knob] = {name: math.log(value) / (2 * math.log(1 + step)) for name, value in ratio.items()}
+        out[knob] = {"ttft": 0.0, "tpot": 0.0, "requests": 0.0}
+        if knob == "capacity":
+            out[knob]["requests"] = _by_capacity(layout, load)
+            continue
+        more, less = (aggregated(changed(layout, knob, by), load, each) for by in (1 + step, 1 / (1 + step)))
+        width = 2 * math.log(1 + step)
+        out[knob]["ttft"] = math.log(more.ttft_s / less.ttft_s) / width
+        out[knob]["tpot"] = math.log(more.tpot_s / less.tpot_s) / width
     return out
 
 
-def _room(layout: Layout, load: Load) -> float:
-    """Memory beside weights and one prefill step: what requests can fill."""
-    held = memory(
+def _by_capacity(layout: Layout, load: Load) -> float:
+    """Usable memory over what weights and one prefill step leave of it."""
+    alone = memory(
         layout.spec, layout.hardware, layout.parallel, layout.precision, batch=0, context=load.prompt,
-        prefill_tokens=min(CHUNK, load.prompt),
+        prefill_tokens=min(CHUNK, load.prompt), mtp=load.drafts > 0 and load.module,
     )  # fmt: skip
-    return max(held.usable - held.used, 1.0)
+    return alone.usable / (alone.usable - alone.used)
 
 
 def improvements(layout: Layout, load: Load, each: int, within: Callable[[Serving], bool]) -> dict[str, float | None]:
@@ -107,7 +108,7 @@ def improvements(layout: Layout, load: Load, each: int, within: Callable[[Servin
     def meets(knobs: tuple[str, ...], factor: float) -> bool:
         better = layout
         for knob in knobs:
-            better = changed(better, knob, 1 / factor if knob in _WORSE else factor)
+            better = changed(better, knob, 1 / factor if knob in WORSE else factor)
         return within(aggregated(better, load, each))
 
     return {name: _least(partial(meets, knobs)) for name, knobs in groups.items()}

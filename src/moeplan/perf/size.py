@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from moeplan.errors import UsageError
+from moeplan.errors import PlanError, UsageError
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Memory, Precision, memory
+from moeplan.perf.memory import USABLE, Memory, Parallel, Precision, memory, weight_bytes
 from moeplan.perf.models import ModelSpec
 from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated, cost, holds
 from moeplan.perf.sweep import bound_shares, node_parts, parallels, with_overlap
@@ -139,13 +139,19 @@ def size(
         raise UsageError("requests and accelerators must be at least 1")
     per_node = gpus_per_node or hardware.scale_up_size
     before, nearest, short = _Tried(0), _NOTHING, math.inf
+    weights = float(weight_bytes(spec, Parallel(), precision, mtp=case.drafts > 0).sum())
     for gpus in cluster_sizes(per_node, most):
         if nearest.layout and gpus > BEYOND * nearest.layout.parallel.gpus:
             break
         report(gpus)
+        usable = hardware.memory_bytes * USABLE
+        if weights > gpus * usable:  # however they are spread
+            before = _Tried(gpus, why=_memory_text(weights / gpus, usable), short=weights / gpus / usable)
+            short = min(short, before.short)
+            continue
         tried = _try(spec, hardware, gpus, per_node, precision, case, requests, max(nearest.miss, 1.0))
         if tried.met:
-            if before.gpus and before.nearest is _NOTHING:  # all its layouts were worse than a smaller cluster's
+            if before.gpus and not before.why:  # all its layouts were worse than a smaller cluster's
                 before = _try(spec, hardware, before.gpus, per_node, precision, case, requests)
             answer = _answer(case, tried, usd_per_hour, watts)
             return replace(answer, smaller=before.gpus, why=before.why, smaller_miss=before.nearest.miss)
@@ -207,7 +213,7 @@ def _try(
 ) -> _Tried:  # fmt: skip
     """Layouts whose TPOT misses by more than `bound` are passed over."""
     met: list[_Candidate] = []
-    nearest, least = _NOTHING, None
+    nearest, least, passed = _NOTHING, None, False
     for layout in _layouts(spec, hardware, gpus, per_node, precision, requests):
         each = -(-requests // layout.parallel.dp)
         if each > holds(layout, case.load):
@@ -218,6 +224,7 @@ def _try(
             continue
         step = float(layout.decode(each, case.load.context, case.load).seconds)
         if step / case.accepted / case.tpot_s > min(bound, max(1.0, nearest.miss)):  # prefill only adds to it
+            passed = True
             continue
         serving = aggregated(layout, case.load, each)
         found = _Candidate(case.miss(serving), layout, each, serving)
@@ -225,14 +232,19 @@ def _try(
         if found.miss <= 1:
             met.append(found)
     short = least.used / least.usable if least else math.inf
-    return _Tried(gpus, tuple(met), nearest, _why(case, nearest.serving, least), short)
+    why = "" if passed and nearest is _NOTHING else _why(case, nearest.serving, least)
+    return _Tried(gpus, tuple(met), nearest, why, short)
 
 
 def _layouts(
     spec: ModelSpec, hardware: Hardware, gpus: int, per_node: int, precision: Precision, requests: int
 ) -> Iterator[Layout]:
-    """Layouts worth trying. Data-parallel ranks beyond the requests serve experts alone; in a dense model, nobody."""
-    for parallel in parallels(spec, gpus, per_node):
+    """Layouts worth trying. More data-parallel ranks than requests serve only experts; in a dense model, nobody."""
+    try:
+        possible = parallels(spec, gpus, per_node)
+    except PlanError:
+        return
+    for parallel in possible:
         if spec.moe is None and parallel.dp > requests:
             continue
         layout = Layout(spec, hardware, parallel, precision, gpus_per_node=per_node)
@@ -246,9 +258,13 @@ def _why(case: UseCase, serving: Serving | None, least: Memory | None) -> str:
     if serving is None:
         if least is None:
             return "no way to spread the model so far"
-        return f"memory: {least.used / 1e9:,.0f} of {least.usable / 1e9:,.0f} GB a GPU"
+        return _memory_text(least.used, least.usable)
     limits = (("TTFT", serving.ttft_s, case.ttft_s, 0), ("TPOT", serving.tpot_s, case.tpot_s, 1))
     return ", ".join(f"{name} {1e3 * value:,.{digits}f} ms" for name, value, most, digits in limits if value > most)
+
+
+def _memory_text(used: float, usable: float) -> str:
+    return f"memory: {used / 1e9:,.0f} of {usable / 1e9:,.0f} GB a GPU"
 
 
 def _memory(layout: Layout, case: UseCase, each: int) -> Memory:

@@ -20,12 +20,10 @@ from moeplan.perf.setup import default_mode
 from moeplan.perf.step import Step
 
 __all__ = [
-    "UNKNOWN_DTYPE", "Choice", "Point", "Sweep", "bound_shares", "node_parts", "parallels", "pareto", "precision_of",
-    "sweep", "with_overlap",
+    "Choice", "Point", "Sweep", "best_within", "bound_shares", "node_parts", "parallels", "pareto",
+    "precision_of", "sweep", "ways", "with_overlap",
 ]  # fmt: skip
 
-#: Weights of a model whose checkpoint is not known, as a hypothetical one's.
-UNKNOWN_DTYPE = "fp8"
 #: Columns of the narrowest part of an expert that a grouped product is worth calling for.
 TILE = 64
 #: Sweeps larger than this are a mistake more often than a wish.
@@ -70,10 +68,14 @@ class Sweep:
 
 
 def precision_of(spec: ModelSpec, weights: str | None, experts: str | None, kv: str) -> Precision:
-    """The dtypes asked for, else the checkpoint's, else `UNKNOWN_DTYPE`."""
+    """The dtypes asked for, else the checkpoint's.
+
+    Raises:
+        UsageError: an unknown dtype, or none given for a model whose checkpoint is not known.
+    """
     if weights is not None:
         return Precision(weights=weights, experts=experts, kv=kv)
-    known = Precision.of_checkpoint(spec) if spec.checkpoint else Precision(UNKNOWN_DTYPE)
+    known = Precision.of_checkpoint(spec)
     return Precision(weights=known.weights, experts=experts or known.experts, kv=kv)
 
 
@@ -228,3 +230,15 @@ def pareto(points: Sequence[Point]) -> list[Point]:
         if not front or point.per_gpu_s > front[-1].per_gpu_s:
             front.append(point)
     return front
+
+
+def best_within(points: Sequence[Point], tpot_s: float) -> Point | None:
+    """The one of most tokens per accelerator within a TPOT."""
+    return max((p for p in points if p.tpot_s <= tpot_s), key=lambda p: p.per_gpu_s, default=None)
+
+
+def ways(layout: Layout) -> str:
+    """How a layout spreads a model, in words: "dp 72 ep 72 overlap"."""
+    p = layout.parallel
+    text = " ".join(f"{name} {getattr(p, name)}" for name in ("tp", "dp", "ep", "pp") if getattr(p, name) > 1)
+    return (text or "one GPU") + (" overlap" if layout.overlap else "")

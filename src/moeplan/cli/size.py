@@ -1,0 +1,326 @@
+"""`moeplan size`: the smallest cluster that a use needs, per hardware, and what would have to improve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeplan.cli.common import JsonOption, Progress, check_places, claim_stdout, emit_json, progress, say
+from moeplan.cli.sweep import aligned, layout_facts, machines
+from moeplan.errors import UsageError
+
+if TYPE_CHECKING:
+    from moeplan.perf.models import ModelSpec
+    from moeplan.perf.size import Sized, UseCase
+
+
+class UseCaseChoice(StrEnum):
+    """The four use cases of GenZ's paper, or all of them."""
+
+    qa = "qa"
+    summarise = "summarise"
+    chat = "chat"
+    code = "code"
+    all = "all"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+
+    @app.command(help="The smallest cluster of each hardware for a use case and its limits, and what bounds it.")
+    def size(
+        model: Annotated[str, typer.Option("--model", help="A name of the catalogue, or a config.json.")],
+        hardware: Annotated[
+            str, typer.Option("--hardware", metavar="A,B,..", help="Names of the catalogue, or all.")
+        ] = "all",
+        use_case: Annotated[
+            UseCaseChoice | None, typer.Option("--use-case", help="Lengths, beams and limits of a use case.")
+        ] = None,
+        prompt: Annotated[int | None, typer.Option("--prompt", metavar="N", help="Tokens of a prompt.")] = None,
+        output_tokens: Annotated[int | None, typer.Option("--output", metavar="N", help="Tokens of an answer.")] = None,
+        beams: Annotated[int | None, typer.Option("--beams", metavar="N", help="Beams of a request.")] = None,
+        ttft: Annotated[float | None, typer.Option("--ttft", metavar="MS", help="Limit: time to first token.")] = None,
+        tpot: Annotated[
+            float | None, typer.Option("--tpot", metavar="MS", help="Limit: time per output token.")
+        ] = None,
+        requests: Annotated[
+            int, typer.Option("--requests", metavar="N", help="Requests at a time that it must serve.")
+        ] = 1,
+        max_gpus: Annotated[int, typer.Option("--max-gpus", metavar="N", help="Largest cluster tried.")] = 8192,
+        gpus_per_node: Annotated[
+            int | None,
+            typer.Option(
+                "--gpus-per-node", metavar="G", help="GPUs that the fast network joins [default: the hardware's]."
+            ),
+        ] = None,
+        sensitivity: Annotated[
+            bool, typer.Option("--sensitivity", help="Also how TTFT and TPOT answer to each part of the hardware.")
+        ] = False,
+        mtp: Annotated[
+            int, typer.Option("--mtp", metavar="N", help="Draft tokens per step, by the model's own module.")
+        ] = 0,
+        accepted: Annotated[
+            float | None,
+            typer.Option("--accepted", metavar="X", help="Tokens that a step yields [default: 1 + 0.8 x drafts]."),
+        ] = None,
+        weights: Annotated[
+            str | None, typer.Option("--weights", help="Dtype of matrices [default: the checkpoint's].")
+        ] = None,
+        experts: Annotated[
+            str | None, typer.Option("--experts", help="Dtype of routed experts [default: as published].")
+        ] = None,
+        kv: Annotated[str, typer.Option("--kv", help="Dtype of the KV cache: bf16 or fp8.")] = "bf16",
+        usd_per_hour: Annotated[
+            float | None, typer.Option("--usd-per-hour", help="Of one GPU [default: the catalogue's].")
+        ] = None,
+        watts: Annotated[float | None, typer.Option("--watts", help="Of one GPU [default: the catalogue's].")] = None,
+        hardware_file: Annotated[
+            Path | None, typer.Option("--hardware-file", metavar="JSON", help="More hardware, or other prices.")
+        ] = None,
+        json: JsonOption = None,
+        output: Annotated[
+            str | None, typer.Option("-o", "--html", metavar="HTML", help="Also write a page with figures.")
+        ] = None,
+    ) -> None:
+        claim_stdout(json)
+        check_places(output, json)
+        from moeplan.perf.models import model as find_model
+        from moeplan.perf.size import size as run
+        from moeplan.perf.sweep import precision_of
+
+        spec, found = find_model(model), machines(hardware, hardware_file, usd_per_hour, watts, gpus_per_node)
+        yields = 1 + 0.8 * mtp if accepted is None else accepted
+        cases = [
+            replace(case, drafts=mtp, accepted=yields)
+            for case in _cases(use_case, prompt, output_tokens, beams, ttft, tpot)
+        ]
+        if requests < 1 or max_gpus < 1:
+            raise UsageError("--requests and --max-gpus must be at least 1")
+        if mtp and not spec.mtp_layers:
+            raise UsageError(f"{spec.name} has no module for multi-token prediction", mend="leave --mtp out")
+        precision = precision_of(spec, weights, experts, kv)
+        for case in cases:
+            _ = case.load  # refuses what cannot be, before any work
+        asked = [(case, machine) for case in cases for machine in found]
+        answers: list[Sized] = []
+        with progress("size") as report:
+            for done, (case, machine) in enumerate(asked):
+                at = partial(_at, report, done, len(asked), f"{case.name}, {machine.name}")
+                answers.append(
+                    run(
+                        spec, machine, case, precision, requests=requests, most=max_gpus, gpus_per_node=gpus_per_node,
+                        usd_per_hour=usd_per_hour, watts=watts, report=at,
+                    )
+                )  # fmt: skip
+        dtypes = f"{precision.weights} weights, {precision.kv} KV cache"
+        facts: dict[str, Any] = {"model": spec.name, "requests": requests, "max_gpus": max_gpus, "use_cases": {}}
+        for case in cases:
+            mine = [answer for answer in answers if answer.case is case]
+            facts["use_cases"][case.name] = _show(spec, case, mine, requests, dtypes, sensitivity)
+        emit_json(json, facts)
+        if output is not None:
+            from moeplan.report.perf_page import write_size_page
+
+            write_size_page(Path(output), spec, answers, dtypes, requests)
+            say(f"wrote {output}")
+        if any(not any(a.meets for a in answers if a.case is case) for case in cases):
+            raise typer.Exit(1)
+
+
+def _at(report: Progress, done: int, total: int, what: str, gpus: int) -> None:
+    report(done, total, f"{what} x {gpus}")
+
+
+def _cases(
+    name: UseCaseChoice | None, prompt: int | None, output: int | None, beams: int | None, ttft: float | None,
+    tpot: float | None,
+) -> list[UseCase]:  # fmt: skip
+    """The use cases asked for, each with what the flags change of it."""
+    from moeplan.perf.size import USE_CASES, UseCase
+
+    for flag, value in (
+        ("--prompt", prompt),
+        ("--output", output),
+        ("--beams", beams),
+        ("--ttft", ttft),
+        ("--tpot", tpot),
+    ):
+        if value is not None and not value > 0:
+            raise UsageError(f"{flag} {value:g} is not above 0")
+    if name is None:
+        if prompt is None or output is None or ttft is None or tpot is None:
+            raise UsageError(
+                "the use is not known", mend="give --use-case, or --prompt, --output, --ttft and --tpot (milliseconds)"
+            )
+        return [UseCase("own", prompt, output, beams or 1, ttft / 1e3, tpot / 1e3, "limits as given")]
+    listed = list(USE_CASES.values()) if name is UseCaseChoice.all else [USE_CASES[name.value]]
+    return [
+        replace(
+            case,
+            prompt=prompt or case.prompt,
+            output=output or case.output,
+            beams=beams or case.beams,
+            ttft_s=ttft / 1e3 if ttft else case.ttft_s,
+            tpot_s=tpot / 1e3 if tpot else case.tpot_s,
+            source="limits as given" if ttft and tpot else case.source + (", or as given" if ttft or tpot else ""),
+        )
+        for case in listed
+    ]
+
+
+def _show(
+    spec: ModelSpec, case: UseCase, answers: list[Sized], requests: int, dtypes: str, sensitivity: bool
+) -> dict[str, Any]:
+    """One use case for people; returns its JSON."""
+    from moeplan.perf.sensitivity import KNOBS, elasticities, improvements
+
+    say(
+        f"{spec.name}, {case.name}: {case.prompt:,} tokens in, {case.output:,} out, {case.beams} beam"
+        f"{'s' * (case.beams > 1)}; {requests} request{'s' * (requests > 1)} at a time; {dtypes}"
+    )
+    say(f"TTFT within {1e3 * case.ttft_s:g} ms, TPOT within {1e3 * case.tpot_s:g} ms ({case.source})")
+    say()
+    for line in _table(answers):
+        say(line)
+    out: dict[str, Any] = {"case": _case_facts(case), "hardware": {}}
+    missed = [a for a in answers if not a.meets]
+    helps = {id(a): improvements(a.layout, case.load, a.each, lambda s: case.miss(s) <= 1) for a in missed if a.layout}
+    if missed:
+        say()
+    for answer in missed:
+        say(_missed(answer, helps.get(id(answer), {})))
+    close = [f"{a.hardware.name}" for a in answers if a.close]
+    if close:
+        say()
+        say(f"within the model's error of about 15 %, a size more or less: {', '.join(close)}")
+    changes = {id(a): elasticities(a.layout, case.load, a.each) for a in answers if a.layout and sensitivity}
+    if changes:
+        say()
+        for line in _sensitivity([(a, changes[id(a)]) for a in answers if id(a) in changes], KNOBS):
+            say(line)
+    for answer in answers:
+        facts = _facts(answer)
+        if id(answer) in helps:
+            facts["would_need"] = helps[id(answer)]
+        if id(answer) in changes:
+            facts["elasticities"] = changes[id(answer)]
+        out["hardware"][answer.hardware.name] = facts
+    say()
+    return out
+
+
+def _table(answers: list[Sized]) -> list[str]:
+    """One line per hardware, of the smallest cluster that keeps the limits."""
+    from moeplan.perf.sweep import ways
+
+    rows = []
+    for a in answers:
+        if not a.meets or a.layout is None or a.serving is None or a.full is None:
+            rows.append([a.hardware.name, "none", f"of up to {a.tried:,}", *[""] * 8])
+            continue
+        rows.append(
+            [
+                a.hardware.name, f"{a.layout.parallel.gpus:,}", ways(a.layout), f"{1e3 * a.serving.ttft_s:,.0f}",
+                f"{1e3 * a.serving.tpot_s:.1f}", f"{_first(a.bounds[1])}, {_first(a.bounds[0])}",
+                f"{a.most * a.layout.parallel.dp:,} {a.limited}", f"{a.full.output_per_s:,.1f}", f"{a.usd:,.2f}",
+                f"{a.kwh:,.2f}", f"{a.smaller:,}: {a.why}" if a.smaller else "there is none",
+            ]
+        )  # fmt: skip
+    head = ["hardware", "GPUs", "layout", "TTFT ms", "TPOT ms", "bound by", "full at", "tokens/s/GPU", "USD/M", "kWh/M"]
+    return [
+        *aligned([*head, "smaller: why not"], rows, left=(0, 2, 5, 10)),
+        "bound by: prefill, decode. full at: most requests at a time, and what limits them; after it, output tokens",
+        "with that many, and what a million of them cost",
+    ]
+
+
+def _first(shares: dict[str, float]) -> str:
+    return next(iter(shares))
+
+
+def _missed(a: Sized, helps: dict[str, float | None]) -> str:
+    """One line on hardware that does not do."""
+    from moeplan.perf.sensitivity import KNOBS, MOST, WORSE
+    from moeplan.perf.sweep import ways
+
+    if a.layout is None or a.serving is None:
+        return f"{a.hardware.name}: does not fit {a.tried:,} GPUs ({a.why}): {a.short:.2f} x the memory would be needed"
+    near = (
+        f"{a.hardware.name}: nearest {a.layout.parallel.gpus:,} ({ways(a.layout)}), TTFT {1e3 * a.serving.ttft_s:,.0f} "
+        f"ms, TPOT {1e3 * a.serving.tpot_s:.1f} ms"
+    )
+    known = ((key, by) for key, by in helps.items() if key in KNOBS and by)
+    alone = [f"{KNOBS[key]} {'/' if key in WORSE else 'x'} {by:.2f}" for key, by in known]
+    needs = [" or ".join(alone) or "no one thing"]
+    for key, what in (("hardware", "all of the hardware"), ("all", "hardware and overhead")):
+        by = helps.get(key)
+        needs.append(f"{what} {f'x {by:.2f}' if by else f'not even x {MOST:,.0f}'}")
+    return f"{near}; enough: {'; '.join(needs)}"
+
+
+def _sensitivity(answers: list[tuple[Sized, dict[str, dict[str, float]]]], knobs: dict[str, str]) -> list[str]:
+    """Elasticities as a table."""
+    head = ["hardware", "GPUs", "of", "FLOPs", "mem rate", "capacity", "up rate", "out rate", "up lat", "out lat"]
+    rows = []
+    for a, table in answers:
+        assert a.layout is not None
+        first = [a.hardware.name, f"{a.layout.parallel.gpus:,}"]
+        second = ["" if a.meets else "  (misses)", ""]
+        for name, start in (("ttft", first), ("tpot", second)):
+            rows.append([*start, name.upper(), *(_plain(table[knob][name]) for knob in knobs)])
+    held = ", ".join(f"{a.hardware.name} {_plain(table['capacity']['requests'])}" for a, table in answers)
+    return [
+        "sensitivity: per cent of change for one per cent more of",
+        *aligned([*head, "overhead"], rows, left=(0, 2)),
+        "up, out: links inside and between nodes. overhead: launches, small kernels, the engine between steps",
+        f"capacity changes how many requests fit instead: {held}",
+    ]
+
+
+def _plain(value: float) -> str:
+    """A figure, or nothing where nothing changes."""
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "."
+
+
+def _case_facts(case: UseCase) -> dict[str, Any]:
+    return {
+        "prompt": case.prompt,
+        "output": case.output,
+        "beams": case.beams,
+        "ttft_limit_ms": 1e3 * case.ttft_s,
+        "tpot_limit_ms": 1e3 * case.tpot_s,
+        "limits_from": case.source,
+        "drafts": case.drafts,
+        "accepted": case.accepted,
+    }
+
+
+def _facts(a: Sized) -> dict[str, Any]:
+    """One answer, as JSON."""
+    out: dict[str, Any] = {"meets": a.meets, "within_model_error": a.close, "largest_tried": a.tried}
+    if a.layout is None or a.serving is None:
+        return out | {"nearest": None, "why": a.why, "memory_needed_over_usable": a.short}
+    p = a.layout.parallel
+    out |= {
+        "cluster" if a.meets else "nearest": layout_facts(a.layout),
+        "ttft_ms": 1e3 * a.serving.ttft_s,
+        "tpot_ms": 1e3 * a.serving.tpot_s,
+        "requests": a.each * p.dp,
+        "bound_ttft": a.bounds[1],
+        "bound_tpot": a.bounds[0],
+    }
+    if not a.meets or a.full is None:
+        return out
+    return out | {
+        "most_requests": a.most * p.dp,
+        "most_requests_limited_by": a.limited,
+        "tokens_per_s_per_gpu": a.full.output_per_s,
+        "usd_per_million_tokens": a.usd,
+        "kwh_per_million_tokens": a.kwh,
+        "smaller": {"gpus": a.smaller, "why": a.why} if a.smaller else None,
+    }

@@ -1,0 +1,271 @@
+"""`moeplan sweep`: many set-ups of one model, and those that no other one beats."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
+from moeplan.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moeplan.perf.hardware import Hardware
+    from moeplan.perf.models import ModelSpec
+    from moeplan.perf.serving import Layout
+    from moeplan.perf.sweep import Point
+
+#: Rows of a front that the text shows; `--json` has all.
+SHOWN = 14
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+
+    @app.command(help="Sweep set-ups: layouts, batches, contexts; the best trade of throughput per GPU against TPOT.")
+    def sweep(
+        model: Annotated[str, typer.Option("--model", help="A name of the catalogue, or a config.json.")],
+        hardware: Annotated[str, typer.Option("--hardware", metavar="A,B,..", help="Names of the catalogue, or all.")],
+        nodes: Annotated[
+            str, typer.Option("--nodes", metavar="N,..", help="Nodes; 1 stands for parts of a node, too.")
+        ] = "1",
+        gpus: Annotated[
+            str | None, typer.Option("--gpus", metavar="N,..", help="Numbers of GPUs, instead of --nodes.")
+        ] = None,
+        gpus_per_node: Annotated[
+            int | None,
+            typer.Option(
+                "--gpus-per-node", metavar="G", help="GPUs that the fast network joins [default: the hardware's]."
+            ),
+        ] = None,
+        tp: Annotated[str | None, typer.Option("--tp", metavar="N,..", help="Only these [default: all].")] = None,
+        pp: Annotated[str | None, typer.Option("--pp", metavar="N,..", help="Only these [default: all].")] = None,
+        ep: Annotated[
+            str | None, typer.Option("--ep", metavar="N,..", help="Only these [default: all ranks of a stage, or 1].")
+        ] = None,
+        batch: Annotated[
+            str, typer.Option("--batch", metavar="N,..", help="Requests of each data-parallel rank.")
+        ] = "1,2,4,8,16,32,64,128,256,512",
+        context: Annotated[str, typer.Option("--context", metavar="N,..", help="Tokens that each holds.")] = "4096",
+        overlap: Annotated[bool, typer.Option("--overlap", help="Also with two-batch overlap.")] = False,
+        tpot: Annotated[
+            float, typer.Option("--tpot", metavar="MS", help="Limit for the set-up shown in detail.")
+        ] = 50.0,
+        weights: Annotated[
+            str | None, typer.Option("--weights", help="Dtype of matrices [default: the checkpoint's].")
+        ] = None,
+        experts: Annotated[
+            str | None, typer.Option("--experts", help="Dtype of routed experts [default: as published].")
+        ] = None,
+        kv: Annotated[str, typer.Option("--kv", help="Dtype of the KV cache: bf16 or fp8.")] = "bf16",
+        usd_per_hour: Annotated[
+            float | None, typer.Option("--usd-per-hour", help="Of one GPU [default: the catalogue's].")
+        ] = None,
+        watts: Annotated[float | None, typer.Option("--watts", help="Of one GPU [default: the catalogue's].")] = None,
+        hardware_file: Annotated[
+            Path | None, typer.Option("--hardware-file", metavar="JSON", help="More hardware, or other prices.")
+        ] = None,
+        json: JsonOption = None,
+        output: Annotated[
+            str | None, typer.Option("-o", "--output", metavar="HTML", help="Also write a page with figures.")
+        ] = None,
+    ) -> None:
+        claim_stdout(json)
+        check_places(output, json)
+        from moeplan.perf.models import model as find_model
+        from moeplan.perf.sweep import Choice, node_parts, precision_of
+        from moeplan.perf.sweep import sweep as run
+
+        spec, found = find_model(model), machines(hardware, hardware_file, usd_per_hour, watts, gpus_per_node)
+        counts = numbers("--gpus", gpus) if gpus else None
+        nodes_ = numbers("--nodes", nodes)
+        tried = []
+        for machine in found:
+            per_node = gpus_per_node or machine.scale_up_size
+            parts = node_parts(per_node) if 1 in nodes_ else []
+            tried.append((machine, counts or sorted({*parts, *(n * per_node for n in nodes_)})))
+        if not tpot > 0:
+            raise UsageError(f"--tpot {tpot:g} is not above 0", mend="give milliseconds")
+        choice = Choice(
+            *(numbers(flag, text) if text else None for flag, text in zip(_CHOICES, (tp, pp, ep), strict=True))
+        )
+        contexts = numbers("--context", context)
+        precision = precision_of(spec, weights, experts, kv)
+        start = time.perf_counter()
+        with progress("sweep") as report:
+            swept = run(
+                spec, tried, precision, batches=numbers("--batch", batch), contexts=contexts, choice=choice,
+                gpus_per_node=gpus_per_node, overlap=overlap, usd_per_hour=usd_per_hour, watts=watts, report=report,
+            )  # fmt: skip
+        seconds = time.perf_counter() - start
+        if not swept.points:
+            raise UsageError(
+                f"{spec.name} fits none of the {swept.unfit} set-ups", mend="use more GPUs, or smaller dtypes"
+            )
+        facts = _facts(spec, swept.points, swept.unfit, contexts, tpot)
+        dtypes = f"{precision.weights} weights, {precision.kv} KV cache"
+        say(
+            f"{spec.name}, decode: {len(swept.points):,} set-ups in {seconds:.1f} s, {swept.unfit:,} more do not fit; "
+            f"{dtypes}"
+        )
+        if spec.moe:
+            say("routing: uniform (no trace was given), the busiest GPU by chance alone")
+        for tokens in contexts:
+            _show([p for p in swept.points if p.context == tokens], tokens, tpot)
+        emit_json(json, facts)
+        if output is not None:
+            from moeplan.report.perf_page import write_sweep_page
+
+            write_sweep_page(Path(output), spec, swept, tpot / 1e3, dtypes)
+            say(f"wrote {output}")
+        else:
+            say("a page with figures: add -o sweep.html")
+
+
+_CHOICES = ("--tp", "--pp", "--ep")
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """'1,2,8' as numbers of at least 1, each once, rising."""
+    try:
+        found = sorted({int(item) for item in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise UsageError(f'{flag} "{text[:60]}" is not a list of numbers of at least 1', mend=f"e.g. {flag} 1,2,8")
+    return tuple(found)
+
+
+def machines(
+    names: str, file: Path | None, usd_per_hour: float | None, watts: float | None, gpus_per_node: int | None
+) -> list[Hardware]:
+    """The hardware of a list of names, or all."""
+    from moeplan.perf.hardware import hardware, hardware_names
+
+    listed = list(hardware_names(file)) if names.strip().lower() == "all" else names.split(",")
+    found = list({machine.name: machine for machine in (hardware(name.strip(), file) for name in listed)}.values())
+    for flag, value in (("--usd-per-hour", usd_per_hour), ("--watts", watts)):
+        if value is None:
+            continue
+        if not value >= 0:
+            raise UsageError(f"{flag} {value:g} is negative")
+        if len(found) > 1:
+            raise UsageError(
+                f"{flag} is of one kind of hardware, but {len(found)} are given", mend="use --hardware-file"
+            )
+    if gpus_per_node is not None and gpus_per_node < 1:
+        raise UsageError("--gpus-per-node must be at least 1")
+    return found
+
+
+def _show(points: list[Point], context: int, tpot: float) -> None:
+    from moeplan.perf.sweep import best_within, pareto, ways
+
+    say()
+    say(f"Pareto front at {context:,} tokens of context")
+    front = pareto(points)
+    shown = thinned(front, SHOWN)
+    rows = [
+        [
+            f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.layout.hardware.name, f"{p.layout.parallel.gpus:,}",
+            ways(p.layout), f"{p.batch:,}", f"{p.usd:,.3f}", f"{p.kwh:,.3f}", p.bound,
+        ]
+        for p in shown
+    ]  # fmt: skip
+    head = ["TPOT ms", "tokens/s/GPU", "hardware", "GPUs", "layout", "batch", "USD/M", "kWh/M", "bound by"]
+    for line in aligned(head, rows, left=(2, 4, 8)):
+        say(line)
+    if len(shown) < len(front):
+        say(f"({len(front)} in all; --json has every one)")
+    best = best_within(points, tpot / 1e3)
+    if best is None:
+        say(f"no set-up keeps TPOT within {tpot:g} ms")
+        return
+    say(f"within {tpot:g} ms: {best.per_gpu_s:,.0f} tokens/s a GPU on {_where(best)}")
+    cheap = min((p for p in points if p.tpot_s <= tpot / 1e3), key=lambda p: p.usd)
+    if cheap.layout.hardware.name != best.layout.hardware.name:
+        say(f"cheapest: {cheap.usd:.3f} USD per million tokens on {_where(cheap)}")
+
+
+def _where(p: Point) -> str:
+    from moeplan.perf.sweep import ways
+
+    layout = p.layout
+    return (
+        f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch} requests a rank), TPOT "
+        f"{1e3 * p.tpot_s:.2f} ms"
+    )
+
+
+def aligned(head: list[str], rows: list[list[str]], *, left: Sequence[int]) -> list[str]:
+    """A table as lines; the columns of `left` are set to the left."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        put = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(put).rstrip()
+
+    return [line(head), "-" * (sum(widths) + 2 * (len(widths) - 1)), *(line(row) for row in rows)]
+
+
+def thinned(front: list[Point], most: int) -> list[Point]:
+    """At most that many, ends included, even along the front."""
+    if len(front) <= most:
+        return front
+    return [front[round(i * (len(front) - 1) / (most - 1))] for i in range(most)]
+
+
+def _facts(
+    spec: ModelSpec, points: Sequence[Point], unfit: int, contexts: Sequence[int], tpot: float
+) -> dict[str, Any]:
+    """Everything, as JSON."""
+    from moeplan.perf.sweep import best_within, pareto
+
+    fronts = {id(p) for tokens in contexts for p in pareto([q for q in points if q.context == tokens])}
+    best = {tokens: best_within([p for p in points if p.context == tokens], tpot / 1e3) for tokens in contexts}
+    return {
+        "model": spec.name,
+        "phase": "decode",
+        "routing": "uniform" if spec.moe else None,
+        "set_ups": len(points),
+        "do_not_fit": unfit,
+        "tpot_limit_ms": tpot,
+        "best": {str(tokens): point_facts(p, True) if p else None for tokens, p in best.items()},
+        "points": [point_facts(p, id(p) in fronts) for p in points],
+    }
+
+
+def point_facts(p: Point, front: bool) -> dict[str, Any]:
+    """One set-up, as JSON."""
+    return {
+        **layout_facts(p.layout),
+        "batch": p.batch,
+        "context": p.context,
+        "tpot_ms": 1e3 * p.tpot_s,
+        "tokens_per_s_per_gpu": p.per_gpu_s,
+        "bound": p.bound,
+        "usd_per_million_tokens": p.usd,
+        "kwh_per_million_tokens": p.kwh,
+        "pareto": front,
+    }
+
+
+def layout_facts(layout: Layout) -> dict[str, Any]:
+    """Accelerators and how the model is spread over them, as JSON."""
+    p = layout.parallel
+    per_node = layout.gpus_per_node or layout.hardware.scale_up_size
+    return {
+        "hardware": layout.hardware.name,
+        "gpus": p.gpus,
+        "nodes": -(-p.gpus // per_node),
+        "tp": p.tp,
+        "dp": p.dp,
+        "ep": p.ep,
+        "pp": p.pp,
+        "redundant": p.redundant,
+        "overlap": layout.overlap,
+    }

@@ -1,0 +1,145 @@
+"""Figures of the time model: where a step's time goes, rooflines, Pareto fronts, load skew, elasticities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moeplan.perf.step import Step
+from moeplan.perf.sweep import Point, pareto
+from moeplan.report.figures import GREY, PALETTE, STYLES, Image, canvas, legend_below, to_image
+
+__all__ = ["breakdown_figure", "elasticity_figure", "pareto_figure", "roofline_figure", "skew_figure"]
+
+#: Colour of what bounds an operator.
+_BOUNDS = {
+    "memory": PALETTE[0], "compute": PALETTE[1], "scale_up": PALETTE[4], "scale_out": PALETTE[2],
+    "latency": PALETTE[3], "overhead": GREY, "copying": PALETTE[7], "slowest stage": PALETTE[5],
+}  # fmt: skip
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+#: Operators below this share of a step are drawn as one.
+_SMALL = 0.004
+
+
+def breakdown_figure(step: Step, alt: str) -> Image:
+    """One bar per operator: milliseconds that the step waits for it, by what bounds it; hatched: hidden elsewhere."""
+    total = float(step.seconds)
+    shown = [o for o in step.operators if float(o.seconds) >= _SMALL * total]
+    rest = sum(float(o.exposed) for o in step.operators) - sum(float(o.exposed) for o in shown)
+    bars = [(o.name, 1e3 * float(o.exposed), 1e3 * float(o.hidden), o.bound) for o in shown]
+    if rest > 0:
+        bars.append(("the rest", 1e3 * rest, 0.0, "overhead"))
+    with canvas(height=1.1 + 0.27 * len(bars)) as (figure, axes):
+        for row, (_, exposed, hidden, bound) in enumerate(reversed(bars)):
+            colour = _BOUNDS.get(bound, PALETTE[6])
+            axes.barh(row, exposed, height=0.68, color=colour)
+            if hidden > 0:
+                axes.barh(row, hidden, left=exposed, height=0.68, facecolor="#ffffff", edgecolor=colour, hatch="////")
+        axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)])
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"ms of a step of {1e3 * total:.1f} ms")
+        for bound in dict.fromkeys(bound for *_, bound in bars):
+            axes.barh(0, 0, color=_BOUNDS.get(bound, PALETTE[6]), label=bound.replace("_", "-"))
+        legend_below(figure, axes, columns=3)
+        return to_image(figure, alt)
+
+
+def roofline_figure(steps: Mapping[str, Step], alt: str) -> Image:
+    """Operators under the roof, both axes relative to the rates that kernels reach.
+
+    x: time of an operator's operations alone over that of its memory traffic alone: its operations per byte over those
+    at which both take equally long. y: the share of its time that its operations alone would take. The first of `steps`
+    has filled marks, the second hollow ones.
+    """
+    names = [o.name for step in steps.values() for o in step.operators if _work(o.parts)]
+    order = list(dict.fromkeys(names))
+    lowest, highest = 0.1, 10.0
+    with canvas(height=4.1) as (figure, axes):
+        for hollow, (_, step) in enumerate(steps.items()):
+            for o in step.operators:
+                work = _work(o.parts)
+                if work is None:
+                    continue
+                x, y = work[0] / work[1], work[0] / float(o.seconds)
+                lowest, highest = min(lowest, x), max(highest, x)
+                number = order.index(o.name)
+                colour = PALETTE[number % len(PALETTE)]
+                axes.plot(
+                    x, y, _MARKS[number % len(_MARKS)], color=colour, markersize=7, linestyle="none",
+                    markerfacecolor="#ffffff" if hollow else colour, label="" if hollow else o.name,
+                )  # fmt: skip
+        roof = np.geomspace(lowest / 2, highest * 2, 200)
+        axes.plot(roof, np.minimum(roof, 1.0), color="#1b1f24", linewidth=1.4, zorder=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(top=1.6)
+        axes.set_xlabel("operations per byte / the accelerator's balance")
+        axes.set_ylabel("share of the operation rate")
+        legend_below(figure, axes, columns=2)
+        return to_image(figure, alt)
+
+
+def _work(parts: Mapping[str, object]) -> tuple[float, float] | None:
+    """Seconds of operations and of memory traffic alone, of what has both."""
+    compute, memory = (float(np.mean(np.asarray(parts.get(name, 0.0), np.float64))) for name in ("compute", "memory"))
+    return (compute, memory) if compute > 0 and memory > 0 else None
+
+
+def pareto_figure(points: Sequence[Point], chosen: Point | None, limit_s: float, alt: str) -> Image:
+    """The front of each hardware, all set-ups as faint dots, the TPOT limit, and the set-up chosen under it."""
+    hardware = list(dict.fromkeys(p.layout.hardware.name for p in points))
+    with canvas(height=3.6 + 0.12 * len(hardware)) as (figure, axes):
+        for number, name in enumerate(hardware):
+            mine = [p for p in points if p.layout.hardware.name == name]
+            front = pareto(mine)
+            colour = PALETTE[number % len(PALETTE)]
+            axes.scatter(*_axes(mine), s=4, color=colour, alpha=0.25, linewidths=0, rasterized=len(mine) > 3000)
+            axes.plot(
+                *_axes(front), label=name, color=colour, linestyle=STYLES[number % len(STYLES)], marker="o",
+                markersize=3.2,
+            )  # fmt: skip
+        axes.axvline(1e3 * limit_s, color=GREY, linewidth=1.2, linestyle=":")
+        if chosen:
+            axes.plot(*_axes([chosen]), "*", color="#1b1f24", markersize=13, linestyle="none", label="chosen")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("TPOT, ms")
+        axes.set_ylabel("tokens/s a GPU")
+        legend_below(figure, axes)
+        return to_image(figure, alt)
+
+
+def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [1e3 * p.tpot_s for p in points], [p.per_gpu_s for p in points]
+
+
+def skew_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], alt: str) -> Image:
+    """TPOT (ms) against the load of the busiest GPU over the mean; {label: (loads, ms)}."""
+    with canvas() as (figure, axes):
+        for number, (label, (loads, ms)) in enumerate(curves.items()):
+            axes.plot(
+                loads, ms, label=label, color=PALETTE[number % len(PALETTE)], linestyle=STYLES[number % len(STYLES)],
+                marker="o", markersize=3.2,
+            )  # fmt: skip
+        axes.set_xlabel("load of the busiest GPU / mean")
+        axes.set_ylabel("TPOT, ms")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=1)
+        legend_below(figure, axes, columns=1)
+        return to_image(figure, alt)
+
+
+def elasticity_figure(table: Mapping[str, Mapping[str, float]], names: Mapping[str, str], alt: str) -> Image:
+    """Bars of how TTFT and TPOT answer to each knob, in per cent for one per cent more of it."""
+    knobs = [knob for knob in table if any(abs(table[knob][what]) >= 0.005 for what in ("ttft", "tpot"))]
+    with canvas(height=1.2 + 0.42 * len(knobs)) as (figure, axes):
+        for offset, (what, colour) in enumerate((("tpot", PALETTE[1]), ("ttft", PALETTE[0]))):
+            rows = [len(knobs) - 1 - i + 0.36 * offset - 0.18 for i in range(len(knobs))]
+            axes.barh(rows, [table[knob][what] for knob in knobs], height=0.34, color=colour, label=what.upper())
+        axes.axvline(0, color="#57606a", linewidth=1.0)
+        axes.set_yticks(range(len(knobs)), [names[knob] for knob in reversed(knobs)])
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("% of change for 1 % more")
+        legend_below(figure, axes)
+        return to_image(figure, alt)

@@ -1,0 +1,279 @@
+"""The pages of `sweep` and `size`: what the figures show, in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moeplan.perf.models import ModelSpec
+from moeplan.perf.sensitivity import KNOBS, elasticities
+from moeplan.perf.size import Sized, UseCase
+from moeplan.perf.step import Step
+from moeplan.perf.sweep import Point, Sweep, best_within, pareto, ways
+from moeplan.report.page import Section, Table, render, write_page
+from moeplan.report.perf_figures import (
+    breakdown_figure,
+    elasticity_figure,
+    pareto_figure,
+    roofline_figure,
+    skew_figure,
+)
+
+__all__ = ["size_html", "sweep_html", "write_size_page", "write_sweep_page"]
+
+#: Loads of the busiest GPU over the mean at which TPOT is drawn.
+_SKEWS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+_UNIFORM = "Routing is uniform: no trace was given, and real routing loads GPUs less evenly."
+_ERROR = (
+    "The model's errors are in docs/accuracy.md: TPOT of servers has a median error of 10 to 15 %; TTFT is unchecked."
+)
+#: Rows of a front in the page.
+_ROWS = 16
+
+
+def write_sweep_page(path: Path, spec: ModelSpec, swept: Sweep, limit_s: float, dtypes: str) -> None:
+    """Write the page of a sweep, whole or not at all."""
+    write_page(path, sweep_html(spec, swept, limit_s, dtypes))
+
+
+def write_size_page(path: Path, spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int) -> None:
+    """Write the page of sized clusters, whole or not at all."""
+    write_page(path, size_html(spec, answers, dtypes, requests))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweep
+
+
+def sweep_html(spec: ModelSpec, swept: Sweep, limit_s: float, dtypes: str) -> str:
+    """The whole page as HTML; its details are of the set-up that gives most within `limit_s` seconds per token."""
+    hardware = list(dict.fromkeys(p.layout.hardware.name for p in swept.points))
+    subtitle = f"decode; {len(swept.points):,} set-ups on {', '.join(hardware)}; {dtypes}"
+    notices = [_ERROR] + ([_UNIFORM] if spec.moe else [])
+    sections = []
+    for context in sorted({p.context for p in swept.points}):
+        points = [p for p in swept.points if p.context == context]
+        chosen = best_within(points, limit_s) or min(points, key=lambda p: p.tpot_s)
+        sections += [_front(points, context, chosen, limit_s), _cheapest(points, limit_s), *_detail(chosen)]
+    return render(f"Set-ups of {spec.name}", subtitle, notices, [s for s in sections if s is not None])
+
+
+def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float) -> Section:
+    front = pareto(points)
+    kept = chosen.tpot_s <= limit_s
+    sentence = (
+        f"Of {len(points):,} set-ups with {context:,} tokens of context, {len(front)} are beaten by no other: from "
+        f"{front[0].per_gpu_s:,.0f} tokens/s a GPU at {1e3 * front[0].tpot_s:.1f} ms to {front[-1].per_gpu_s:,.0f} at "
+        f"{1e3 * front[-1].tpot_s:.1f} ms. "
+    )
+    sentence += (
+        f"Within {1e3 * limit_s:g} ms most is {chosen.per_gpu_s:,.0f} tokens/s a GPU, on {_where(chosen)}."
+        if kept
+        else f"None keeps TPOT within {1e3 * limit_s:g} ms; the quickest is {_where(chosen)}."
+    )
+    shown = front if len(front) <= _ROWS else [front[round(i * (len(front) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+    head = [
+        "TPOT, ms",
+        "tokens/s a GPU",
+        "hardware",
+        "GPUs",
+        "layout",
+        "requests a rank",
+        "bound by",
+        "USD / M",
+        "kWh / M",
+    ]
+    rows = [
+        [
+            f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.layout.hardware.name, f"{p.layout.parallel.gpus:,}",
+            ways(p.layout), f"{p.batch:,}", p.bound.replace("_", "-"), f"{p.usd:,.3f}", f"{p.kwh:,.3f}",
+        ]
+        for p in shown
+    ]  # fmt: skip
+    return Section(
+        f"Throughput against TPOT at {context:,} tokens of context",
+        sentence,
+        [pareto_figure(points, chosen, limit_s, f"Pareto fronts of {len(points)} set-ups")],
+        Table(head, rows, strong=[i for i, p in enumerate(shown) if p is chosen]),
+        note="Lines: the front of each hardware. Dots: all set-ups. Dotted: the TPOT limit. Star: the one shown below. "
+        "Figures are of one decode step; prefill is left out. USD and kWh per million output tokens, from the "
+        "catalogue's prices and board power.",
+    )
+
+
+def _where(p: Point) -> str:
+    layout = p.layout
+    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch} requests a rank)"
+
+
+def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
+    """Per hardware, the cheapest set-up within the limit."""
+    names = list(dict.fromkeys(p.layout.hardware.name for p in points))
+    within = [p for p in points if p.tpot_s <= limit_s]
+    if len(names) < 2 or not within:
+        return None
+    best = [
+        min((p for p in within if p.layout.hardware.name == name), key=lambda p: p.usd, default=None) for name in names
+    ]
+    found = sorted((p for p in best if p), key=lambda p: p.usd)
+    rows = [
+        [
+            p.layout.hardware.name, f"{p.usd:,.3f}", f"{p.kwh:,.3f}", f"{1e3 * p.tpot_s:.1f}", f"{p.per_gpu_s:,.0f}",
+            f"{p.layout.parallel.gpus:,}", ways(p.layout), f"{p.batch:,}",
+        ]
+        for p in found
+    ]  # fmt: skip
+    none = [name for name, p in zip(names, best, strict=True) if p is None]
+    sentence = (
+        f"Within {1e3 * limit_s:g} ms {found[0].layout.hardware.name} costs least: {found[0].usd:.3f} USD per million "
+        f"tokens"
+    )
+    sentence += f"; {', '.join(none)} cannot keep it." if none else "."
+    head = ["hardware", "USD / M", "kWh / M", "TPOT, ms", "tokens/s a GPU", "GPUs", "layout", "requests a rank"]
+    return Section("What a million tokens cost", sentence, table=Table(head, rows))
+
+
+def _detail(p: Point) -> list[Section]:
+    """Breakdown, roofline and skew of one set-up."""
+    decode = p.layout.decode(p.batch, p.context)
+    prefill = p.layout.prefill(1, p.context)
+    sections = [
+        Section(
+            "Where a decode step's time goes",
+            f"On {_where(p)}: {_largest(decode)}; a GPU waits {100 * float(decode.idle_share):.0f} % of the step for "
+            "the network or for the slowest rank.",
+            [
+                breakdown_figure(decode, "Milliseconds of a decode step by operator"),
+                roofline_figure({"decode": decode, "prefill": prefill}, "Roofline of decode and prefill operators"),
+            ],
+            note="Left: colour is what would take longest alone; hatched is hidden behind other work. Right: filled "
+            f"marks are decode, hollow ones the prefill of a prompt of {p.context:,} tokens. Under the slope memory "
+            "bounds an operator, under the flat roof its operations do; what lies below the roof is launches, waves "
+            "that are not full, and imperfect overlap. Both axes are relative to the rates that kernels reach.",
+        )
+    ]
+    skew = _skew(p)
+    return [*sections, *([skew] if skew else [])]
+
+
+def _largest(step: Step) -> str:
+    """The three operators that take most."""
+    total = float(step.seconds)
+    most = sorted(step.operators, key=lambda o: -float(o.exposed))[:3]
+    return ", ".join(f"{o.name} {100 * float(o.exposed) / total:.0f} % ({o.bound.replace('_', '-')})" for o in most)
+
+
+def _skew(p: Point) -> Section | None:
+    """TPOT against the busiest GPU's load, at the set-up's batch and at a fourth of it."""
+    ranks = p.layout.parallel.ep
+    if p.layout.spec.moe is None or ranks < 2:
+        return None
+    curves, grown = {}, 1.0
+    for batch in sorted({max(p.batch // 4, 2 * p.layout.parallel.pp), p.batch}, reverse=True):
+        steps = [replace(p.layout, skew=skew).decode(batch, p.context) for skew in _SKEWS if skew <= ranks]
+        # a skew below what chance gives changes nothing
+        found = {step.load_ratio: 1e3 * float(step.seconds) for step in steps}
+        curves[f"{batch:,} requests a rank"] = (list(found), list(found.values()))
+        if batch == p.batch:
+            grown = found[max(found)] / found[min(found)]
+    top = max(curves[f"{p.batch:,} requests a rank"][0])
+    return Section(
+        "TPOT against the skew of expert load",
+        f"If the busiest GPU serves {top:.1f} times the mean, a token takes {grown:.2f} times as long as with uniform "
+        "routing.",
+        [skew_figure(curves, "TPOT against the busiest GPU's load")],
+        note="The other GPUs share the rest evenly. The first point of a line is uniform routing, whose loads differ "
+        "by chance alone. A plan that lowers the skew moves a step to the left: see moeplan compare.",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size
+
+
+def size_html(spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int) -> str:
+    """The whole page as HTML: per use case the clusters, and details of the cheapest."""
+    cases = list(dict.fromkeys(answer.case for answer in answers))
+    subtitle = f"{', '.join(case.name for case in cases)}; {requests} request{'s' * (requests > 1)} at a time; {dtypes}"
+    notices = [_ERROR] + ([_UNIFORM] if spec.moe else [])
+    sections = []
+    for case in cases:
+        mine = [answer for answer in answers if answer.case is case]
+        sections += [_clusters(case, mine), *_sized_detail(case, mine)]
+    return render(f"Clusters for {spec.name}", subtitle, notices, sections)
+
+
+def _clusters(case: UseCase, answers: Sequence[Sized]) -> Section:
+    met = [a for a in answers if a.meets]
+    limits = f"TTFT within {1e3 * case.ttft_s:,.0f} ms and TPOT within {1e3 * case.tpot_s:g} ms"
+    sentence = f"{case.prompt:,} tokens in, {case.output:,} out, {case.beams} beam{'s' * (case.beams > 1)}: {limits} "
+    if met:
+        few = min(met, key=_gpus)
+        cheap = min(met, key=lambda a: a.usd)
+        sentence += f"are kept by {_gpus(few)} x {few.hardware.name}, the smallest cluster"
+        sentence += (
+            f"; {cheap.hardware.name} costs least, {cheap.usd:,.2f} USD per million output tokens." if met else "."
+        )
+        missing = [a.hardware.name for a in answers if not a.meets]
+        sentence += f" No cluster tried of {', '.join(missing)} keeps them." if missing else ""
+    else:
+        sentence += "are kept by no cluster that was tried."
+    rows = []
+    for a in answers:
+        if a.layout is None or a.serving is None:
+            rows.append([a.hardware.name, "none", "", "", "", "", "", "", "", f"up to {a.tried:,}: {a.why}"])
+            continue
+        bound = f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}".replace("_", "-")
+        full = f"{a.most * a.layout.parallel.dp:,} ({a.limited})" if a.meets else ""
+        smaller = f"with {a.smaller:,}: {a.why}" if a.smaller else "there is none"
+        rows.append(
+            [
+                a.hardware.name, f"{_gpus(a):,}" if a.meets else "none", ways(a.layout),
+                f"{1e3 * a.serving.ttft_s:,.0f}", f"{1e3 * a.serving.tpot_s:.1f}", bound, full,
+                f"{a.usd:,.2f}" if a.meets else "", f"{a.kwh:,.2f}" if a.meets else "", smaller if a.meets else f"nearest: {_gpus(a):,} GPUs",
+            ]
+        )  # fmt: skip
+    head = [
+        "hardware", "GPUs", "layout", "TTFT, ms", "TPOT, ms", "bound by", "full at", "USD / M", "kWh / M",
+        "why not smaller",
+    ]  # fmt: skip
+    close = [a.hardware.name for a in answers if a.close]
+    note = (
+        f"{case.source[0].upper()}{case.source[1:]}. Bound by: prefill, decode. Full at: the most requests at a time "
+    )
+    note += "within the limits, and what keeps it from more; cost is with those, per million output tokens."
+    if close:
+        note += f" Within the model's error of about 15 %, a size more or less: {', '.join(close)}."
+    return Section(f"Use case {case.name}", sentence, table=Table(head, rows), note=note)
+
+
+def _gpus(a: Sized) -> int:
+    return a.layout.parallel.gpus if a.layout else 0
+
+
+def _sized_detail(case: UseCase, answers: Sequence[Sized]) -> list[Section]:
+    """Breakdown and elasticities of the cheapest, or of the nearest miss."""
+    able = [a for a in answers if a.layout is not None and a.serving is not None]
+    if not able:
+        return []
+    a = min(able, key=lambda a: (not a.meets, a.usd if a.meets else a.miss))
+    assert a.layout is not None and a.serving is not None
+    table = elasticities(a.layout, case.load, a.each)
+    best = {what: min(table, key=lambda knob: -abs(table[knob][what])) for what in ("ttft", "tpot")}
+    kind = "the cheapest" if a.meets else "the nearest miss"
+    sentence = (
+        f"On {_gpus(a)} x {a.hardware.name} ({ways(a.layout)}), {kind}, TTFT answers most to {KNOBS[best['ttft']]} "
+        f"({table[best['ttft']]['ttft']:+.2f} % for 1 % more) and TPOT to {KNOBS[best['tpot']]} "
+        f"({table[best['tpot']]['tpot']:+.2f} %)."
+    )
+    decode = breakdown_figure(a.serving.decode, f"Milliseconds of a decode step of {case.name} by operator")
+    bars = elasticity_figure(table, KNOBS, f"Elasticities of TTFT and TPOT of {case.name}")
+    return [
+        Section(
+            f"What bounds {case.name}",
+            sentence,
+            [decode, bars],
+            note="Left: a decode step. Right: at the load asked for. Capacity changes no time of requests that fit.",
+        )
+    ]
