@@ -126,7 +126,7 @@ def register(app: typer.Typer) -> None:
         if output is not None:
             from moeplan.report.perf_page import write_size_page
 
-            write_size_page(Path(output), spec, answers, dtypes, requests)
+            write_size_page(Path(output), spec, answers, dtypes, requests, sensitivity)
             say(f"wrote {output}")
         if any(not any(a.meets for a in answers if a.case is case) for case in cases):
             raise typer.Exit(1)
@@ -245,22 +245,17 @@ def _first(shares: dict[str, float]) -> str:
 
 def _missed(a: Sized, helps: dict[str, float | None]) -> str:
     """One line on hardware that does not do."""
-    from moeplan.perf.sensitivity import KNOBS, MOST, WORSE
+    from moeplan.perf.sensitivity import needs
     from moeplan.perf.sweep import ways
 
     if a.layout is None or a.serving is None:
         return f"{a.hardware.name}: does not fit {a.tried:,} GPUs ({a.why}): {a.short:.2f} x the memory would be needed"
-    near = (
+    alone, machine, everything = needs(helps)
+    return (
         f"{a.hardware.name}: nearest {a.layout.parallel.gpus:,} ({ways(a.layout)}), TTFT {1e3 * a.serving.ttft_s:,.0f} "
-        f"ms, TPOT {1e3 * a.serving.tpot_s:.1f} ms"
+        f"ms, TPOT {1e3 * a.serving.tpot_s:.1f} ms; enough: {alone}; all of the hardware {machine}; hardware and "
+        f"overhead {everything}"
     )
-    known = ((key, by) for key, by in helps.items() if key in KNOBS and by)
-    alone = [f"{KNOBS[key]} {'/' if key in WORSE else 'x'} {by:.2f}" for key, by in known]
-    needs = [" or ".join(alone) or "no one thing"]
-    for key, what in (("hardware", "all of the hardware"), ("all", "hardware and overhead")):
-        by = helps.get(key)
-        needs.append(f"{what} {f'x {by:.2f}' if by else f'not even x {MOST:,.0f}'}")
-    return f"{near}; enough: {'; '.join(needs)}"
 
 
 def _sensitivity(answers: list[tuple[Sized, dict[str, dict[str, float]]]], knobs: dict[str, str]) -> list[str]:

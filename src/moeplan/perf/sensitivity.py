@@ -7,7 +7,7 @@ takes half as long; so the elasticities of TTFT and TPOT add up to -1, latencies
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from moeplan.perf.constants import Constants, constants
 from moeplan.perf.memory import memory
 from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated
 
-__all__ = ["KNOBS", "MOST", "WORSE", "changed", "elasticities", "improvements"]
+__all__ = ["KNOBS", "MOST", "changed", "elasticities", "improvements", "needs"]
 
 #: The largest factor by which an improvement is sought.
 MOST = 1000.0
@@ -31,7 +31,7 @@ KNOBS = {
     "scale_out_latency": "scale-out latency",
     "overhead": "launches and engine",
 }
-WORSE = ("scale_up_latency", "scale_out_latency", "overhead")
+_WORSE = ("scale_up_latency", "scale_out_latency", "overhead")
 
 
 def changed(layout: Layout, knob: str, factor: float) -> Layout:
@@ -108,7 +108,7 @@ def improvements(layout: Layout, load: Load, each: int, within: Callable[[Servin
     def meets(knobs: tuple[str, ...], factor: float) -> bool:
         better = layout
         for knob in knobs:
-            better = changed(better, knob, 1 / factor if knob in WORSE else factor)
+            better = changed(better, knob, 1 / factor if knob in _WORSE else factor)
         return within(aggregated(better, load, each))
 
     return {name: _least(partial(meets, knobs)) for name, knobs in groups.items()}
@@ -123,3 +123,15 @@ def _least(meets: Callable[[float], bool]) -> float | None:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if meets(middle) else (middle, high)
     return high
+
+
+def needs(found: Mapping[str, float | None]) -> tuple[str, str, str]:
+    """`improvements` in words: what is enough alone, by how much all of the hardware, by how much everything."""
+    known = ((knob, factor) for knob, factor in found.items() if knob in KNOBS and factor)
+    alone = [f"{KNOBS[knob]} {'/' if knob in _WORSE else 'x'} {factor:.2f}" for knob, factor in known]
+
+    def by(key: str) -> str:
+        factor = found.get(key)
+        return f"x {factor:.2f}" if factor else f"not even x {MOST:,.0f}"
+
+    return " or ".join(alone) or "no one thing", by("hardware"), by("all")

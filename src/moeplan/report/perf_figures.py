@@ -28,7 +28,7 @@ def breakdown_figure(step: Step, alt: str) -> Image:
     shown = [o for o in step.operators if float(o.seconds) >= _SMALL * total]
     rest = sum(float(o.exposed) for o in step.operators) - sum(float(o.exposed) for o in shown)
     bars = [(o.name, 1e3 * float(o.exposed), 1e3 * float(o.hidden), o.bound) for o in shown]
-    if rest > 0:
+    if rest > _SMALL * total:
         bars.append(("the rest", 1e3 * rest, 0.0, "overhead"))
     with canvas(height=1.1 + 0.27 * len(bars)) as (figure, axes):
         for row, (_, exposed, hidden, bound) in enumerate(reversed(bars)):

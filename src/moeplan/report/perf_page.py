@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moeplan.perf.models import ModelSpec
-from moeplan.perf.sensitivity import KNOBS, elasticities
+from moeplan.perf.sensitivity import KNOBS, elasticities, improvements, needs
 from moeplan.perf.size import Sized, UseCase
 from moeplan.perf.step import Step
 from moeplan.perf.sweep import Point, Sweep, best_within, pareto, ways
@@ -37,9 +37,11 @@ def write_sweep_page(path: Path, spec: ModelSpec, swept: Sweep, limit_s: float, 
     write_page(path, sweep_html(spec, swept, limit_s, dtypes))
 
 
-def write_size_page(path: Path, spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int) -> None:
+def write_size_page(
+    path: Path, spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int, sensitivity: bool
+) -> None:
     """Write the page of sized clusters, whole or not at all."""
-    write_page(path, size_html(spec, answers, dtypes, requests))
+    write_page(path, size_html(spec, answers, dtypes, requests, sensitivity))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,15 +194,19 @@ def _skew(p: Point) -> Section | None:
 # Size
 
 
-def size_html(spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int) -> str:
-    """The whole page as HTML: per use case the clusters, and details of the cheapest."""
+def size_html(spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int, sensitivity: bool = False) -> str:
+    """The whole page as HTML: per use case the clusters, what the others would need, and details of the cheapest.
+
+    Args:
+        sensitivity: with the elasticities of all hardware.
+    """
     cases = list(dict.fromkeys(answer.case for answer in answers))
     subtitle = f"{', '.join(case.name for case in cases)}; {requests} request{'s' * (requests > 1)} at a time; {dtypes}"
     notices = [_ERROR] + ([_UNIFORM] if spec.moe else [])
     sections = []
     for case in cases:
         mine = [answer for answer in answers if answer.case is case]
-        sections += [_clusters(case, mine), *_sized_detail(case, mine)]
+        sections += [_clusters(case, mine), *_misses(case, mine), *_sized_detail(case, mine, sensitivity)]
     return render(f"Clusters for {spec.name}", subtitle, notices, sections)
 
 
@@ -209,31 +215,15 @@ def _clusters(case: UseCase, answers: Sequence[Sized]) -> Section:
     limits = f"TTFT within {1e3 * case.ttft_s:,.0f} ms and TPOT within {1e3 * case.tpot_s:g} ms"
     sentence = f"{case.prompt:,} tokens in, {case.output:,} out, {case.beams} beam{'s' * (case.beams > 1)}: {limits} "
     if met:
-        few = min(met, key=_gpus)
-        cheap = min(met, key=lambda a: a.usd)
-        sentence += f"are kept by {_gpus(few)} x {few.hardware.name}, the smallest cluster"
-        sentence += (
-            f"; {cheap.hardware.name} costs least, {cheap.usd:,.2f} USD per million output tokens." if met else "."
-        )
+        few, cheap = min(met, key=_gpus), min(met, key=lambda a: a.usd)
+        sentence += f"are kept by {_gpus(few)} x {few.hardware.name}, the smallest cluster; "
+        same = "which also" if few is cheap else f"{_gpus(cheap)} x {cheap.hardware.name}"
+        sentence += f"{same} costs least, {cheap.usd:,.2f} USD per million output tokens."
         missing = [a.hardware.name for a in answers if not a.meets]
         sentence += f" No cluster tried of {', '.join(missing)} keeps them." if missing else ""
     else:
         sentence += "are kept by no cluster that was tried."
-    rows = []
-    for a in answers:
-        if a.layout is None or a.serving is None:
-            rows.append([a.hardware.name, "none", "", "", "", "", "", "", "", f"up to {a.tried:,}: {a.why}"])
-            continue
-        bound = f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}".replace("_", "-")
-        full = f"{a.most * a.layout.parallel.dp:,} ({a.limited})" if a.meets else ""
-        smaller = f"with {a.smaller:,}: {a.why}" if a.smaller else "there is none"
-        rows.append(
-            [
-                a.hardware.name, f"{_gpus(a):,}" if a.meets else "none", ways(a.layout),
-                f"{1e3 * a.serving.ttft_s:,.0f}", f"{1e3 * a.serving.tpot_s:.1f}", bound, full,
-                f"{a.usd:,.2f}" if a.meets else "", f"{a.kwh:,.2f}" if a.meets else "", smaller if a.meets else f"nearest: {_gpus(a):,} GPUs",
-            ]
-        )  # fmt: skip
+    rows = [_cluster_row(a) for a in answers]
     head = [
         "hardware", "GPUs", "layout", "TTFT, ms", "TPOT, ms", "bound by", "full at", "USD / M", "kWh / M",
         "why not smaller",
@@ -248,11 +238,49 @@ def _clusters(case: UseCase, answers: Sequence[Sized]) -> Section:
     return Section(f"Use case {case.name}", sentence, table=Table(head, rows), note=note)
 
 
+def _cluster_row(a: Sized) -> list[str]:
+    if a.layout is None or a.serving is None:
+        return [a.hardware.name, "–", "", "", "", "", "", "", "", f"with {a.tried:,}: {a.why}"]
+    bound = f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}".replace("_", "-")
+    times = [ways(a.layout), f"{1e3 * a.serving.ttft_s:,.0f}", f"{1e3 * a.serving.tpot_s:.1f}", bound]
+    if not a.meets:
+        return [a.hardware.name, "–", *times, "", "", "", f"nearest: {_gpus(a):,}"]
+    full = f"{a.most * a.layout.parallel.dp:,} ({a.limited})"
+    smaller = f"with {a.smaller:,}: {a.why}" if a.smaller else "there is none"
+    return [a.hardware.name, f"{_gpus(a):,}", *times, full, f"{a.usd:,.2f}", f"{a.kwh:,.2f}", smaller]
+
+
+def _misses(case: UseCase, answers: Sequence[Sized]) -> list[Section]:
+    """What hardware that misses would need."""
+    rows = []
+    for a in answers:
+        if a.meets:
+            continue
+        if a.layout is None:
+            rows.append([a.hardware.name, "does not fit", f"{a.short:.2f} x the memory", "", ""])
+            continue
+        found = improvements(a.layout, case.load, a.each, lambda serving: case.miss(serving) <= 1)
+        rows.append([a.hardware.name, f"{_gpus(a):,} GPUs, {ways(a.layout)}", *needs(found)])
+    if not rows:
+        return []
+    head = ["hardware", "nearest", "enough alone", "all of the hardware", "hardware and overhead"]
+    return [
+        Section(
+            f"What {case.name} would need",
+            f"How much better {len(rows)} kind{'s' * (len(rows) > 1)} of hardware would have to be for the nearest "
+            "cluster to keep the limits.",
+            table=Table(head, rows),
+            note="x: so many times more of it; /: so many times less. Overhead: launches, small kernels, and the "
+            "engine between steps.",
+        )
+    ]
+
+
 def _gpus(a: Sized) -> int:
     return a.layout.parallel.gpus if a.layout else 0
 
 
-def _sized_detail(case: UseCase, answers: Sequence[Sized]) -> list[Section]:
+def _sized_detail(case: UseCase, answers: Sequence[Sized], sensitivity: bool) -> list[Section]:
     """Breakdown and elasticities of the cheapest, or of the nearest miss."""
     able = [a for a in answers if a.layout is not None and a.serving is not None]
     if not able:
@@ -269,11 +297,20 @@ def _sized_detail(case: UseCase, answers: Sequence[Sized]) -> list[Section]:
     )
     decode = breakdown_figure(a.serving.decode, f"Milliseconds of a decode step of {case.name} by operator")
     bars = elasticity_figure(table, KNOBS, f"Elasticities of TTFT and TPOT of {case.name}")
+    rows = []
+    for b in able if sensitivity else []:
+        assert b.layout is not None
+        all_ = table if b is a else elasticities(b.layout, case.load, b.each)
+        rows += [
+            [b.hardware.name, what.upper(), *(f"{all_[knob][what]:+.2f}" for knob in KNOBS)]
+            for what in ("ttft", "tpot")
+        ]
     return [
         Section(
             f"What bounds {case.name}",
             sentence,
             [decode, bars],
+            Table(["hardware", "of", *KNOBS.values()], rows) if rows else None,
             note="Left: a decode step. Right: at the load asked for. Capacity changes no time of requests that fit.",
         )
     ]
