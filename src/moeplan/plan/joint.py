@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from moeplan._kernels import placing
-from moeplan.cluster import Dispatch, Home, ReplicaRule
+from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule
 from moeplan.plan.assignment import equal_groups
 from moeplan.plan.foresight import Foresight
 from moeplan.plan.packing import slots_from_nodes
@@ -21,7 +21,7 @@ from moeplan.plan.served import Prices, Served
 from moeplan.plan.strategies.paper import in_span, kmeans, place_by_use
 from moeplan.types import Int32Array
 
-__all__ = ["PARTS", "Planner", "State", "soft_groups"]
+__all__ = ["PARTS", "Planner", "State", "place_quickly", "soft_groups"]
 
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
@@ -133,9 +133,7 @@ class Planner:
         by_group = self.use_by_group(member)  # [D, L, E]
         use = self.by_node(by_group)
         if not state.slots.size:
-            held = place_by_use(use, self.room)
-            load = np.take_along_axis(use, held, axis=2)
-            state.slots = slots_from_nodes(held, load, self.cluster.gpus_per_node).astype(np.int64)
+            state.slots = place_quickly(use, self.room, self.cluster.gpus_per_node, prices[0])
         near = None
         if self.cluster.home is Home.GPU and self.cluster.gpus_per_node > 1:
             near = np.ascontiguousarray(NEAR * by_group.transpose(1, 0, 2))
@@ -222,6 +220,21 @@ class Planner:
         member[np.arange(len(share)), state.group] = 1.0
         uneven = served.uneven(self.by_node(self.use_by_group(member)))
         state.value = float((found * self.picks).sum() / self.picks.sum() - np.dot(prices, uneven))
+
+
+def place_quickly(use: FloatArray, room: int, gpus_per_node: int, price: float) -> Int64Array:
+    """Slots [L, S] for the use [L, N, E] of a grouping: nodes by search, GPUs dealt by load.
+
+    What an online balancer has time for: fractions of a second for a whole model. Each node holds `room` experts, one
+    copy of an expert at most; a pick without a copy at home is shared by all copies.
+    """
+    held = place_by_use(use, room)
+    slots = held.reshape(len(use), -1).astype(np.int64)
+    placing.improve(use, slots, 1, price, 0.0, SWEEPS)
+    served = Served(Cluster(use.shape[1], 1), slots, use.shape[2], True)
+    load = np.where(served.near, use, 0.0) + ((use * ~served.near).sum(axis=1) / served.copies)[:, None]
+    held = slots.reshape(held.shape)
+    return slots_from_nodes(held, np.take_along_axis(load, held, axis=2), gpus_per_node).astype(np.int64)
 
 
 def soft_groups(score: FloatArray, softness: float) -> FloatArray:
