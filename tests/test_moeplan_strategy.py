@@ -151,7 +151,7 @@ def test_leave_one_out_is_what_leaving_out_gives() -> None:
     rng = np.random.default_rng(0)
     signature = rng.poisson(2.0, (12, 2, 6))
     target, home = rng.random((12, 3)), (rng.random((3, 12)) < 0.4).astype(np.float32)
-    router, foretold = Foresight(signature, 0).fit(target, home)
+    router, foretold = Foresight(signature).fit(target, home)
     points = by_layer(signature).astype(np.float64)
     assert np.isfinite(foretold).all() and router.weights.shape == (3, 12)
     # Ridge with the mean taken out: refit on the others, with the centre and scale of all, as the closed form has it.
@@ -334,3 +334,9 @@ def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
     assert "linear" in said[1] and "linear it is" not in said[1]
     with pytest.raises(moeplan.MoeplanError, match="what a step costs"):
         Options(objective="time")
+
+
+def test_of_many_requests_some_are_planned_on() -> None:
+    task = problem(n=1100, nodes=2, per_node=2)
+    notes = solve(task, "moeplan").notes
+    assert any("planned on 1000 of 1100" in note for note in notes)

@@ -17,8 +17,6 @@ __all__ = ["Foresight"]
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Most requests that the regression rests on: its cost grows with their cube.
-MOST = 1000
 #: Ridges that are tried, in shares of the signatures' variance.
 STRENGTHS = 0.001 * 10.0 ** np.arange(0, 6.01, 0.5)
 
@@ -26,16 +24,14 @@ STRENGTHS = 0.001 * 10.0 ** np.arange(0, 6.01, 0.5)
 class Foresight:
     """Regression on the fit requests' signatures; fitted again for every placement, cheaply.
 
+    To set it up costs the cube of the requests: give it some hundreds.
+
     Args:
         signature: [n, L, E], picks of each fit request in its signature rows.
-        seed: of the choice of requests, where there are more than `MOST`.
     """
 
-    def __init__(self, signature: npt.NDArray[np.number], seed: int) -> None:
-        n = len(signature)
-        rng = np.random.default_rng([seed, 0xF0])
-        self.chosen = np.arange(n) if n <= MOST else np.sort(rng.choice(n, MOST, replace=False))
-        self._points = by_layer(signature[self.chosen])
+    def __init__(self, signature: npt.NDArray[np.number]) -> None:
+        self._points = by_layer(signature)
         self._centre = self._points.mean(axis=0)
         self._points -= self._centre
         gram = (self._points @ self._points.T).astype(np.float64)
@@ -47,18 +43,18 @@ class Foresight:
         self._free = np.maximum(1.0 - (self._vector**2) @ kept - 1.0 / len(gram), 1e-6)
 
     def fit(self, target: FloatArray, home: npt.NDArray[np.float32]) -> tuple[LinearRouter, FloatArray]:
-        """The router, and what it foretells of the chosen requests when each is left out.
+        """The router, and what it foretells of the requests when each is left out.
 
         Args:
-            target: float64 [m, D], the share of each chosen request's decode that each group holds.
+            target: float64 [n, D], the share of each request's decode that each group holds.
             home: float32 [D, L * E], whether a group's node holds the expert.
         """
-        m, groups = target.shape
+        n, groups = target.shape
         own = ((self._points + self._centre) @ home.T).astype(np.float64)
         both = np.hstack([target, own])
         mean = both.mean(axis=0)
         inside = self._vector.T @ (both - mean)
-        least, trust, chosen, foretold = np.inf, 0.0, 0, target
+        least, trust, best, foretold = np.inf, 0.0, 0, target
         for number in range(len(STRENGTHS)):
             fitted = mean + self._vector @ (self._kept[:, number, None] * inside)
             miss = (both - fitted) / self._free[:, number, None]
@@ -68,11 +64,11 @@ class Foresight:
             share = float(np.clip((a * b).sum() / max(float((b * b).sum()), 1e-300), 0.0, 1.0))
             error = float(((a - share * b) ** 2).sum())
             if error < least:
-                least, trust, chosen = error, share, number
+                least, trust, best = error, share, number
                 foretold = target - (missed - share * spared)
         rest = inside[:, :groups] - trust * inside[:, groups:]
-        strength = float(STRENGTHS[chosen])
-        dual = self._vector @ (rest / (self._value + strength * m)[:, None]) / self._scale
+        strength = float(STRENGTHS[best])
+        dual = self._vector @ (rest / (self._value + strength * n)[:, None]) / self._scale
         learnt = (self._points.T @ dual.astype(np.float32)).T
         intercept = mean[:groups] - trust * mean[groups:] - learnt.astype(np.float64) @ self._centre
         return LinearRouter(learnt + np.float32(trust) * home, intercept), foretold

@@ -65,10 +65,7 @@ class Planner:
         self.node = self.cluster.home_node(np.arange(self.cluster.num_groups))
         self.room = problem.num_slots // self.cluster.nodes
         self.nearest = problem.rule is not ReplicaRule.HASH
-        self.foresight = Foresight(problem.signature, seed)
-        others = np.ones(len(self.flat), np.bool_)
-        others[self.foresight.chosen] = False
-        self.others = np.flatnonzero(others)
+        self.foresight = Foresight(problem.signature)
         self.by = placing.BY_PICK
         self.without = problem.options.without
 
@@ -209,11 +206,7 @@ class Planner:
             state.score = state.router.scores(self.problem.signature)
         else:
             target = share - (self.flat @ state.dear.T) / self.picks[:, None]
-            state.router, foretold = self.foresight.fit(target[self.foresight.chosen], kept - state.dear)
-            state.score = np.empty(share.shape)
-            state.score[self.foresight.chosen] = foretold
-            if len(self.others):
-                state.score[self.others] = state.router.scores(self.problem.signature[self.others])
+            state.router, state.score = self.foresight.fit(target, kept - state.dear)
         state.group = equal_groups(state.score)
         found = share[np.arange(len(share)), state.group]
         member = np.zeros(share.shape)

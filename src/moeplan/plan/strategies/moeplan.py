@@ -31,7 +31,7 @@ from moeplan.types import Int32Array, Placement
 
 __all__ = ["PARTS"]
 
-MOST = 2000  # fit requests that are planned on: more tell little more
+MOST = 1000  # fit requests that are planned on: the regression's cost grows with their cube
 TRIAL, ROUNDS = 3, 8  # rounds of each start, and of the best of them
 #: The first price of uneven nodes, and that of uneven GPUs where a node has several, by objective.
 PRICES: dict[str, Prices] = {"bytes": (0.02, 0.2), "both": (0.2, 1.0), "balance": (2.0, 2.0)}
