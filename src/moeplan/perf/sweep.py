@@ -88,19 +88,20 @@ def parallels(spec: ModelSpec, gpus: int, per_node: int, choice: Choice = Choice
     of an expert is narrower than a kernel's tile.
 
     Raises:
-        PlanError: nothing is possible; the message is that of the last choice refused.
+        PlanError: nothing is possible; the message is that of the first layout refused.
     """
-    found, refused = [], PlanError(f"{gpus} GPUs do not fill nodes of {per_node}", mend=f"use a multiple of {per_node}")
+    found: list[Parallel] = []
+    refused: list[PlanError] = []
     for pp in choice.pp or _divisors(gpus):
         if gpus % pp or pp > spec.layers:
-            refused = PlanError(f"pp {pp} does not divide {gpus} GPUs, or is more than {spec.layers} layers")
+            refused.append(PlanError(f"pp {pp} does not divide {gpus} GPUs, or is more than {spec.layers} layers"))
             continue
         stage = gpus // pp
         if not _fills(stage, per_node, gpus):
             continue
         for tp in choice.tp or _divisors(stage):
             if stage % tp or not _fills(tp, per_node, stage):
-                refused = PlanError(f"tp {tp} x pp {pp} does not divide {gpus} GPUs in nodes of {per_node}")
+                refused.append(PlanError(f"tp {tp} x pp {pp} does not divide {gpus} GPUs in nodes of {per_node}"))
                 continue
             for ep in choice.ep or _expert_ranks(spec, stage, tp):
                 slots = spec.moe.experts if spec.moe else 0
@@ -108,14 +109,15 @@ def parallels(spec: ModelSpec, gpus: int, per_node: int, choice: Choice = Choice
                 try:
                     check_parallel(spec, parallel)
                 except PlanError as error:
-                    refused = error
+                    refused.append(error)
                     continue
                 if spec.moe and spec.moe.width / parallel.moe_tp < TILE:
-                    refused = PlanError(f"tp {tp} with ep {ep} cuts experts of width {spec.moe.width} too thin")
+                    refused.append(PlanError(f"tp {tp} with ep {ep} cuts experts of width {spec.moe.width} too thin"))
                     continue
                 found.append(parallel)
     if not found:
-        raise refused
+        none = PlanError(f"{gpus} GPUs do not fill nodes of {per_node}", mend=f"use a multiple of {per_node}")
+        raise next(iter(refused), none)
     return found
 
 

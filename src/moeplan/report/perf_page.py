@@ -260,7 +260,7 @@ def _misses(case: UseCase, answers: Sequence[Sized]) -> list[Section]:
             rows.append([a.hardware.name, "does not fit", f"{a.short:.2f} x the memory", "", ""])
             continue
         found = improvements(a.layout, case.load, a.each, lambda serving: case.miss(serving) <= 1)
-        rows.append([a.hardware.name, f"{_gpus(a):,} GPUs, {ways(a.layout)}", *needs(found)])
+        rows.append([a.hardware.name, f"{ways(a.layout)} on {_gpus(a):,} GPUs", *needs(found)])
     if not rows:
         return []
     head = ["hardware", "nearest", "enough alone", "all of the hardware", "hardware and overhead"]

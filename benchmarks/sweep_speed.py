@@ -1,0 +1,57 @@
+"""Time to sweep 1,000 set-ups, and to size a cluster for each of the four use cases, in one process.
+
+The bar: 1,000 set-ups in 5 s or less on two cores. The sweep uses one. Set-ups are of the model whose steps take longest
+to estimate: DeepSeek-V3, on several nodes, with and without two-batch overlap.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from moeplan.perf.hardware import hardware, hardware_names
+from moeplan.perf.models import model
+from moeplan.perf.size import USE_CASES, size
+from moeplan.perf.sweep import precision_of, sweep
+
+SETUPS, BAR_S = 1000, 5.0
+MODELS = ("Llama-3.1-70B", "DeepSeek-V3", "MoE-100T")
+
+
+def bench() -> list[tuple[str, str]]:
+    """(label, result): seconds per 1,000 set-ups and per use case on all hardware of the catalogue."""
+    found = []
+    spec = model("DeepSeek-V3")
+    machines = [(hardware(name), (16, 32, 72)) for name in ("H100", "H200")]
+    start = time.perf_counter()
+    swept = sweep(
+        spec, machines, precision_of(spec, None, None, "bf16"), batches=(1, 4, 16, 32, 64, 128, 256), contexts=(4096,),
+        overlap=True,
+    )  # fmt: skip
+    each = (time.perf_counter() - start) / len(swept.points)
+    verdict = "reached" if each * SETUPS <= BAR_S else "MISSED"
+    found.append(
+        (
+            f"sweep, {len(swept.points):,} set-ups of DeepSeek-V3, first in its process",
+            f"{each * SETUPS:.2f} s per {SETUPS:,} (bar {BAR_S:g} s: {verdict})",
+        )
+    )
+    for name in MODELS:
+        spec = model(name)
+        precision = precision_of(spec, "fp8" if name == "MoE-100T" else None, None, "bf16")
+        start = time.perf_counter()
+        for case in USE_CASES.values():
+            for machine in hardware_names():
+                size(spec, hardware(machine), case, precision)
+        seconds = (time.perf_counter() - start) / len(USE_CASES)
+        found.append((f"size, {name}, a use case on {len(hardware_names())} kinds of hardware", f"{seconds:.1f} s"))
+    return found
+
+
+if __name__ == "__main__":
+    from run import machine as this_machine
+
+    print(f"machine: {this_machine()}")
+    for label, text in bench():
+        print(f"  {label:72s} {text}", flush=True)
+    sys.exit(0)
