@@ -163,7 +163,7 @@ def register(app: typer.Typer) -> None:
             say("  - its groups are unequal in size: such a plan is for comparison and does not count")
         moved = None if old is None else _moved(old, result)
         if moved is not None:
-            size = "" if moved["bytes"] is None else f", {moved['bytes'] / 1e9:.2f} GB of weights"
+            size = "" if moved["bytes"] is None else f", {_size(moved['bytes'])} of weights"
             say(
                 f"moved against {start}: {moved['copies']} of {moved['slots']} expert copies{size}; at most "
                 f"{moved['most_in_a_layer']} in a layer"
@@ -226,6 +226,10 @@ def _moved(old: StoredPlan, new: Result) -> dict[str, int | None]:
         "most_in_a_layer": int(by_layer.max()),
         "bytes": None if size is None else round(copies * size),
     }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _only_with(context: typer.Context, known: set[str], what: str) -> None:
