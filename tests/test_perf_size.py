@@ -192,3 +192,14 @@ def test_bad_input_gets_one_line(flags: list[str], text: str, capsys: pytest.Cap
     assert run(["size", "--model", "Llama-3.1-70B", *flags]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
+
+
+def test_the_docs_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """The quick ones of the examples in docs/sizing.md."""
+    page = (Path(__file__).parents[1] / "docs" / "sizing.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0].split("\n", 1) for block in page.split("```console\n")[1:]]
+    shown = {command: text for command, text in blocks if "moeplan size" in command and "use-case all" not in command}
+    assert len(shown) == 2
+    for command, text in shown.items():
+        assert run(command.removeprefix("$ moeplan ").split()) == 0
+        assert capsys.readouterr().out.rstrip() == text.rstrip()

@@ -122,6 +122,11 @@ def register(app: typer.Typer) -> None:
         for case in cases:
             mine = [answer for answer in answers if answer.case is case]
             facts["use_cases"][case.name] = _show(spec, case, mine, requests, dtypes, sensitivity)
+        if any(answer.meets for answer in answers):
+            say(
+                "bound by: prefill, decode. full at: most requests at a time, and what limits them; the rest: at that many"
+            )
+            say("USD, kWh: per million output tokens")
         emit_json(json, facts)
         if output is not None:
             from moeplan.report.perf_page import write_size_page
@@ -197,7 +202,7 @@ def _show(
     close = [f"{a.hardware.name}" for a in answers if a.close]
     if close:
         say()
-        say(f"within the model's error of about 15 %, a size more or less: {', '.join(close)}")
+        say(f"a size more or less, being within 15 % of a limit, about the model's error: {', '.join(close)}")
     changes = {id(a): elasticities(a.layout, case.load, a.each) for a in answers if a.layout and sensitivity}
     if changes:
         say()
@@ -221,22 +226,23 @@ def _table(answers: list[Sized]) -> list[str]:
     rows = []
     for a in answers:
         if not a.meets or a.layout is None or a.serving is None or a.full is None:
-            rows.append([a.hardware.name, "none", f"of up to {a.tried:,}", *[""] * 8])
+            rows.append([a.hardware.name, "-", f"none up to {a.tried:,}", *[""] * 8])
             continue
         rows.append(
             [
                 a.hardware.name, f"{a.layout.parallel.gpus:,}", ways(a.layout), f"{1e3 * a.serving.ttft_s:,.0f}",
                 f"{1e3 * a.serving.tpot_s:.1f}", f"{_first(a.bounds[1])}, {_first(a.bounds[0])}",
-                f"{a.most * a.layout.parallel.dp:,} {a.limited}", f"{a.full.output_per_s:,.1f}", f"{a.usd:,.2f}",
+                f"{a.most * a.layout.parallel.dp:,} {a.limited}", _digits(a.full.output_per_s), f"{a.usd:,.2f}",
                 f"{a.kwh:,.2f}", f"{a.smaller:,}: {a.why}" if a.smaller else "there is none",
             ]
         )  # fmt: skip
     head = ["hardware", "GPUs", "layout", "TTFT ms", "TPOT ms", "bound by", "full at", "tokens/s/GPU", "USD/M", "kWh/M"]
-    return [
-        *aligned([*head, "smaller: why not"], rows, left=(0, 2, 5, 10)),
-        "bound by: prefill, decode. full at: most requests at a time, and what limits them; after it, output tokens",
-        "with that many, and what a million of them cost",
-    ]
+    return aligned([*head, "smaller: why not"], rows, left=(0, 2, 5, 10))
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _first(shares: dict[str, float]) -> str:

@@ -24,7 +24,7 @@ __all__ = ["CLOSE", "USE_CASES", "Sized", "UseCase", "cluster_sizes", "size"]
 WORTH = 0.98
 #: The search ends at this many times the nearest miss: from there on, more accelerators add latency alone.
 BEYOND = 8
-#: A limit kept or missed by less than this factor is within the model's error (docs/accuracy.md).
+#: A limit kept or missed by less than this factor is about within the model's error (docs/accuracy.md).
 CLOSE = 1.15
 
 

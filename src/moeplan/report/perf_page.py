@@ -26,6 +26,9 @@ __all__ = ["size_html", "sweep_html", "write_size_page", "write_sweep_page"]
 _SKEWS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 _UNIFORM = "Routing is uniform: no trace was given, and real routing loads GPUs less evenly."
 _ERROR = (
+    "docs/accuracy.md has the model's errors: TPOT of servers has median errors of 3 to 25 % by hardware and layout, "
+    "from H100 to GB300; TTFT, beams, and all other hardware are unchecked."
+)
     "The model's errors are in docs/accuracy.md: TPOT of servers has a median error of 10 to 15 %; TTFT is unchecked."
 )
 #: Rows of a front in the page.
@@ -234,7 +237,7 @@ def _clusters(case: UseCase, answers: Sequence[Sized]) -> Section:
     )
     note += "within the limits, and what keeps it from more; cost is with those, per million output tokens."
     if close:
-        note += f" Within the model's error of about 15 %, a size more or less: {', '.join(close)}."
+        note += f" Within 15 % of a limit, about the model's error, and so a size more or less: {', '.join(close)}."
     return Section(f"Use case {case.name}", sentence, table=Table(head, rows), note=note)
 
 
