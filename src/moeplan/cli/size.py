@@ -123,10 +123,8 @@ def register(app: typer.Typer) -> None:
             mine = [answer for answer in answers if answer.case is case]
             facts["use_cases"][case.name] = _show(spec, case, mine, requests, dtypes, sensitivity)
         if any(answer.meets for answer in answers):
-            say(
-                "bound by: prefill, decode. full at: most requests at a time, and what limits them; the rest: at that many"
-            )
-            say("USD, kWh: per million output tokens")
+            say("bound by: prefill, decode. full at: most requests at a time, and what limits them")
+            say("tokens, USD, kWh: with that many requests; per million output tokens")
         emit_json(json, facts)
         if output is not None:
             from moeplan.report.perf_page import write_size_page

@@ -29,8 +29,6 @@ _ERROR = (
     "docs/accuracy.md has the model's errors: TPOT of servers has median errors of 3 to 25 % by hardware and layout, "
     "from H100 to GB300; TTFT, beams, and all other hardware are unchecked."
 )
-    "The model's errors are in docs/accuracy.md: TPOT of servers has a median error of 10 to 15 %; TTFT is unchecked."
-)
 #: Rows of a front in the page.
 _ROWS = 16
 
@@ -109,7 +107,7 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
 
 def _where(p: Point) -> str:
     layout = p.layout
-    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch} requests a rank)"
+    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch:,} a rank)"
 
 
 def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
