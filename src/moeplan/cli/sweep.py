@@ -196,7 +196,7 @@ def _where(p: Point) -> str:
 
     layout = p.layout
     return (
-        f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch:,} a rank), TPOT "
+        f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch:,} request{'s' * (p.batch > 1)} a rank), TPOT "
         f"{1e3 * p.tpot_s:.2f} ms"
     )
 
