@@ -195,10 +195,8 @@ def _where(p: Point) -> str:
     from moeplan.perf.sweep import ways
 
     layout = p.layout
-    return (
-        f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch:,} request{'s' * (p.batch > 1)} a rank), TPOT "
-        f"{1e3 * p.tpot_s:.2f} ms"
-    )
+    held = f"{p.batch:,} request{'s' * (p.batch > 1)} a rank"
+    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {held}), TPOT {1e3 * p.tpot_s:.2f} ms"
 
 
 def aligned(head: list[str], rows: list[list[str]], *, left: Sequence[int]) -> list[str]:

@@ -107,7 +107,8 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
 
 def _where(p: Point) -> str:
     layout = p.layout
-    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {p.batch:,} request{'s' * (p.batch > 1)} a rank)"
+    held = f"{p.batch:,} request{'s' * (p.batch > 1)} a rank"
+    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {held})"
 
 
 def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
