@@ -23,7 +23,7 @@ class Bar:
 
     @property
     def name(self) -> str:
-        return name_of(self.setting)
+        return f"{name_of(self.setting)}, {self.setting.gpus} GPU{'s' * (self.setting.gpus > 1)} a node"
 
     @property
     def target(self) -> str:
@@ -58,13 +58,16 @@ _LOAD_BARS = (("maverick-mmlu", 6, 16, 0.70), ("gpt-oss-20b", 5, 8, 0.87), ("gpt
 
 
 def bars_of(sources: Collection[str], folds: int, steps: int) -> list[Bar]:
-    """The bars of those sets. With copies, on the GPUs that the load bars name, so that one plan answers both."""
+    """The bars of those sets, on one GPU a node (locality and the guard alone) and on several, whose load costs too.
+
+    With copies on those that the load bars name, so that one plan answers both.
+    """
     named = {(source, redundant): gpus for source, gpus, redundant, _ in _LOAD_BARS}
     return [
         Bar(Setting(source, nodes, gpus, redundant, mode, folds=folds, steps=steps), asked)
         for source, nodes, redundant, mode, asked in _BARS
         if source in sources
-        for gpus in (named.get((source, redundant)) or gpus_per_node(source, nodes, redundant),)
+        for gpus in dict.fromkeys((1, named.get((source, redundant)) or gpus_per_node(source, nodes, redundant)))
     ]
 
 

@@ -63,7 +63,8 @@ BARS_SAY = """
 What `moeplan` was asked for before it was written, guarded. *Same slots*: against `linear` with as many copies, which
 decides. *Without copies*: against `linear` at R = 0 (there 0.875 of the picks leave a node of 8). *Oracle*: the same
 placement with requests grouped by their own decode, so what a better signature could still give. *Unguarded*: a plan
-that may load nodes as it likes.
+that may load nodes as it likes. Each bar stands twice: with one GPU a node, where only nodes have a load, and with
+several, where the plan also pays for uneven GPUs, out of locality.
 """
 
 REPRINT = """
