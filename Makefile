@@ -9,6 +9,7 @@ DEV := .venv/.ready-dev
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/moeplan compare embedded --nodes 4 --gpus-per-node 4 --strategies linear,eplb,paper,moeplan --folds 1 --steps 1 > /dev/null  # compiles the loops, once
 	touch $(READY)
 
 $(DEV): $(READY)
