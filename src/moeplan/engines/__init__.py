@@ -1,0 +1,1 @@
+"""Placement files of the engines that serve: write, check, read back."""
