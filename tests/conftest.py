@@ -14,3 +14,12 @@ def shared() -> Path:
     if not (folder / "traces").is_dir():
         pytest.skip("the real traces (../shared) are not on this machine")
     return folder
+
+
+@pytest.fixture
+def engines(shared: Path) -> Path:
+    """What engines really left behind; tests that need it are skipped where it is absent."""
+    folder = shared / "engines"
+    if not folder.is_dir():
+        pytest.skip("the engines' files (../shared/engines) are not on this machine")
+    return folder

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_files import refused_when_cut, save
 from moeplan.capture.counts_file import CountsProfile, make_counts, read_counts, write_counts
 from moeplan.capture.engine_counts import import_logical_count, import_tensorrt_llm
 from moeplan.capture.rebuild import Pass, rebuild
@@ -18,30 +19,6 @@ from moeplan.capture.sglang_recorder import import_recorder
 from moeplan.cli.app import run
 from moeplan.errors import FormatError, OutputError, UsageError
 from moeplan.trace.reader import Trace
-
-
-@pytest.fixture
-def engines(shared: Path) -> Path:
-    folder = shared / "engines"
-    if not folder.is_dir():
-        pytest.skip("the engines' files (../shared/engines) are not on this machine")
-    return folder
-
-
-def save(path: Path, *values: Any) -> Path:
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
-    return path
-
-
-def refused_when_cut(whole: bytes, path: Path, out: Path, load: Callable[[], Any], *, step: int = 1) -> None:
-    """Every proper beginning of a file is refused and leaves nothing."""
-    for cut in range(0, len(whole), step):
-        path.write_bytes(whole[:cut])
-        with pytest.raises(FormatError) as error:
-            load()
-        assert "\n" not in str(error.value) and path.name in str(error.value)
-        assert not out.exists()
-
 
 # --- SGLang recorder --------------------------------------------------------------------------------------------------
 
