@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeplan.cli import perf_options as o
 from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, say
 from moeplan.cli.options import DispatchChoice
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.perf.memory import Parallel, Precision
+    from moeplan.perf.memory import Parallel
     from moeplan.perf.models import ModelSpec
     from moeplan.perf.serving import Layout, Load
     from moeplan.perf.step import Step
@@ -31,15 +31,10 @@ def register(app: typer.Typer) -> None:
 
     @app.command(help="Estimate one set-up: time of a step by operator, memory, throughput, cost.")
     def estimate(
-        model: Annotated[str, typer.Option("--model", help="A name of the catalogue, or a config.json.")],
+        model: o.Model,
         hardware: Annotated[str, typer.Option("--hardware", help="A name of the catalogue, e.g. H100.")],
         nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Nodes of one worker.")] = 1,
-        gpus_per_node: Annotated[
-            int | None,
-            typer.Option(
-                "--gpus-per-node", metavar="G", help="GPUs that the fast network joins [default: the hardware's]."
-            ),
-        ] = None,
+        gpus_per_node: o.GpusPerNode = None,
         tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks of attention.")] = 1,
         pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
         dp: Annotated[
@@ -62,26 +57,13 @@ def register(app: typer.Typer) -> None:
         skew: Annotated[
             float, typer.Option("--skew", metavar="X", help="Load of the busiest GPU over the mean.")
         ] = 1.0,
-        mtp: Annotated[
-            int, typer.Option("--mtp", metavar="N", help="Draft tokens per step, by the model's own module.")
-        ] = 0,
-        accepted: Annotated[
-            float | None,
-            typer.Option("--accepted", metavar="X", help="Tokens that a step yields [default: 1 + 0.8 x drafts]."),
-        ] = None,
-        weights: Annotated[
-            str | None, typer.Option("--weights", help="Dtype of matrices [default: the checkpoint's].")
-        ] = None,
-        experts: Annotated[
-            str | None, typer.Option("--experts", help="Dtype of routed experts [default: as published].")
-        ] = None,
-        kv: Annotated[str, typer.Option("--kv", help="Dtype of the KV cache: bf16 or fp8.")] = "bf16",
-        usd_per_hour: Annotated[
-            float | None, typer.Option("--usd-per-hour", help="Of one GPU [default: the catalogue's].")
-        ] = None,
-        hardware_file: Annotated[
-            Path | None, typer.Option("--hardware-file", metavar="JSON", help="More hardware, or other prices.")
-        ] = None,
+        mtp: o.Drafts = 0,
+        accepted: o.Accepted = None,
+        weights: o.Weights = None,
+        experts: o.Experts = None,
+        kv: o.Kv = "bf16",
+        usd_per_hour: o.UsdPerHour = None,
+        hardware_file: o.HardwareFile = None,
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
@@ -90,6 +72,7 @@ def register(app: typer.Typer) -> None:
         from moeplan.perf import hardware as machines
         from moeplan.perf.models import model as find_model
         from moeplan.perf.serving import Layout, Load
+        from moeplan.perf.sweep import precision_of
 
         spec, machine = find_model(model), machines.hardware(hardware, hardware_file)
         per_node = gpus_per_node or machine.scale_up_size
@@ -101,7 +84,7 @@ def register(app: typer.Typer) -> None:
             _parallel(
                 spec, nodes * per_node if gpus_per_node or nodes > 1 else None, tp, pp, dp, ep, redundant, per_node
             ),
-            _precision(spec, weights, experts, kv),
+            precision_of(spec, weights, experts, kv),
             Dispatch(dispatch.value) if dispatch else None,
             overlap,
             per_node,
@@ -109,8 +92,7 @@ def register(app: typer.Typer) -> None:
             skew,
         )
         _check_ranges(layout, phase, mtp, usd_per_hour)
-        yields = 1 + 0.8 * mtp if accepted is None else accepted
-        load = Load(context, 1, drafts=mtp, accepted=yields)
+        load = Load(context, 1, drafts=mtp, accepted=o.accepted_of(mtp, accepted))
         facts = _facts(layout, load, batch, context, phase is StepPhase.prefill, usd_per_hour)
         for line in _lines(layout, facts, per_node):
             say(line)
@@ -151,17 +133,7 @@ def _check_ranges(layout: Layout, phase: StepPhase, mtp: int, usd_per_hour: floa
         raise UsageError("--skew and --balanced exclude each other")
     if mtp < 0 or (mtp and phase is StepPhase.prefill):
         raise UsageError("--mtp is of decode, and at least 0")
-    if usd_per_hour is not None and not usd_per_hour >= 0:
-        raise UsageError(f"--usd-per-hour {usd_per_hour:g} is negative")
-
-
-def _precision(spec: ModelSpec, weights: str | None, experts: str | None, kv: str) -> Precision:
-    from moeplan.perf.memory import Precision
-
-    if weights is None:
-        published = Precision.of_checkpoint(spec)
-        return Precision(weights=published.weights, experts=experts or published.experts, kv=kv)
-    return Precision(weights=weights, experts=experts, kv=kv)
+    o.check_price("--usd-per-hour", usd_per_hour)
 
 
 def _facts(
@@ -197,7 +169,7 @@ def _facts(
         "idle_share": float(step.idle_share),
         "operators": _operators(step),
         "tokens_per_step": yields,
-        **({"tokens_per_s_per_gpu": per_gpu}),
+        "tokens_per_s_per_gpu": per_gpu,
         "tpot_ms": None if prefill else 1e3 * seconds / load.accepted,
         "ttft_ms": 1e3 * seconds if prefill else None,
         "usd_per_million_tokens": usd,
@@ -220,13 +192,13 @@ def _facts(
 def _operators(step: Step) -> list[dict[str, Any]]:
     return [
         {
-            "name": o.name,
-            "ms": 1e3 * float(o.seconds),
-            "hidden_ms": 1e3 * float(o.hidden),
-            "exposed_ms": 1e3 * float(o.exposed),
-            "bound": o.bound,
+            "name": op.name,
+            "ms": 1e3 * float(op.seconds),
+            "hidden_ms": 1e3 * float(op.hidden),
+            "exposed_ms": 1e3 * float(op.exposed),
+            "bound": op.bound,
         }
-        for o in step.operators
+        for op in step.operators
     ]
 
 
@@ -235,14 +207,11 @@ def _lines(layout: Layout, facts: dict[str, Any], per_node: int) -> list[str]:
     p, memory = facts["parallel"], facts["memory"]
     spec = layout.spec
     ways = ", ".join(f"{name} {p[name]}" for name in ("tp", "dp", "ep", "pp") if p[name] > 1) or "one GPU"
-    dtypes = f"{layout.precision.weights} weights"
-    if spec.moe and layout.precision.experts not in (None, layout.precision.weights):
-        dtypes += f", {layout.precision.experts} experts"
     held = f"{facts['context']:,} tokens {'each to prefill' if facts['phase'] == 'prefill' else 'of context'}"
     nodes = -(-p["gpus"] // per_node)
     where = f"{p['gpus']} x {layout.hardware.name}" + (f" ({nodes} nodes of {per_node})" if nodes > 1 else "")
     lines = [
-        f"{spec.name}, {facts['phase']} on {where}: {ways}; {dtypes}, {layout.precision.kv} KV cache",
+        f"{spec.name}, {facts['phase']} on {where}: {ways}; {o.dtypes(spec, layout.precision)}",
         f"{facts['batch']} requests"
         + (f" on each of {p['dp']} data-parallel ranks" if p["dp"] > 1 else "")
         + f", {held}",
@@ -278,9 +247,10 @@ def _breakdown(facts: dict[str, Any]) -> list[str]:
     """One line per operator; the exposed times add up to the step."""
     lines = [f"{'operator':<18}{'ms':>10}{'hidden':>10}{'exposed':>10}{'share':>8}  bound by"]
     lines.append("-" * len(lines[0]))
-    for o in facts["operators"]:
-        share = o["exposed_ms"] / facts["step_ms"]
-        hidden = f"{o['hidden_ms']:.3f}" if o["hidden_ms"] else ""
-        lines.append(f"{o['name']:<18}{o['ms']:>10.3f}{hidden:>10}{o['exposed_ms']:>10.3f}{share:>8.1%}  {o['bound']}")
+    for op in facts["operators"]:
+        share = op["exposed_ms"] / facts["step_ms"]
+        hidden = f"{op['hidden_ms']:.3f}" if op["hidden_ms"] else ""
+        times = f"{op['ms']:>10.3f}{hidden:>10}{op['exposed_ms']:>10.3f}"
+        lines.append(f"{op['name']:<18}{times}{share:>8.1%}  {op['bound']}")
     lines.append(f"{'step':<18}{'':>20}{facts['step_ms']:>10.3f}{1:>8.0%}")
     return lines

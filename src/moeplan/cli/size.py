@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeplan.cli import perf_options as o
 from moeplan.cli.common import JsonOption, Progress, check_places, claim_stdout, emit_json, progress, say
-from moeplan.cli.sweep import aligned, layout_facts, machines
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,10 +34,8 @@ def register(app: typer.Typer) -> None:
 
     @app.command(help="The smallest cluster of each hardware for a use case and its limits, and what bounds it.")
     def size(
-        model: Annotated[str, typer.Option("--model", help="A name of the catalogue, or a config.json.")],
-        hardware: Annotated[
-            str, typer.Option("--hardware", metavar="A,B,..", help="Names of the catalogue, or all.")
-        ] = "all",
+        model: o.Model,
+        hardware: o.HardwareList = "all",
         use_case: Annotated[
             UseCaseChoice | None, typer.Option("--use-case", help="Lengths, beams and limits of a use case.")
         ] = None,
@@ -52,36 +50,18 @@ def register(app: typer.Typer) -> None:
             int, typer.Option("--requests", metavar="N", help="Requests at a time that it must serve.")
         ] = 1,
         max_gpus: Annotated[int, typer.Option("--max-gpus", metavar="N", help="Largest cluster tried.")] = 8192,
-        gpus_per_node: Annotated[
-            int | None,
-            typer.Option(
-                "--gpus-per-node", metavar="G", help="GPUs that the fast network joins [default: the hardware's]."
-            ),
-        ] = None,
+        gpus_per_node: o.GpusPerNode = None,
         sensitivity: Annotated[
             bool, typer.Option("--sensitivity", help="Also how TTFT and TPOT answer to each part of the hardware.")
         ] = False,
-        mtp: Annotated[
-            int, typer.Option("--mtp", metavar="N", help="Draft tokens per step, by the model's own module.")
-        ] = 0,
-        accepted: Annotated[
-            float | None,
-            typer.Option("--accepted", metavar="X", help="Tokens that a step yields [default: 1 + 0.8 x drafts]."),
-        ] = None,
-        weights: Annotated[
-            str | None, typer.Option("--weights", help="Dtype of matrices [default: the checkpoint's].")
-        ] = None,
-        experts: Annotated[
-            str | None, typer.Option("--experts", help="Dtype of routed experts [default: as published].")
-        ] = None,
-        kv: Annotated[str, typer.Option("--kv", help="Dtype of the KV cache: bf16 or fp8.")] = "bf16",
-        usd_per_hour: Annotated[
-            float | None, typer.Option("--usd-per-hour", help="Of one GPU [default: the catalogue's].")
-        ] = None,
-        watts: Annotated[float | None, typer.Option("--watts", help="Of one GPU [default: the catalogue's].")] = None,
-        hardware_file: Annotated[
-            Path | None, typer.Option("--hardware-file", metavar="JSON", help="More hardware, or other prices.")
-        ] = None,
+        mtp: o.Drafts = 0,
+        accepted: o.Accepted = None,
+        weights: o.Weights = None,
+        experts: o.Experts = None,
+        kv: o.Kv = "bf16",
+        usd_per_hour: o.UsdPerHour = None,
+        watts: o.Watts = None,
+        hardware_file: o.HardwareFile = None,
         json: JsonOption = None,
         output: Annotated[
             str | None, typer.Option("-o", "--html", metavar="HTML", help="Also write a page with figures.")
@@ -93,10 +73,9 @@ def register(app: typer.Typer) -> None:
         from moeplan.perf.size import size as run
         from moeplan.perf.sweep import precision_of
 
-        spec, found = find_model(model), machines(hardware, hardware_file, usd_per_hour, watts, gpus_per_node)
-        yields = 1 + 0.8 * mtp if accepted is None else accepted
+        spec, found = find_model(model), o.machines(hardware, hardware_file, usd_per_hour, watts, gpus_per_node)
         cases = [
-            replace(case, drafts=mtp, accepted=yields)
+            replace(case, drafts=mtp, accepted=o.accepted_of(mtp, accepted))
             for case in _cases(use_case, prompt, output_tokens, beams, ttft, tpot)
         ]
         if requests < 1 or max_gpus < 1:
@@ -117,7 +96,7 @@ def register(app: typer.Typer) -> None:
                         usd_per_hour=usd_per_hour, watts=watts, report=at,
                     )
                 )  # fmt: skip
-        dtypes = f"{precision.weights} weights, {precision.kv} KV cache"
+        dtypes = o.dtypes(spec, precision)
         facts: dict[str, Any] = {"model": spec.name, "requests": requests, "max_gpus": max_gpus, "use_cases": {}}
         for case in cases:
             mine = [answer for answer in answers if answer.case is case]
@@ -235,7 +214,7 @@ def _table(answers: list[Sized]) -> list[str]:
             ]
         )  # fmt: skip
     head = ["hardware", "GPUs", "layout", "TTFT ms", "TPOT ms", "bound by", "full at", "tokens/s/GPU", "USD/M", "kWh/M"]
-    return aligned([*head, "smaller: why not"], rows, left=(0, 2, 5, 10))
+    return o.aligned([*head, "smaller: why not"], rows, left=(0, 2, 5, 10))
 
 
 def _digits(value: float) -> str:
@@ -275,7 +254,7 @@ def _sensitivity(answers: list[tuple[Sized, dict[str, dict[str, float]]]], knobs
     held = ", ".join(f"{a.hardware.name} {_plain(table['capacity']['requests'])}" for a, table in answers)
     return [
         "sensitivity: per cent of change for one per cent more of",
-        *aligned([*head, "overhead"], rows, left=(0, 2)),
+        *o.aligned([*head, "overhead"], rows, left=(0, 2)),
         "up, out: links inside and between nodes. overhead: launches, small kernels, the engine between steps",
         f"capacity changes how many requests fit instead: {held}",
     ]
@@ -306,7 +285,7 @@ def _facts(a: Sized) -> dict[str, Any]:
         return out | {"nearest": None, "why": a.why, "memory_needed_over_usable": a.short}
     p = a.layout.parallel
     out |= {
-        "cluster" if a.meets else "nearest": layout_facts(a.layout),
+        "cluster" if a.meets else "nearest": o.layout_facts(a.layout),
         "ttft_ms": 1e3 * a.serving.ttft_s,
         "tpot_ms": 1e3 * a.serving.tpot_s,
         "requests": a.each * p.dp,

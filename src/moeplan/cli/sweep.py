@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeplan.cli import perf_options as o
 from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moeplan.perf.hardware import Hardware
     from moeplan.perf.models import ModelSpec
-    from moeplan.perf.serving import Layout
     from moeplan.perf.sweep import Point
 
 #: Rows of a front that the text shows; `--json` has all.
@@ -28,20 +27,15 @@ def register(app: typer.Typer) -> None:
 
     @app.command(help="Sweep set-ups: layouts, batches, contexts; the best trade of throughput per GPU against TPOT.")
     def sweep(
-        model: Annotated[str, typer.Option("--model", help="A name of the catalogue, or a config.json.")],
-        hardware: Annotated[str, typer.Option("--hardware", metavar="A,B,..", help="Names of the catalogue, or all.")],
+        model: o.Model,
+        hardware: o.HardwareList,
         nodes: Annotated[
             str, typer.Option("--nodes", metavar="N,..", help="Nodes; 1 stands for parts of a node, too.")
         ] = "1",
         gpus: Annotated[
             str | None, typer.Option("--gpus", metavar="N,..", help="Numbers of GPUs, instead of --nodes.")
         ] = None,
-        gpus_per_node: Annotated[
-            int | None,
-            typer.Option(
-                "--gpus-per-node", metavar="G", help="GPUs that the fast network joins [default: the hardware's]."
-            ),
-        ] = None,
+        gpus_per_node: o.GpusPerNode = None,
         tp: Annotated[str | None, typer.Option("--tp", metavar="N,..", help="Only these [default: all].")] = None,
         pp: Annotated[str | None, typer.Option("--pp", metavar="N,..", help="Only these [default: all].")] = None,
         ep: Annotated[
@@ -55,20 +49,12 @@ def register(app: typer.Typer) -> None:
         tpot: Annotated[
             float, typer.Option("--tpot", metavar="MS", help="Limit for the set-up shown in detail.")
         ] = 50.0,
-        weights: Annotated[
-            str | None, typer.Option("--weights", help="Dtype of matrices [default: the checkpoint's].")
-        ] = None,
-        experts: Annotated[
-            str | None, typer.Option("--experts", help="Dtype of routed experts [default: as published].")
-        ] = None,
-        kv: Annotated[str, typer.Option("--kv", help="Dtype of the KV cache: bf16 or fp8.")] = "bf16",
-        usd_per_hour: Annotated[
-            float | None, typer.Option("--usd-per-hour", help="Of one GPU [default: the catalogue's].")
-        ] = None,
-        watts: Annotated[float | None, typer.Option("--watts", help="Of one GPU [default: the catalogue's].")] = None,
-        hardware_file: Annotated[
-            Path | None, typer.Option("--hardware-file", metavar="JSON", help="More hardware, or other prices.")
-        ] = None,
+        weights: o.Weights = None,
+        experts: o.Experts = None,
+        kv: o.Kv = "bf16",
+        usd_per_hour: o.UsdPerHour = None,
+        watts: o.Watts = None,
+        hardware_file: o.HardwareFile = None,
         json: JsonOption = None,
         output: Annotated[
             str | None, typer.Option("-o", "--output", metavar="HTML", help="Also write a page with figures.")
@@ -80,9 +66,9 @@ def register(app: typer.Typer) -> None:
         from moeplan.perf.sweep import Choice, node_parts, precision_of
         from moeplan.perf.sweep import sweep as run
 
-        spec, found = find_model(model), machines(hardware, hardware_file, usd_per_hour, watts, gpus_per_node)
-        counts = numbers("--gpus", gpus) if gpus else None
-        nodes_ = numbers("--nodes", nodes)
+        spec, found = find_model(model), o.machines(hardware, hardware_file, usd_per_hour, watts, gpus_per_node)
+        counts = _numbers("--gpus", gpus) if gpus else None
+        nodes_ = _numbers("--nodes", nodes)
         tried = []
         for machine in found:
             per_node = gpus_per_node or machine.scale_up_size
@@ -91,14 +77,14 @@ def register(app: typer.Typer) -> None:
         if not tpot > 0:
             raise UsageError(f"--tpot {tpot:g} is not above 0", mend="give milliseconds")
         choice = Choice(
-            *(numbers(flag, text) if text else None for flag, text in zip(_CHOICES, (tp, pp, ep), strict=True))
+            *(_numbers(flag, text) if text else None for flag, text in zip(_CHOICES, (tp, pp, ep), strict=True))
         )
-        contexts = numbers("--context", context)
+        contexts = _numbers("--context", context)
         precision = precision_of(spec, weights, experts, kv)
         start = time.perf_counter()
         with progress("sweep") as report:
             swept = run(
-                spec, tried, precision, batches=numbers("--batch", batch), contexts=contexts, choice=choice,
+                spec, tried, precision, batches=_numbers("--batch", batch), contexts=contexts, choice=choice,
                 gpus_per_node=gpus_per_node, overlap=overlap, usd_per_hour=usd_per_hour, watts=watts, report=report,
             )  # fmt: skip
         seconds = time.perf_counter() - start
@@ -107,7 +93,7 @@ def register(app: typer.Typer) -> None:
                 f"{spec.name} fits none of the {swept.unfit} set-ups", mend="use more GPUs, or smaller dtypes"
             )
         facts = _facts(spec, swept.points, swept.unfit, contexts, tpot)
-        dtypes = f"{precision.weights} weights, {precision.kv} KV cache"
+        dtypes = o.dtypes(spec, precision)
         say(
             f"{spec.name}, decode: {len(swept.points):,} set-ups in {seconds:.1f} s, {swept.unfit:,} more do not fit; "
             f"{dtypes}"
@@ -129,7 +115,7 @@ def register(app: typer.Typer) -> None:
 _CHOICES = ("--tp", "--pp", "--ep")
 
 
-def numbers(flag: str, text: str) -> tuple[int, ...]:
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
     """'1,2,8' as numbers of at least 1, each once, rising."""
     try:
         found = sorted({int(item) for item in text.split(",")})
@@ -140,35 +126,13 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def machines(
-    names: str, file: Path | None, usd_per_hour: float | None, watts: float | None, gpus_per_node: int | None
-) -> list[Hardware]:
-    """The hardware of a list of names, or all."""
-    from moeplan.perf.hardware import hardware, hardware_names
-
-    listed = list(hardware_names(file)) if names.strip().lower() == "all" else names.split(",")
-    found = list({machine.name: machine for machine in (hardware(name.strip(), file) for name in listed)}.values())
-    for flag, value in (("--usd-per-hour", usd_per_hour), ("--watts", watts)):
-        if value is None:
-            continue
-        if not value >= 0:
-            raise UsageError(f"{flag} {value:g} is negative")
-        if len(found) > 1:
-            raise UsageError(
-                f"{flag} is of one kind of hardware, but {len(found)} are given", mend="use --hardware-file"
-            )
-    if gpus_per_node is not None and gpus_per_node < 1:
-        raise UsageError("--gpus-per-node must be at least 1")
-    return found
-
-
 def _show(points: list[Point], context: int, tpot: float) -> None:
     from moeplan.perf.sweep import best_within, pareto, ways
 
     say()
     say(f"Pareto front at {context:,} tokens of context")
     front = pareto(points)
-    shown = thinned(front, SHOWN)
+    shown = _thinned(front, SHOWN)
     rows = [
         [
             f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.layout.hardware.name, f"{p.layout.parallel.gpus:,}",
@@ -177,7 +141,7 @@ def _show(points: list[Point], context: int, tpot: float) -> None:
         for p in shown
     ]  # fmt: skip
     head = ["TPOT ms", "tokens/s/GPU", "hardware", "GPUs", "layout", "batch", "USD/M", "kWh/M", "bound by"]
-    for line in aligned(head, rows, left=(2, 4, 8)):
+    for line in o.aligned(head, rows, left=(2, 4, 8)):
         say(line)
     if len(shown) < len(front):
         say(f"({len(front)} in all; --json has every one)")
@@ -199,18 +163,7 @@ def _where(p: Point) -> str:
     return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {held}), TPOT {1e3 * p.tpot_s:.2f} ms"
 
 
-def aligned(head: list[str], rows: list[list[str]], *, left: Sequence[int]) -> list[str]:
-    """A table as lines; the columns of `left` are set to the left."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        put = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join(put).rstrip()
-
-    return [line(head), "-" * (sum(widths) + 2 * (len(widths) - 1)), *(line(row) for row in rows)]
-
-
-def thinned(front: list[Point], most: int) -> list[Point]:
+def _thinned(front: list[Point], most: int) -> list[Point]:
     """At most that many, ends included, even along the front."""
     if len(front) <= most:
         return front
@@ -232,15 +185,15 @@ def _facts(
         "set_ups": len(points),
         "do_not_fit": unfit,
         "tpot_limit_ms": tpot,
-        "best": {str(tokens): point_facts(p, True) if p else None for tokens, p in best.items()},
-        "points": [point_facts(p, id(p) in fronts) for p in points],
+        "best": {str(tokens): _point_facts(p, True) if p else None for tokens, p in best.items()},
+        "points": [_point_facts(p, id(p) in fronts) for p in points],
     }
 
 
-def point_facts(p: Point, front: bool) -> dict[str, Any]:
+def _point_facts(p: Point, front: bool) -> dict[str, Any]:
     """One set-up, as JSON."""
     return {
-        **layout_facts(p.layout),
+        **o.layout_facts(p.layout),
         "batch": p.batch,
         "context": p.context,
         "tpot_ms": 1e3 * p.tpot_s,
@@ -249,21 +202,4 @@ def point_facts(p: Point, front: bool) -> dict[str, Any]:
         "usd_per_million_tokens": p.usd,
         "kwh_per_million_tokens": p.kwh,
         "pareto": front,
-    }
-
-
-def layout_facts(layout: Layout) -> dict[str, Any]:
-    """Accelerators and how the model is spread over them, as JSON."""
-    p = layout.parallel
-    per_node = layout.gpus_per_node or layout.hardware.scale_up_size
-    return {
-        "hardware": layout.hardware.name,
-        "gpus": p.gpus,
-        "nodes": -(-p.gpus // per_node),
-        "tp": p.tp,
-        "dp": p.dp,
-        "ep": p.ep,
-        "pp": p.pp,
-        "redundant": p.redundant,
-        "overlap": layout.overlap,
     }
