@@ -99,9 +99,10 @@ def gemm_table(machine: str, kind: str) -> Table:
     return _table(f"gemm {kind}", machine, "gemm_{}.parquet", ("n", "k"), predict, lambda r: r["gemm_dtype"] == name)
 
 
-def _values(r: Columns) -> np.ndarray:
-    """Width of values: the only model with keys of 192 in the files, MiMo-V2, has values of 128 (its config.json)."""
-    return np.where(r["head_dim"] == 192, 128, r["head_dim"])
+def _heads(r: Columns) -> attention.Heads:
+    """The only model with keys of 192 in the files, MiMo-V2, has values of 128 (its config.json)."""
+    values = np.where(r["head_dim"] == 192, 128, r["head_dim"])
+    return attention.Heads(r["num_heads"], r["num_key_value_heads"], r["head_dim"], values, r["window_size"])
 
 
 HEADS = ("num_heads", "num_key_value_heads", "head_dim", "window_size")
@@ -114,18 +115,8 @@ def prefill_table(machine: str, group: str) -> Table:
         return (r["kernel_source"] == "fa3") & (r["attn_dtype"] == ("bfloat16" if group == "bf16" else group))
 
     def predict(hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
-        return attention.attention_prefill(
-            hw,
-            r["batch_size"],
-            r["isl"],
-            r["num_heads"],
-            r["num_key_value_heads"],
-            r["head_dim"],
-            value_dim=_values(r),
-            window=r["window_size"],
-            kind="fp8" if group == "fp8" else "bf16",
-            c=c,
-        ).seconds
+        kind = "fp8" if group == "fp8" else "bf16"
+        return attention.attention_prefill(hw, _heads(r), r["batch_size"], r["isl"], kind=kind, c=c).seconds
 
     return _table(f"prefill {group}", machine, "context_attention_{}.parquet", HEADS, predict, keep)
 
@@ -137,19 +128,8 @@ def decode_table(machine: str, group: str) -> Table:
         return (r["kernel_source"] == "fa3") & (r["kv_cache_dtype"] == ("bfloat16" if group == "bf16" else group))
 
     def predict(hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
-        return attention.attention_decode(
-            hw,
-            r["batch_size"],
-            r["step"] + 1,
-            r["num_heads"],
-            r["num_key_value_heads"],
-            r["head_dim"],
-            value_dim=_values(r),
-            window=r["window_size"],
-            kv_kind="fp8" if group == "fp8" else "bf16",
-            warm=True,
-            c=c,
-        ).seconds
+        kind, held = "fp8" if group == "fp8" else "bf16", r["step"] + 1
+        return attention.attention_decode(hw, _heads(r), r["batch_size"], held, kv_kind=kind, warm=True, c=c).seconds
 
     return _table(f"decode {group}", machine, "generation_attention_{}.parquet", HEADS, predict, keep)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from moeplan.errors import FormatError, UsageError
 from moeplan.perf.attention import (
+    Heads,
     MlaShape,
     attention_decode,
     attention_prefill,
@@ -31,6 +32,7 @@ H100 = Hardware(
     Link(450e9, 6e-7), 8, Link(50e9, 2.7e-6), 700, 3.0, {},
 )  # fmt: skip
 SIZES = st.integers(1, 20000)
+GROUPED = Heads(32, 8, 128)
 KINDS = [kind for kind, form in DTYPES.items() if form.rate in H100.flops]
 
 
@@ -79,33 +81,34 @@ def test_a_tile_more_is_a_wave_more() -> None:
 )
 def test_prefill_respects_the_peak_and_grows_with_context(batch: int, tokens: int, context: int, heads: int) -> None:
     pairs = tokens * context + tokens * tokens / 2
-    time = attention_prefill(H100, batch, tokens, heads, 8, 128, context=context)
+    time = attention_prefill(H100, Heads(heads, 8, 128), batch, tokens, context=context)
     assert time.seconds >= 4 * batch * heads * pairs * 128 / H100.flops["bf16"]
-    assert attention_prefill(H100, batch, tokens, heads, 8, 128, context=context + 512).seconds > time.seconds
+    assert attention_prefill(H100, Heads(heads, 8, 128), batch, tokens, context=context + 512).seconds > time.seconds
 
 
 def test_chunks_cost_no_less_than_the_whole() -> None:
-    whole = attention_prefill(H100, 1, 8192, 32, 8, 128).seconds
-    chunks = sum(attention_prefill(H100, 1, 2048, 32, 8, 128, context=at).seconds for at in range(0, 8192, 2048))
+    whole = attention_prefill(H100, GROUPED, 1, 8192).seconds
+    chunks = sum(attention_prefill(H100, GROUPED, 1, 2048, context=at).seconds for at in range(0, 8192, 2048))
     assert whole < chunks < 1.6 * whole
 
 
 def test_a_window_bounds_prefill_and_decode() -> None:
-    assert attention_prefill(H100, 1, 16384, 32, 8, 128, window=1024).seconds < 0.3 * (
-        attention_prefill(H100, 1, 16384, 32, 8, 128).seconds
+    windowed = dataclasses.replace(GROUPED, window=1024)
+    assert attention_prefill(H100, windowed, 1, 16384).seconds < 0.3 * (
+        attention_prefill(H100, GROUPED, 1, 16384).seconds
     )
-    assert attention_decode(H100, 64, 16384, 32, 8, 128, window=1024).seconds == pytest.approx(
-        attention_decode(H100, 64, 1024, 32, 8, 128).seconds
+    assert attention_decode(H100, windowed, 64, 16384).seconds == pytest.approx(
+        attention_decode(H100, GROUPED, 64, 1024).seconds
     )
 
 
 def test_decode_reads_the_cache() -> None:
     read = 64 * 8192 * 8 * 128 * 2 * 2 / H100.memory_bytes_per_s
-    assert read < attention_decode(H100, 64, 8192, 32, 8, 128).seconds < 1.3 * read
-    half = attention_decode(H100, 64, 8192, 32, 8, 128, kv_kind="fp8").seconds
-    assert half < attention_decode(H100, 64, 8192, 32, 8, 128).seconds
-    small = {"batch": 8, "context": 4096, "heads": 8, "kv_heads": 1, "head_dim": 128}
-    assert attention_decode(H100, **small, warm=True).seconds < attention_decode(H100, **small).seconds
+    assert read < attention_decode(H100, GROUPED, 64, 8192).seconds < 1.3 * read
+    half = attention_decode(H100, GROUPED, 64, 8192, kv_kind="fp8").seconds
+    assert half < attention_decode(H100, GROUPED, 64, 8192).seconds
+    small = Heads(8, 1, 128), 8, 4096
+    assert attention_decode(H100, *small, warm=True).seconds < attention_decode(H100, *small).seconds
 
 
 def test_speculated_tokens_cost_less_than_steps() -> None:
@@ -198,7 +201,7 @@ def test_constants_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="cannot be read"):
         constants(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"format": ')
-    with pytest.raises(FormatError, match="is not JSON"):
+    with pytest.raises(FormatError, match="is not whole JSON"):
         constants(tmp_path / "cut.json")
 
 

@@ -9,53 +9,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from moeplan.perf.constants import Constants, Decode, Prefill, constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.operators import DTYPES, UNITS, Number, Time, arrays, dtype, gemm, kernel_time, overlap, total
 
 __all__ = [
-    "MlaShape",
-    "absorb",
-    "attention_decode",
-    "attention_prefill",
-    "mla_decode",
-    "mla_layer_decode",
+    "Heads", "MlaShape", "absorb", "attention_decode", "attention_prefill", "mla_decode", "mla_layer_decode",
     "mla_layer_prefill",
-]
+]  # fmt: skip
 
 #: Keys and values up to this many bytes stay in the L2 cache from one call to the next (80 % of an H100's 50 MB).
 CACHED_BYTES = 40e6
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Multi-head or grouped attention of one layer, on one accelerator; numbers, or arrays that broadcast.
+
+    Attributes:
+        heads, kv_heads: that this accelerator holds.
+        head_dim, value_dim: width of query and key, and of value (None: the same).
+        window: keys that a query sees at most; 0 for all.
+    """
+
+    heads: Number
+    kv_heads: Number
+    head_dim: Number
+    value_dim: Number | None = None
+    window: Number = 0
+
+    def arrays(self) -> tuple[npt.NDArray[np.float64], ...]:
+        """(heads, kv_heads, head_dim, value_dim, window) as float64 arrays."""
+        values = self.head_dim if self.value_dim is None else self.value_dim
+        return arrays(self.heads, self.kv_heads, self.head_dim, values, self.window)
+
+
 def attention_prefill(
-    hardware: Hardware,
-    batch: Number,
-    tokens: Number,
-    heads: Number,
-    kv_heads: Number,
-    head_dim: Number,
-    *,
-    context: Number = 0,
-    value_dim: Number | None = None,
-    window: Number = 0,
-    kind: str = "bf16",
+    hardware: Hardware, shape: Heads, batch: Number, tokens: Number, *, context: Number = 0, kind: str = "bf16",
     c: Constants | None = None,
-) -> Time:
+) -> Time:  # fmt: skip
     """Causal attention of `tokens` new tokens per request, after `context` earlier ones (chunked prefill).
 
     Args:
-        heads, kv_heads: of this accelerator.
-        head_dim, value_dim: width of query and key, and of value (the same if not given).
-        window: keys that a query sees at most; 0 for all.
         kind: bf16 or fp8.
     """
     fit: Prefill = getattr(c or constants(), f"prefill_{kind}")
     rate, size = (hardware.flops[dtype(kind, hardware).rate], DTYPES[kind].input_bytes)
-    batch, tokens, heads, kv_heads, head_dim, context, window = arrays(
-        batch, tokens, heads, kv_heads, head_dim, context, window
-    )
-    values = head_dim if value_dim is None else np.asarray(value_dim, np.float64)
+    batch, tokens, context = arrays(batch, tokens, context)
+    heads, kv_heads, head_dim, values, window = shape.arrays()
     seen = np.where(window > 0, window, np.inf)
     tiles = np.ceil(tokens * heads / kv_heads / 128)  # the query heads of a key-value head share tiles
     rows = tiles * 128
@@ -83,20 +86,9 @@ def _causal_pairs(tokens: Number, context: Number, seen: Number) -> Number:
 
 
 def attention_decode(
-    hardware: Hardware,
-    batch: Number,
-    context: Number,
-    heads: Number,
-    kv_heads: Number,
-    head_dim: Number,
-    *,
-    tokens: Number = 1,
-    value_dim: Number | None = None,
-    window: Number = 0,
-    kv_kind: str = "bf16",
-    warm: bool = False,
-    c: Constants | None = None,
-) -> Time:
+    hardware: Hardware, shape: Heads, batch: Number, context: Number, *, tokens: Number = 1, kv_kind: str = "bf16",
+    warm: bool = False, c: Constants | None = None,
+) -> Time:  # fmt: skip
     """Attention of `tokens` new tokens per request (more than one when speculating) over `context` cached ones.
 
     Args:
@@ -105,30 +97,20 @@ def attention_decode(
             step the other layers have pushed them out.
     """
     fit: Decode = getattr(c or constants(), f"decode_{kv_kind}")
-    batch, context, heads, kv_heads, head_dim, tokens, window = arrays(
-        batch, context, heads, kv_heads, head_dim, tokens, window
-    )
+    batch, context, tokens = arrays(batch, context, tokens)
+    heads, kv_heads, head_dim, values, window = shape.arrays()
     keys = np.where(window > 0, np.minimum(context, window), context)
     group = np.ceil(heads / kv_heads * tokens / 64)
-    width = head_dim + (head_dim if value_dim is None else np.asarray(value_dim, np.float64))
-    launches = _launches(fit.launch_s, 2 * head_dim, width)
+    width = head_dim + values
+    launches = _launches(fit.launch_s, head_dim, values)
     tiles, read, moved = batch * kv_heads * group, batch * keys * kv_heads * width, 2 * batch * tokens * heads * width
     return _decode(hardware, fit, launches, tiles, keys, read, width, moved, kv_kind, warm)
 
 
 def mla_decode(
-    hardware: Hardware,
-    batch: Number,
-    context: Number,
-    heads: Number,
-    *,
-    tokens: Number = 1,
-    latent: int = 512,
-    rope: int = 64,
-    kv_kind: str = "bf16",
-    warm: bool = False,
-    c: Constants | None = None,
-) -> Time:
+    hardware: Hardware, batch: Number, context: Number, heads: Number, *, tokens: Number = 1, latent: int = 512,
+    rope: int = 64, kv_kind: str = "bf16", warm: bool = False, c: Constants | None = None,
+) -> Time:  # fmt: skip
     """Multi-head latent attention in its absorbed form: all heads share one latent of `latent` + `rope` values a token.
 
     fp8 latents are converted to bf16 first, as SGLang 0.5.14 does on Hopper.
@@ -144,18 +126,9 @@ def mla_decode(
 
 
 def _decode(
-    hardware: Hardware,
-    fit: Decode,
-    launches: Number,
-    tiles: Number,
-    keys: Number,
-    values: Number,
-    width: Number,
-    moved: Number,
-    kv_kind: str,
-    warm: bool,
-    mla: bool = False,
-) -> Time:
+    hardware: Hardware, fit: Decode, launches: Number, tiles: Number, keys: Number, values: Number, width: Number,
+    moved: Number, kv_kind: str, warm: bool, mla: bool = False,
+) -> Time:  # fmt: skip
     """Tiles of 64 rows over `keys` each; `values` cached numbers are read, once; `moved` bytes of q and output."""
     size, bandwidth = DTYPES[kv_kind].input_bytes, hardware.memory_bytes_per_s
     converted = size < 2 and mla
@@ -181,20 +154,16 @@ class MlaShape:
     nope: int = 128
     value: int = 128
 
+    @property
+    def expanded(self) -> Heads:
+        """As prefill computes it: keys and values made from the latents, one of each for every head."""
+        return Heads(self.heads, self.heads, self.nope + self.rope, self.value)
+
 
 def mla_layer_decode(
-    hardware: Hardware,
-    shape: MlaShape,
-    batch: Number,
-    context: Number,
-    *,
-    tokens: Number = 1,
-    kind: str = "bf16",
-    kv_kind: str = "bf16",
-    down: bool = True,
-    warm: bool = False,
-    c: Constants | None = None,
-) -> Time:
+    hardware: Hardware, shape: MlaShape, batch: Number, context: Number, *, tokens: Number = 1, kind: str = "bf16",
+    kv_kind: str = "bf16", down: bool = True, warm: bool = False, c: Constants | None = None,
+) -> Time:  # fmt: skip
     """A decode attention block on an accelerator that holds shape.heads heads: projections, absorption, attention.
 
     Args:
@@ -203,38 +172,23 @@ def mla_layer_decode(
     c = c or constants()
     batch, tokens = arrays(batch, tokens)
     rows = batch * tokens
+    core = mla_decode(
+        hardware, batch, context, shape.heads, tokens=tokens, latent=shape.latent, rope=shape.rope, kv_kind=kv_kind,
+        warm=warm, c=c,
+    )  # fmt: skip
     return total(
         *_projections(hardware, shape, rows, kind, down, c),
         absorb(hardware, shape, rows, shape.nope, c),
-        mla_decode(
-            hardware,
-            batch,
-            context,
-            shape.heads,
-            tokens=tokens,
-            latent=shape.latent,
-            rope=shape.rope,
-            kv_kind=kv_kind,
-            warm=warm,
-            c=c,
-        ),
+        core,
         absorb(hardware, shape, rows, shape.value, c),
         _rest(hardware, rows * shape.hidden, c, c.mla_layer.decode_s),
     )
 
 
 def mla_layer_prefill(
-    hardware: Hardware,
-    shape: MlaShape,
-    batch: Number,
-    tokens: Number,
-    *,
-    context: Number = 0,
-    kind: str = "bf16",
-    down: bool = True,
-    graph: bool = False,
-    c: Constants | None = None,
-) -> Time:
+    hardware: Hardware, shape: MlaShape, batch: Number, tokens: Number, *, context: Number = 0, kind: str = "bf16",
+    down: bool = True, graph: bool = False, c: Constants | None = None,
+) -> Time:  # fmt: skip
     """A prefill attention block: projections, keys and values from latents, attention of `nope` + `rope` wide keys.
 
     Without a CUDA graph the block takes at least the host's time to launch it. `down` as in `mla_layer_decode`.
@@ -246,17 +200,7 @@ def mla_layer_prefill(
     time = total(
         *_projections(hardware, shape, rows, kind, down, c),
         gemm(hardware, all_rows, made, shape.latent, kind, c),
-        attention_prefill(
-            hardware,
-            batch,
-            tokens,
-            shape.heads,
-            shape.heads,
-            shape.nope + shape.rope,
-            context=context,
-            value_dim=shape.value,
-            c=c,
-        ),
+        attention_prefill(hardware, shape.expanded, batch, tokens, context=context, c=c),
         _rest(hardware, rows * shape.hidden + all_rows * made, c, 0.0),
     )
     if graph:

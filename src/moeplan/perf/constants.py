@@ -7,7 +7,6 @@ those of Hopper. Derived from the data base of aiconfigurator-core 0.12.0 (Apach
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache, lru_cache
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.errors import FormatError
+from moeplan.perf.hardware import DATA, read_object
 
 __all__ = [
     "Collective",
@@ -31,7 +31,7 @@ __all__ = [
     "suited",
 ]
 
-FILE = Path(__file__).parent / "data" / "constants.json"
+FILE = DATA / "constants.json"
 FORMAT = "moeplan-constants", 1
 #: Times and ratios that a kernel may lack; everything else divides.
 MAY_BE_ZERO = (
@@ -45,79 +45,75 @@ def _value(unit: str, meaning: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Gemm:
+class Launched:
+    """A kernel or a collective."""
+
+    launch_s: float = _value("s", "one that has nothing to do")
+
+
+@dataclass(frozen=True)
+class Roofline(Launched):
+    """A kernel of operations and memory traffic."""
+
+    compute: float = _value("share of peak", "operation rate of full tiles")
+    memory: float = _value("share of peak", "bandwidth of long reads")
+    overlap: float = _value("exponent", "how operations and reads overlap: 1 one after the other, large fully")
+
+
+@dataclass(frozen=True)
+class Gemm(Roofline):
     """One dense matrix product, of one kernel library."""
 
-    launch_s: float = _value("s", "a kernel that has nothing to do")
-    compute: float = _value("share of peak", "operation rate of a full tile")
-    memory: float = _value("share of peak", "bandwidth of a long read")
     feed: float = _value("bytes per peak bf16 operation", "what one of 132 units can load")
     fill: float = _value("elements of k", "filling and draining a tile's pipeline, as a longer k")
     split_s: float = _value("s", "adding up partial results, for each doubling of the split of k")
     quantise: float = _value("share of peak", "bandwidth of converting the input to fp8 first")
     throttle: float = _value("ratio", "slowing of a long product by the power limit")
-    overlap: float = _value("exponent", "how operations and reads overlap: 1 one after the other, large fully")
 
 
 @dataclass(frozen=True)
-class Prefill:
+class Prefill(Roofline):
     """Attention of many new tokens."""
 
-    launch_s: float = _value("s", "a kernel that has nothing to do")
-    compute: float = _value("share of peak", "operation rate of the two products")
     softmax: float = _value("peak operations per pair", "exponentials of one (query, key) pair")
-    memory: float = _value("share of peak", "bandwidth of q, k, v and output")
     tile_s: float = _value("s", "starting and ending one tile of 128 queries")
-    overlap: float = _value("exponent", "how operations and reads overlap")
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(Roofline):
     """Attention of one or few new tokens per request."""
 
-    launch_s: float = _value("s", "a kernel that has nothing to do")
-    compute: float = _value("share of peak", "operation rate")
-    memory: float = _value("share of peak", "bandwidth of a long read")
     cache: float = _value("ratio to memory bandwidth", "bandwidth of keys and values that already lie in the L2 cache")
     tile_s: float = _value("s", "starting and ending one tile: one request and key-value head, 64 rows")
     split_s: float = _value("s", "adding up, where long contexts are split over units")
     convert_s: float = _value("s", "the kernels that convert fp8 latents to bf16")
     convert: float = _value("share of peak", "bandwidth of converting fp8 latents to bf16 first")
-    overlap: float = _value("exponent", "how operations and reads overlap")
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(Roofline):
     """The routed experts of one rank: two grouped products, an activation, and their data movement."""
 
-    launch_s: float = _value("s", "the kernels of one layer that have nothing to do")
-    compute: float = _value("share of peak", "operation rate of the grouped products")
-    memory: float = _value("share of peak", "bandwidth of weights")
     moves: float = _value("share of peak", "bandwidth of permuting, activating and adding up")
     rows: float = _value("rows", "padding that each touched expert adds")
-    overlap: float = _value("exponent", "how operations and reads overlap")
 
 
 @dataclass(frozen=True)
-class DeepEP:
-    """Dispatch or combine by DeepEP's kernels."""
-
-    launch_s: float = _value("s", "the kernel, besides the links' latency")
-    hops: float = _value("link latencies", "latencies one after the other")
-    doubling: float = _value("link latencies", "more of them for each doubling of the nodes beyond two")
-    scale_up: float = _value("share of link", "bandwidth inside a node")
-    scale_out: float = _value("share of link", "bandwidth between nodes")
-    unit_bytes_per_s: float = _value("bytes/s", "what one unit (SM) given to the kernel copies; 0: no such limit")
-    overlap: float = _value("exponent", "how the links and the copying overlap")
-
-
-@dataclass(frozen=True)
-class Collective:
+class Collective(Launched):
     """All-reduce, all-gather and point-to-point transfers."""
 
-    launch_s: float = _value("s", "a collective that moves nothing")
     scale_up: float = _value("share of link", "bandwidth inside a node")
     scale_out: float = _value("share of link", "bandwidth between nodes")
+
+
+@dataclass(frozen=True)
+class DeepEP(Collective):
+    """Dispatch or combine by DeepEP's kernels; `launch_s` is apart from the links' latency."""
+
+    hops: float = _value("link latencies", "latencies one after the other")
+    doubling: float = _value("link latencies", "more of them for each doubling of the nodes beyond two")
+    unit_bytes_per_s: float = _value("bytes/s", "what one unit (SM) given to the kernel copies; 0: no such limit")
+    overlap: float = _value("exponent", "how the links and the copying overlap")
 
 
 @dataclass(frozen=True)
@@ -204,13 +200,8 @@ def constants(path: Path = FILE) -> Constants:
     Raises:
         FormatError: the file, a group or a value is missing, unknown, or not a positive number.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except ValueError as error:
-        raise FormatError(f"is not JSON: {error}", where=str(path)) from None
-    if not isinstance(data, dict) or (data.get("format"), data.get("version")) != FORMAT:
+    data = read_object(path)
+    if (data.get("format"), data.get("version")) != FORMAT:
         raise FormatError(f"is not {FORMAT[0]} version {FORMAT[1]}", where=str(path), mend="run benchmarks/time_fit.py")
     groups = data.get("groups")
     known = Constants.groups()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplan.errors import UsageError
-from moeplan.perf.attention import MlaShape, absorb, attention_decode, attention_prefill, mla_decode
+from moeplan.perf.attention import Heads, MlaShape, absorb, attention_decode, attention_prefill, mla_decode
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import STATE_BYTES, Parallel, Precision
@@ -146,7 +146,8 @@ def attention_calls(
     products.append(("output projection", "core", rows.rows, spec.hidden, heads * a.v_head_dim, kind.weights, n))
     for count, window in ((full, 0), (windowed, spec.window)):
         if count:
-            core = _softmax(spec, hardware, heads, kv_heads, kind, rows, window, c)
+            shape = Heads(heads, kv_heads, a.head_dim, a.v_head_dim, window)
+            core = _softmax(hardware, shape, kind, rows, c)
             calls += [Call("attention", "core", part, count) for part in core]
     # rotation with the norms of queries and keys, then the write to the cache
     calls.append(Call("norms and rest", "prepare", elementwise(hardware, 4 * rows.rows * made, 2, c), n))
@@ -158,23 +159,15 @@ def attention_calls(
     return products, calls
 
 
-def _softmax(
-    spec: ModelSpec, hardware: Hardware, heads: int, kv_heads: int, kind: Kinds, rows: Rows, window: int, c: Constants
-) -> list[Time]:
-    a = spec.attention
+def _softmax(hardware: Hardware, shape: Heads, kind: Kinds, rows: Rows, c: Constants) -> list[Time]:
+    """Attention of one layer: of the prompts and, in a mixed step, of the sequences that decode beside them."""
     if rows.prefill:
-        new = attention_prefill(
-            hardware, rows.batch, rows.tokens, heads, kv_heads, a.head_dim, context=rows.context,
-            value_dim=a.v_head_dim, window=window, c=c,
-        )  # fmt: skip
-        return [new, *(_softmax(spec, hardware, heads, kv_heads, kind, rows.beside, window, c) if rows.beside else [])]
+        new = attention_prefill(hardware, shape, rows.batch, rows.tokens, context=rows.context, c=c)
+        return [new, *(_softmax(hardware, shape, kind, rows.beside, c) if rows.beside else [])]
     return [
-        attention_decode(
-            hardware, batch, context, heads, kv_heads, a.head_dim, tokens=tokens, value_dim=a.v_head_dim,
-            window=window, kv_kind=kind.kv, c=c,
-        )
+        attention_decode(hardware, shape, batch, context, tokens=tokens, kv_kind=kind.kv, c=c)
         for batch, context, tokens in _caches(rows)
-    ]  # fmt: skip
+    ]
 
 
 def _caches(rows: Rows) -> list[tuple[float, float, float]]:
@@ -205,10 +198,7 @@ def _mla(
     if rows.prefill:
         seen, made = rows.batch * (rows.tokens + rows.context), shape.heads * (shape.nope + shape.value)
         products.append(("qkv projection", "prepare", seen, made, shape.latent, kind.weights, n))
-        new = attention_prefill(
-            hardware, rows.batch, rows.tokens, shape.heads, shape.heads, shape.nope + shape.rope,
-            context=rows.context, value_dim=shape.value, c=c,
-        )  # fmt: skip
+        new = attention_prefill(hardware, shape.expanded, rows.batch, rows.tokens, context=rows.context, c=c)
         moved = 4 * (rows.rows * (up + latents) + seen * made)
         calls.append(Call("attention", "core", new, n))
         calls.append(Call("norms and rest", "prepare", elementwise(hardware, moved, 3, c), n))

@@ -116,15 +116,9 @@ def check_parallel(spec: ModelSpec, parallel: Parallel) -> None:
             slots; experts asked of a dense model; more stages than layers.
     """
     p, a, moe = parallel, spec.attention, spec.moe
-    for name, count, low in (
-        ("tp", p.tp, 1),
-        ("dp", p.dp, 1),
-        ("ep", p.ep, 1),
-        ("pp", p.pp, 1),
-        ("redundant", p.redundant, 0),
-    ):
-        if count < low:
-            raise PlanError(f"{name} is {count}", mend=f"give at least {low}")
+    for name, low in {"tp": 1, "dp": 1, "ep": 1, "pp": 1, "redundant": 0}.items():
+        if getattr(p, name) < low:
+            raise PlanError(f"{name} is {getattr(p, name)}", mend=f"give at least {low}")
     if p.pp > spec.layers:
         raise PlanError(f"pp {p.pp} is more than the {spec.layers} layers of {spec.name}", mend="lower pp")
     linear = spec.linear.value_heads if spec.linear else a.heads
