@@ -235,7 +235,7 @@ def test_what_cannot_be_stored_so(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    """A trace of token rows with weights, positions and arrivals."""
+    """A trace of token rows with weights, positions, arrivals and ranks."""
     with TraceWriter(tmp_path / "full", SHAPE, source={"test": 1}, weights=True, part_picks=60) as writer:
         for number, (picks, prefill, domain) in enumerate(draw([(3 + i % 4, i % 3, "ab"[i % 2]) for i in range(11)])):
             gates = np.random.default_rng(number).random(picks.shape)
@@ -247,6 +247,7 @@ def full(tmp_path: Path) -> Path:
                 weights=gates,
                 arrival=arrival,
                 positions=np.arange(len(picks)) + 5,
+                dp_rank=number % 3 if number % 4 else None,
             )
     return tmp_path / "full"
 
@@ -259,12 +260,13 @@ def test_import_trace_stores_less(full: Path, tmp_path: Path, capsys: pytest.Cap
     copy, _ = convert("copy")
     np.testing.assert_array_equal(copy.load().experts, open_trace(full).load().experts)
     np.testing.assert_array_equal(copy.requests.arrival, open_trace(full).requests.arrival)
+    assert copy.requests.dp_rank.tolist() == [n % 3 if n % 4 else -1 for n in range(11)]
     long, said = convert("long", "--min-tokens", "5")
     assert long.requests.rows.min() == 5 and "not stored: 6 requests of fewer than 5 tokens" in said
     (rows,) = list(long.parts(weights=True, positions=True))[:1]
     assert rows.positions is not None and rows.positions[0] == 5 and rows.weights is not None
     sums, said = convert("sums", "--aggregate", "3", "--without-layers", "3")
-    assert sums.shape.layer_ids == (1, 45) and not sums.has_weights
+    assert sums.shape.layer_ids == (1, 45) and not sums.has_weights and (sums.requests.dp_rank == -1).all()
     assert "3 sums of 3 requests" in said and "not stored: 2 requests that filled no sum of 3" in said
     original = open_trace(full, without_layers=[3]).load()
     members = [i for i in range(11) if i % 2 == 0][:3]

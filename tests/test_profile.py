@@ -258,7 +258,9 @@ def test_distinct_experts_by_hand(found: Profile, tmp_path: Path):
 
 def requests_of(rows: list[int], prefill: list[int]) -> Requests:
     n = len(rows)
-    return Requests(np.array(rows), np.array(prefill), np.zeros(n, np.int64), ("a",), np.full(n, np.nan))
+    return Requests(
+        np.array(rows), np.array(prefill), np.zeros(n, np.int64), ("a",), np.full(n, np.nan), np.full(n, -1)
+    )
 
 
 def test_stand_ins_come_from_the_decode_else_the_prompt():

@@ -253,6 +253,8 @@ def test_a_part_that_lies(trace: Path, change: Callable[[pa.Table], pa.Table], m
         (with_column("rows", pa.array(list("abcd"))), "column rows does not hold numbers"),
         (with_column("arrival", pa.array(list("abcd"))), "column arrival does not hold numbers"),
         (lambda t: t.slice(0, 2), "2 requests, but trace.json counts 4"),
+        (lambda t: t.append_column("dp_rank", pa.array([0, 1, None, -7])), "row 3: data-parallel rank -7 is none"),
+        (lambda t: t.append_column("dp_rank", pa.array(list("abcd"))), "column dp_rank does not hold numbers"),
     ],
 )
 def test_a_table_of_requests_that_lies(trace: Path, change: Callable[[pa.Table], pa.Table], message: str) -> None:

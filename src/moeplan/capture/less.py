@@ -40,7 +40,7 @@ def import_trace(
     with keep.writer(out, trace.shape, source=source, synthetic=trace.synthetic, weights=weights) as writer:
         for rows in parts:
             for number, (start, stop) in enumerate(pairwise(rows.offsets), rows.first):
-                arrival = requests.arrival[number]
+                arrival, rank = requests.arrival[number], int(requests.dp_rank[number])
                 writer.add(
                     rows.experts[start:stop],
                     prefill=int(requests.prefill[number]),
@@ -48,6 +48,7 @@ def import_trace(
                     arrival=None if np.isnan(arrival) else float(arrival),
                     positions=None if rows.positions is None else rows.positions[start:stop],
                     weights=None if rows.weights is None else rows.weights[start:stop],
+                    dp_rank=None if rank < 0 else rank,
                 )
                 progress(number + 1, len(requests), labels[number])
     return open_trace(out)

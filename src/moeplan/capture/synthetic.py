@@ -204,6 +204,7 @@ def draw_workload(
         domain=rank[domain],
         domains=tuple(names[d] for d in order),
         arrival=np.full(requests, np.nan),
+        dp_rank=np.full(requests, -1, np.int64),
     )
     aliases, masses = _tables(preset, kept)
     salts = mix64(np.array([preset.shape.layer_ids[i] for i in kept], np.uint64) + np.uint64(1 << 32))

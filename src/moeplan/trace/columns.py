@@ -70,16 +70,17 @@ def list_column(schema: pa.Schema, name: str, blocks: Sequence[npt.NDArray[Any]]
     return pa.FixedSizeListArray.from_arrays(pa.array(values), type=schema.field(name).type)
 
 
-def read_columns(path: Path, names: list[str], *, at_most: int) -> dict[str, Any]:
-    """Whole columns of a file whose footer declares no more rows than `at_most`."""
+def read_columns(path: Path, names: list[str], *, at_most: int, optional: Sequence[str] = ()) -> dict[str, Any]:
+    """Whole columns of a file whose footer declares no more rows than `at_most`; of `optional` those that it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        declared = pq.read_metadata(path).num_rows
-        if declared > at_most:
-            raise FormatError(f"declares {declared} rows, at most {at_most} belong there", where=str(path))
-        table = pq.read_table(path, columns=names, memory_map=False)
+        footer = pq.read_metadata(path)
+        if footer.num_rows > at_most:
+            raise FormatError(f"declares {footer.num_rows} rows, at most {at_most} belong there", where=str(path))
+        there = [name for name in optional if name in footer.schema.names]
+        table = pq.read_table(path, columns=[*names, *there], memory_map=False)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise FormatError(
             f"is not a whole parquet file with columns {', '.join(names)} ({str(error).splitlines()[0][:120]})",
@@ -89,7 +90,7 @@ def read_columns(path: Path, names: list[str], *, at_most: int) -> dict[str, Any
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise FormatError(f"has no column {missing[0]!r}", where=str(path))
-    return {name: table.column(name).combine_chunks() for name in names}
+    return {name: table.column(name).combine_chunks() for name in table.column_names}
 
 
 def list_values(column: Any, width: int, path: Path, what: str = "picks") -> np.ndarray[Any, np.dtype[Any]]:

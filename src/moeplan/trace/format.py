@@ -53,6 +53,7 @@ class Requests:
         domain: int64 [R], index into `domains`.
         domains: the labels, in order of first appearance.
         arrival: float64 [R], seconds; NaN where unknown.
+        dp_rank: int64 [R], the data-parallel rank that served each request; -1 where unknown.
     """
 
     rows: Int64Array
@@ -60,6 +61,7 @@ class Requests:
     domain: Int64Array
     domains: tuple[str, ...]
     arrival: npt.NDArray[np.float64]
+    dp_rank: Int64Array
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,7 +74,9 @@ class Requests:
     def between(self, first: int, last: int) -> Requests:
         """Requests first .. last - 1."""
         part = slice(first, last)
-        return Requests(self.rows[part], self.prefill[part], self.domain[part], self.domains, self.arrival[part])
+        return Requests(
+            self.rows[part], self.prefill[part], self.domain[part], self.domains, self.arrival[part], self.dp_rank[part]
+        )
 
     @property
     def prefill_known(self) -> Int64Array:

@@ -282,7 +282,8 @@ def _checked_parts(head: dict[str, Any], where: str) -> tuple[dict[str, Any], ..
 
 
 def _read_requests(path: Path, count: int, tokens: int) -> Requests:
-    columns = read_columns(path, ["domain", "rows", "prefill", "arrival"], at_most=count + MAX_AHEAD)
+    names = ["domain", "rows", "prefill", "arrival"]
+    columns = read_columns(path, names, at_most=count + MAX_AHEAD, optional=["dp_rank"])
     if len(columns["rows"]) < count:
         raise FormatError(f"{len(columns['rows'])} requests, but trace.json counts {count}", where=str(path))
 
@@ -303,5 +304,10 @@ def _read_requests(path: Path, count: int, tokens: int) -> Requests:
     labels = [str(label) for label in columns["domain"].slice(0, count).to_pylist()]
     domains = tuple(dict.fromkeys(labels))
     index = {label: i for i, label in enumerate(domains)}
-    arrival = numbers("arrival", np.nan, np.float64)
-    return Requests(rows, prefill, np.array([index[label] for label in labels], np.int64), domains, arrival)
+    rank = numbers("dp_rank", -1, np.int64) if "dp_rank" in columns else np.full(count, -1, np.int64)
+    wrong = (rank < -1) | (rank >= 2**31)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise FormatError(f"row {row}: data-parallel rank {rank[row]} is none", where=str(path))
+    domain = np.array([index[label] for label in labels], np.int64)
+    return Requests(rows, prefill, domain, domains, numbers("arrival", np.nan, np.float64), rank)

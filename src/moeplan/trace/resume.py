@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moeplan.errors import UsageError
 from moeplan.trace.columns import read_columns
@@ -91,9 +90,9 @@ def read_recorded(
         rows=[int(n) for n in requests.rows],
         prefill=[int(n) for n in requests.prefill],
         domain=[requests.domains[i] for i in requests.domain],
-        arrival=_arrivals(requests.arrival),
-        dp_rank=_optional(trace, "dp_rank") or [None] * len(requests),
-        taken=_optional(trace, "taken") or list(range(1, len(requests) + 1)),  # absent: all were stored
+        arrival=[None if np.isnan(a) else a for a in requests.arrival.tolist()],
+        dp_rank=[None if rank < 0 else rank for rank in requests.dp_rank.tolist()],
+        taken=_taken(trace),
     )
 
 
@@ -108,16 +107,10 @@ def token_items(trace: Trace, *, weights: bool) -> list[tuple[Any, ...]]:
     return items
 
 
-def _optional(trace: Trace, name: str) -> list[Any] | None:
-    """A column of the requests that not every trace has."""
-    import pyarrow.parquet as pq
-
-    path, count = trace.path / REQUESTS_NAME, len(trace.requests)
-    if name not in pq.read_schema(path).names:
-        return None
-    column = read_columns(path, [name], at_most=count + MAX_AHEAD)[name]
-    return list(column.slice(0, count).to_pylist())
-
-
-def _arrivals(arrival: npt.NDArray[np.float64]) -> list[float | None]:
-    return [None if np.isnan(a) else float(a) for a in arrival]
+def _taken(trace: Trace) -> list[int]:
+    """Requests taken in when each was stored; where the trace has no such column, all were stored."""
+    count = len(trace.requests)
+    columns = read_columns(trace.path / REQUESTS_NAME, ["rows"], at_most=count + MAX_AHEAD, optional=["taken"])
+    if "taken" not in columns:
+        return list(range(1, count + 1))
+    return list(columns["taken"].slice(0, count).to_pylist())
