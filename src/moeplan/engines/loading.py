@@ -1,0 +1,115 @@
+"""Reading placement files that somebody else made: bounded, strict, never executed.
+
+What is no file at all is an error; what is a file and does not parse is a finding with its line and column.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from moeplan.capture.torch_file import integers, load_pt
+from moeplan.engines.report import Report, show
+from moeplan.errors import FormatError
+
+__all__ = ["CUT_OFF", "TwiceError", "load_json", "load_npy", "load_tensors", "load_text"]
+
+#: DeepSeek-V3 on 320 slots is 0.1 MB, and 1 MB in the wordiest of the formats; parsed text takes many times its size.
+MAX_BYTES = 16 * 1024 * 1024
+CUT_OFF = "the file may be cut off: copy or export it again"
+
+
+class TwiceError(ValueError):
+    """A key that stands twice in one object."""
+
+
+def load_text(report: Report) -> str | None:
+    """The file's text; None with a finding where it is too large or not text."""
+    path = report.path
+    try:
+        size = path.stat().st_size
+        data = b"" if size > MAX_BYTES else path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), mend="check the path") from None
+    if size > MAX_BYTES:
+        report.fault("", f"{size} bytes are more than any placement has (at most {MAX_BYTES})", "check the file")
+        return None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        report.fault(f"byte {error.start}", "is not UTF-8 text", "check that it is the right file")
+        return None
+
+
+def load_json(report: Report) -> Any:
+    """The parsed file; None with a finding where it is cut off, has a key twice, or NaN or infinity."""
+    text = load_text(report)
+    if text is None:
+        return None
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        report.fault(
+            f"line {error.lineno}, column {error.colno}",
+            f"is not whole JSON ({error.msg.removesuffix(' at')})",
+            CUT_OFF,
+        )
+    except TwiceError as error:
+        report.fault(f"key {error}", "stands twice in one object: only the last counts", "leave one of them")
+    except RecursionError:
+        report.fault("", "is nested too deeply", "check the file")
+    except ValueError as error:
+        report.fault("", str(error).split(";")[0][:100], "write whole numbers only")
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise TwiceError(show(next(key for key in keys if keys.count(key) > 1)))
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"holds {name}, which is no number of an expert")
+
+
+def load_tensors(report: Report, key: str) -> tuple[list[Any], list[list[int]]] | None:
+    """(keys, table) of a .pt that holds a dict, loaded with weights_only; None with a finding."""
+    if not report.path.exists():
+        raise FormatError("does not exist", where=str(report.path), mend="check the path")
+    try:
+        data = load_pt(report.path)
+        if key not in data:
+            return list(data), []
+        value = data[key]
+        kind = str(getattr(value, "dtype", ""))
+        table = integers(value, 2, key, str(report.path))
+    except FormatError as error:
+        report.fault(key if key in error.what else "", error.what, error.mend or "save whole numbers, int64")
+        return None
+    if kind != "torch.int64":
+        report.warn(key, f"is {kind.removeprefix('torch.')}, which the engine keeps", "save int64")
+    return list(data), table.tolist()
+
+
+def load_npy(report: Report) -> Any:
+    """The rows of a .npy of whole numbers, as lists; None with a finding."""
+    path = report.path
+    try:
+        if path.stat().st_size > 8 * MAX_BYTES:
+            report.fault("", "is larger than any placement", "check the file")
+            return None
+        array = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: a header that lies about its size fails here
+        if array.dtype.kind not in "iu" or array.ndim != 2:
+            report.fault("", f"holds {array.dtype} of {array.ndim} dimensions", "save int64 [MoE layers, slots]")
+            return None
+        return array.tolist()
+    except FileNotFoundError:
+        raise FormatError("does not exist", where=str(path), mend="check the path") from None
+    except (OSError, ValueError, EOFError) as error:
+        report.fault("", f"is not a whole .npy array ({str(error)[:80]})", CUT_OFF)
+    return None

@@ -1,0 +1,137 @@
+"""What a look at a placement file finds: each fault with its place and mend, and what could not be looked at."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moeplan.engines.placement import EnginePlacement
+from moeplan.errors import FormatError, UsageError
+
+__all__ = ["Finding", "Known", "Report", "show"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known beside the file; None where it is not.
+
+    Attributes:
+        num_experts: E. num_layers: all hidden layers. moe_layers: indices of those with experts, rising.
+        ep_size: GPUs that share the experts. nodes: that they fill. redundant: R.
+    """
+
+    num_experts: int | None = None
+    num_layers: int | None = None
+    moe_layers: tuple[int, ...] | None = None
+    ep_size: int | None = None
+    nodes: int | None = None
+    redundant: int | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("--ep-size", self.ep_size, 1),
+            ("--nnodes", self.nodes, 1),
+            ("--redundant", self.redundant, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{flag} {value} is below {least}")
+        if self.ep_size is not None and self.nodes is not None and self.ep_size % self.nodes:
+            raise UsageError(
+                f"--ep-size {self.ep_size} does not divide over --nnodes {self.nodes}",
+                mend="--ep-size counts all GPUs that share the experts, over all nodes",
+            )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault.
+
+    Attributes:
+        place: key, layer, slot in the file. what: is wrong. mend: it so.
+        legal: the engine takes it and serves right: a warning, not a fault.
+    """
+
+    place: str
+    what: str
+    mend: str = ""
+    legal: bool = False
+
+    def line(self, path: Path) -> str:
+        """The whole finding as one line."""
+        return FormatError(self.what, where=f"{path}: {self.place}" if self.place else str(path), mend=self.mend).line()
+
+
+@dataclass
+class Report:
+    """All that one look finds; engines add to it while they read.
+
+    Attributes:
+        path, engine: the file, and whose it is.
+        known: as given, completed by what the file itself says.
+        findings: faults and warnings, in the order of the file.
+        unchecked: what could not be checked, one line each, with the flag that would.
+        rows, slots: rows of the map, and slots of a row; None where they are not to be told.
+        placement: what the file says, if it has no fault and enough is known; MoE layers only.
+    """
+
+    path: Path
+    engine: str
+    known: Known
+    findings: list[Finding] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    rows: int | None = None
+    slots: int | None = None
+    placement: EnginePlacement | None = None
+
+    @property
+    def faults(self) -> list[Finding]:
+        """Findings that the engine does not serve right with."""
+        return [finding for finding in self.findings if not finding.legal]
+
+    @property
+    def good(self) -> bool:
+        return not self.faults
+
+    def fault(self, place: str, what: str, mend: str = "") -> None:
+        """Something that is wrong."""
+        self.findings.append(Finding(place, what, mend))
+
+    def warn(self, place: str, what: str, mend: str = "") -> None:
+        """Something that is legal and worth knowing."""
+        self.findings.append(Finding(place, what, mend, legal=True))
+
+    def learn(self, place: str, flag: str, key: str, value: int) -> None:
+        """Take a number from the file into `known`; a fault where it contradicts what was given."""
+        given = getattr(self.known, key)
+        if given is None:
+            self.known = Known(**{**asdict(self.known), key: value})
+        elif given != value:
+            self.fault(place, f"is {value}, but {flag} says {given}", "correct one of the two")
+
+    def need(self) -> EnginePlacement:
+        """The placement.
+
+        Raises:
+            FormatError: the first fault. UsageError: what the file does not say and no flag did.
+        """
+        for finding in self.faults[:1]:
+            more = f" (and {len(self.faults) - 1} more: moeplan check lists them)" if len(self.faults) > 1 else ""
+            where = f"{self.path}: {finding.place}" if finding.place else str(self.path)
+            raise FormatError(finding.what + more, where=where, mend=finding.mend)
+        if self.placement is None:
+            flags = [
+                (self.known.num_experts, "the number of experts: --config"),
+                (self.known.moe_layers, "which layers have experts: --config, or --num-layers with --dense-layers"),
+                (self.known.ep_size, "the GPUs that share them: --ep-size"),
+                (self.known.nodes, "the nodes: --nnodes"),
+            ]
+            missing = [what for value, what in flags if value is None]
+            raise UsageError(f"does not say {'; '.join(missing)}", where=str(self.path), mend="give what is missing")
+        return self.placement
+
+
+def show(value: Any) -> str:
+    """A value of somebody else's file, short enough for a line."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 40 else text[:37] + ".."

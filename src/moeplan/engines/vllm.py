@@ -1,0 +1,172 @@
+"""vLLM 0.33.0: the file that moeplan's plug-in reads, and bare maps as vLLM's own policies return them.
+
+vLLM 0.33.0 ships no placement file of its own; a policy plug-in can give it one (`vllm/distributed/eplb/policy/`,
+`eplb_state.py`). So the format here is ours, and this module is where it is defined:
+
+    {"format": "moeplan-vllm", "version": 1, "model": NAME, "layer_ids": [L model indices, rising],
+     "num_experts": E, "num_redundant_experts": R, "ep_size": P, "nnodes": N,
+     "physical_to_logical_map": [L lists of E + R experts]}
+
+MoE layers only, in rising order, as vLLM's maps have them. Slot p is on rank p // ((E + R) / P).
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeplan.engines.loading import load_json, load_npy
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.report import Known, Report, show
+from moeplan.engines.rules import Row, check_rows, finish
+from moeplan.types import MAX_EXPERTS, MAX_LAYERS
+
+__all__ = ["FORMAT", "MAX_REDUNDANT", "VERSION", "content", "examine", "own_strategy", "read"]
+
+FORMAT, VERSION = "moeplan-vllm", 1
+#: `eplb_state.py`, MAX_EXPERT_REDUNDANCY.
+MAX_REDUNDANT = 1023
+MAP = "physical_to_logical_map"
+_NUMBERS = {
+    "num_experts": (1, MAX_EXPERTS),
+    "num_redundant_experts": (0, 1 << 20),
+    "ep_size": (1, 16384),
+    "nnodes": (1, 16384),
+}
+_KEYS = ("format", "version", "model", "layer_ids", *_NUMBERS, MAP)
+
+
+def content(placement: EnginePlacement, model: str = "") -> dict[str, Any]:
+    """The file as plain values."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "layer_ids": list(placement.layer_ids),
+        "num_experts": placement.num_experts,
+        "num_redundant_experts": placement.redundant,
+        "ep_size": placement.ep_size,
+        "nnodes": placement.nodes,
+        MAP: placement.physical_to_logical.tolist(),
+    }
+
+
+def read(path: str | Path) -> EnginePlacement:
+    """The placement in a file that `moeplan export --engine vllm` wrote.
+
+    Raises:
+        FormatError: a broken rule, with its place. UsageError: a bare map, which does not say its cluster.
+    """
+    return examine(Path(path), Known()).need()
+
+
+def examine(path: Path, known: Known) -> Report:
+    """Look at a file of the plug-in, or at a bare map [MoE layers, slots] (.json, .npy)."""
+    report = Report(path, "vllm", known)
+    data = load_npy(report) if path.suffix == ".npy" else load_json(report)
+    if not report.good:
+        return report
+    if isinstance(data, list):
+        return _examine_map(report, data)
+    if not isinstance(data, dict):
+        report.fault("", f"is {show(data)}, not an object or a list of rows", "export the plan again")
+        return report
+    layers = _examine_head(report, data)
+    rows = data.get(MAP)
+    if not isinstance(rows, list):
+        report.fault(MAP, "is missing, or no list of rows", "export the plan again")
+        return report
+    if layers is not None and len(rows) != len(layers):
+        report.fault(MAP, f"has {len(rows)} rows for {len(layers)} layer_ids", "give one row per MoE layer")
+    return finish(report, check_rows(report, _rows(rows, layers)), layers)
+
+
+def _examine_map(report: Report, data: list[Any]) -> Report:
+    """A bare map: which layers its rows are, only the model says."""
+    layers = report.known.moe_layers
+    if layers is None:
+        report.unchecked.append("that every MoE layer has its row: give --config")
+    elif len(layers) != len(data):
+        report.fault("", f"has {len(data)} rows for {len(layers)} MoE layers", "give one row per MoE layer, no others")
+        layers = None
+    table = check_rows(report, _rows(data, layers))
+    _check_redundant(report)
+    return finish(report, table, layers)
+
+
+def _rows(rows: list[Any], layers: tuple[int, ...] | None) -> list[Row]:
+    ids = layers if layers is not None and len(layers) == len(rows) else None
+    return [
+        Row(f"{MAP}, row {i}" + (f" (layer {ids[i]})" if ids else ""), ids[i] if ids else None, values)
+        for i, values in enumerate(rows)
+    ]
+
+
+def _examine_head(report: Report, data: dict[str, Any]) -> tuple[int, ...] | None:
+    """Check all but the map; the layer ids, if they are sound."""
+    version = data.get("version")
+    if data.get("format") != FORMAT or version != VERSION or isinstance(version, bool):
+        what = f"is {show(data.get('format'))}, version {show(version)}, not {FORMAT}, version {VERSION}"
+        report.fault("format", what, "export the plan again, or use a newer moeplan")
+        return None
+    for key in data:
+        if key not in _KEYS:
+            report.fault(f"key {show(key)}", "is unknown", f"the keys are {', '.join(_KEYS)}")
+    known = {
+        "num_experts": "num_experts",
+        "num_redundant_experts": "redundant",
+        "ep_size": "ep_size",
+        "nnodes": "nodes",
+    }
+    for key, (low, top) in _NUMBERS.items():
+        value = data.get(key)
+        if type(value) is not int or not low <= value <= top:
+            report.fault(key, f"is {show(value)}, not a whole number in {low}..{top}", "export the plan again")
+            continue
+        flag = {"num_experts": "the config", "num_redundant_experts": "--redundant"}.get(
+            key, f"--{key.replace('_', '-')}"
+        )
+        report.learn(key, flag, known[key], value)
+    ranks, nodes = report.known.ep_size, report.known.nodes
+    if report.good and ranks is not None and nodes is not None and ranks % nodes:
+        report.fault("nnodes", f"{ranks} ranks do not divide over {nodes} nodes", "export the plan again")
+    _check_redundant(report)
+    ids = data.get("layer_ids")
+    if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < MAX_LAYERS for i in ids):
+        report.fault("layer_ids", "is not a list of layer numbers", "export the plan again")
+        return None
+    for i, (a, b) in enumerate(itertools.pairwise(ids)):
+        if b <= a:
+            report.fault(f"layer_ids, item {i + 1}", f"{b} after {a}: layers must rise", "export the plan again")
+            return None
+    if report.known.moe_layers is not None and report.known.moe_layers != tuple(ids):
+        other = sorted(set(ids) ^ set(report.known.moe_layers))
+        what = f"are not the layers that have experts: they differ in {', '.join(str(i) for i in other[:6])}"
+        report.fault("layer_ids", what, "export the plan of this model")
+    return tuple(ids)
+
+
+def _check_redundant(report: Report) -> None:
+    redundant = report.known.redundant
+    if redundant is not None and redundant > MAX_REDUNDANT:
+        report.fault(
+            "num_redundant_experts", f"{redundant} are more than vLLM's limit of {MAX_REDUNDANT}", "plan with fewer"
+        )
+
+
+def own_strategy(placement: EnginePlacement) -> str | None:
+    """The `--expert-placement-strategy` of vLLM that gives just this placement by itself; None if there is none.
+
+    vLLM has `linear`, and `round_robin` (rank r holds the experts r, r + P, ..), which falls back to linear with
+    redundant slots or EPLB.
+    """
+    if placement.has_copies:
+        return None
+    experts = np.arange(placement.num_experts)
+    for name, row in (("linear", experts), ("round_robin", experts.reshape(-1, placement.ep_size).T.reshape(-1))):
+        if (placement.physical_to_logical == row).all():
+            return name
+    return None
