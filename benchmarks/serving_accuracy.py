@@ -23,19 +23,11 @@ from moeplan.perf.routing import popular
 from moeplan.perf.serving import Layout
 from moeplan.perf.step import Step
 from moeplan.plan.strategies.eplb import rebalance
+from time_report import SCORES, Row, percent, scores, signed
 
-Row = tuple[str, ...]
 DEEPSEEK = model("DeepSeek-V3")
 FP8 = Precision(weights="fp8")
 COUNTS = tf.MEASURED.parent / "traces" / "sglang_logical_count"
-
-
-def signed(value: float) -> str:
-    return f"{100 * value:+.1f} %"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,26 +126,15 @@ def groups() -> tuple[Group, ...]:
 
 def points() -> list[Row]:
     """One row per bar and part."""
-    out: list[Row] = [
-        ("TPOT against", "part", "rows", "median error", "9 in 10 within", "worst", "bias", "bar", "reached")
-    ]
+    out: list[Row] = [("TPOT against", "part", *SCORES)]
     for group in groups():
         tables = [st.served(*table) for table in group.tables]
         errors = [table.errors(group.c or constants()) for table in tables]
         error, fitted = np.concatenate(errors), np.concatenate([table.fitted for table in tables])
         for part, chosen in (("fit", fitted), ("check", ~fitted), ("all", fitted | ~fitted)):
             if chosen.any() and not (part == "all" and (fitted.all() or not fitted.any())):
-                out.append((group.what, part, *_scores(error[chosen], group.bar)))
+                out.append((group.what, part, *scores(error[chosen], group.bar)))
     return out
-
-
-def _scores(error: np.ndarray, bar: float | None) -> Row:
-    size, median = abs(error), float(np.median(abs(error)))
-    reached = "-" if bar is None else "yes" if median <= bar else "**no**"
-    return (
-        str(len(error)), percent(median), percent(float(np.quantile(size, 0.9))), percent(float(size.max())),
-        signed(float(np.median(error))), f"median {percent(bar)}" if bar else "-", reached,
-    )  # fmt: skip
 
 
 def small_kernels() -> list[Row]:

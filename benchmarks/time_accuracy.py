@@ -8,6 +8,7 @@ thrown away. A section is a title, a note, and a function that returns rows: app
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,16 +22,12 @@ from moeplan.cluster import Dispatch
 from moeplan.perf.collectives import expert_exchange, uniform_messages
 from moeplan.perf.constants import FILE, Constants, constants
 from moeplan.perf.hardware import hardware
+from time_report import SCORES, Row, percent, scores, signed
 
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
-Row = tuple[str, ...]
 Mask = Callable[[tf.Columns], np.ndarray]
 
 BIG = 4096
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def everything(r: tf.Columns) -> np.ndarray:
@@ -87,7 +84,7 @@ def bars() -> Iterator[Bar]:
     yield from both("MLA block, prefill (`wideep_context_mla`)", tf.mla_layer_table, "context")
 
 
-HEAD = ("against", "part", "rows", "median error", "9 in 10 within", "worst", "bias", "bar", "reached")
+HEAD = ("against", "part", *SCORES)
 
 
 def kernels() -> list[Row]:
@@ -100,21 +97,8 @@ def kernels() -> list[Row]:
             part["fit"].append(error[chosen & table.fitted])
             part["check"].append(error[chosen & ~table.fitted])
         for name, errors in part.items():
-            out.append((what, name, *_scores(np.concatenate(errors), median_bar, worst_bar)))
+            out.append((what, name, *scores(np.concatenate(errors), median_bar, worst_bar)))
     return out
-
-
-def _scores(error: np.ndarray, median_bar: float | None, worst_bar: float | None) -> Row:
-    size = abs(error)
-    median, worst = float(np.median(size)), float(size.max())
-    wanted = [f"median {percent(median_bar)}"] if median_bar else []
-    wanted += [f"worst {percent(worst_bar)}"] if worst_bar else []
-    reached = (median_bar is None or median <= median_bar) and (worst_bar is None or worst <= worst_bar)
-    return (
-        str(len(error)), percent(median), percent(float(np.quantile(size, 0.9))), percent(worst),
-        f"{100 * float(np.median(error)):+.1f} %", ", ".join(wanted) or "-",
-        ("yes" if reached else "**no**") if wanted else "-",
-    )  # fmt: skip
 
 
 def transfers() -> list[Row]:
@@ -155,7 +139,7 @@ def published() -> list[Row]:
         messages = uniform_messages(Dispatch.PICK, gpus // 8, 8, 128, 8, 256)
         for way, text in zip(("dispatch", "combine"), str(value).split(";"), strict=True):
             model = 1e6 * float(expert_exchange(h800, Dispatch.PICK, messages, 7168, 8, gpus // 8, way).seconds)  # type: ignore[arg-type]
-            out.append((str(gpus), way, text, f"{model:.0f}", f"{100 * (model / float(text) - 1):+.0f} %"))
+            out.append((str(gpus), way, text, f"{model:.0f}", signed(model / float(text) - 1)))
     return out
 
 
@@ -183,33 +167,21 @@ def misses() -> list[Row]:
     out: list[Row] = [("table", "machine", "band", "rows", "median error", "bias")]
     for median, bias, table, column, low, high, count in found[:12]:
         band = f"{column} {low} and more" if np.isinf(high) else f"{column} {low} to {high - 1}"
-        out.append((table.name, table.machine.upper(), band, str(count), percent(median), f"{100 * bias:+.1f} %"))
+        out.append((table.name, table.machine.upper(), band, str(count), percent(median), signed(bias)))
     return out
 
 
 def shipped() -> list[Row]:
     """Every constant with its origin and error."""
-    import json
-
     out: list[Row] = [("group", "constant", "value", "unit", "meaning", "fitted")]
     for name, group in json.loads(FILE.read_text(encoding="utf-8"))["groups"].items():
         for key, entry in group["values"].items():
-            out.append(
-                (
-                    name,
-                    key,
-                    f"{entry['value']:.4g}",
-                    entry["unit"],
-                    entry["meaning"],
-                    "yes" if entry["fitted"] else "no",
-                )
-            )
+            fitted = "yes" if entry["fitted"] else "no"
+            out.append((name, key, f"{entry['value']:.4g}", entry["unit"], entry["meaning"], fitted))
     return out
 
 
 def origins() -> list[Row]:
-    import json
-
     out: list[Row] = [("group", "file", "split", "median error, fit", "check")]
     for name, group in json.loads(FILE.read_text(encoding="utf-8"))["groups"].items():
         error = group["median_error"]

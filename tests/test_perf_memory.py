@@ -19,7 +19,6 @@ from moeplan.perf.memory import (
     activation_bytes,
     check_parallel,
     expert_bytes,
-    expert_memory,
     kv_bytes,
     kv_bytes_per_token,
     largest_batch,
@@ -223,32 +222,15 @@ def test_activations() -> None:
 # --- redundant experts
 
 
-def test_redundant_experts_mean_what_the_table_says() -> None:
-    shape = model_shape(V3)
-    cluster = SimpleNamespace(num_gpus=64, gpus_per_home=8)
-    for redundant, known in ((0, {}), (32, {}), (64, {"kv_bytes_per_token": None}), (64, {"expert_bytes": None})):
-        some = SimpleNamespace(**{**shape.to_dict(), **known})
-        tools = SimpleNamespace(
-            requests=SimpleNamespace(shape=some), setup=SimpleNamespace(cluster=cluster, redundant=redundant)
-        )
-        table = _Tools._memory(tools)  # type: ignore[arg-type]
-        weight, lost = expert_memory(
-            num_experts=some.num_experts, redundant=redundant, layers=some.num_layers, gpus=64, gpus_per_home=8,
-            expert_bytes=some.expert_bytes, kv_bytes_per_token=some.kv_bytes_per_token,
-        )  # fmt: skip
-        assert (weight, lost) == (table["expert_weight_gb_per_gpu"].value, table["kv_tokens_lost"].value)
-
-
 def test_redundant_experts_lower_the_batch() -> None:
-    """The KV tokens lost are those by which the largest batch falls."""
+    """The `kv_tokens_lost` of a comparison are the tokens by which the largest batch falls."""
     h, precision = hardware("H200"), Precision.of_checkpoint(V3)
     batches = [
         largest_batch(V3, h, Parallel(dp=64, ep=64, redundant=r), precision, context=1, usable=0.9) for r in (0, 64)
     ]
-    _, lost = expert_memory(
-        num_experts=256, redundant=64, layers=58, gpus=64, gpus_per_home=1, expert_bytes=expert_bytes(V3, "fp8"),
-        kv_bytes_per_token=kv_bytes_per_token(V3),
-    )  # fmt: skip
+    setup = SimpleNamespace(cluster=SimpleNamespace(num_gpus=64, gpus_per_home=1), redundant=64)
+    tools = SimpleNamespace(requests=SimpleNamespace(shape=model_shape(V3)), setup=setup)
+    lost = _Tools._memory(tools)["kv_tokens_lost"].value  # type: ignore[arg-type]
     token, row = activation_bytes(V3, Parallel(dp=64, ep=64), precision)
     assert batches[0] - batches[1] == pytest.approx(lost * 70272 / (70272 + token + row), abs=1)
 

@@ -127,12 +127,12 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def _show(points: list[Point], context: int, tpot: float) -> None:
-    from moeplan.perf.sweep import best_within, pareto, ways
+    from moeplan.perf.sweep import best_within, pareto, thinned, ways, where
 
     say()
     say(f"Pareto front at {context:,} tokens of context")
     front = pareto(points)
-    shown = _thinned(front, SHOWN)
+    shown = thinned(front, SHOWN)
     rows = [
         [
             f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.layout.hardware.name, f"{p.layout.parallel.gpus:,}",
@@ -149,25 +149,10 @@ def _show(points: list[Point], context: int, tpot: float) -> None:
     if best is None:
         say(f"no set-up keeps TPOT within {tpot:g} ms")
         return
-    say(f"within {tpot:g} ms: {best.per_gpu_s:,.0f} tokens/s a GPU on {_where(best)}")
+    say(f"within {tpot:g} ms: {best.per_gpu_s:,.0f} tokens/s a GPU on {where(best)}, TPOT {1e3 * best.tpot_s:.2f} ms")
     cheap = min((p for p in points if p.tpot_s <= tpot / 1e3), key=lambda p: p.usd)
     if cheap.layout.hardware.name != best.layout.hardware.name:
-        say(f"cheapest: {cheap.usd:.3f} USD per million tokens on {_where(cheap)}")
-
-
-def _where(p: Point) -> str:
-    from moeplan.perf.sweep import ways
-
-    layout = p.layout
-    held = f"{p.batch:,} request{'s' * (p.batch > 1)} a rank"
-    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {held}), TPOT {1e3 * p.tpot_s:.2f} ms"
-
-
-def _thinned(front: list[Point], most: int) -> list[Point]:
-    """At most that many, ends included, even along the front."""
-    if len(front) <= most:
-        return front
-    return [front[round(i * (len(front) - 1) / (most - 1))] for i in range(most)]
+        say(f"cheapest: {cheap.usd:.3f} USD per million tokens on {where(cheap)}, TPOT {1e3 * cheap.tpot_s:.2f} ms")
 
 
 def _facts(

@@ -29,7 +29,7 @@ from moeplan.types import ModelShape
 
 __all__ = [
     "DTYPE_BYTES", "KV_DTYPE_BYTES", "Memory", "Parallel", "Precision", "activation_bytes", "check_parallel",
-    "expert_bytes", "expert_memory", "kv_bytes", "kv_bytes_per_token", "largest_batch", "memory", "model_shape",
+    "expert_bytes", "kv_bytes", "kv_bytes_per_token", "largest_batch", "memory", "model_shape",
     "weight_bytes",
 ]  # fmt: skip
 
@@ -339,24 +339,6 @@ def _stage_kv(spec: ModelSpec, parallel: Parallel, dtype: str, context: int, mtp
     out = np.array([kv_bytes(spec, context, dtype, parallel.tp, layers=stage) for stage in stages])
     out[-1] += spec.mtp_layers * mtp * context * _layer_kv(spec, dtype, parallel.tp)
     return out
-
-
-def expert_memory(
-    *, num_experts: int, redundant: int, layers: int, gpus: int, gpus_per_home: int, expert_bytes: float | None,
-    kv_bytes_per_token: float | None,
-) -> tuple[float | None, float | None]:  # fmt: skip
-    """What expert slots cost: (expert weights in GB per GPU, KV tokens of a home that the redundant ones displace).
-
-    The meaning of `expert_weight_gb_per_gpu` and `kv_tokens_lost` in docs/metrics.md: slots are even over `gpus`; a
-    home (a node, or one GPU) keeps a token's KV cache once over its `gpus_per_home`. None where a byte figure is not
-    known.
-    """
-    if expert_bytes is None:
-        return None, None
-    weight = (num_experts + redundant) / gpus * layers * expert_bytes / 1e9
-    if kv_bytes_per_token is None:
-        return weight, None
-    return weight, redundant / gpus * layers * expert_bytes * gpus_per_home / kv_bytes_per_token
 
 
 def model_shape(spec: ModelSpec, precision: Precision | None = None) -> ModelShape:

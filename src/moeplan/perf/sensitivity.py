@@ -12,8 +12,7 @@ from dataclasses import fields, replace
 from functools import partial
 
 from moeplan.perf.constants import Constants, constants
-from moeplan.perf.memory import memory
-from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated
+from moeplan.perf.serving import Layout, Load, Serving, aggregated, used
 
 __all__ = ["KNOBS", "MOST", "changed", "elasticities", "improvements", "needs"]
 
@@ -88,10 +87,7 @@ def elasticities(layout: Layout, load: Load, each: int, step: float = 0.05) -> d
 
 def _by_capacity(layout: Layout, load: Load) -> float:
     """Usable memory over what weights and one prefill step leave of it."""
-    alone = memory(
-        layout.spec, layout.hardware, layout.parallel, layout.precision, batch=0, context=load.prompt,
-        prefill_tokens=min(CHUNK, load.prompt), mtp=load.drafts > 0 and load.module,
-    )  # fmt: skip
+    alone = used(layout, load, 0)
     return alone.usable / (alone.usable - alone.used)
 
 

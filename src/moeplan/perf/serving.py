@@ -24,13 +24,24 @@ from moeplan.errors import UsageError
 from moeplan.perf.collectives import send
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Parallel, Precision, kv_bytes, largest_batch
+from moeplan.perf.memory import Memory, Parallel, Precision, kv_bytes, largest_batch, memory
 from moeplan.perf.models import ModelSpec
 from moeplan.perf.operators import Number, elementwise
 from moeplan.perf.routing import Routing
 from moeplan.perf.step import Operator, Step, decode_step, prefill_step
 
-__all__ = ["CHUNK", "Layout", "Load", "Serving", "aggregated", "cost", "disaggregated", "holds", "prefill_seconds"]
+__all__ = [
+    "CHUNK",
+    "Layout",
+    "Load",
+    "Serving",
+    "aggregated",
+    "cost",
+    "disaggregated",
+    "holds",
+    "prefill_seconds",
+    "used",
+]
 
 #: Tokens of a prefill chunk, engines' usual default.
 CHUNK = 8192
@@ -226,6 +237,14 @@ def holds(layout: Layout, load: Load, *, chunk: int = CHUNK, usable: float = 0.9
     return largest_batch(
         layout.spec, layout.hardware, layout.parallel, layout.precision, context=_held(load),
         prefill_tokens=min(chunk, load.prompt), usable=usable, mtp=load.drafts > 0 and load.module,
+    )  # fmt: skip
+
+
+def used(layout: Layout, load: Load, each: int) -> Memory:
+    """What `each` requests of a data-parallel rank take, counted as `holds` counts."""
+    return memory(
+        layout.spec, layout.hardware, layout.parallel, layout.precision, batch=each, context=_held(load),
+        prefill_tokens=min(CHUNK, load.prompt), mtp=load.drafts > 0 and load.module,
     )  # fmt: skip
 
 

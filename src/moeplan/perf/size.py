@@ -8,15 +8,15 @@ own for each need at least as many.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from moeplan.errors import PlanError, UsageError
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import USABLE, Memory, Parallel, Precision, memory, weight_bytes
+from moeplan.perf.memory import USABLE, Memory, Parallel, Precision, weight_bytes
 from moeplan.perf.models import ModelSpec
-from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated, cost, holds
-from moeplan.perf.sweep import bound_shares, node_parts, parallels, with_overlap
+from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated, cost, holds, used
+from moeplan.perf.sweep import bound_shares, layouts, node_parts
 
 __all__ = ["CLOSE", "USE_CASES", "Sized", "UseCase", "cluster_sizes", "size"]
 
@@ -217,7 +217,7 @@ def _try(
     for layout in _layouts(spec, hardware, gpus, per_node, precision, requests):
         each = -(-requests // layout.parallel.dp)
         if each > holds(layout, case.load):
-            need = _memory(layout, case, each)
+            need = used(layout, case.load, each)
             least = need if least is None or need.used < least.used else least
             continue
         if layout.overlap and not _halves(layout, case, each):
@@ -238,19 +238,13 @@ def _try(
 
 def _layouts(
     spec: ModelSpec, hardware: Hardware, gpus: int, per_node: int, precision: Precision, requests: int
-) -> Iterator[Layout]:
+) -> list[Layout]:
     """Layouts worth trying. More data-parallel ranks than requests serve only experts; in a dense model, nobody."""
     try:
-        possible = parallels(spec, gpus, per_node)
+        possible = layouts(spec, hardware, gpus, precision, gpus_per_node=per_node, overlap=True)
     except PlanError:
-        return
-    for parallel in possible:
-        if spec.moe is None and parallel.dp > requests:
-            continue
-        layout = Layout(spec, hardware, parallel, precision, gpus_per_node=per_node)
-        yield layout
-        if with_overlap(layout):
-            yield replace(layout, overlap=True)
+        return []
+    return [layout for layout in possible if spec.moe or layout.parallel.dp <= requests]
 
 
 def _why(case: UseCase, serving: Serving | None, least: Memory | None) -> str:
@@ -265,15 +259,6 @@ def _why(case: UseCase, serving: Serving | None, least: Memory | None) -> str:
 
 def _memory_text(used: float, usable: float) -> str:
     return f"memory: {used / 1e9:,.0f} of {usable / 1e9:,.0f} GB a GPU"
-
-
-def _memory(layout: Layout, case: UseCase, each: int) -> Memory:
-    """As `moeplan.perf.serving.holds` counts it."""
-    held = round(case.prompt + case.beams * case.output / 2)
-    return memory(
-        layout.spec, layout.hardware, layout.parallel, layout.precision, batch=each, context=held,
-        prefill_tokens=min(CHUNK, case.prompt), mtp=case.drafts > 0,
-    )  # fmt: skip
 
 
 def _bounds(layout: Layout, serving: Serving, case: UseCase) -> tuple[dict[str, float], dict[str, float]]:

@@ -6,8 +6,8 @@ step. Prefill is left out, as it is where prefill has workers of its own; `moepl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moeplan.cluster import Dispatch
@@ -20,8 +20,8 @@ from moeplan.perf.setup import default_mode
 from moeplan.perf.step import Step
 
 __all__ = [
-    "Choice", "Point", "Sweep", "best_within", "bound_shares", "node_parts", "parallels", "pareto",
-    "precision_of", "sweep", "ways", "with_overlap",
+    "Choice", "Point", "Sweep", "best_within", "bound_shares", "layouts", "node_parts", "parallels", "pareto",
+    "precision_of", "sweep", "thinned", "ways", "where", "with_overlap",
 ]  # fmt: skip
 
 #: Columns of the narrowest part of an expert that a grouped product is worth calling for.
@@ -168,41 +168,43 @@ def sweep(
     Raises:
         PlanError: not one count that a layout fits. UsageError: more set-ups than `MOST_SETUPS`.
     """
-    layouts: list[Layout] = []
+    tried: list[Layout] = []
     refused = None
     for hardware, counts in machines:
         for gpus in counts:
             try:
-                layouts += _layouts(spec, hardware, gpus, precision, choice, gpus_per_node, overlap)
+                tried += layouts(
+                    spec, hardware, gpus, precision, choice, gpus_per_node=gpus_per_node, overlap=overlap
+                )  # fmt: skip
             except PlanError as error:
                 refused = error
-    if not layouts and refused:
+    if not tried and refused:
         raise refused
-    total = len(layouts) * len(contexts) * len(batches)
+    total = len(tried) * len(contexts) * len(batches)
     if total > MOST_SETUPS:
         raise UsageError(f"{total:,} set-ups are more than {MOST_SETUPS:,}", mend="ask for fewer counts or batches")
     points, unfit = [], 0
-    for done, layout in enumerate(layouts):
+    for done, layout in enumerate(tried):
         for context in contexts:
             most = largest_batch(spec, layout.hardware, layout.parallel, precision, context=context)
             fits = [batch for batch in batches if batch <= most]
             unfit += len(batches) - len(fits)
             least = 2 * layout.parallel.pp if layout.overlap else 1  # each of a stage's micro-batches is halved
             points += [_point(layout, batch, context, usd_per_hour, watts) for batch in fits if batch >= least]
-        report(done + 1, len(layouts), layout.hardware.name)
+        report(done + 1, len(tried), layout.hardware.name)
     return Sweep(tuple(points), unfit)
 
 
-def _layouts(
-    spec: ModelSpec, hardware: Hardware, gpus: int, precision: Precision, choice: Choice, gpus_per_node: int | None,
-    overlap: bool,
-) -> Iterable[Layout]:  # fmt: skip
-    per_node = gpus_per_node or hardware.scale_up_size
+def layouts(
+    spec: ModelSpec, hardware: Hardware, gpus: int, precision: Precision, choice: Choice = Choice(), *,
+    gpus_per_node: int | None = None, overlap: bool = False,
+) -> list[Layout]:  # fmt: skip
+    """`parallels` as layouts; with `overlap`, each also with two-batch overlap, where that is possible."""
+    per_node, found = gpus_per_node or hardware.scale_up_size, []
     for parallel in parallels(spec, gpus, per_node, choice):
         layout = Layout(spec, hardware, parallel, precision, gpus_per_node=per_node)
-        yield layout
-        if overlap and with_overlap(layout):
-            yield Layout(spec, hardware, parallel, precision, overlap=True, gpus_per_node=per_node)
+        found += [layout, replace(layout, overlap=True)] if overlap and with_overlap(layout) else [layout]
+    return found
 
 
 def _point(layout: Layout, batch: int, context: int, usd_per_hour: float | None, watts: float | None) -> Point:
@@ -234,6 +236,13 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return front
 
 
+def thinned(front: Sequence[Point], most: int) -> list[Point]:
+    """At most that many of a front (two or more), ends included, even along it."""
+    if len(front) <= most:
+        return list(front)
+    return [front[round(i * (len(front) - 1) / (most - 1))] for i in range(most)]
+
+
 def best_within(points: Sequence[Point], tpot_s: float) -> Point | None:
     """The one of most tokens per accelerator within a TPOT."""
     return max((p for p in points if p.tpot_s <= tpot_s), key=lambda p: p.per_gpu_s, default=None)
@@ -244,3 +253,9 @@ def ways(layout: Layout) -> str:
     p = layout.parallel
     text = " ".join(f"{name} {getattr(p, name)}" for name in ("tp", "dp", "ep", "pp") if getattr(p, name) > 1)
     return (text or "one GPU") + (" overlap" if layout.overlap else "")
+
+
+def where(p: Point) -> str:
+    """A set-up in words: "72 x H100-SXM (dp 72 ep 72, 128 requests a rank)"."""
+    held = f"{p.batch:,} request{'s' * (p.batch > 1)} a rank"
+    return f"{p.layout.parallel.gpus} x {p.layout.hardware.name} ({ways(p.layout)}, {held})"

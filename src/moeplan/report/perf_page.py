@@ -10,7 +10,7 @@ from moeplan.perf.models import ModelSpec
 from moeplan.perf.sensitivity import KNOBS, elasticities, improvements, needs
 from moeplan.perf.size import Sized, UseCase
 from moeplan.perf.step import Step
-from moeplan.perf.sweep import Point, Sweep, best_within, pareto, ways
+from moeplan.perf.sweep import Point, Sweep, best_within, pareto, thinned, ways, where
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.report.perf_figures import (
     breakdown_figure,
@@ -71,22 +71,14 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
         f"{1e3 * front[-1].tpot_s:.1f} ms. "
     )
     sentence += (
-        f"Within {1e3 * limit_s:g} ms most is {chosen.per_gpu_s:,.0f} tokens/s a GPU, on {_where(chosen)}."
+        f"Within {1e3 * limit_s:g} ms most is {chosen.per_gpu_s:,.0f} tokens/s a GPU, on {where(chosen)}."
         if kept
-        else f"None keeps TPOT within {1e3 * limit_s:g} ms; the quickest is {_where(chosen)}."
+        else f"None keeps TPOT within {1e3 * limit_s:g} ms; the quickest is {where(chosen)}."
     )
-    shown = front if len(front) <= _ROWS else [front[round(i * (len(front) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+    shown = thinned(front, _ROWS)
     head = [
-        "TPOT, ms",
-        "tokens/s a GPU",
-        "hardware",
-        "GPUs",
-        "layout",
-        "requests a rank",
-        "bound by",
-        "USD / M",
-        "kWh / M",
-    ]
+        "TPOT, ms", "tokens/s a GPU", "hardware", "GPUs", "layout", "requests a rank", "bound by", "USD / M", "kWh / M",
+    ]  # fmt: skip
     rows = [
         [
             f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.layout.hardware.name, f"{p.layout.parallel.gpus:,}",
@@ -103,12 +95,6 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
         "Figures are of one decode step; prefill is left out. USD and kWh per million output tokens, from the "
         "catalogue's prices and board power.",
     )
-
-
-def _where(p: Point) -> str:
-    layout = p.layout
-    held = f"{p.batch:,} request{'s' * (p.batch > 1)} a rank"
-    return f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {held})"
 
 
 def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
@@ -145,7 +131,7 @@ def _detail(p: Point) -> list[Section]:
     sections = [
         Section(
             "Where a decode step's time goes",
-            f"On {_where(p)}: {_largest(decode)}; a GPU waits {100 * float(decode.idle_share):.0f} % of the step for "
+            f"On {where(p)}: {_largest(decode)}; a GPU waits {100 * float(decode.idle_share):.0f} % of the step for "
             "the network or for the slowest rank.",
             [
                 breakdown_figure(decode, "Milliseconds of a decode step by operator"),
