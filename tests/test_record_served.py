@@ -300,7 +300,7 @@ def test_another_recording_is_not_resumed(fake: Fake, tmp_path: Path, small_part
     with pytest.raises(ServerError):
         record(fake, tmp_path / "t", concurrency=1)
     fake.fault = lambda path, before: None
-    before = files_of(tmp_path / "t")
+    record(fake, tmp_path / "whole")
     with pytest.raises(OutputError, match="already exists; choose another place, remove it, or add --resume"):
         record(fake, tmp_path / "t")
     for prompts, options, message in (
@@ -308,9 +308,11 @@ def test_another_recording_is_not_resumed(fake: Fake, tmp_path: Path, small_part
         (prompts_of(), {"max_new_tokens": 5}, "begun with max_new_tokens 6, not 5"),
         (prompts_of(), {"facts": ModelFacts(num_experts=17)}, "another shape"),
     ):
-        with pytest.raises(UsageError, match=message):
-            record(fake, tmp_path / "t", prompts, resume=True, **options)
-    assert files_of(tmp_path / "t") == before
+        for path in (tmp_path / "t", tmp_path / "whole"):  # cut off, and complete
+            before = files_of(path)
+            with pytest.raises(UsageError, match=message):
+                record(fake, path, prompts, resume=True, **options)
+            assert files_of(path) == before
 
 
 @pytest.mark.parametrize(

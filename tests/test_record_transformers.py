@@ -257,17 +257,19 @@ def test_another_recording_is_not_resumed(qwen: LoadedModel, tmp_path: Path) -> 
         record_model(
             qwen, token_prompts(), tmp_path / "t", RecordOptions(max_new_tokens=2, batch_size=3), progress=stop
         )
-    before = files_of(tmp_path / "t")
+    record_model(qwen, token_prompts(), tmp_path / "whole", RecordOptions(max_new_tokens=2, batch_size=3))
+    before = files_of(tmp_path / "t"), files_of(tmp_path / "whole")
     for prompts, options, message in (
         (token_prompts(10), RecordOptions(max_new_tokens=2, batch_size=3), "begun with prompts_sha256"),
         (token_prompts(), RecordOptions(max_new_tokens=2, batch_size=4), "begun with batch_size 3, not 4"),
         (token_prompts(), RecordOptions(max_new_tokens=2, batch_size=3, weights=True), "resume without --weights"),
     ):
-        with pytest.raises(UsageError, match=message):
-            record_model(qwen, prompts, tmp_path / "t", options, resume=True)
+        for path in (tmp_path / "t", tmp_path / "whole"):  # cut off, and complete
+            with pytest.raises(UsageError, match=message):
+                record_model(qwen, prompts, path, options, resume=True)
     with pytest.raises(MoeplanError, match="already exists"):
         record_model(qwen, token_prompts(), tmp_path / "t")
-    assert files_of(tmp_path / "t") == before
+    assert (files_of(tmp_path / "t"), files_of(tmp_path / "whole")) == before
 
 
 def test_a_dense_model_and_an_unreadable_router_are_refused() -> None:

@@ -91,7 +91,7 @@ def record_model(
     requests = [_tokenised(prompt, loaded, options) for prompt in prompts]
     source = {**_source(loaded, prompts, options), **keep.source()}
     begun = resume and (out / JSON_NAME).exists()
-    if begun and finished(out, source, loaded.shape):
+    if begun and finished(out, source, loaded.shape, weights=options.weights):
         return open_trace(out)
     if resume:
         sweep(out, begun=begun)

@@ -14,6 +14,7 @@ from moeplan.capture.prompts import MAX_NEW_TOKENS, Prompt
 from moeplan.errors import FormatError, OutputError, UsageError
 from moeplan.trace.format import REQUESTS_NAME
 from moeplan.trace.reader import open_trace
+from moeplan.trace.resume import check_same
 from moeplan.types import ModelShape
 
 __all__ = ["Meter", "SamplingOptions", "check_out", "finished", "new_tokens", "part_picks", "seed_of", "sweep"]
@@ -92,10 +93,15 @@ def check_out(out: Path, *, resume: bool) -> None:
         raise OutputError("already exists", where=str(out), mend="choose another place, remove it, or add --resume")
 
 
-def finished(out: Path, source: dict[str, Any], shape: ModelShape) -> bool:
-    """Whether just this recording is at `out` and complete."""
+def finished(out: Path, source: dict[str, Any], shape: ModelShape, *, weights: bool = False) -> bool:
+    """Whether the recording at `out` is complete.
+
+    Raises:
+        UsageError: it was begun with another model, or with other settings.
+    """
     trace = open_trace(out)
-    return trace.complete and trace.source == source and trace.shape == shape
+    check_same(trace, shape, source, weights=weights)
+    return trace.complete
 
 
 def sweep(out: Path, *, begun: bool) -> None:

@@ -21,7 +21,7 @@ from moeplan.trace.format import JSON_NAME, REQUESTS_NAME
 from moeplan.trace.reader import MAX_AHEAD, Trace
 from moeplan.types import ModelShape
 
-__all__ = ["Recorded", "read_recorded", "token_items"]
+__all__ = ["Recorded", "check_same", "read_recorded", "token_items"]
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,31 @@ def read_recorded(
         UsageError: the trace is complete, or another model, source or choice of weights began it.
         FormatError: one of its parts is damaged.
     """
-    where = str(trace.path)
+    check_same(trace, shape, source, weights=weights)
     if trace.complete:
-        raise UsageError("is complete; there is nothing to resume", where=where)
+        raise UsageError("is complete; there is nothing to resume", where=str(trace.path))
+    items = read_back(trace)
+    requests, parts = trace.requests, read_json(trace.path / JSON_NAME)["parts"]
+    return Recorded(
+        parts=parts[:-1],
+        last=parts[-1],
+        items=items,
+        rows=[int(n) for n in requests.rows],
+        prefill=[int(n) for n in requests.prefill],
+        domain=[requests.domains[i] for i in requests.domain],
+        arrival=[None if np.isnan(a) else a for a in requests.arrival.tolist()],
+        dp_rank=[None if rank < 0 else rank for rank in requests.dp_rank.tolist()],
+        taken=_taken(trace),
+    )
+
+
+def check_same(trace: Trace, shape: ModelShape, source: dict[str, Any], *, weights: bool) -> None:
+    """Refuse to go on with a recording, complete or not, that was begun otherwise.
+
+    Raises:
+        UsageError: another model, source or choice of weights began it.
+    """
+    where = str(trace.path)
     if trace.shape != shape:
         raise UsageError("was recorded from a model of another shape", where=where, mend="record to another place")
     for key in sorted({*trace.source, *source}):
@@ -76,24 +98,9 @@ def read_recorded(
                 where=where,
                 mend="resume with the same settings, or record to another place",
             )
-    head = read_json(trace.path / JSON_NAME)
-    stored = bool(head.get("weights"))
-    if stored != weights:
-        mend = "resume with --weights" if stored else "resume without --weights"
+    if trace.has_weights != weights:
+        mend = "resume with --weights" if trace.has_weights else "resume without --weights"
         raise UsageError("was begun with another choice of gate weights", where=where, mend=mend)
-    items = read_back(trace)
-    requests = trace.requests
-    return Recorded(
-        parts=head["parts"][:-1],
-        last=head["parts"][-1],
-        items=items,
-        rows=[int(n) for n in requests.rows],
-        prefill=[int(n) for n in requests.prefill],
-        domain=[requests.domains[i] for i in requests.domain],
-        arrival=[None if np.isnan(a) else a for a in requests.arrival.tolist()],
-        dp_rank=[None if rank < 0 else rank for rank in requests.dp_rank.tolist()],
-        taken=_taken(trace),
-    )
 
 
 def token_items(trace: Trace, *, weights: bool) -> list[tuple[Any, ...]]:
