@@ -15,8 +15,8 @@ from moeplan.errors import UsageError
 from moeplan.plan import read_requests, solve
 from moeplan.plan.store import StoredPlan
 from moeplan.replay import Setup
-from moeplan.replay.comparison import fit_problem
-from moeplan.replay.drift import FRESH, OLD, Drift, check_shape, drift, drift_setup
+from moeplan.replay.comparison import check_shape, fit_problem
+from moeplan.replay.drift import FRESH, OLD, Drift, drift, drift_setup
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
 from test_cli import refused
@@ -182,7 +182,7 @@ def test_a_plan_is_for_one_shape() -> None:
     for other, what in ((ModelShape("m", 2, 9, 2), "experts"), (ModelShape("m", 2, 8, 3), "picks")):
         with pytest.raises(UsageError, match=what):
             check_shape(other, shape, "plan")
-    with pytest.raises(UsageError, match="layer ids"):
+    with pytest.raises(UsageError, match="layer ids: 3-4 and 0-1"):
         check_shape(ModelShape("m", 2, 8, 2, layer_ids=(3, 4)), shape, "plan")
     check_shape(shape, shape, "plan")
 

@@ -19,8 +19,10 @@ from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import Draws, blocks, draw_steps, live_requests, split
 from moeplan.replay.table import Comparison, Measured, tabulate
 from moeplan.replay.timing import Timing
+from moeplan.trace.format import layer_spans
+from moeplan.types import ModelShape
 
-__all__ = ["Row", "Setup", "compare", "replay", "rows_of", "strategy_names"]
+__all__ = ["Row", "Setup", "check_shape", "compare", "replay", "rows_of", "strategy_names"]
 
 Int64Array = npt.NDArray[np.int64]
 Progress = Callable[[int, int, str], None]
@@ -201,6 +203,30 @@ def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
         group = group_test(requests, everyone, everyone, of, row.signature, _rng(setup, 0, 1))
         measured[row.name] = [measure(requests, setup, row, everyone, group, draws, live, of)]
     return tabulate(requests, setup, rows, measured, block, live, ())
+
+
+def check_shape(trace: ModelShape, plan: ModelShape, where: str) -> None:
+    """A plan fits traces of its own model only.
+
+    Args:
+        where: what an error names, the plan.
+
+    Raises:
+        UsageError: experts, picks per token or layers differ.
+    """
+    for label, ours, theirs in (
+        ("experts", trace.num_experts, plan.num_experts),
+        ("picks per token", trace.top_k, plan.top_k),
+        ("layers", trace.num_layers, plan.num_layers),
+        ("layer ids", trace.layer_ids, plan.layer_ids),
+    ):
+        if ours != theirs:
+            said = [layer_spans(value) if isinstance(value, tuple) else value for value in (ours, theirs)]
+            raise UsageError(
+                f"the trace and the plan differ in {label}: {said[0]} and {said[1]}",
+                where=where,
+                mend="use traffic of the same model, and --without-layers as in the plan",
+            )
 
 
 def _check_timing(requests: RequestSet, setup: Setup) -> None:

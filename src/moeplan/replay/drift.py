@@ -22,11 +22,10 @@ from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.plan import Options, RequestSet, solve
 from moeplan.plan.problem import GUARD
 from moeplan.plan.store import StoredPlan
-from moeplan.replay.comparison import Row, Setup, fit_problem, group_test, measure
+from moeplan.replay.comparison import Row, Setup, check_shape, fit_problem, group_test, measure
 from moeplan.replay.split import blocks, draw_steps, live_requests, split
 from moeplan.replay.statistics import change, less_than
 from moeplan.replay.table import Comparison, Measured, tabulate
-from moeplan.types import ModelShape
 
 __all__ = ["FRESH", "OLD", "OLD_RANDOM", "Drift", "check_shape", "drift", "drift_setup", "signature_tokens_of"]
 
@@ -125,27 +124,6 @@ def signature_tokens_of(stored: StoredPlan) -> int | None:
     if not found:
         raise FormatError(f"signature_stands_in {str(said)[:40]!r} is not known", where="plan.json", mend="plan again")
     return int(found[1])
-
-
-def check_shape(trace: ModelShape, plan: ModelShape, where: str) -> None:
-    """A plan fits traces of its own model only.
-
-    Raises:
-        UsageError: experts, picks per token or layers differ.
-    """
-    pairs: list[tuple[str, Any, Any]] = [
-        ("experts", trace.num_experts, plan.num_experts),
-        ("picks per token", trace.top_k, plan.top_k),
-        ("layers", trace.num_layers, plan.num_layers),
-        ("layer ids", list(trace.layer_ids), list(plan.layer_ids)),
-    ]
-    for label, ours, theirs in pairs:
-        if ours != theirs:
-            raise UsageError(
-                f"the trace and the plan differ in {label}: {ours} and {theirs}",
-                where=where,
-                mend="use traffic of the same model, and --without-layers as in the plan",
-            )
 
 
 def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Progress | None = None) -> Drift:
