@@ -46,12 +46,15 @@ class Row:
         return f"{self.place}, {self.slot(slot)}"
 
 
-def check_rows(report: Report, rows: list[Row], *, twice: str = "warn", wraps: bool = False) -> Int32Array | None:
+def check_rows(
+    report: Report, rows: list[Row], *, slots: int | None = None, twice: str = "warn", wraps: bool = False
+) -> Int32Array | None:
     """Hold every row to the rules; int32 [rows, S] when none is broken.
 
     Args:
         report: gets the findings, and E and R where only the rows tell them.
         rows: in the file's order. twice: what two copies of an expert on one rank are: "warn" or "fault".
+        slots: S, where the file says it beside the rows.
         wraps: the engine indexes with negative ids, so that -1 becomes its last expert.
 
     The number of experts that is not given is what most rows say (largest id + 1), and the report tells so.
@@ -62,7 +65,7 @@ def check_rows(report: Report, rows: list[Row], *, twice: str = "warn", wraps: b
     whole = [row for row in rows if _is_list(report, row)]
     typed = [row for row in whole if _are_numbers(report, row)]
     experts = _num_experts(report, typed)
-    slots = _num_slots(report, whole, experts)
+    slots = _num_slots(report, whole, experts, slots)
     sound = [row for row in typed if _in_range(report, row, experts, wraps)]
     complete = [row for row in sound if len(row.values) == slots and _all_there(report, row, experts)]
     report.rows, report.slots = len(rows), slots
@@ -103,19 +106,20 @@ def _num_experts(report: Report, rows: list[Row]) -> int:
     return int(common[0])
 
 
-def _num_slots(report: Report, rows: list[Row], experts: int) -> int | None:
+def _num_slots(report: Report, rows: list[Row], experts: int, said: int | None) -> int | None:
     """S, and a fault for each row that has another number of slots."""
     known = report.known
     if not rows:
         return None
     lengths = Counter(len(row.values) for row in rows)
     usual = max(lengths, key=lambda length: (lengths[length], -length))
-    if known.num_experts is not None and known.redundant is not None:
+    slots, why = (usual, "as most rows have") if said is None else (said, "as num_slots says")
+    if known.redundant is None:
+        report.unchecked.append("that the engine is started with as many redundant slots: give --redundant")
+    elif known.num_experts is not None and slots != experts + known.redundant:
         slots, why = experts + known.redundant, f"{experts} experts + {known.redundant} redundant"
-    else:
-        slots, why = usual, "as most rows have"
-        if known.redundant is None:
-            report.unchecked.append("that the engine is started with as many redundant slots: give --redundant")
+        if said is not None:
+            report.fault("num_slots", f"is {said}, not {slots} ({why})", "correct one of them")
     for row in rows:
         if len(row.values) != slots:
             report.fault(
@@ -128,10 +132,10 @@ def _num_slots(report: Report, rows: list[Row], experts: int) -> int | None:
         report.fault(
             "",
             f"{slots} slots do not divide over an EP size of {known.ep_size}",
-            f"use {near or near + known.ep_size} or {near + known.ep_size} slots, or another EP size",
+            f"use {f'{near} or ' if near else ''}{near + known.ep_size} slots, or another EP size",
         )
-    if usual == slots and slots < experts and not report.faults:
-        report.fault("", f"{slots} slots do not hold {experts} experts", "use more slots")
+    if slots < experts and slots == usual:
+        report.fault("", f"{slots} slots do not hold {experts} experts", "use more slots, or the model's own config")
     return slots
 
 

@@ -1,0 +1,82 @@
+"""Which layers have experts, and how many layers there are: from the model's config and the plan, never guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moeplan.capture.hf_config import ModelFacts
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.report import Known
+from moeplan.errors import MoeplanError, UsageError
+
+__all__ = ["check_axis", "known_of"]
+
+
+def known_of(
+    facts: ModelFacts, config: Path | None, *, ep_size: int | None = None, nodes: int | None = None,
+    redundant: int | None = None,
+) -> Known:  # fmt: skip
+    """What config and flags say.
+
+    Families whose config has no rule (every layer of Mixtral has experts, and nothing says so) are those that the
+    model catalogue knows by their model_type; for others the MoE layers stay unknown.
+    """
+    moe = facts.moe_layers
+    if moe is None and config is not None:
+        from moeplan.perf.models import model
+
+        try:
+            spec = model(str(config))
+            moe = spec.moe.layers if spec.moe is not None else None
+        except MoeplanError:
+            moe = None
+    return Known(facts.num_experts, facts.num_layers, moe, ep_size, nodes, redundant)
+
+
+def check_axis(placement: EnginePlacement, known: Known, engine: str, where: str) -> int | None:
+    """Hold a placement's layers to the model's; the number of hidden layers, if it is known.
+
+    Raises:
+        UsageError: other experts or layers than the config's; for SGLang, a number of hidden layers that nothing says.
+    """
+    layers, experts = placement.layer_ids, placement.num_experts
+    if known.num_experts is not None and known.num_experts != experts:
+        raise UsageError(
+            f"the plan is for {experts} experts, the config for {known.num_experts}",
+            where=where,
+            mend="give the config.json of the same model",
+        )
+    if known.num_layers is not None and layers[-1] >= known.num_layers:
+        raise UsageError(
+            f"the plan places layer {layers[-1]}, but the config has {known.num_layers} hidden layers, 0..",
+            where=where,
+            mend="give the config.json of the same model",
+        )
+    if known.moe_layers is not None:
+        for layer in sorted(set(known.moe_layers) - set(layers)):
+            raise UsageError(
+                f"the plan places no experts in layer {layer}, which has experts",
+                where=where,
+                mend="plan on a trace of all layers, without --without-layers",
+            )
+        for layer in sorted(set(layers) - set(known.moe_layers)):
+            raise UsageError(
+                f"the plan places experts in layer {layer}, which has none by the config",
+                where=where,
+                mend="give the config.json of the same model",
+            )
+    if engine != "sglang":
+        return known.num_layers
+    if known.num_layers is None:
+        raise UsageError(
+            "SGLang's file has a row for every hidden layer, and the plan knows only those with experts",
+            where=where,
+            mend="give --config config.json, or --num-layers",
+        )
+    if known.moe_layers is None and len(layers) < known.num_layers:
+        raise UsageError(
+            f"the plan has {len(layers)} of {known.num_layers} layers, and the config does not say which have experts",
+            where=where,
+            mend="give --dense-layers, e.g. 0,1,2",
+        )
+    return known.num_layers

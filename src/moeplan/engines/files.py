@@ -1,0 +1,112 @@
+"""The front door to placement files: look at one, write one.
+
+One module per engine says what its file is and which rules it has; `rules` holds those that all share.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from moeplan.engines import sglang, tensorrt_llm, vllm, vllm_ascend
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.report import Finding, Known, Report
+from moeplan.errors import OutputError, UsageError
+from moeplan.trace.files import atomic_path
+
+__all__ = ["ENGINES", "EnginePlacement", "Finding", "Known", "Report", "examine", "write"]
+
+_EXAMINE = {
+    "sglang": sglang.examine,
+    "vllm": vllm.examine,
+    "tensorrt-llm": tensorrt_llm.examine,
+    "vllm-ascend": vllm_ascend.examine,
+}
+#: Engine -> how the names of its files may end.
+_SUFFIXES = {
+    "sglang": (".json",),
+    "vllm": (".json",),
+    "tensorrt-llm": (".yaml", ".yml"),
+    "vllm-ascend": (".json",),
+}
+ENGINES = tuple(_EXAMINE)
+
+
+def examine(path: Path, engine: str, known: Known | None = None) -> Report:
+    """Look at a file; the report says what is wrong and where.
+
+    Raises:
+        FormatError: the file cannot be read at all. UsageError: no such engine.
+    """
+    return _EXAMINE[_named(engine)](path, known or Known())
+
+
+def write(
+    path: Path, engine: str, placement: EnginePlacement, *, num_layers: int | None = None, model: str = ""
+) -> None:
+    """Write an engine's file, whole or not at all, and read it back.
+
+    Args:
+        num_layers: all hidden layers, which SGLang's file needs. model: its name, for the plug-in's file.
+
+    Raises:
+        UsageError: a name that the engine would not read; what the engine cannot do.
+        OutputError: the place is taken or cannot be written.
+    """
+    if path.suffix not in _SUFFIXES[_named(engine)]:
+        raise UsageError(
+            f"the name ends in {path.suffix or 'nothing'}, but {engine} needs {' or '.join(_SUFFIXES[engine])}",
+            where=str(path),
+            mend="choose another name",
+        )
+    if path.exists():
+        raise OutputError("already exists", where=str(path), mend="choose another place, or remove it")
+    _refuse(engine, placement)
+    with atomic_path(path) as temporary:
+        temporary.write_text(_text(engine, placement, num_layers, model), encoding="utf-8")
+    known = Known(
+        placement.num_experts, num_layers, placement.layer_ids, placement.ep_size, placement.nodes, placement.redundant
+    )
+    assert examine(path, engine, known).need().same_as(placement), "a file that does not read back"
+
+
+def _text(engine: str, placement: EnginePlacement, num_layers: int | None, model: str) -> str:
+    if engine == "tensorrt-llm":
+        return tensorrt_llm.content(placement)
+    if engine == "sglang":
+        if num_layers is None:
+            raise UsageError("SGLang's file needs the number of hidden layers", mend="give --config, or --num-layers")
+        data = sglang.content(placement, num_layers)
+    else:
+        data = vllm.content(placement, model) if engine == "vllm" else vllm_ascend.content(placement)
+    return json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _refuse(engine: str, placement: EnginePlacement) -> None:
+    """What the engine cannot do.
+
+    Raises:
+        UsageError: with what to do instead.
+    """
+    if engine == "vllm" and placement.redundant > vllm.MAX_REDUNDANT:
+        raise UsageError(
+            f"{placement.redundant} redundant slots are more than vLLM's limit of {vllm.MAX_REDUNDANT}",
+            mend="plan with a smaller --redundant",
+        )
+    if engine in ("sglang", "vllm") and placement.ep_size == 1:
+        raise UsageError(f"{engine} places experts over at least 2 GPUs", mend="plan for more GPUs")
+    if engine == "vllm-ascend":
+        held = placement.physical_to_logical.reshape(len(placement.layer_ids), placement.ep_size, -1)
+        for row, layer in zip(held, placement.layer_ids, strict=True):
+            for device, experts in enumerate(row.tolist()):
+                if len(set(experts)) < len(experts):
+                    raise UsageError(
+                        f"layer {layer}: device {device} has an expert twice, which vLLM-Ascend takes and serves wrong",
+                        mend="plan with --strategy moeplan, which never does that",
+                    )
+
+
+def _named(engine: str) -> str:
+    if engine not in _EXAMINE:
+        raise UsageError(f"--engine {engine[:40]!r} is not known", mend=f"choose one of {', '.join(ENGINES)}")
+    return engine

@@ -1,0 +1,97 @@
+"""SGLang 0.5.23: the file of `--init-expert-location` (`srt/eplb/expert_location.py`).
+
+    {"physical_to_logical_map": [one row of E + R experts for EVERY hidden layer]}
+
+Rows of layers without experts are never looked up, but are read like the others: they get a dummy. The map must be the
+only key. The argument must end in .json or .pt; otherwise SGLang takes the text itself for the JSON.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeplan.engines.loading import load_json, load_tensors
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.report import Known, Report, show
+from moeplan.engines.rules import Row, check_rows, finish
+
+__all__ = ["MAP", "content", "examine"]
+
+MAP, COUNTS = "physical_to_logical_map", "logical_count"
+
+
+def content(placement: EnginePlacement, num_layers: int) -> dict[str, Any]:
+    """The file as plain values.
+
+    Args:
+        num_layers: all hidden layers; those that the placement lacks have no experts, and get experts in order.
+    """
+    dummy = np.arange(placement.num_slots) % placement.num_experts
+    rows = np.tile(dummy, (num_layers, 1))
+    rows[list(placement.layer_ids)] = placement.physical_to_logical
+    return {MAP: rows.tolist()}
+
+
+def examine(path: Path, known: Known) -> Report:
+    """Look at a .json or .pt file."""
+    report = Report(path, "sglang", known)
+    if path.suffix not in (".json", ".pt"):
+        report.fault("", "SGLang reads files whose names end in .json or .pt only", "rename it")
+    rows = _load(report)
+    if rows is None:
+        return report
+    moe = known.moe_layers
+    if known.num_layers is None:
+        report.unchecked.append("that there is a row for every hidden layer: give --config")
+    elif len(rows) != known.num_layers:
+        what = f"has {len(rows)} rows for {known.num_layers} hidden layers"
+        if moe is not None and len(rows) == len(moe):
+            what += ": layers without experts need a row too"
+        report.fault(MAP, what, "give one row for every hidden layer")
+    if moe is not None and known.num_layers is None and moe[-1] >= len(rows):
+        report.fault(MAP, f"has {len(rows)} rows, but layer {moe[-1]} has experts", "give a row for every hidden layer")
+    table = check_rows(report, [_row(i, values, moe) for i, values in enumerate(rows)], wraps=True)
+    if moe is not None and known.num_layers is None and table is not None and moe[-1] + 1 < len(rows):
+        report.unchecked.append(f"which rows the layers with experts are: the last is {moe[-1]} of {len(rows)} rows")
+        return report
+    return finish(report, table, moe, None if moe is None else np.array(moe, np.intp))
+
+
+def _row(i: int, values: Any, moe: tuple[int, ...] | None) -> Row:
+    dense = ", which has no experts" if moe is not None and i not in moe else ""
+    return Row(f"{MAP}, row {i} (layer {i}{dense})", i, values)
+
+
+def _load(report: Report) -> list[Any] | None:
+    """The rows, whatever stands in them; None with a finding."""
+    if report.path.suffix == ".pt":
+        loaded = load_tensors(report, MAP)
+        if loaded is None:
+            return None
+        data: Any = dict.fromkeys(loaded[0])
+        data |= {MAP: loaded[1]} if MAP in data else {}
+    else:
+        data = load_json(report)
+    if not report.good and data is None:
+        return None
+    if not isinstance(data, dict):
+        report.fault("", f"is {show(data)}, not an object", f'write {{"{MAP}": [[..], ..]}}')
+        return None
+    if MAP not in data:
+        if COUNTS in data:
+            what = "holds counts, of which SGLang makes a placement itself when it starts; there is none to check"
+            report.fault(f"key {COUNTS}", what, "moeplan export FILE --engine sglang makes one of counts")
+        else:
+            keys = ", ".join(show(key) for key in list(data)[:4]) or "none"
+            report.fault(f"key {MAP}", f"is missing (keys: {keys})", f'write {{"{MAP}": [[..], ..]}}')
+        return None
+    for key in data:
+        if key != MAP:
+            report.fault(f"key {show(key)}", f"is more than SGLang takes beside {MAP} (TypeError)", "leave it out")
+    if not isinstance(data[MAP], list):
+        report.fault(MAP, f"is {show(data[MAP])}, not a list of rows", "give one row for every hidden layer")
+        return None
+    return list(data[MAP])
