@@ -17,6 +17,7 @@ __all__ = [
     "Rows",
     "Scratch",
     "cost",
+    "mark",
     "put",
     "rows_of",
     "sent_by_home",
@@ -73,6 +74,7 @@ class Scratch(NamedTuple):
     zero: Int
     rest: Float
     share: Float
+    marked: Bool  # [U], units that are looked at
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -100,9 +102,9 @@ def cost(layer: Layer, e: int, leaves: int, enters: int) -> float:
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def trace(
     layer: Layer, row: npt.NDArray[np.unsignedinteger], home: int, seen: Int, units: Int, zero: Int, rest: Float,
-    share: Float,
+    share: Float, marked: Bool,
 ) -> int:  # fmt: skip
-    """Units that a token reaches, each with the chance that each pick goes there.
+    """Of the marked units those that a token reaches, each with the chance that each pick goes there.
 
     Returns the number of units; per unit: `zero` picks that surely go there, `rest` the product of 1 - chance over the
     others; share[j, i]: the chance that pick j goes to unit i.
@@ -118,6 +120,8 @@ def trace(
             if layer.node[gpu] == home:
                 continue
             unit = layer.unit[gpu]
+            if not marked[unit]:
+                continue
             if seen[unit] < 0:
                 seen[unit] = found
                 units[found] = unit
@@ -138,8 +142,22 @@ def trace(
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
+def mark(layer: Layer, s: Scratch, a: int, b: int, here: int, there: int) -> None:
+    """Mark the units that copies of a and b are on, or move to: what tokens send to others stays (a -1: mark all)."""
+    s.marked[:] = a < 0
+    if a >= 0:
+        s.marked[layer.unit[here]] = True
+        if there >= 0:
+            s.marked[layer.unit[there]] = True
+        for i in range(layer.copies[a]):
+            s.marked[layer.unit[layer.where[a, i]]] = True
+        for i in range(layer.copies[b]):
+            s.marked[layer.unit[layer.where[b, i]]] = True
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
 def rows_of(layer: Layer, rows: Rows, s: Scratch, a: int, b: int, weight: float) -> float:
-    """Messages of the rows that hold expert a or b (-1: of all rows).
+    """Messages to marked units of the rows that hold expert a or b (-1: of all rows).
 
     With a weight other than 0, what picks share is also added to `layer.shared` that many times.
     """
@@ -157,7 +175,7 @@ def rows_of(layer: Layer, rows: Rows, s: Scratch, a: int, b: int, weight: float)
                 if twice:
                     continue
             home = rows.home[r]
-            found = trace(layer, row, home, s.seen, s.units, s.zero, s.rest, s.share)
+            found = trace(layer, row, home, s.seen, s.units, s.zero, s.rest, s.share, s.marked)
             for u in range(found):
                 total += 1.0 if s.zero[u] else 1.0 - s.rest[u]
                 if weight != 0.0:
@@ -204,7 +222,7 @@ def fill(layer: Layer) -> None:
 def sent_by_home(layer: Layer, rows: Rows, s: Scratch, request: Int, out: Float) -> None:
     for r in range(rows.home.size):
         for home in range(layer.at.shape[0]):
-            found = trace(layer, rows.experts[r], home, s.seen, s.units, s.zero, s.rest, s.share)
+            found = trace(layer, rows.experts[r], home, s.seen, s.units, s.zero, s.rest, s.share, s.marked)
             for u in range(found):
                 out[request[r], home] += 1.0 if s.zero[u] else 1.0 - s.rest[u]
 
@@ -233,7 +251,9 @@ def state_of(
     if not units:
         return layer, None, None  # the compiler then leaves out what only rows need
     none = np.zeros(units, np.int64)
-    scratch = Scratch(none - 1, none.copy(), none, np.zeros(units), np.zeros((picked.shape[1], units)))
+    scratch = Scratch(
+        none - 1, none.copy(), none, np.zeros(units), np.zeros((picked.shape[1], units)), np.ones(units, np.bool_)
+    )
     return layer, Rows(picked, home, *index(picked, experts)), scratch
 
 

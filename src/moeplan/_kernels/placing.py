@@ -8,13 +8,13 @@ node or GPU anyway (`node`, `gpu`), which the token rows tell.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numba as nb
 import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.loads import Weights, dear, dear_move, dearer, weigh
+from moeplan._kernels.moves import Moves, look_at, look_from, look_to
 from moeplan._kernels.placed import (
     BY_GPU,
     BY_NODE,
@@ -24,6 +24,7 @@ from moeplan._kernels.placed import (
     Rows,
     Scratch,
     cost,
+    mark,
     put,
     rows_of,
     sent_by_home,
@@ -40,44 +41,8 @@ Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 
-class _Moves(NamedTuple):
-    """What each single change would save: messages [S, places] for moving a slot's copy, [S] for losing it, and
-    [E, places] for a new one. A place is a node, or a GPU where messages are counted by GPU."""
-
-    place: Int  # [P]
-    move: Float
-    lose: Float
-    gain: Float
-
-
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def _look(layer: Layer, moves: _Moves, only: int, spare: bool) -> None:
-    """Fill `moves`, for one expert or (-1) for all."""
-    none = np.int64(NONE)
-    gpus, places = layer.node.size, moves.move.shape[1]
-    step = gpus // places
-    for s in range(layer.slots.size):
-        e = layer.slots[s]
-        if only >= 0 and e != only:
-            continue
-        now = cost(layer, e, none, none)
-        own = layer.gpu[s]
-        for p in range(places):
-            first = p * step  # any GPU of the place, and not its own: only where it is counts
-            inside = moves.place[own] == p
-            moves.move[s, p] = 0.0 if inside else now - cost(layer, e, own, first)
-        if layer.copies[e] > 1:
-            moves.lose[s] = now - cost(layer, e, own, none)
-    if spare:
-        for e in range(layer.copies.size):
-            if only < 0 or e == only:
-                now = cost(layer, e, none, none)
-                for p in range(places):
-                    moves.gain[e, p] = now - cost(layer, e, none, p * step)
-
-
-@nb.njit(cache=True, nogil=True, boundscheck=False)
-def leave(layer: Layer, moves: _Moves, w: Weights, scale: float, x: int, out: Float) -> float:
+def leave(layer: Layer, moves: Moves, w: Weights, scale: float, x: int, out: Float) -> float:
     """Gain, at the tangent, of moving slot x's copy to each GPU (`out` [P]); returns that of losing it."""
     none = np.int64(NONE)
     a, here, node, use, slope, near = layer.slots[x], layer.gpu[x], layer.node, layer.use, w.slope, layer.near
@@ -95,7 +60,7 @@ def leave(layer: Layer, moves: _Moves, w: Weights, scale: float, x: int, out: Fl
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def enter(layer: Layer, moves: _Moves, w: Weights, scale: float, here: int, spare: bool, others: Float) -> None:
+def enter(layer: Layer, moves: Moves, w: Weights, scale: float, here: int, spare: bool, others: Float) -> None:
     """Gain, at the tangent, of each slot's copy coming to GPU `here`, and of a new copy of each expert: [S + E]."""
     use, node, slope, tally, copies, near = layer.use, layer.node, w.slope, w.tally, layer.copies, layer.near
     slots, gpu, move, place, home = layer.slots, layer.gpu, moves.move, moves.place[here], layer.node[here]
@@ -134,7 +99,7 @@ def _allowed(layer: Layer, a: int, b: int, here: int, there: int) -> bool:
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _exactly(
-    layer: Layer, rows: Rows | None, s: Scratch | None, moves: _Moves, w: Weights, scale: float, x: int, y: int, b: int,
+    layer: Layer, rows: Rows | None, s: Scratch | None, moves: Moves, w: Weights, scale: float, x: int, y: int, b: int,
     gain: float, best: float,
 ) -> float:  # fmt: skip
     """The gain itself: load instead of its tangent, and, if that is still the best, tokens that hold both experts."""
@@ -150,6 +115,7 @@ def _exactly(
         guess = moves.move[x, moves.place[there]] + moves.move[y, moves.place[here]]
     else:
         guess = moves.lose[x] + moves.gain[b, moves.place[here]]
+    mark(layer, s, a, b, here, there)
     truth = rows_of(layer, rows, s, a, b, 0.0)
     put(layer, a, here, there)
     put(layer, b, there, here)
@@ -161,14 +127,14 @@ def _exactly(
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def _apply(
-    layer: Layer, rows: Rows | None, s: Scratch | None, moves: _Moves, w: Weights, x: int, y: int, b: int
+    layer: Layer, rows: Rows | None, s: Scratch | None, moves: Moves, w: Weights, x: int, y: int, b: int
 ) -> None:
     """Slots x and y change places; without a y, slot x's copy gives way to one of expert b."""
-    none = np.int64(NONE)
     a, here = layer.slots[x], layer.gpu[x]
     there = layer.gpu[y] if y >= 0 else np.int64(NONE)
     spare = layer.slots.size > layer.copies.size
     if rows is not None:
+        mark(layer, s, a, b, here, there)
         rows_of(layer, rows, s, a, b, -1.0)
     put(layer, a, here, there)
     put(layer, b, there, here)
@@ -177,10 +143,9 @@ def _apply(
         layer.slots[y] = a
     if rows is not None:
         rows_of(layer, rows, s, a, b, 1.0)
-        _look(layer, moves, none, spare)
     else:
-        _look(layer, moves, a, spare)
-        _look(layer, moves, b, spare)
+        look_at(layer, moves, a, spare)
+        look_at(layer, moves, b, spare)
     weigh(layer, w)
 
 
@@ -189,7 +154,7 @@ def _search(
     layer: Layer,
     rows: Rows | None,
     s: Scratch | None,
-    moves: _Moves,
+    moves: Moves,
     w: Weights,
     scale: float,
     sweeps: int,
@@ -201,9 +166,15 @@ def _search(
     out, others = np.empty(layer.node.size), np.empty(slots.size + experts)
     old = layer.on.copy() if budget >= 0 else layer.on
     moved = 0
+    # With rows, any change may change what any copy would save, so that is looked up where it is asked for.
+    known = np.zeros(moves.move.shape[1], np.bool_)
     if rows is not None:
+        mark(layer, s, none, none, none, none)
         rows_of(layer, rows, s, none, none, 1.0)
-    _look(layer, moves, none, spare)
+    else:
+        for e in range(experts):
+            look_at(layer, moves, np.int64(e), spare)
+        known[:] = True
     weigh(layer, w)
     for _ in range(sweeps):
         improved = False
@@ -214,6 +185,11 @@ def _search(
             if budget < 0:
                 best = LEAST
                 slot = none
+            if not known[moves.place[here]]:
+                look_to(layer, moves, moves.place[here], spare)
+                known[moves.place[here]] = True
+            if rows is not None:
+                look_from(layer, moves, np.int64(x))
             if ready != here:
                 enter(layer, moves, w, scale, here, spare, others)
                 ready = here
@@ -240,6 +216,7 @@ def _search(
             if slot >= 0 and (budget < 0 or x == slots.size - 1):
                 _apply(layer, rows, s, moves, w, slot, partner, entering)
                 ready = -1
+                known[:] = rows is None
                 moved += int(spent)
                 improved = True
         if not improved:
@@ -256,6 +233,7 @@ def _worth(layer: Layer, rows: Rows | None, s: Scratch | None, scale: float) -> 
         for x in range(layer.slots.size):
             worth += layer.near[layer.gpu[x], layer.slots[x]]
     if rows is not None:
+        mark(layer, s, none, none, none, none)
         sent = rows_of(layer, rows, s, none, none, 0.0)
     else:
         for e in range(layer.copies.size):
@@ -324,7 +302,7 @@ def _improve_layer(
         np.array([price_node, price_gpu]), np.zeros(3), np.zeros(nodes), np.zeros(gpus), np.zeros(gpus),
         np.zeros((3, use.shape[1])), np.zeros(gpus), np.zeros(2 * gpus + 2, np.int64), np.zeros(nodes),
     )  # fmt: skip
-    moves = _Moves(
+    moves = Moves(
         place, np.zeros((slots.size, places)), np.zeros(slots.size), np.zeros((use.shape[1], places))
     )  # fmt: skip
     return float(_search(layer, rows, scratch, moves, weights, 1.0 / float(layer.away.sum()), sweeps, budget))
