@@ -19,7 +19,7 @@ from moeplan.plan.assignment import random_groups
 from moeplan.replay import Comparison, Setup, compare, replay
 from moeplan.replay.comparison import fit_problem
 from moeplan.replay.measure import measure_requests, measure_steps
-from moeplan.replay.split import Draws, blocks, draw_steps, live_requests, split
+from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
 from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, less_than, noise_floor
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
@@ -68,9 +68,39 @@ def test_steps_draw_by_length_and_uniformly_in_position() -> None:
 def test_live_requests() -> None:
     assert live_requests([117, 118], Cluster(8, 8)) == 12
     assert live_requests([5000], Cluster(8, 8)) == 128
-    with pytest.raises(PlanError, match="--home node"):
+    with pytest.raises(PlanError, match="7 a group, but replaying steps needs 8; use a trace with 512 usable requests"):
         live_requests([64 * 7], Cluster(8, 8, Home.GPU))
     assert live_requests([64 * 8], Cluster(8, 8, Home.GPU)) == 6
+
+
+@pytest.mark.parametrize(
+    ("cluster", "fit", "least"),
+    [
+        (Cluster(8, 8), 0.5, 48),
+        (Cluster(8, 8, Home.GPU), 0.5, 1024),
+        (Cluster(4, 1), 0.75, 48),
+        (Cluster(4, 1), 0.2, 20),
+    ],
+)
+def test_a_comparison_says_how_many_requests_it_takes(cluster: Cluster, fit: float, least: int) -> None:
+    def sizes(n: int) -> tuple[int, int]:
+        chosen = split(np.zeros(n, np.int64), np.arange(n), fit, np.random.default_rng(0))
+        return int(chosen.sum()), int((~chosen).sum())
+
+    assert least_requests(cluster, fit) == least
+    assert sizes(least)[0] >= cluster.num_groups and live_requests([sizes(least)[1]], cluster) >= 1
+    fewer = sizes(least - cluster.num_groups)
+    with pytest.raises(PlanError):
+        live_requests([fewer[1] if fewer[0] >= cluster.num_groups else 0], cluster)
+
+
+def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
+    cluster = Cluster(16, 8, Home.GPU)
+    setup = Setup(cluster, ("linear",), redundant=-demo.shape.num_experts % cluster.num_gpus)
+    with pytest.raises(PlanError, match="use fewer nodes, --home node, another --fit, or a trace with 2048 usable"):
+        compare(demo, setup)
+    with pytest.raises(PlanError, match="use fewer nodes, another --fit, or a trace with 480 usable requests"):
+        compare(demo, Setup(Cluster(80, 1), ("linear",), redundant=-demo.shape.num_experts % 80))
 
 
 # ---- statistics

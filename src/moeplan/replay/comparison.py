@@ -13,10 +13,10 @@ from moeplan.cluster import Cluster, Dispatch, ReplicaRule, check_slots
 from moeplan.errors import PlanError, UsageError
 from moeplan.plan import Options, Problem, RequestSet, Result, solve
 from moeplan.plan.assignment import equal_groups, random_groups
-from moeplan.plan.router import ClusterRouter
+from moeplan.plan.router import ClusterRouter, LocalityRouter
 from moeplan.plan.strategies import find
 from moeplan.replay.measure import measure_requests, measure_steps
-from moeplan.replay.split import Draws, blocks, draw_steps, live_requests, split
+from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
 from moeplan.replay.table import Comparison, Measured, tabulate
 from moeplan.replay.timing import Timing
 from moeplan.trace.format import layer_spans
@@ -128,20 +128,22 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     check_slots(requests.shape.num_experts, setup.redundant, cluster)
     _check_timing(requests, setup)
     block = blocks(requests.index, setup.block)
-    folds = [_fold(requests, setup, block, fold) for fold in range(setup.folds)]
-    if min(len(fit) for fit, _ in folds) < cluster.num_groups:
-        raise PlanError(
-            f"{cluster.num_groups} groups for {min(len(fit) for fit, _ in folds)} fit requests",
-            mend="use fewer nodes, a larger --fit, or a trace with more requests",
-        )
-    live = live_requests([len(test) for _, test in folds], cluster)
+    folds = folds_of(requests, setup, block)
+    by_node = ", --home node" if cluster.gpus_per_home < cluster.gpus_per_node else ""
+    more = (
+        f"use fewer nodes{by_node}, another --fit, or a trace with {least_requests(cluster, setup.fit)} usable requests"
+    )
+    least = min(len(fit) for fit, _ in folds)
+    if least < cluster.num_groups:
+        raise PlanError(f"{cluster.num_groups} groups for {least} fit requests", mend=more)
+    live = live_requests([len(test) for _, test in folds], cluster, more)
     rows = rows_of(setup.strategies, requests)
     measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
     notes: dict[str, dict[str, None]] = {}
     done, total = 0, len(rows) * setup.folds
     for fold, (fit, test) in enumerate(folds):
         problem = fit_problem(requests, setup, fit)
-        draws = draw_steps(requests.measured_span[test], setup.steps, _rng(setup, fold, 2))
+        draws = draw_steps(requests.measured_span[test], setup.steps, rng_of(setup, fold, 2))
         solved: dict[str, Result] = {}
         for row in rows:
             if progress:
@@ -151,7 +153,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
                 for note in solved[row.strategy].notes:
                     notes.setdefault(note, {})[str(fold + 1)] = None
             result = solved[row.strategy]
-            group = group_test(requests, fit, test, result, row.signature, _rng(setup, fold, 1))
+            group = group_test(requests, fit, test, result, row.signature, rng_of(setup, fold, 1))
             measured[row.name].append(measure(requests, setup, row, test, group, draws, live, result))
             done += 1
     said = (
@@ -183,14 +185,9 @@ def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
     _check_timing(requests, setup)
     everyone = np.arange(len(requests))
     block = blocks(requests.index, setup.block)
-    if len(requests) < setup.cluster.num_groups:
-        raise PlanError(
-            f"{setup.cluster.num_groups} groups for {len(requests)} usable requests",
-            mend="use a trace with more of them",
-        )
     live = live_requests([len(requests)], setup.cluster)
     setup = dataclasses.replace(setup, folds=1)
-    draws = draw_steps(requests.measured_span, setup.steps, _rng(setup, 0, 2))
+    draws = draw_steps(requests.measured_span, setup.steps, rng_of(setup, 0, 2))
     linear = solve(fit_problem(requests, setup, everyone), "linear", setup.seed)
     name = result.strategy if result.strategy != "linear" else "plan"
     rows = [
@@ -200,7 +197,7 @@ def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
     ]
     measured = {}
     for row, of in zip(rows, (linear, result, result), strict=True):
-        group = group_test(requests, everyone, everyone, of, row.signature, _rng(setup, 0, 1))
+        group = group_test(requests, everyone, everyone, of, row.signature, rng_of(setup, 0, 1))
         measured[row.name] = [measure(requests, setup, row, everyone, group, draws, live, of)]
     return tabulate(requests, setup, rows, measured, block, live, ())
 
@@ -234,16 +231,15 @@ def _check_timing(requests: RequestSet, setup: Setup) -> None:
         setup.timing.check(requests.shape, setup.cluster, setup.dispatch)
 
 
-def _rng(setup: Setup, fold: int, purpose: int) -> np.random.Generator:
+def rng_of(setup: Setup, fold: int, purpose: int) -> np.random.Generator:
     """One stream of chance per fold and purpose, the same for every strategy: 0 splits, 1 random groups, 2 steps."""
     return np.random.default_rng([setup.seed, fold, purpose])
 
 
-def _fold(requests: RequestSet, setup: Setup, block: Int64Array, fold: int) -> tuple[Int64Array, Int64Array]:
-    fit = split(requests.domain, block, setup.fit, _rng(setup, fold, 0))
-    if fit.all() or not fit.any():
-        raise PlanError(f"--fit {setup.fit} leaves one part of {len(fit)} requests empty")
-    return np.flatnonzero(fit), np.flatnonzero(~fit)
+def folds_of(requests: RequestSet, setup: Setup, block: Int64Array) -> list[tuple[Int64Array, Int64Array]]:
+    """(fit, test) of each fold, positions among the requests; one of them may be empty."""
+    chosen = [split(requests.domain, block, setup.fit, rng_of(setup, fold, 0)) for fold in range(setup.folds)]
+    return [(np.flatnonzero(fit), np.flatnonzero(~fit)) for fit in chosen]
 
 
 def fit_problem(requests: RequestSet, setup: Setup, fit: Int64Array) -> Problem:
@@ -263,8 +259,8 @@ def group_test(
     known: npt.NDArray[np.number]
     if signature == "prefill":
         known = requests.signature[test]
-    elif signature == "oracle":
-        known = requests.measured[test]
+    elif signature == "oracle":  # nothing to foretell: what the placement holds of the decode itself
+        return equal_groups(LocalityRouter.of(result.who).scores(requests.measured[test]))
     else:
         known = _domain_signature(requests, fit, test)
     if not result.equal_groups and isinstance(result.router, ClusterRouter):

@@ -22,8 +22,8 @@ from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.plan import Options, RequestSet, solve
 from moeplan.plan.problem import GUARD
 from moeplan.plan.store import StoredPlan
-from moeplan.replay.comparison import Row, Setup, check_shape, fit_problem, group_test, measure
-from moeplan.replay.split import blocks, draw_steps, live_requests, split
+from moeplan.replay.comparison import Row, Setup, check_shape, fit_problem, folds_of, group_test, measure, rng_of
+from moeplan.replay.split import blocks, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import change, less_than
 from moeplan.replay.table import Comparison, Measured, tabulate
 
@@ -133,17 +133,12 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
         PlanError: too few requests to split, plan and replay.
     """
     block = blocks(requests.index, setup.block)
-    folds = []
-    for fold in range(setup.folds):  # the splits of `compare`, for the same seed
-        chosen = split(requests.domain, block, setup.fit, np.random.default_rng([setup.seed, fold, 0]))
-        folds.append((np.flatnonzero(chosen), np.flatnonzero(~chosen)))
+    folds = folds_of(requests, setup, block)
+    more = f"collect more traffic first, {least_requests(setup.cluster, setup.fit)} usable requests at least"
     least = min(len(fit) for fit, _ in folds)
     if least < setup.cluster.num_groups:
-        raise PlanError(
-            f"{least} requests to plan anew for {setup.cluster.num_groups} groups",
-            mend="collect more traffic first",
-        )
-    live = live_requests([len(test) for _, test in folds], setup.cluster)
+        raise PlanError(f"{least} requests to plan anew for {setup.cluster.num_groups} groups", mend=more)
+    live = live_requests([len(test) for _, test in folds], setup.cluster, more)
     rows = [
         Row("linear", "linear", "none"),
         Row(OLD, stored.result.strategy, "prefill"),
@@ -159,11 +154,10 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
         fresh = solve(problem, stored.result.strategy, setup.seed + fold)
         notes |= dict.fromkeys(fresh.notes)
         of = {"linear": solve(problem, "linear", setup.seed + fold), FRESH: fresh}
-        draws = draw_steps(requests.measured_span[test], setup.steps, np.random.default_rng([setup.seed, fold, 2]))
+        draws = draw_steps(requests.measured_span[test], setup.steps, rng_of(setup, fold, 2))
         for row in rows:
             result = of.get(row.name, stored.result)
-            rng = np.random.default_rng([setup.seed, fold, 1])
-            group = group_test(requests, fit, test, result, row.signature, rng)
+            group = group_test(requests, fit, test, result, row.signature, rng_of(setup, fold, 1))
             measured[row.name].append(measure(requests, setup, row, test, group, draws, live, result))
     return _judge(tabulate(requests, setup, rows, measured, block, live, tuple(notes)), _KEYS[setup.dispatch])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from moeplan.cluster import Cluster
 from moeplan.errors import PlanError, UsageError
 
-__all__ = ["Draws", "blocks", "draw_steps", "live_requests", "split"]
+__all__ = ["Draws", "blocks", "draw_steps", "least_requests", "live_requests", "split"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -47,24 +48,37 @@ def split(domain: Int64Array, block: Int64Array, fit: float, rng: np.random.Gene
     return chosen[block]
 
 
-def live_requests(test_sizes: list[int], cluster: Cluster) -> int:
+def live_requests(test_sizes: list[int], cluster: Cluster, mend: str | None = None) -> int:
     """B: requests live in each group at a step, the same for every fold and strategy of a run.
 
     min(128, smallest group - 2), where the smallest of D equal groups of n test requests has floor(n / D).
 
+    Args:
+        mend: what to do about too few; None: use a trace with more.
+
     Raises:
         PlanError: too few test requests for the groups.
     """
-    groups, least = cluster.num_groups, min(test_sizes)
+    groups, least, need = cluster.num_groups, min(test_sizes), _least_in_group(cluster)
     smallest = least // groups
-    need = 8 if cluster.gpus_per_home == 1 and cluster.gpus_per_node > 1 else 3
     if smallest < need:
-        by_node = ", --home node" if cluster.gpus_per_home == 1 and cluster.gpus_per_node > 1 else ""
         raise PlanError(
             f"{least} test requests in {groups} groups are {smallest} a group, but replaying steps needs {need}",
-            mend=f"use fewer nodes{by_node}, a smaller --fit, or a trace with {need * groups} test requests",
+            mend=mend or f"use a trace with {need * groups} usable requests or more",
         )
     return min(MAX_LIVE, smallest - 2)
+
+
+def least_requests(cluster: Cluster, fit: float) -> int:
+    """Usable requests that a comparison takes at least: one a group to fit on, and enough to replay steps."""
+    groups = cluster.num_groups
+    parts = groups / fit, _least_in_group(cluster) * groups / (1.0 - fit)
+    return math.ceil(round(max(parts), 6))  # 12 / (1 - 0.8) is a little more than 60
+
+
+def _least_in_group(cluster: Cluster) -> int:
+    """Two more than are live, and some choice where every GPU is a group."""
+    return 8 if cluster.gpus_per_home == 1 and cluster.gpus_per_node > 1 else 3
 
 
 @dataclass(frozen=True)
