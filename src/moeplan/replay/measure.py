@@ -17,6 +17,7 @@ from moeplan.cluster import Dispatch, Routes, request_messages, step_messages
 from moeplan.plan.requests import RequestSet
 from moeplan.replay.split import Draws
 from moeplan.replay.timing import Timing
+from moeplan.trace.steps import live_members
 from moeplan.types import Int32Array
 
 __all__ = ["RequestFigures", "StepFigures", "measure_requests", "measure_steps"]
@@ -127,8 +128,7 @@ def measure_steps(
     steps = len(draws.key)
     by_group = np.empty((steps, cluster.num_groups, live), np.int64)
     for d in range(cluster.num_groups):
-        members = np.flatnonzero(group == d)
-        first = members[np.argsort(draws.key[:, members], axis=1, kind="stable")[:, :live]]
+        first = live_members(draws.key, np.flatnonzero(group == d), live)
         shuffled = np.argsort(np.take_along_axis(draws.order, first, axis=1), axis=1, kind="stable")
         first = np.take_along_axis(first, shuffled, axis=1)
         by_group[:, d] = np.take_along_axis(draws.row, first, axis=1)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from moeplan.cluster import Cluster
 from moeplan.errors import PlanError, UsageError
+from moeplan.trace.steps import draw_rows
 
 __all__ = ["Draws", "blocks", "draw_steps", "least_requests", "live_requests", "split"]
 
@@ -86,9 +87,7 @@ class Draws:
     """What chance decides about the steps of one fold, the same for every strategy.
 
     Attributes:
-        key: float32 [S, n], smaller goes first. Requests are drawn without replacement in proportion to their rows
-            (Efraimidis and Spirakis 2006: exponential keys with the rows as rates).
-        row: int64 [S, n], the row at which the request is if it is live, uniform over its rows.
+        key: float32 [S, n], row: int64 [S, n]: who is live, and at which row (`moeplan.trace.steps`).
         order: float32 [S, n], the order of live requests within their group's micro-batch, at random.
     """
 
@@ -99,7 +98,5 @@ class Draws:
 
 def draw_steps(span: Int64Array, steps: int, rng: np.random.Generator) -> Draws:
     """Keys and positions for `steps` steps over requests with rows span[:, 0] .. span[:, 1] - 1."""
-    length = span[:, 1] - span[:, 0]
-    key = (rng.standard_exponential((steps, len(span)), dtype=np.float32) / length).astype(np.float32)
-    row = span[:, 0] + (rng.random((steps, len(span))) * length).astype(np.int64)
-    return Draws(key, row, rng.random((steps, len(span)), dtype=np.float32))
+    key, row = draw_rows(span, steps, rng)
+    return Draws(key.astype(np.float32, copy=False), row, rng.random((steps, len(span)), dtype=np.float32))

@@ -1,0 +1,37 @@
+"""Who decodes in a step, and at which row: one rule for steps that are replayed and for those a plan is weighed on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["draw_rows", "live_members"]
+
+Int64Array = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.floating[Any]]
+
+
+def draw_rows(
+    span: Int64Array, steps: int, rng: np.random.Generator, dtype: type[np.float32] | type[np.float64] = np.float32
+) -> tuple[Keys, Int64Array]:
+    """What chance decides for each request at each step.
+
+    Args:
+        span: int64 [n, 2], first row and end of each request, at least one row.
+        dtype: of the keys.
+
+    Returns:
+        key, dtype [S, n]: smaller goes first. Requests are drawn without replacement in proportion to their rows
+            (Efraimidis and Spirakis 2006: exponential keys with the rows as rates).
+        row, int64 [S, n]: the row at which the request is if it is live, uniform over its rows.
+    """
+    length = span[:, 1] - span[:, 0]
+    key: Keys = np.asarray(rng.standard_exponential((steps, len(span)), dtype=dtype) / length, dtype)
+    return key, span[:, 0] + (rng.random((steps, len(span))) * length).astype(np.int64)
+
+
+def live_members(key: Keys, members: Int64Array, live: int) -> Int64Array:
+    """int64 [S, live]: those of a group's members that are live at each step, by rising key [S, n]."""
+    return members[np.argsort(key[:, members], axis=1, kind="stable")[:, :live]]
