@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moeplan.cli.app import run
+from moeplan.embedded import MODEL
 
 NINE_NODES = [
     "--model",
@@ -117,7 +118,7 @@ ONE_NODE = ["--model", "DeepSeek-V3", "--hardware", "H100"]
         (["--model", "Llama-3.1-70B", "--hardware", "H100", "--tp", "8", "--ep", "8"], "Llama-3.1-70B has no experts"),
         ([*ONE_NODE, "--ep", "4", "--dispatch", "pick"], "dispatch pick needs whole experts"),
         ([*ONE_NODE, "--kv", "int4"], 'unknown dtype "int4" for kv'),
-        ([*ONE_NODE, "--batch", "0"], "--nodes, --gpus-per-node, --batch and --context must be at least 1"),
+        ([*ONE_NODE, "--batch", "0"], "--batch and --context must be at least 1"),
         ([*ONE_NODE, "--skew", "0.5"], "--skew 0.5 is below 1"),
         ([*ONE_NODE, "--skew", "9"], "--skew 9 is more than the 8 GPUs that share the experts"),
         ([*ONE_NODE, "--mtp", "1", "--accepted", "3"], "a step with 1 drafts cannot yield 3 tokens"),
@@ -142,3 +143,113 @@ def test_a_configuration_with_missing_keys(tmp_path: Path, capsys: pytest.Captur
     assert estimate("--model", str(path), "--hardware", "H100") == 2
     said = capsys.readouterr().err
     assert "config.json" in said and "is missing" in said and said.count("\n") == 1
+
+
+# ---- real routing
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with plans of the embedded trace: linear, eplb, paper-unbalanced."""
+    folder = tmp_path_factory.mktemp("plans")
+    where = ["--nodes", "4", "--gpus-per-node", "2", "--redundant", "8"]
+    for name in ("linear", "eplb", "paper-unbalanced"):
+        assert run(["plan", "embedded", *where, "--strategy", name, "-o", str(folder / name)]) == 0
+    return folder
+
+
+def real(plan: Path, *more: str) -> list[str]:
+    return ["--trace", "embedded", "--plan", str(plan), "--hardware", "H100", *more]
+
+
+def test_real_routing_is_that_of_a_replay(plans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same steps, counted and timed as `replay --hardware` does; and uniform routing beside it."""
+    facts = figures(tmp_path, *real(plans / "eplb"))
+    text = capsys.readouterr().out
+    table = tmp_path / "replay.json"
+    flags = ["--plan", str(plans / "eplb"), "--hardware", "H100", "--steps", "50", "--json", str(table)]
+    assert run(["replay", "embedded", *flags]) == 0
+    said = json.loads(table.read_text(encoding="utf-8"))["strategies"]["eplb"]
+    assert facts["step_ms"] == pytest.approx(said["modelled_step_ms"]["value"])
+    assert facts["real"]["local_share"] == pytest.approx(1 - said["remote_share"]["value"])
+    assert facts["load_ratio"] == pytest.approx(said["gpu_load_ratio"]["value"], rel=1e-6)
+    assert facts["real"]["experts_per_gpu"] == pytest.approx(said["experts_per_gpu"]["value"])
+    assert sum(o["exposed_ms"] for o in facts["operators"]) == pytest.approx(facts["step_ms"], rel=1e-12)
+    assert facts["routing"] == "real" and facts["real"]["fitted_on_this_trace"]
+    assert facts["parallel"] == {"tp": 2, "dp": 4, "ep": 8, "pp": 1, "gpus": 8, "redundant": 8}
+    assert "routing: real, 50 steps of embedded" in text and "note: the plan was fitted on this very trace" in text
+    flat = figures(
+        tmp_path, "--model", str(MODEL), "--hardware", "H100", "--nodes", "4", "--gpus-per-node", "2", "--tp", "2",
+        "--redundant", "8",
+    )  # fmt: skip
+    assert facts["real"]["uniform"]["step_ms"] == pytest.approx(flat["step_ms"]) and flat["routing"] == "uniform"
+
+
+def test_a_better_plan_has_less_load_and_less_time(plans: Path, tmp_path: Path) -> None:
+    """At a batch that the host does not hold up."""
+    linear, eplb = (figures(tmp_path, *real(plans / name, "--batch", "8")) for name in ("linear", "eplb"))
+    assert eplb["load_ratio"] < linear["load_ratio"] and eplb["idle_share"] < linear["idle_share"]
+    assert eplb["step_ms"] < linear["step_ms"] and linear["batch"] == 8
+    halves = figures(tmp_path, *real(plans / "eplb", "--batch", "8", "--overlap"))
+    assert halves["overlap"] and halves["step_ms"] != eplb["step_ms"]
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--nodes", "4"], "--nodes does not go with --plan"),
+        (["--gpus-per-node", "2"], "--gpus-per-node does not go with --plan"),
+        (["--phase", "prefill"], "--phase does not go with --plan"),
+        (["--mtp", "1"], "--mtp does not go with --plan"),
+        (["--batch", "100000"], "that are live at a time; leave --batch out, or give 1 to "),
+        (["--model", "gpt-oss-20b"], "the trace and gpt-oss-20b differ in hidden size"),
+        (["--without-layers", "1"], "the trace and the plan differ in layers"),
+        (["--dispatch", "gpu", "--context", "0"], "--context 0 is not positive"),
+    ],
+)
+def test_what_real_routing_cannot_have(
+    plans: Path, more: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert estimate(*real(plans / "linear", *more)) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
+
+
+def test_real_routing_needs_both_and_equal_groups(plans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert estimate("--trace", "embedded", "--hardware", "H100") == 2
+    assert "--trace and --plan go together" in capsys.readouterr().err
+    assert estimate(*real(plans / "nothing")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert estimate(*real(plans / "paper-unbalanced")) == 2
+    assert "groups of unlike size" in capsys.readouterr().err
+    assert estimate("--hardware", "H100") == 2
+    assert "--model is missing" in capsys.readouterr().err
+
+
+def test_the_pages(plans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert estimate(*real(plans / "linear", "-o", str(page))) == 0
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<figure>") == 3 and "http:" not in html
+    assert "Routing is real" in html and "This plan: " in html and "<th" in html
+    assert estimate(*NINE_NODES, "--phase", "prefill", "--batch", "2", "--overlap", "-o", str(page)) == 0
+    html = page.read_text(encoding="utf-8")
+    assert "TTFT against the skew of expert load" in html and "Routing is uniform" in html
+    assert estimate("--model", "Llama-3.1-70B", "--hardware", "H100", "--tp", "8", "-o", str(page)) == 0
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<figure>") == 2 and "skew" not in html and "uniform" not in html
+    assert "wrote " in capsys.readouterr().out
+    assert estimate(*NINE_NODES, "-o", "/nowhere/page.html") == 2
+
+
+def test_the_page_shows_what_it_prints_with_a_plan(
+    plans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "estimate.md").read_text(encoding="utf-8")
+    plan, command, shown = page.split("```console\n")[2].split("```")[0].split("\n", 2)
+    assert plan == "$ moeplan plan embedded --nodes 4 --gpus-per-node 2 --redundant 8 --strategy eplb -o eplb"
+    monkeypatch.chdir(plans)
+    capsys.readouterr()
+    assert run(command.removeprefix("$ moeplan ").split()) == 0
+    assert capsys.readouterr().out == shown

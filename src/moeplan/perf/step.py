@@ -81,6 +81,18 @@ class Step:
         """Share of the step in which a GPU waits for the slowest rank or for the network."""
         return self.waiting / self.seconds
 
+    def mean(self) -> Step:
+        """One step of mean times, where the routing is of several; its operators still add up."""
+
+        def one(value: Number) -> float:
+            return float(np.mean(value))
+
+        operators = tuple(
+            Operator(o.name, one(o.seconds), one(o.hidden), {name: one(part) for name, part in o.parts.items()})
+            for o in self.operators
+        )
+        return replace(self, operators=operators, waiting=one(self.waiting))
+
     def exposed(self, name: str) -> Number:
         """Exposed seconds of one operator; 0 where there is none."""
         return next((operator.exposed for operator in self.operators if operator.name == name), 0.0)

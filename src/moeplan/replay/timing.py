@@ -21,11 +21,13 @@ from moeplan.errors import MoeplanError, PlanError, UsageError
 from moeplan.perf.hardware import Hardware, hardware
 from moeplan.perf.memory import Parallel, Precision, memory
 from moeplan.perf.models import ModelSpec, model
-from moeplan.perf.routing import replayed
+from moeplan.perf.routing import Routing, replayed
 from moeplan.perf.step import decode_step
 from moeplan.types import ModelShape
 
-__all__ = ["CONTEXT", "TIMED_STEPS", "StepTimes", "Timing", "parallel_of", "step_times", "timing_of"]
+__all__ = [
+    "CONTEXT", "TIMED_STEPS", "StepTimes", "Timing", "model_of", "parallel_of", "routing_of", "step_times", "timing_of",
+]  # fmt: skip
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -61,22 +63,38 @@ def step_times(
         PlanError, UsageError: a set-up that cannot be (see `Timing.check` for the words of a command line).
     """
     assert spec.moe is not None
-    links, picks, touched = np.asarray(links), np.asarray(picks), np.asarray(touched)
+    picks = np.asarray(picks)
     batch = float(picks.sum()) / np.prod(picks.shape[:2]) / spec.moe.top_k / cluster.num_groups
-    whole = picks.shape[1] == len(spec.moe.layers)
-    if not whole:  # each layer as a step of which all layers are alike; then the mean over layers
-        links, picks, touched = links[:, :, None], picks[:, :, None], touched[:, :, None]
     parallel = parallel_of(cluster, spec)
-    slots = (spec.moe.experts + parallel.redundant) / cluster.num_gpus  # no part of a whole batch's time
-    routing = replayed(picks, touched, links, gpus_per_node=cluster.gpus_per_node, slots=slots)
+    routing = routing_of(cluster, spec, links, picks, touched, parallel.redundant)
     step = decode_step(
         spec, machine, parallel, Precision.of_checkpoint(spec), batch, context, routing=routing, mode=mode,
         gpus_per_node=cluster.gpus_per_node,
     )  # fmt: skip
     seconds, waiting = np.asarray(step.seconds, np.float64), np.asarray(step.waiting, np.float64)
-    if not whole:
+    if seconds.ndim > 1:
         seconds, waiting = seconds.mean(axis=1), waiting.mean(axis=1)
     return StepTimes(seconds * 1e3, waiting / seconds)
+
+
+def routing_of(
+    cluster: Cluster, spec: ModelSpec, links: npt.ArrayLike, picks: npt.ArrayLike, touched: npt.ArrayLike,
+    redundant: int,
+) -> Routing:  # fmt: skip
+    """Counted steps as the time model takes them: arrays [S, L, P], so that a step's times are [S].
+
+    Where not all of the model's MoE layers were counted, each layer is given as a step of which all layers are alike
+    ([S, L, 1, P]): times are then [S, L], and their mean over L is the step's.
+
+    Args:
+        redundant: extra slots per layer; the time of a whole batch does not depend on them, that of its parts does.
+    """
+    assert spec.moe is not None
+    arrays = [np.asarray(links), np.asarray(picks), np.asarray(touched)]
+    if arrays[1].shape[1] != len(spec.moe.layers):
+        arrays = [values[:, :, None] for values in arrays]
+    slots = (spec.moe.experts + redundant) / cluster.num_gpus
+    return replayed(arrays[1], arrays[2], arrays[0], gpus_per_node=cluster.gpus_per_node, slots=slots)
 
 
 def parallel_of(cluster: Cluster, spec: ModelSpec, redundant: int | None = None) -> Parallel:
@@ -199,6 +217,17 @@ def timing_of(
     Raises:
         UsageError: unknown names, or as in `Timing.check`. FormatError: a file that does not describe a model.
     """
+    timing = Timing(model_of(shape, name), hardware(machine), context)
+    timing.check(shape, cluster, mode)
+    return timing
+
+
+def model_of(shape: ModelShape, name: str | None = None) -> ModelSpec:
+    """The model of a trace: by `name`, or, where that is None, as the trace calls it.
+
+    Raises:
+        UsageError: not in the catalogue. FormatError: a file that does not describe a model.
+    """
     place = named(name or shape.name, MODEL)
     try:
         spec = model(place)
@@ -209,8 +238,4 @@ def timing_of(
             f'the trace\'s model "{shape.name[:80]}" is not in the catalogue',
             mend="give --model with a name of the catalogue, or the path of its config.json",
         ) from None
-    if place == MODEL:
-        spec = dataclasses.replace(spec, name=WORD)
-    timing = Timing(spec, hardware(machine), context)
-    timing.check(shape, cluster, mode)
-    return timing
+    return dataclasses.replace(spec, name=WORD) if place == MODEL else spec

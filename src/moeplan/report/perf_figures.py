@@ -114,17 +114,27 @@ def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [1e3 * p.tpot_s for p in points], [p.per_gpu_s for p in points]
 
 
-def skew_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], alt: str) -> Image:
-    """TPOT (ms) against the load of the busiest GPU over the mean; {label: (loads, ms)}."""
+def skew_figure(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], alt: str, *, what: str = "TPOT",
+    marks: Mapping[str, tuple[float, float]] | None = None,
+) -> Image:  # fmt: skip
+    """A time (ms) against the load of the busiest GPU over the mean; {label: (loads, ms)}.
+
+    Args:
+        what: the time's name. marks: {label: (load, ms)}, single set-ups to point out.
+    """
     with canvas() as (figure, axes):
         for number, (label, (loads, ms)) in enumerate(curves.items()):
             axes.plot(
                 loads, ms, label=label, color=PALETTE[number % len(PALETTE)], linestyle=STYLES[number % len(STYLES)],
                 marker="o", markersize=3.2,
             )  # fmt: skip
+        for (label, (load, at)), mark in zip((marks or {}).items(), "*Pp", strict=False):
+            axes.plot(load, at, mark, label=label, color="#1b1f24", markersize=12, linestyle="none", zorder=3)
         axes.set_xlabel("load of the busiest GPU / mean")
-        axes.set_ylabel("TPOT, ms")
-        axes.set_ylim(bottom=0)
+        axes.set_ylabel(f"{what}, ms")
+        highest = max([*(max(ms) for _, ms in curves.values()), *(at for _, at in (marks or {}).values())])
+        axes.set_ylim(0, 1.1 * highest)
         axes.set_xlim(left=1)
         legend_below(figure, axes, columns=1)
         return to_image(figure, alt)

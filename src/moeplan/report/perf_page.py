@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from moeplan.perf.models import ModelSpec
 from moeplan.perf.sensitivity import KNOBS, elasticities, improvements, needs
 from moeplan.perf.size import Sized, UseCase
-from moeplan.perf.step import Step
 from moeplan.perf.sweep import Point, Sweep, best_within, pareto, thinned, ways, where
 from moeplan.report.page import Section, Table, render, write_page
-from moeplan.report.perf_figures import (
-    breakdown_figure,
-    elasticity_figure,
-    pareto_figure,
-    roofline_figure,
-    skew_figure,
-)
+from moeplan.report.perf_figures import breakdown_figure, elasticity_figure, pareto_figure
+from moeplan.report.perf_sections import ERROR, UNIFORM, can_skew, skew_section, skewed, time_section
 
 __all__ = ["size_html", "sweep_html", "write_size_page", "write_sweep_page"]
 
-#: Loads of the busiest GPU over the mean at which TPOT is drawn.
-_SKEWS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-_UNIFORM = "Routing is uniform: no trace was given, and real routing loads GPUs less evenly."
-_ERROR = (
-    "docs/accuracy.md has the model's errors: TPOT of servers has median errors of 3 to 25 % by hardware and layout, "
-    "from H100 to GB300; TTFT, beams, and all other hardware are unchecked."
-)
 #: Rows of a front in the page.
 _ROWS = 16
 
@@ -53,7 +39,7 @@ def sweep_html(spec: ModelSpec, swept: Sweep, limit_s: float, dtypes: str) -> st
     """The whole page as HTML; its details are of the set-up that gives most within `limit_s` seconds per token."""
     hardware = list(dict.fromkeys(p.layout.hardware.name for p in swept.points))
     subtitle = f"decode; {len(swept.points):,} set-ups on {', '.join(hardware)}; {dtypes}"
-    notices = [_ERROR] + ([_UNIFORM] if spec.moe else [])
+    notices = [ERROR] + ([UNIFORM] if spec.moe else [])
     sections = []
     for context in sorted({p.context for p in swept.points}):
         points = [p for p in swept.points if p.context == context]
@@ -128,54 +114,13 @@ def _detail(p: Point) -> list[Section]:
     """Breakdown, roofline and skew of one set-up."""
     decode = p.layout.decode(p.batch, p.context)
     prefill = p.layout.prefill(1, p.context)
-    sections = [
-        Section(
-            "Where a decode step's time goes",
-            f"On {where(p)}: {_largest(decode)}; a GPU waits {100 * float(decode.idle_share):.0f} % of the step for "
-            "the network or for the slowest rank.",
-            [
-                breakdown_figure(decode, "Milliseconds of a decode step by operator"),
-                roofline_figure({"decode": decode, "prefill": prefill}, "Roofline of decode and prefill operators"),
-            ],
-            note="Left: colour is what would take longest alone; hatched is hidden behind other work. Right: filled "
-            f"marks are decode, hollow ones the prefill of a prompt of {p.context:,} tokens. Under the slope memory "
-            "bounds an operator, under the flat roof its operations do; what lies below the roof is launches, waves "
-            "that are not full, and imperfect overlap. Both axes are relative to the rates that kernels reach.",
-        )
-    ]
-    skew = _skew(p)
-    return [*sections, *([skew] if skew else [])]
-
-
-def _largest(step: Step) -> str:
-    """The three operators that take most."""
-    total = float(step.seconds)
-    most = sorted(step.operators, key=lambda o: -float(o.exposed))[:3]
-    return ", ".join(f"{o.name} {100 * float(o.exposed) / total:.0f} % ({o.bound.replace('_', '-')})" for o in most)
-
-
-def _skew(p: Point) -> Section | None:
-    """TPOT against the busiest GPU's load, at the set-up's batch and at a fourth of it."""
-    ranks = p.layout.parallel.ep
-    if p.layout.spec.moe is None or ranks < 2:
-        return None
-    curves, grown = {}, 1.0
-    for batch in sorted({max(p.batch // 4, 2 * p.layout.parallel.pp), p.batch}, reverse=True):
-        steps = [replace(p.layout, skew=skew).decode(batch, p.context) for skew in _SKEWS if skew <= ranks]
-        # a skew below what chance gives changes nothing
-        found = {step.load_ratio: 1e3 * float(step.seconds) for step in steps}
-        curves[f"{batch:,} requests a rank"] = (list(found), list(found.values()))
-        if batch == p.batch:
-            grown = found[max(found)] / found[min(found)]
-    top = max(curves[f"{p.batch:,} requests a rank"][0])
-    return Section(
-        "TPOT against the skew of expert load",
-        f"If the busiest GPU serves {top:.1f} times the mean, a token takes {grown:.2f} times as long as with uniform "
-        "routing.",
-        [skew_figure(curves, "TPOT against the busiest GPU's load")],
-        note="The other GPUs share the rest evenly. The first point of a line is uniform routing, whose loads differ "
-        "by chance alone. A plan that lowers the skew moves a step to the left: see moeplan compare.",
-    )
+    hollow = f"hollow ones the prefill of a prompt of {p.context:,} tokens"
+    sections = [time_section("decode step", f"On {where(p)}", {"decode": decode, "prefill": prefill}, hollow)]
+    if can_skew(p.layout):
+        batches = sorted({max(p.batch // 4, 2 * p.layout.parallel.pp), p.batch}, reverse=True)
+        curves = {f"{batch:,} requests a rank": skewed(p.layout, batch, p.context) for batch in batches}
+        sections.append(skew_section("TPOT", curves))
+    return sections
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +135,7 @@ def size_html(spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: 
     """
     cases = list(dict.fromkeys(answer.case for answer in answers))
     subtitle = f"{', '.join(case.name for case in cases)}; {requests} request{'s' * (requests > 1)} at a time; {dtypes}"
-    notices = [_ERROR] + ([_UNIFORM] if spec.moe else [])
+    notices = [ERROR] + ([UNIFORM] if spec.moe else [])
     sections = []
     for case in cases:
         mine = [answer for answer in answers if answer.case is case]

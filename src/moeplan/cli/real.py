@@ -1,0 +1,127 @@
+"""`estimate --trace --plan`: the set-up that a plan is for, and the routing that a trace has under it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeplan.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moeplan.cluster import Dispatch
+    from moeplan.perf.hardware import Hardware
+    from moeplan.perf.memory import Parallel
+    from moeplan.perf.models import ModelSpec
+    from moeplan.perf.serving import Layout
+    from moeplan.plan import RequestSet
+    from moeplan.plan.store import StoredPlan
+    from moeplan.replay.real import RealRouting
+
+
+@dataclass(frozen=True)
+class Real:
+    """A trace, a plan, and the model and layout that they are of.
+
+    Attributes:
+        trace, plan: as given. seen: whether the plan was fitted on this very trace.
+    """
+
+    trace: str
+    plan: str
+    requests: RequestSet
+    stored: StoredPlan
+    spec: ModelSpec
+    parallel: Parallel
+    seen: bool
+
+    def steps(self, layout: Layout, context: int, batch: int | None, seed: int) -> RealRouting:
+        """Decode steps of the trace under the plan."""
+        from moeplan.replay.real import real_routing
+        from moeplan.replay.timing import Timing
+
+        mode = layout.mode or self.stored.dispatch
+        timing = Timing(self.spec, layout.hardware, context)
+        return real_routing(self.requests, self.stored, timing, mode, live=batch, seed=seed)
+
+    def facts(self, steps: RealRouting, layout: Layout, context: int) -> dict[str, Any]:
+        """What the routing did, beside uniform routing, as JSON."""
+        import numpy as np
+
+        moe = self.spec.moe
+        assert moe is not None
+        cluster = self.stored.cluster
+        ms = 1e3 * np.asarray(layout.decode(steps.live, context, routing=steps.routing).seconds)
+        ms = ms if ms.ndim == 1 else ms.mean(axis=1)
+        flat = layout.decode(steps.live, context)
+        per_gpu = (moe.experts + self.stored.redundant) / cluster.num_gpus
+        tokens = steps.live * cluster.num_groups
+        missed = (1 - moe.top_k / (moe.experts + self.stored.redundant)) ** tokens
+        return {
+            "trace": self.trace, "plan": self.plan, "strategy": self.stored.result.strategy,
+            "fitted_on_this_trace": self.seen, "steps": steps.steps, "local_share": steps.local_share,
+            "experts_per_gpu": steps.experts_per_gpu, "load_ratio": steps.routing.load_ratio,
+            "step_ms_p5": float(np.quantile(ms, 0.05)), "step_ms_p95": float(np.quantile(ms, 0.95)),
+            "uniform": {
+                "step_ms": 1e3 * float(flat.seconds), "load_ratio": flat.load_ratio,
+                "local_share": 1 / cluster.nodes, "experts_per_gpu": per_gpu * (1 - missed),
+            },
+            "notes": self._notes(steps),
+        }  # fmt: skip
+
+    def _notes(self, steps: RealRouting) -> list[str]:
+        out = []
+        recorded, held = self.requests.shape.num_layers, len(self.spec.moe.layers) if self.spec.moe else 0
+        if recorded < held:
+            out.append(f"the trace gives {recorded} of {self.spec.name}'s {held} MoE layers; their mean stands for all")
+        if self.seen:
+            out.append("the plan was fitted on this very trace: these are not figures of unseen requests")
+        return out
+
+
+def read_real(
+    trace: str | None, plan: str | None, machine: Hardware, model: str | None, mode: Dispatch | None, context: int, *,
+    given: Sequence[str], without_layers: tuple[int, ...], signature_tokens: int | None,
+) -> Real:  # fmt: skip
+    """Read a trace and a plan of it.
+
+    Args:
+        model: a name of the catalogue, or a config.json; None: the trace's. mode: None: the plan's.
+        given: flags that a plan does not go with.
+
+    Raises:
+        UsageError: one without the other; flags that the plan answers; a trace of another model than the plan.
+    """
+    if trace is None or plan is None:
+        raise UsageError("--trace and --plan go together", mend="give both, or neither for uniform routing")
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise UsageError(
+            f"{flag} does not go with --plan, which has its own cluster and decode steps", mend=f"leave {flag} out"
+        )
+    from moeplan.plan import read_requests
+    from moeplan.plan.store import load_plan
+    from moeplan.replay.timing import Timing, model_of, parallel_of
+    from moeplan.trace import open_trace
+
+    stored = load_plan(plan)
+    opened = open_trace(trace, without_layers=without_layers)
+    spec = model_of(opened.shape, model)
+    ours, theirs = opened.shape, stored.shape
+    for label, a, b in (
+        ("experts", ours.num_experts, theirs.num_experts),
+        ("picks per token", ours.top_k, theirs.top_k),
+        ("layers", list(ours.layer_ids), list(theirs.layer_ids)),
+    ):
+        if a != b:
+            raise UsageError(
+                f"the trace and the plan differ in {label}: {a} and {b}",
+                where=plan,
+                mend="use the trace of the same model, and --without-layers as in the plan",
+            )
+    Timing(spec, machine, context).check(ours, stored.cluster, mode or stored.dispatch)  # before a large trace is read
+    requests = read_requests(opened, signature_tokens=signature_tokens)
+    seen = stored.trace_checksum == opened.checksum
+    parallel = parallel_of(stored.cluster, spec, stored.redundant)
+    return Real(trace, plan, requests, stored, spec, parallel, seen)
