@@ -15,7 +15,7 @@ from moeplan.capture.safetensors_file import read_integer_vectors
 from moeplan.errors import FormatError
 from moeplan.trace.files import read_json
 
-__all__ = ["import_logical_count", "import_tensorrt_llm", "same_tokens"]
+__all__ = ["import_logical_count", "import_tensorrt_llm", "read_logical_count", "same_tokens"]
 
 #: A thousand passes of DeepSeek-V3; parsed JSON takes many times its size in memory.
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -26,7 +26,14 @@ Int64Array = npt.NDArray[np.int64]
 def import_logical_count(
     path: Path, out: Path, *, stage: str = "unknown", name: str | None = None, top_k: int | None = None
 ) -> CountsProfile:
-    """SGLang's JSON {"logical_count": [L, E] or [steps, L, E]}, all hidden layers, into a counts profile.
+    """`read_logical_count`, written as a counts profile."""
+    return write_counts(read_logical_count(path, stage=stage, name=name, top_k=top_k), out)
+
+
+def read_logical_count(
+    path: Path, *, stage: str = "unknown", name: str | None = None, top_k: int | None = None
+) -> CountsProfile:
+    """SGLang's JSON {"logical_count": [L, E] or [steps, L, E]}, all hidden layers, as counts.
 
     The same object that `--init-expert-location` takes (SGLang 0.5.23 `srt/eplb/expert_location.py`); dense layers are
     rows of zeros. What was counted (prefill or decode) it does not say.
@@ -52,8 +59,8 @@ def import_logical_count(
         if (totals < 0).any():
             raise FormatError("holds a negative count", where=str(path))
         totals = totals.astype(np.float64).sum(axis=0)  # exact below 2**53, and more is refused
-    profile = make_counts(totals, where=str(path), source=source, name=name or "", top_k=top_k, stage=stage)
-    return write_counts(profile, out)
+    source["hidden_layers"] = len(totals)
+    return make_counts(totals, where=str(path), source=source, name=name or "", top_k=top_k, stage=stage)
 
 
 def import_tensorrt_llm(folder: Path, out: Path, *, stage: str = "unknown", name: str | None = None) -> CountsProfile:

@@ -24,7 +24,21 @@ app = typer.Typer(
 )
 
 #: One module each, in the order of the way of the data. Adding a verb is adding a file and its name here.
-VERBS = ("demo", "record", "import_", "generate", "profile", "plan", "compare", "replay", "estimate", "sweep", "size")
+VERBS = (
+    "demo",
+    "record",
+    "import_",
+    "generate",
+    "profile",
+    "plan",
+    "compare",
+    "replay",
+    "export",
+    "check",
+    "estimate",
+    "sweep",
+    "size",
+)
 
 
 @app.callback(invoke_without_command=True)

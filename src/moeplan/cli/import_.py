@@ -244,6 +244,8 @@ def _report(trace: Trace, json: str | None) -> None:
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
     from moeplan.cli.import_engines import register_engines
+    from moeplan.cli.import_placement import placement
 
     register_engines(_app)
+    _app.command("placement")(placement)
     app.add_typer(_app, name="import")

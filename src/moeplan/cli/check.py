@@ -1,0 +1,131 @@
+"""`moeplan check`: does a placement file keep the rules that the engine itself does not check?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeplan.cli import placement_options as p
+from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, say
+
+if TYPE_CHECKING:
+    from moeplan.engines.files import Known, Report
+    from moeplan.plan.store import StoredPlan
+
+#: Findings that are printed; all of them are in the JSON.
+SHOWN = 40
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+
+    @app.command(
+        help="Check an engine's placement file, from wherever it is: every rule that the engine does not check "
+        "itself, with its place and mend (exit status 0: good, 1: not)."
+    )
+    def check(
+        file: Annotated[Path, typer.Argument(metavar="FILE", help="A placement file.")],
+        engine: p.Engine,
+        config: p.Config = None,
+        num_experts: p.Experts = None,
+        num_layers: p.Layers = None,
+        dense_layers: p.DenseLayers = None,
+        ep_size: p.EpSize = None,
+        nnodes: p.Nnodes = None,
+        redundant: Annotated[
+            int | None,
+            typer.Option("--redundant", metavar="R", help="Redundant slots that the engine is started with."),
+        ] = None,
+        plan: Annotated[
+            str | None, typer.Option("--plan", metavar="PLAN", help="Also compare with this plan, slot by slot.")
+        ] = None,
+        json: JsonOption = None,
+    ) -> None:
+        claim_stdout(json)
+        check_places(json)
+        from moeplan.engines.files import examine
+
+        known = p.known_from(config, num_experts, num_layers, dense_layers, ep_size, nnodes, redundant)
+        stored = None
+        if plan is not None:
+            from moeplan.plan.store import load_plan
+
+            stored = load_plan(plan)
+            known = _with_plan(known, stored, plan)
+        report = examine(file, engine.value, known)
+        if stored is not None and plan is not None:
+            _compare(report, stored, plan)
+        _say(report)
+        emit_json(json, _facts(report))
+        raise typer.Exit(0 if report.good else 1)
+
+
+def _with_plan(known: Known, plan: StoredPlan, where: str) -> Known:
+    """What the plan says, where the flags do not; a contradiction is the reader's to mend."""
+    from moeplan.errors import UsageError
+
+    said = {
+        "num_experts": plan.shape.num_experts,
+        "moe_layers": plan.shape.layer_ids,
+        "ep_size": plan.cluster.num_gpus,
+        "nodes": plan.cluster.nodes,
+        "redundant": plan.redundant,
+    }
+    for key, value in said.items():
+        given = getattr(known, key)
+        if given not in (None, value):
+            raise UsageError(
+                f"{key.replace('_', ' ')} {given} of the flags is not the plan's {value}"[:200],
+                where=where,
+                mend="leave the flag out, or give the file's own plan",
+            )
+    return dataclasses.replace(known, **said)  # type: ignore[arg-type]
+
+
+def _compare(report: Report, plan: StoredPlan, where: str) -> None:
+    """A fault for the first slot that differs from the plan's."""
+    import numpy as np
+
+    if report.placement is None:
+        return
+    ours, theirs = report.placement.physical_to_logical, plan.result.placement.slots
+    differ = np.argwhere(ours != theirs)
+    if len(differ):
+        row, slot = (int(i) for i in differ[0])
+        report.fault(
+            f"layer {plan.shape.layer_ids[row]}, slot {slot}",
+            f"holds expert {ours[row, slot]}, the plan {where} has {theirs[row, slot]} "
+            f"({len(differ)} of {ours.size} slots differ)",
+            "export the plan again, or check against the plan that is served",
+        )
+
+
+def _say(report: Report) -> None:
+    shape = "" if report.rows is None else f": {report.rows} layers of {report.slots} slots"
+    say(f"{report.path}, {report.engine}{shape}")
+    for finding in report.findings[:SHOWN]:
+        say(f"{'warning' if finding.legal else 'wrong'}: {finding.line(report.path)}")
+    if len(report.findings) > SHOWN:
+        say(f".. and {len(report.findings) - SHOWN} more findings (--json has them all)")
+    if report.good:
+        for line in dict.fromkeys(report.unchecked):
+            say(f"not checked: {line}")
+        say("good" + (", as far as it could be checked" if report.unchecked else ""))
+    else:
+        count = len(report.faults)
+        say(f"not good: {count} fault{'s' * (count > 1)}")
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    return {
+        "file": str(report.path),
+        "engine": report.engine,
+        "good": report.good,
+        "layers": report.rows,
+        "slots": report.slots,
+        "findings": [dataclasses.asdict(finding) for finding in report.findings],
+        "not_checked": list(dict.fromkeys(report.unchecked)),
+    }

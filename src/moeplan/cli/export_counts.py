@@ -1,0 +1,151 @@
+"""`moeplan export COUNTS`: a balanced placement where counts are all that is known, and its modelled effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeplan.cli.common import say
+from moeplan.errors import UsageError
+
+if TYPE_CHECKING:
+    from moeplan.capture.counts_file import CountsProfile
+    from moeplan.capture.hf_config import ModelFacts
+    from moeplan.cluster import Cluster
+    from moeplan.engines.balance import Candidate
+    from moeplan.engines.files import EnginePlacement, Known
+    from moeplan.engines.launch import Serving
+
+_WHAT_THEY_LACK = (
+    "counts tell which experts are busy, not who asks for them: this placement balances load, and leaves traffic "
+    "between nodes as it is",
+    "a request-level trace (SGLang or vLLM with --enable-return-routed-experts, then moeplan import or record) would "
+    "add groups, copies where they are asked for, and figures on unseen requests (remote_share, step times)",
+)
+
+
+def from_counts(
+    source: str, engine: str, known: Known, facts: ModelFacts, nodes: int | None, gpus_per_node: int | None,
+    redundant: int, measure: str | None, hardware: str | None, model: str | None, context: int | None, batch: int,
+) -> tuple[EnginePlacement, Serving, Known, str, dict[str, Any]]:  # fmt: skip
+    """Balance the counts, say what it comes to, and return what there is to write."""
+    from moeplan.cluster import Cluster
+    from moeplan.engines.balance import balanced, load_ratio
+    from moeplan.engines.deployed import rule_of
+    from moeplan.engines.files import EnginePlacement
+    from moeplan.engines.launch import Serving
+
+    if nodes is None or gpus_per_node is None:
+        raise UsageError("counts do not say the cluster", where=source, mend="give --nodes and --gpus-per-node")
+    counts = _read(source, known)
+    other = None if measure is None else _read(measure, known)
+    if other is not None and (other.counts.shape, other.layer_ids) != (counts.counts.shape, counts.layer_ids):
+        raise UsageError("has other layers or experts", where=measure, mend="measure on counts of the same model")
+    hidden = counts.source.get("hidden_layers")
+    if known.num_layers is None and type(hidden) is int:
+        known = dataclasses.replace(known, num_layers=hidden, moe_layers=known.moe_layers or counts.layer_ids)
+    cluster, rule = Cluster(nodes, gpus_per_node), rule_of(engine)
+    groups = facts.routing_groups or 1
+    found = balanced(counts.counts, cluster, redundant, rule, routing_groups=groups)
+    best, linear = found[1], found[0]
+    layers, experts = counts.counts.shape
+    say(
+        f"{source}: {layers} layers x {experts} experts, {int(counts.counts.sum())} picks ({counts.stage}); on {nodes} "
+        f"nodes x {gpus_per_node} GPUs, {redundant} redundant slots, copies chosen as {engine} does ({rule.value})"
+    )
+    for note in counts.source.get("notes", ()):
+        say(f"note: {note}")
+    say("picks of the busiest GPU over the mean, mean over layers (1 is even):")
+    say(f"  {'':12s} {'fitted on':>10s}" + (f"  {'measured on ' + Path(str(measure)).name}" if other else ""))
+    held_out = {}
+    for way in found:
+        if other is not None:
+            held_out[way.name] = load_ratio(other.counts, way.placement, cluster, rule)
+        mark = " <- written" if way is best else ""
+        say(f"  {way.name:12s} {way.ratio:10.3f}" + (f"  {held_out[way.name]:.3f}" if other else "") + mark)
+    if other is None:
+        say("  these are the counts that it was fitted on: --measure OTHER shows it on others")
+    steps = None
+    if hardware is not None:
+        steps = _step_ms(counts, [linear, best], cluster, hardware, model, context, batch)
+        before, after = (steps["ms"][way.name] for way in (linear, best))
+        say(
+            f"modelled decode step of {steps['model']} on {steps['hardware']}, {batch} requests a node of "
+            f"{steps['context']:,} tokens: {before:.2f} ms with {linear.name}, {after:.2f} ms with {best.name} "
+            f"({100 * (after / before - 1):+.1f} %), tokens drawn by these counts (docs/accuracy.md)"
+        )
+    elif model is not None or context is not None:
+        raise UsageError("--model and --context are for step times", mend="give --hardware too, e.g. --hardware H100")
+    for line in _WHAT_THEY_LACK:
+        say(f"note: {line}")
+    facts_out = {
+        "strategy": best.name,
+        "replica_rule": rule.value,
+        "load_ratio": {way.name: way.ratio for way in found},
+        "load_ratio_measured": held_out or None,
+        "modelled_step": steps,
+        "lacks": list(_WHAT_THEY_LACK),
+    }
+    return EnginePlacement.of(best.placement, counts.layer_ids), Serving(), known, counts.name, facts_out
+
+
+def _read(source: str, known: Known) -> CountsProfile:
+    """Counts from a JSON of SGLang's, or from a counts profile; dense layers left out as the config has them."""
+    from moeplan.capture.counts_file import read_counts
+    from moeplan.capture.engine_counts import read_logical_count
+    from moeplan.errors import FormatError
+
+    path = Path(source)
+    if not path.exists():
+        raise FormatError("does not exist", where=source, mend="check the path")
+    if path.is_dir():
+        if not (path / "counts.json").is_file():
+            raise FormatError(
+                "is neither a plan (plan.json) nor a counts profile (counts.json)", where=source,
+                mend="give what moeplan plan or moeplan import made",
+            )  # fmt: skip
+        return read_counts(path)
+    return read_logical_count(path)
+
+
+def _step_ms(
+    counts: CountsProfile, ways: list[Candidate], cluster: Cluster, hardware: str, model: str | None,
+    context: int | None, batch: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Modelled milliseconds of a decode step under each placement."""
+    import numpy as np
+
+    from moeplan.cluster import Dispatch
+    from moeplan.embedded import MODEL, named
+    from moeplan.perf.hardware import hardware as machine_of
+    from moeplan.perf.memory import Precision
+    from moeplan.perf.models import model as model_of
+    from moeplan.perf.routing import popular
+    from moeplan.perf.step import decode_step
+    from moeplan.replay.timing import CONTEXT, parallel_of
+
+    if model is None:
+        raise UsageError("step times need the model", mend="give --model: a name of the catalogue, or a config.json")
+    if batch < 1:
+        raise UsageError(f"--batch {batch} is not positive")
+    spec, machine = model_of(named(model, MODEL)), machine_of(hardware)
+    moe, tokens = spec.moe, context or CONTEXT
+    layers, experts = counts.counts.shape
+    if moe is None or (len(moe.layers), moe.experts) != (layers, experts):
+        raise UsageError(
+            f"{spec.name} does not have {layers} MoE layers of {experts} experts", mend="give the counts' own --model"
+        )
+    ms = {}
+    for way in ways:
+        parallel = parallel_of(cluster, spec, way.placement.redundant)
+        routing = popular(
+            moe, counts.counts, way.placement.slots, batch * cluster.num_groups, cluster.num_gpus, mode=Dispatch.PICK,
+            nodes=cluster.nodes,
+        )  # fmt: skip
+        step = decode_step(
+            spec, machine, parallel, Precision.of_checkpoint(spec), batch, tokens, routing=routing, mode=Dispatch.PICK,
+            gpus_per_node=cluster.gpus_per_node,
+        )  # fmt: skip
+        ms[way.name] = float(np.mean(step.seconds)) * 1e3
+    return {"model": spec.name, "hardware": machine.name, "context": tokens, "batch": batch, "ms": ms}

@@ -1,0 +1,69 @@
+"""`moeplan import placement`: an engine's placement file back into a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeplan.cli import options as o
+from moeplan.cli import placement_options as p
+from moeplan.cli.common import JsonOption, claim_stdout, emit_json, say
+from moeplan.cli.import_engines import TopK
+from moeplan.errors import OutputError
+
+
+def placement(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A placement file of an engine.")],
+    engine: p.Engine,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="PLAN", help="The plan's directory.")],
+    config: p.Config = None,
+    num_experts: p.Experts = None,
+    num_layers: p.Layers = None,
+    dense_layers: p.DenseLayers = None,
+    top_k: TopK = None,
+    ep_size: p.EpSize = None,
+    nnodes: p.Nnodes = None,
+    home: o.Home_ = o.HomeChoice.node,
+    dispatch: o.Dispatch_ = o.DispatchChoice.pick,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """A placement file of SGLang, vLLM, TensorRT-LLM or vLLM-Ascend: a plan, not a trace."""
+    claim_stdout(json)
+    if Path(output).exists():
+        raise OutputError("already exists", where=output, mend="choose another place, or remove it")
+    from moeplan.cluster import Dispatch, Home
+    from moeplan.engines.axis import known_of
+    from moeplan.engines.deployed import deployed, rule_of, shape_of
+    from moeplan.engines.files import examine
+    from moeplan.plan.store import save_plan
+
+    facts = p.facts_of(config, num_experts, num_layers, dense_layers, top_k)
+    read = examine(file, engine.value, known_of(facts, config, ep_size=ep_size, nodes=nnodes)).need()
+    shape = shape_of(facts, read, name or "", str(file))
+    result, problem = deployed(
+        read, shape, home=Home(home.value), rule=rule_of(engine.value), dispatch=Dispatch(dispatch.value),
+        where=str(file),
+    )  # fmt: skip
+    save_plan(output, result, problem, trace_checksum="", synthetic=False, expected=None, stands_in=None)
+    place = result.placement
+    say(
+        f"{file}: {place.num_layers} layers x {place.num_experts} experts, {place.redundant} redundant slots, on "
+        f"{place.nodes} nodes x {place.gpus_per_node} GPUs"
+    )
+    say(f"wrote {output}; next: moeplan replay TRACE --plan {output}, and")
+    say(f"moeplan plan TRACE --from {output} --max-moves M -o NEW, to improve it by few moves")
+    emit_json(
+        json,
+        {
+            "plan": output,
+            "layers": place.num_layers,
+            "experts": place.num_experts,
+            "redundant": place.redundant,
+            "nodes": place.nodes,
+            "gpus_per_node": place.gpus_per_node,
+            "replica_rule": problem.rule.value,
+        },
+    )

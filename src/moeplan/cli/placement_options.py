@@ -1,0 +1,63 @@
+"""Flags that `export`, `check`, `import placement` and `replay --placement` share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moeplan.capture.hf_config import ModelFacts
+    from moeplan.engines.report import Known
+
+
+class EngineChoice(StrEnum):
+    """The engines, named here so that the command line's help needs no array library."""
+
+    sglang = "sglang"
+    vllm = "vllm"
+    tensorrt_llm = "tensorrt-llm"
+    vllm_ascend = "vllm-ascend"
+
+
+Engine = Annotated[EngineChoice, typer.Option("--engine", help="Whose file it is.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="The model's config.json: experts, layers, which are dense."),
+]
+Experts = Annotated[int | None, typer.Option("--num-experts", help="Routed experts per layer, if not from --config.")]
+Layers = Annotated[
+    int | None, typer.Option("--num-layers", help="Hidden layers, dense ones included, if not from --config.")
+]
+DenseLayers = Annotated[
+    str | None, typer.Option("--dense-layers", metavar="IDS", help="Layers without experts, e.g. 0,1,2, or none.")
+]
+EpSize = Annotated[
+    int | None, typer.Option("--ep-size", metavar="P", help="GPUs that share the experts, over all nodes.")
+]
+Nnodes = Annotated[int | None, typer.Option("--nnodes", metavar="N", help="Nodes that they fill.")]
+
+
+def facts_of(
+    config: Path | None, num_experts: int | None, num_layers: int | None, dense_layers: str | None,
+    top_k: int | None = None,
+) -> ModelFacts:  # fmt: skip
+    """What config and flags say of the model."""
+    from moeplan.capture.hf_config import model_facts
+    from moeplan.cli.import_engines import dense_layers_of
+
+    dense = dense_layers_of(dense_layers)
+    return model_facts(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense)
+
+
+def known_from(
+    config: Path | None, num_experts: int | None, num_layers: int | None, dense_layers: str | None,
+    ep_size: int | None = None, nnodes: int | None = None, redundant: int | None = None,
+) -> Known:  # fmt: skip
+    """The same with what the flags say of the deployment."""
+    from moeplan.engines.axis import known_of
+
+    facts = facts_of(config, num_experts, num_layers, dense_layers)
+    return known_of(facts, config, ep_size=ep_size, nodes=nnodes, redundant=redundant)
