@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeplan.cli import options as o
+from moeplan.cli import placement_options as p
 from moeplan.cli.common import (
     JsonOption,
     WithoutLayers,
@@ -20,14 +22,36 @@ from moeplan.cli.common import (
 )
 from moeplan.errors import UsageError
 
+if TYPE_CHECKING:
+    from moeplan.capture.hf_config import ModelFacts
+    from moeplan.plan.store import StoredPlan
+    from moeplan.trace import Trace
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
 
-    @app.command(help="Replay a trace under a plan, beside linear.")
+    @app.command(help="Replay a trace under a plan, or under a placement that an engine serves with, beside linear.")
     def replay(
         trace: o.TraceArgument,
-        plan: Annotated[str, typer.Option("--plan", metavar="PLAN", help="A plan made by 'moeplan plan'.")],
+        plan: Annotated[
+            str | None, typer.Option("--plan", metavar="PLAN", help="A plan made by 'moeplan plan'.")
+        ] = None,
+        placement: Annotated[
+            Path | None,
+            typer.Option("--placement", metavar="FILE", help="In place of a plan: an engine's placement file."),
+        ] = None,
+        engine: Annotated[
+            p.EngineChoice | None, typer.Option("--engine", help="With --placement: whose file it is.")
+        ] = None,
+        config: p.Config = None,
+        num_layers: p.Layers = None,
+        ep_size: p.EpSize = None,
+        nnodes: p.Nnodes = None,
+        home: Annotated[
+            o.HomeChoice | None,
+            typer.Option("--home", help="With --placement: attention in a node [default], or on one GPU."),
+        ] = None,
         dispatch: Annotated[
             o.DispatchChoice | None, typer.Option("--dispatch", help="What one message is; else as planned.")
         ] = None,
@@ -45,33 +69,35 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(json)
+        if (plan is None) == (placement is None):
+            raise UsageError(
+                "replay needs a plan, or a placement", mend="give --plan PLAN, or --placement FILE --engine E"
+            )
+        if placement is None and any(flag is not None for flag in (engine, config, num_layers, ep_size, nnodes, home)):
+            raise UsageError(
+                "--engine, --config, --num-layers, --ep-size, --nnodes and --home go with --placement",
+                mend="leave them out: the plan says how it is served",
+            )
         from moeplan.cli.compare import show
         from moeplan.cluster import Dispatch
         from moeplan.plan import read_requests
         from moeplan.plan.store import load_plan
         from moeplan.replay import Setup
         from moeplan.replay import replay as run
+        from moeplan.replay.comparison import check_shape
         from moeplan.trace import open_trace
 
-        stored = load_plan(plan)
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
-        ours, theirs = opened.shape, stored.shape
-        for label, a, b in (
-            ("experts", ours.num_experts, theirs.num_experts),
-            ("picks per token", ours.top_k, theirs.top_k),
-            ("layers", ours.layer_ids, theirs.layer_ids),
-        ):
-            if a != b:
-                count = (f"{len(a)} layers", f"{len(b)}") if isinstance(a, tuple) and isinstance(b, tuple) else (a, b)
-                raise UsageError(
-                    f"the trace and the plan differ in {label}: {count[0]} and {count[1]}",
-                    where=plan,
-                    mend="use the trace of the same model, and --without-layers as in the plan",
-                )
+        if placement is None:
+            stored = load_plan(plan or "")
+            check_shape(opened.shape, stored.shape, str(plan))
+        else:
+            facts = p.facts_of(config, opened.shape.num_experts, num_layers, None)
+            stored = _placed(placement, engine, facts, config, opened, ep_size, nnodes, home)
         mode = stored.dispatch if dispatch is None else Dispatch(dispatch.value)
         setup = Setup(
             stored.cluster, (), stored.redundant, stored.rule, mode, folds=1, seed=seed, block=block, steps=steps,
-            hidden=hidden, timing=o.timing_of(ours, stored.cluster, mode, hardware, model, context),
+            hidden=hidden, timing=o.timing_of(opened.shape, stored.cluster, mode, hardware, model, context),
         )  # fmt: skip
         start = time.perf_counter()
         with progress("replay"):
@@ -81,4 +107,35 @@ def register(app: typer.Typer) -> None:
         seen = stored.trace_checksum == opened.checksum
         if seen:
             say("  - the plan was fitted on this very trace: these are not figures on unseen requests")
-        emit_json(json, {"trace": opened.label, "plan": plan, "fitted_on_this_trace": seen, **table.to_dict()})
+        emit_json(
+            json,
+            {"trace": opened.label, "plan": plan or str(placement), "fitted_on_this_trace": seen, **table.to_dict()},
+        )
+
+
+def _placed(
+    file: Path, engine: p.EngineChoice | None, facts: ModelFacts, config: Path | None, trace: Trace,
+    ep_size: int | None, nnodes: int | None, home: o.HomeChoice | None,
+) -> StoredPlan:  # fmt: skip
+    """An engine's file as the plan it amounts to, for the trace's model; what config leaves open, the trace says."""
+    import dataclasses
+
+    from moeplan.cluster import Dispatch, Home
+    from moeplan.engines.axis import known_of
+    from moeplan.engines.deployed import deployed, rule_of
+    from moeplan.engines.files import examine
+    from moeplan.plan.store import StoredPlan
+
+    if engine is None:
+        raise UsageError("--placement needs to know whose file it is", where=str(file), mend="give --engine")
+    known = known_of(facts, config, ep_size=ep_size, nodes=nnodes)
+    if known.moe_layers is None:
+        known = dataclasses.replace(known, moe_layers=trace.shape.layer_ids)
+    read = examine(file, engine.value, known).need()
+    result, problem = deployed(
+        read, trace.shape, home=Home(home.value if home else "node"), rule=rule_of(engine.value),
+        dispatch=Dispatch.PICK, where=str(file),
+    )  # fmt: skip
+    return StoredPlan(
+        result, problem.shape, problem.cluster, problem.redundant, problem.rule, problem.dispatch, "", {}
+    )  # fmt: skip

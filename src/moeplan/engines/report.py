@@ -120,14 +120,19 @@ class Report:
             where = f"{self.path}: {finding.place}" if finding.place else str(self.path)
             raise FormatError(finding.what + more, where=where, mend=finding.mend)
         if self.placement is None:
-            flags = [
-                (self.known.num_experts, "the number of experts: --config"),
-                (self.known.moe_layers, "which layers have experts: --config, or --num-layers with --dense-layers"),
-                (self.known.ep_size, "the GPUs that share them: --ep-size"),
-                (self.known.nodes, "the nodes: --nnodes"),
-            ]
-            missing = [what for value, what in flags if value is None]
-            raise UsageError(f"does not say {'; '.join(missing)}", where=str(self.path), mend="give what is missing")
+            open_questions = (
+                (self.known.num_experts, "the number of experts", "--config or --num-experts"),
+                (self.known.moe_layers, "which layers have experts", "--config, or --num-layers and --dense-layers"),
+                (self.known.ep_size, "how many GPUs share the experts", "--ep-size"),
+                (self.known.nodes, "how many nodes they fill", "--nnodes"),
+            )
+            missing = [(what, flag) for value, what, flag in open_questions if value is None]
+            missing = missing or [("how many hidden layers there are", "--config or --num-layers")]
+            raise UsageError(
+                f"does not say {', '.join(what for what, _ in missing)}",
+                where=str(self.path),
+                mend=f"give {', '.join(flag for _, flag in missing)}",
+            )
         return self.placement
 
 
