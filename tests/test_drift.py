@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from moeplan.capture.synthetic import generate
 from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Dispatch
-from moeplan.errors import UsageError
+from moeplan.errors import MoeplanError, UsageError
 from moeplan.plan import read_requests, solve
 from moeplan.plan.store import StoredPlan
 from moeplan.replay import Setup
@@ -186,6 +187,23 @@ def test_a_plan_is_for_one_shape() -> None:
     with pytest.raises(UsageError, match="layer ids: 3-4 and 0-1"):
         check_shape(ModelShape("m", 2, 8, 2, layer_ids=(3, 4)), shape, "plan")
     check_shape(shape, shape, "plan")
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"guard": "much"}, "plan.json: guard 'much' or objective 'None' is none"),
+        ({"guard": [1]}, r"guard '\[1\]'"),
+        ({"guard": 0.5}, "guard '0.5'"),
+        ({"objective": "beauty"}, "objective 'beauty'"),
+        ({"objective": "time"}, "made with --objective time"),
+    ],
+)
+def test_a_head_that_cannot_be_planned_by(parts: dict[str, Path], head: dict[str, object], message: str) -> None:
+    stored = planned(open_trace(parts["even"]), "linear")
+    assert drift_setup(dataclasses.replace(stored, head={"guard": None})).options.guard == float("inf")
+    with pytest.raises(MoeplanError, match=message):
+        drift_setup(dataclasses.replace(stored, head=head))
 
 
 def test_one_fold_says_nothing_of_the_next_plan(parts: dict[str, Path]) -> None:

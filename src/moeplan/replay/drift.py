@@ -90,7 +90,9 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
     """How the verdict is reached: half of the requests to fit, as often as `folds` says, the plan's own problem.
 
     Raises:
-        UsageError: nothing of this plan can go stale (allgather, unequal groups), or a value out of range.
+        UsageError: nothing of this plan can go stale (allgather, unequal groups), it was made for time, which is not
+            what is judged here, or a value out of range.
+        FormatError: the plan's guard or objective is none.
     """
     if stored.dispatch not in _KEYS:
         raise UsageError(
@@ -102,17 +104,30 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
             f"the plan's strategy {stored.result.strategy} has unequal groups, whose figures do not count",
             mend="plan with paper or moeplan",
         )
+    if stored.head.get("objective") == "time":
+        raise UsageError(
+            "the plan was made with --objective time, and drift is judged by what leaves a node",
+            mend="moeplan replay TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
+        )
     if folds < 2:
         raise UsageError(f"{folds} fold does not tell one plan from the next", mend="use at least 2 folds")
-    guard = stored.head.get("guard", GUARD)
-    options = Options(
-        objective=stored.head.get("objective") or Options.objective,
-        guard=float("inf") if guard is None else float(guard),
-    )
     return Setup(
         stored.cluster, (stored.result.strategy,), stored.redundant, stored.rule, stored.dispatch,
-        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options,
+        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=_options_of(stored),
     )  # fmt: skip
+
+
+def _options_of(stored: StoredPlan) -> Options:
+    """The choices that the plan was made with, as far as its head says."""
+    guard, objective = stored.head.get("guard", GUARD), stored.head.get("objective")
+    try:
+        return Options(guard=float("inf") if guard is None else float(guard), objective=objective or Options.objective)
+    except (TypeError, ValueError, UsageError):
+        raise FormatError(
+            f"guard {str(guard)[:20]!r} or objective {str(objective)[:20]!r} is none",
+            where="plan.json",
+            mend="plan again",
+        ) from None
 
 
 def signature_tokens_of(stored: StoredPlan) -> int | None:
