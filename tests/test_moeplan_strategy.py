@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import moeplan
 from moeplan._kernels import placing
+from moeplan.capture.synthetic import generate
 from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, request_messages, routes
 from moeplan.plan import Options, read_requests, solve
 from moeplan.plan.assignment import equal_groups
@@ -202,6 +203,17 @@ def test_beats_the_others_on_unseen_requests_and_keeps_the_guard(trace: Trace) -
         assert share["moeplan"] < 0.97 * min(share["linear"], share["eplb"])
         if table.row("paper").guarded:
             assert share["moeplan"] < share["paper"]
+
+
+def test_a_routers_own_groups_help_where_messages_are_counted_by_node(tmp_path: Path) -> None:
+    generate("deepseek-v3", tmp_path / "t", requests=160, prefill=100, decode=100, layers=2)
+    requests = read_requests(moeplan.open_trace(tmp_path / "t"))
+    for redundant in (0, 64):
+        setup = Setup(Cluster(8, 1), ("eplb", "moeplan"), redundant, dispatch=Dispatch.NODE, folds=2, steps=20)
+        table = compare(requests, setup)
+        nodes = {row.name: row.figures["remote_nodes_per_token"].value for row in table.rows}
+        # eplb packs whole groups of experts onto nodes, so a token reaches few; routed, it is the one to beat.
+        assert nodes["moeplan"] < min(nodes["linear"], nodes["linear/prefill"], nodes["eplb/prefill"])
 
 
 def test_same_seed_same_plan_and_a_plan_is_read_back_as_it_was(trace: Trace, tmp_path: Path) -> None:

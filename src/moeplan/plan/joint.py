@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,8 @@ __all__ = ["PARTS", "Planner", "State", "place_quickly", "soft_groups"]
 
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
+#: Slots [L, S] to begin from, for a use [L, N, E].
+Start = Callable[[FloatArray], Int64Array]
 
 #: What can be left out (`Options.without`), to see what it is worth.
 PARTS = ("forecast", "soft", "joint", "starts", "load-in-groups", "gpus", "guard")
@@ -108,7 +111,7 @@ class Planner:
         self.assign(state, use, (0.0, 0.0))
         return state.afresh()
 
-    def alternate(self, state: State, prices: Prices, rounds: int, start: Int32Array | None = None) -> State:
+    def alternate(self, state: State, prices: Prices, rounds: int, start: Start | None = None) -> State:
         """Placement for the groups, groups for the placement, until neither changes; the best state on the way."""
         best = state
         for turn in range(rounds):
@@ -121,10 +124,10 @@ class Planner:
                 break
         return best
 
-    def place(self, state: State, prices: Prices, start: Int32Array | None = None) -> FloatArray:
+    def place(self, state: State, prices: Prices, start: Start | None = None) -> FloatArray:
         """Improve the slots for the groups as they are; returns the use [L, N, E] that it was done for.
 
-        A layer that ends better from `start` is taken from there.
+        A layer that ends better from `start`, slots [L, S] for that use, is taken from there.
         """
         member = self.members(state)
         by_group = self.use_by_group(member)  # [D, L, E]
@@ -149,7 +152,7 @@ class Planner:
         )  # fmt: skip
         value = improve(slots=state.slots)
         if start is not None:
-            other = self.facing(start, use)
+            other = start(use)
             better = improve(slots=other) > value
             state.slots[better] = other[better]
         return use
@@ -169,6 +172,22 @@ class Planner:
             part, node = linear_sum_assignment(of[:, parts].sum(axis=2).T, maximize=True)
             layer.reshape(nodes, -1)[node] = parts[part]
         return out
+
+    def in_blocks(self, use: FloatArray) -> Int64Array:
+        """Slots [L, S]: each node holds the groups of the model's own router it asks for most, and copies it asks for.
+
+        A router that chooses groups before experts (DeepSeek-V3: 4 of 8) then reaches few nodes by itself.
+        """
+        layers, nodes, experts = use.shape
+        held = np.empty((layers, nodes, self.room), np.int64)
+        block = np.arange(experts).reshape(nodes, -1)
+        for of, into in zip(use, held, strict=True):
+            asked = of.copy()
+            part, node = linear_sum_assignment(of.reshape(nodes, nodes, -1).sum(axis=2).T, maximize=True)
+            into[node, : block.shape[1]] = block[part]
+            np.put_along_axis(asked, into[:, : block.shape[1]], -1.0, axis=1)
+            into[:, block.shape[1] :] = np.argsort(-asked, axis=1, kind="stable")[:, : self.room - block.shape[1]]
+        return on_gpus(held, use, self.cluster.gpus_per_node)
 
     def by_node(self, by_group: FloatArray) -> FloatArray:
         """float64 [L, N, E] from [D, L, E]."""
@@ -224,9 +243,13 @@ def place_quickly(use: FloatArray, room: int, gpus_per_node: int, price: float) 
     held = place_by_use(use, room)
     slots = held.reshape(len(use), -1).astype(np.int64)
     placing.improve(use, slots, 1, price, 0.0, SWEEPS)
-    served = Served(Cluster(use.shape[1], 1), slots, use.shape[2], True)
+    return on_gpus(slots.reshape(held.shape), use, gpus_per_node)
+
+
+def on_gpus(held: Int64Array, use: FloatArray, gpus_per_node: int) -> Int64Array:
+    """Slots [L, S] of what nodes hold [L, N, room]: GPUs dealt by load."""
+    served = Served(Cluster(use.shape[1], 1), held.reshape(len(held), -1), use.shape[2], True)
     load = np.where(served.near, use, 0.0) + ((use * ~served.near).sum(axis=1) / served.copies)[:, None]
-    held = slots.reshape(held.shape)
     return slots_from_nodes(held, np.take_along_axis(load, held, axis=2), gpus_per_node).astype(np.int64)
 
 

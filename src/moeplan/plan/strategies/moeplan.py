@@ -19,7 +19,7 @@ import numpy.typing as npt
 from moeplan.cluster import Routes, routes
 from moeplan.errors import PlanError, UsageError
 from moeplan.plan.guard import Steps
-from moeplan.plan.joint import BY, PARTS, Planner, State
+from moeplan.plan.joint import BY, PARTS, Planner, Start, State
 from moeplan.plan.packing import slots_from_nodes
 from moeplan.plan.problem import Decision, Problem, Strategy, Stream
 from moeplan.plan.served import Prices
@@ -118,7 +118,11 @@ def _plan(planner: Planner, prices: Prices) -> tuple[State, tuple[str, ...]]:
         return best, ("moeplan: sums of requests have no rows to replay; the guard on node load was not checked",)
     if problem.dispatch in BY and problem.shape.top_k > 1:  # a token's only pick shares its message with none
         planner.by_token()
-        start = affinity(problem, seed).slots if problem.old is None else None
+        start: Start | None = partial(planner.facing, affinity(problem, seed).slots)
+        if problem.shape.routing_groups > 1 and problem.shape.routing_groups % problem.cluster.nodes == 0:
+            start = planner.in_blocks
+        if problem.old is not None:
+            start = None
         best = planner.alternate(best.afresh(), prices, 2, start)
     return _guarded(planner, best, prices)
 
