@@ -16,8 +16,9 @@ from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, token_messages
 from moeplan.errors import PlanError, UsageError
 from moeplan.plan import Options, RequestSet, read_requests, solve
 from moeplan.plan.assignment import random_groups
+from moeplan.plan.router import LocalityRouter
 from moeplan.replay import Comparison, Setup, compare, replay
-from moeplan.replay.comparison import fit_problem
+from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
 from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, less_than, noise_floor
@@ -101,6 +102,17 @@ def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
         compare(demo, setup)
     with pytest.raises(PlanError, match="use fewer nodes, another --fit, or a trace with 480 usable requests"):
         compare(demo, Setup(Cluster(80, 1), ("linear",), redundant=-demo.shape.num_experts % 80))
+
+
+def test_no_grouping_keeps_more_at_home_than_the_oracle_s(demo: RequestSet) -> None:
+    setup, everyone = Setup(Cluster(4, 2), ("paper",)), np.arange(len(demo))
+    result = solve(fit_problem(demo, setup, everyone), "paper")
+    held = LocalityRouter.of(result.who).scores(demo.measured)
+    kept = {
+        kind: held[everyone, group_test(demo, everyone, everyone, result, kind, np.random.default_rng(0))].sum()
+        for kind in ("none", "domain", "prefill", "oracle")
+    }
+    assert kept["oracle"] >= max(kept.values()) - 1e-9 and kept["oracle"] > kept["none"]
 
 
 # ---- statistics
