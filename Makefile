@@ -22,7 +22,7 @@ demo: $(READY)
 test: $(DEV)
 	$(BIN)/python -m pytest
 
-# A real vLLM on the CPU, in .venv-vllm: made once, and again when tests/engines/requirements-vllm.txt changes.
+# A real vLLM on the CPU, and the code of released engines: made once, and again when tests/engines/environment.py or its pins change.
 test-engines: $(DEV)
 	$(BIN)/python tests/engines/environment.py
 	$(BIN)/python -m pytest -m engines tests/engines
@@ -37,4 +37,4 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv .venv-vllm dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-vllm-wheels dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
