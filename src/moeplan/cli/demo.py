@@ -70,7 +70,7 @@ def register(app: typer.Typer) -> None:
 def _compile_ahead() -> subprocess.Popen[bytes]:
     """Compile the loops of `compare` in a second process, while this one makes the profile.
 
-    They are kept for every later run; where they are already, the process ends within a second or two.
+    They are kept for every later run; where they are already, the process ends within a few seconds.
     """
     arguments = ["compare", WORD, *_WHERE.split(), "--strategies", ",".join(STRATEGIES), "--folds", "1", "--steps", "1"]
     quiet = subprocess.DEVNULL

@@ -317,7 +317,7 @@ def _method(requests: RequestSet, setup: Setup, live: int, unit: str) -> list[st
         f"bootstrap over steps",
         *([timing.method(cluster, setup.steps, live, requests.column)] if timing else []),
         "signatures not shown: prompt-tokens (a trace holds no token ids), previous-turn (it holds no conversations)",
-        "guard ok: equal groups, and node load at most 1.05 x linear's; other rows do not count",
+        f"guard ok: equal groups, and node load at most {GUARD:g} x linear's; other rows do not count",
     ]
 
 

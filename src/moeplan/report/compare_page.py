@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moeplan.replay import Comparison, TableRow
 from moeplan.replay.split import MAX_LIVE
+from moeplan.replay.table import GUARD
 from moeplan.report.compare_figures import bars_figure, gpu_load_figure, load_figure
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.trace import Trace
@@ -142,7 +143,7 @@ def _volume(table: Comparison, rows: list[TableRow]) -> Section:
         "Volume between nodes",
         sentence,
         [figure for figure in figures if figure is not None],
-        note="Solid bars count: equal groups, and node load at most 1.05 times linear's. Hatched bars do not. "
+        note=f"Solid bars count: equal groups, and node load at most {GUARD:g} times linear's. Hatched bars do not. "
         "Dashed: linear. Black lines are 95 % intervals over requests; percentages are paired with linear.",
     )
 
@@ -284,7 +285,7 @@ def _all_keys(table: Comparison) -> Section:
     count = sum(row.guarded for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows count. On the remote share, "
     sentence += f"beyond noise, linear is beaten by {', '.join(wins)}." if wins else "none beats linear beyond noise."
-    note = "ok: counts. over: node load above 1.05 times linear's. unequal: of unequal size. See docs/metrics.md."
+    note = f"ok: counts. over: node load above {GUARD:g} times linear's. unequal: of unequal size. See docs/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 
