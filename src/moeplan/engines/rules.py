@@ -134,7 +134,7 @@ def _num_slots(report: Report, rows: list[Row], experts: int, said: int | None) 
             f"{slots} slots do not divide over an EP size of {known.ep_size}",
             f"use {f'{near} or ' if near else ''}{near + known.ep_size} slots, or another EP size",
         )
-    if slots < experts and slots == usual:
+    if known.num_experts is not None and slots == usual < experts:
         report.fault("", f"{slots} slots do not hold {experts} experts", "use more slots, or the model's own config")
     return slots
 
