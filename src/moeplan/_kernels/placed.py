@@ -20,6 +20,7 @@ __all__ = [
     "mark",
     "put",
     "rows_of",
+    "rows_of_both",
     "sent_by_home",
     "state_of",
 ]
@@ -156,38 +157,59 @@ def mark(layer: Layer, s: Scratch, a: int, b: int, here: int, there: int) -> Non
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
+def _holds(row: npt.NDArray[np.unsignedinteger], e: int) -> bool:
+    found = False
+    for j in range(row.size):
+        found = found or row[j] == e
+    return found
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def _sent(layer: Layer, rows: Rows, s: Scratch, r: int, weight: float) -> float:
+    """Messages of one row to marked units; with a weight, what its picks share goes into `layer.shared` as often."""
+    row, home, total = rows.experts[r], rows.home[r], 0.0
+    found = trace(layer, row, home, s.seen, s.units, s.zero, s.rest, s.share, s.marked)
+    for u in range(found):
+        total += 1.0 if s.zero[u] else 1.0 - s.rest[u]
+        if weight != 0.0:
+            for j in range(row.size):
+                chance = s.share[j, u]
+                sure = chance > 0.999999
+                reached = 1.0
+                if s.zero[u] - sure == 0:
+                    reached = 1.0 - (s.rest[u] if sure else s.rest[u] / (1.0 - chance))
+                layer.shared[row[j], home, s.units[u]] += weight * reached
+    return total
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
 def rows_of(layer: Layer, rows: Rows, s: Scratch, a: int, b: int, weight: float) -> float:
     """Messages to marked units of the rows that hold expert a or b (-1: of all rows).
 
     With a weight other than 0, what picks share is also added to `layer.shared` that many times.
     """
     total = 0.0
-    for part in range(2):
-        e, other = (a, -1) if part == 0 else (b, a)
-        first, last = (0, rows.home.size) if a < 0 else (rows.starts[e], rows.starts[e + 1])
-        for i in range(first, last):
-            r = i if a < 0 else rows.holding[i]
-            row = rows.experts[r]
-            if other >= 0:
-                twice = False
-                for j in range(row.size):
-                    twice = twice or row[j] == other
-                if twice:
-                    continue
-            home = rows.home[r]
-            found = trace(layer, row, home, s.seen, s.units, s.zero, s.rest, s.share, s.marked)
-            for u in range(found):
-                total += 1.0 if s.zero[u] else 1.0 - s.rest[u]
-                if weight != 0.0:
-                    for j in range(row.size):
-                        chance = s.share[j, u]
-                        sure = chance > 0.999999
-                        reached = 1.0
-                        if s.zero[u] - sure == 0:
-                            reached = 1.0 - (s.rest[u] if sure else s.rest[u] / (1.0 - chance))
-                        layer.shared[row[j], home, s.units[u]] += weight * reached
-        if a < 0 or b < 0:
-            break
+    if a < 0:
+        for r in range(rows.home.size):
+            total += _sent(layer, rows, s, np.int64(r), weight)
+        return total
+    for i in range(rows.starts[a], rows.starts[a + 1]):
+        total += _sent(layer, rows, s, rows.holding[i], weight)
+    for i in range(rows.starts[b], rows.starts[b + 1]):
+        if not _holds(rows.experts[rows.holding[i]], a):
+            total += _sent(layer, rows, s, rows.holding[i], weight)
+    return total
+
+
+@nb.njit(cache=True, nogil=True, boundscheck=False)
+def rows_of_both(layer: Layer, rows: Rows, s: Scratch, a: int, b: int) -> float:
+    """Messages to marked units of the rows that hold both experts."""
+    if rows.starts[a + 1] - rows.starts[a] > rows.starts[b + 1] - rows.starts[b]:
+        a, b = b, a
+    total = 0.0
+    for i in range(rows.starts[a], rows.starts[a + 1]):
+        if _holds(rows.experts[rows.holding[i]], b):
+            total += _sent(layer, rows, s, rows.holding[i], 0.0)
     return total
 
 
@@ -220,11 +242,30 @@ def fill(layer: Layer) -> None:
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
 def sent_by_home(layer: Layer, rows: Rows, s: Scratch, request: Int, out: Float) -> None:
+    """Add to `out` [n, N] what each request's rows would send from each home."""
     for r in range(rows.home.size):
+        row, copied, of = rows.experts[r], False, request[r]
+        for j in range(row.size):
+            copied = copied or layer.copies[row[j]] > 1
+        if copied:
+            for home in range(layer.at.shape[0]):
+                found = trace(layer, row, home, s.seen, s.units, s.zero, s.rest, s.share, s.marked)
+                for u in range(found):
+                    out[of, home] += 1.0 if s.zero[u] else 1.0 - s.rest[u]
+            continue
+        # Without copies a token reaches the same units from everywhere, but for those at home.
+        found = 0
+        for j in range(row.size):
+            gpu = layer.where[row[j], 0]
+            if s.seen[layer.unit[gpu]] < 0:
+                s.seen[layer.unit[gpu]] = 0
+                s.units[found] = layer.unit[gpu]
+                found += 1
+                out[of, layer.node[gpu]] -= 1.0
+        for u in range(found):
+            s.seen[s.units[u]] = -1
         for home in range(layer.at.shape[0]):
-            found = trace(layer, rows.experts[r], home, s.seen, s.units, s.zero, s.rest, s.share, s.marked)
-            for u in range(found):
-                out[request[r], home] += 1.0 if s.zero[u] else 1.0 - s.rest[u]
+            out[of, home] += found
 
 
 def state_of(

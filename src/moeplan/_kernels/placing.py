@@ -27,6 +27,7 @@ from moeplan._kernels.placed import (
     mark,
     put,
     rows_of,
+    rows_of_both,
     sent_by_home,
     state_of,
 )
@@ -111,18 +112,17 @@ def _exactly(
         return gain
     if gain <= best or (y >= 0 and moves.place[here] == moves.place[there]):
         return gain
-    if y >= 0:
-        guess = moves.move[x, moves.place[there]] + moves.move[y, moves.place[here]]
-    else:
-        guess = moves.lose[x] + moves.gain[b, moves.place[here]]
+    # Each change by itself was looked up exactly; together they differ where a token holds both experts.
     mark(layer, s, a, b, here, there)
-    truth = rows_of(layer, rows, s, a, b, 0.0)
+    more = -rows_of_both(layer, rows, s, a, b)
     put(layer, a, here, there)
+    more += rows_of_both(layer, rows, s, a, b)
     put(layer, b, there, here)
-    truth -= rows_of(layer, rows, s, a, b, 0.0)
-    put(layer, b, here, there)
+    more -= rows_of_both(layer, rows, s, a, b)
     put(layer, a, there, here)
-    return float(gain + scale * (truth - guess))
+    more += rows_of_both(layer, rows, s, a, b)
+    put(layer, b, here, there)
+    return float(gain + scale * more)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
