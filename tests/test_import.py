@@ -314,6 +314,21 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
             import_arrays(source, tmp_path / "t")
 
 
+def test_a_place_for_figures_that_cannot_be_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, facts = save(tmp_path / "a.npz"), str(tmp_path / "none" / "facts.json")
+    for words in (
+        ["import", "arrays", str(source), "-o", str(tmp_path / "t")],
+        ["generate", "demo", "-o", str(tmp_path / "t")],
+        ["record", "transformers", "--model", "no", "--prompts", "no", "-o", str(tmp_path / "t")],
+        ["record", "vllm", "--prompts", "no", "-o", str(tmp_path / "t")],
+    ):
+        assert run([*words, "--json", facts]) == 2
+        assert "facts.json: cannot be written (its folder does not exist)" in capsys.readouterr().err
+        assert not (tmp_path / "t").exists()
+
+
 def test_outputs_that_cannot_be(tmp_path: Path) -> None:
     source = save(tmp_path / "a.npz")
     import_arrays(source, tmp_path / "t")

@@ -55,17 +55,18 @@ _json_on_stdout = False
 
 
 def claim_stdout(json_target: str | None) -> None:
-    """Call first in a verb with `--json`: with `-`, text for people goes to standard error."""
+    """Call first in a verb with `--json`: a file needs a place; with `-`, text goes to standard error."""
     global _json_on_stdout
     _json_on_stdout = json_target == "-"
+    check_places(json_target)
 
 
 def check_places(*targets: str | Path | None) -> None:
     """Refuse, before any work, files that cannot be written in the end."""
-    from moeplan.trace.files import check_place
-
     for target in targets:
         if target is not None and str(target) != "-":
+            from moeplan.trace.files import check_place
+
             check_place(target)
 
 

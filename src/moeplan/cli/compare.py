@@ -63,7 +63,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> None:
         claim_stdout(json)
-        check_places(output, json)
+        check_places(output)
         from moeplan.cluster import check_slots
         from moeplan.plan import Options, read_requests
         from moeplan.replay import Setup

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
+from moeplan.cli.common import JsonOption, claim_stdout, emit_json, progress, say
 from moeplan.embedded import WORD
 
 STRATEGIES = ("linear", "eplb", "paper", "moeplan")
@@ -32,7 +32,6 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
-        check_places(json)
         from moeplan.cli.compare import show
         from moeplan.cluster import Cluster
         from moeplan.plan import read_requests

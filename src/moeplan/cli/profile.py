@@ -47,7 +47,7 @@ def profile(
 
     opened = open_trace(trace, without_layers=parse_layers(without_layers))
     page = output or Path(f"{trace.resolve().name}-profile.html")
-    check_places(page, json_target)
+    check_places(page)
     with progress("profile") as report:
         found = characterise(opened, seed=seed, signature_tokens=signature_tokens, progress=report)
     write_page(page, profile_html(found))
