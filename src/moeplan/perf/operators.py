@@ -5,7 +5,8 @@ operations or its loads, the kernel as long as its waves or its memory traffic, 
 Sizes are numbers or arrays that broadcast; so are the times. Attention is in `moeplan.perf.attention`.
 
 Tile shapes: cuBLAS on Hopper; DeepGEMM (64 or 128 rows, columns by the fewest waves); sgl-kernel's fp8 product (64 x 64
-to 128 x 128, by rows). Roofline: Williams, Waterman and Patterson, CACM 52(4), 2009.
+to 128 x 128, by rows, the large ones in clusters of 2 x 1: csrc/gemm/fp8_gemm_kernel.cu, SGLang commit 04ec0bc2; where
+each begins follows the fit rows). Roofline: Williams, Waterman and Patterson, CACM 52(4), 2009.
 """
 
 from __future__ import annotations
@@ -135,7 +136,10 @@ def gemm(hardware: Hardware, m: Number, n: Number, k: Number, kind: str = "bf16"
         rows = np.where(m <= 64, 64.0, rows)
     if form.kernel == "gemm_fp8":
         columns = np.where(m <= 128, 64.0, columns)
-    waves = np.ceil(np.ceil(m / rows) * np.ceil(n / columns) * split / UNITS)
+    down = np.ceil(m / rows)
+    if form.kernel == "gemm_fp8":
+        down = np.where(m > 128, 2 * np.ceil(down / 2), down)  # two tiles of rows make a cluster; a lone one idles
+    waves = np.ceil(down * np.ceil(n / columns) * split / UNITS)
     operations = 2 * rows * columns / (hardware.flops[form.rate] / UNITS * fit.compute)
     loads = (rows * form.input_bytes + columns * form.weight_bytes) / (hardware.flops["bf16"] / UNITS * fit.feed)
     tile = (k / split + fit.fill) * np.maximum(operations, loads)
