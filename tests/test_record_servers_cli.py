@@ -117,3 +117,12 @@ def test_bad_flags_are_one_line(
     assert record("vllm", fake, prompts, tmp_path / "t", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "secret" not in error and not (tmp_path / "t").exists()
+
+
+def test_a_place_that_cannot_be_is_said_before_the_server_is_asked(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prompts / "deep" / "t"
+    words = ["record", "vllm", "--prompts", str(prompts), "--num-experts", "16", "--url", "http://127.0.0.1:1"]
+    assert command_line([*words, "-o", str(out)]) == 2
+    assert f"{out}: cannot be made ({prompts} is no folder); choose a place" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 from moeplan.capture.model import Progress
 from moeplan.capture.prompts import MAX_NEW_TOKENS, Prompt
 from moeplan.errors import FormatError, OutputError, UsageError
+from moeplan.trace.files import check_folder
 from moeplan.trace.format import REQUESTS_NAME
 from moeplan.trace.reader import open_trace
 from moeplan.trace.resume import check_same
@@ -88,9 +89,10 @@ def seed_of(seed: int, start: int) -> int:
 
 
 def check_out(out: Path, *, resume: bool) -> None:
-    """Refuse a place that is taken before a model is loaded or a server asked for it."""
+    """Refuse a place that is taken, or cannot be, before a model is loaded or a server asked for it."""
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError("already exists", where=str(out), mend="choose another place, remove it, or add --resume")
+    check_folder(out)
 
 
 def finished(out: Path, source: dict[str, Any], shape: ModelShape, *, weights: bool = False) -> bool:

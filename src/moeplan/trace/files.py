@@ -13,7 +13,7 @@ from typing import Any
 
 from moeplan.errors import FormatError, OutputError
 
-__all__ = ["atomic_path", "cannot_write", "check_place", "read_json", "sha256", "write_json"]
+__all__ = ["atomic_path", "cannot_write", "check_folder", "check_place", "read_json", "sha256", "write_json"]
 
 #: No JSON file that moeplan reads whole is larger: a bigger one is refused before it is opened.
 MAX_JSON_BYTES = 256 * 1024 * 1024
@@ -75,6 +75,19 @@ def check_place(path: str | Path) -> None:
         why = "no permission"
     if why:
         raise OutputError(f"cannot be written ({why})", where=str(place), mend="choose a place that you may write to")
+
+
+def check_folder(path: str | Path) -> None:
+    """The same for a folder that is made with all its parents.
+
+    Raises:
+        OutputError: on the way there is a file, or a folder that is not writable.
+    """
+    place = Path(path)
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "no permission" if there.is_dir() else f"{there} is no folder"
+        raise OutputError(f"cannot be made ({why})", where=str(place), mend="choose a place that you may write to")
 
 
 @contextlib.contextmanager
