@@ -16,6 +16,7 @@ from moeplan.engines.plugins.asked import asked, is_first_process, kind, not_tes
 
 if TYPE_CHECKING:
     from moeplan.engines.plugins.balancer import Balancer
+    from moeplan.types import Int32Array
 
 __all__ = ["PREFIX", "TESTED", "register"]
 
@@ -62,7 +63,7 @@ class Hooks:
 
     def _first(self, model_config: Any, moe_ep_rank: int) -> Any:
         from sglang.srt.eplb.expert_location import ExpertLocationMetadata, ModelConfigForExpertLocation
-        from sglang.srt.runtime_context import get_exec, get_parallel
+        from sglang.srt.runtime_context import get_device, get_exec, get_parallel
 
         moe, parallel, of = get_exec().moe, get_parallel(), self.wanted.placement
         ranks = parallel.ep_size
@@ -94,11 +95,16 @@ class Hooks:
                 "begins after the first rebalance: --init-expert-location says where experts are till then"
             )
             return None
-        import torch
-
-        table = torch.from_numpy(self._all_rows(known.num_layers))
-        made = ExpertLocationMetadata.init_by_mapping(model_config, table, moe_ep_rank=moe_ep_rank)
-        if made is not None and self.balancer.ranks.rank == 0:
+        table, copies, _ = self._tensors(known.num_layers, of.physical_to_logical)
+        # Not init_by_mapping: it cuts each rank's list of copies to the nearest first, so that the ranks' seeded deals
+        # of what is far no longer fit together: some copies get several ranks' tokens, others none.
+        made = ExpertLocationMetadata._init_raw(
+            ep_size=ranks,
+            physical_to_logical_map=table.to(get_device().device),
+            logical_to_all_physical_map=copies.to(get_device().device),
+            moe_ep_rank=moe_ep_rank,
+        )
+        if self.balancer.ranks.rank == 0:
             then = "then as it is" if self.wanted.mode == "plan" else "then planned anew at each rebalance (online)"
             log.info(
                 "moeplan: %s: applied from the start, in %d of %d layers (the others keep experts in order), %s",
@@ -134,15 +140,21 @@ class Hooks:
         if self.balancer.ranks.rank == 0:
             self.balancer.say(f"{self.wanted.words} {what}")
 
-    def _all_rows(self, num_layers: int, own: Any = None) -> Any:
-        """int64 [hidden layers, S]: our rows (or `own`) where experts are, experts in order elsewhere."""
+    def _tensors(self, num_layers: int, rows: Int32Array) -> tuple[Any, Any, Any]:
+        """SGLang's three tables for all hidden layers, int64: experts by slot [layers, S], slots by expert [layers, E,
+        most copies], -1 after the last, and copies [layers, E]. Layers that the plan lacks keep experts in order."""
         import numpy as np
+        import torch
+
+        from moeplan.types import Placement
 
         of = self.wanted.placement
         assert of is not None
-        rows = np.tile(np.arange(of.num_slots) % of.num_experts, (num_layers, 1))
-        rows[list(of.layer_ids)] = of.physical_to_logical if own is None else own
-        return rows
+        table = np.tile(np.arange(of.num_slots) % of.num_experts, (num_layers, 1))
+        table[list(of.layer_ids)] = rows
+        whole = Placement(table.astype(np.int32), of.num_experts, of.nodes, of.ep_size // of.nodes)
+        count, copies = (array.astype(np.int64) for array in (whole.replica_count, whole.replica_slots))
+        return torch.from_numpy(table), torch.from_numpy(copies), torch.from_numpy(count)
 
     def rebalance(
         self, original: Callable[..., Any], tokens_per_expert: Any, num_physical_experts: int,
@@ -167,7 +179,6 @@ class Hooks:
 
     def _rebalance(self, tokens: Any, slots: int, local: int, nodes: int) -> Any:
         import numpy as np
-        import torch
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
         of = self.wanted.placement
@@ -186,19 +197,4 @@ class Hooks:
         rows = self.balancer.rows(load[at], slots, nodes, slots // local, None if old is None else old[at])
         if rows is None:
             return None
-        table = self._all_rows(len(load), rows)
-        count, copies = _slots_by_expert(table, of.num_experts)
-        return torch.from_numpy(table), torch.from_numpy(copies), torch.from_numpy(count)
-
-
-def _slots_by_expert(table: Any, experts: int) -> tuple[Any, Any]:
-    """int64 [L, E] copies of each expert, and int64 [L, E, most copies] their slots, rising, -1 after."""
-    import numpy as np
-
-    count = np.stack([np.bincount(row, minlength=experts) for row in table])
-    copies = np.full((*count.shape, int(count.max())), -1, np.int64)
-    for layer, row in enumerate(table):
-        order = np.argsort(row, kind="stable")
-        first = np.concatenate(([0], np.cumsum(count[layer])[:-1]))
-        copies[layer, row[order], np.arange(len(row)) - first[row[order]]] = order
-    return count, copies
+        return self._tensors(len(load), rows)
