@@ -47,6 +47,7 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         check_places(json)
         from moeplan.engines.files import examine
+        from moeplan.engines.support import architectures_of, without_placement
 
         known = p.known_from(config, num_experts, num_layers, dense_layers, ep_size, nnodes, redundant)
         stored = None
@@ -58,6 +59,9 @@ def register(app: typer.Typer) -> None:
         report = examine(file, engine.value, known)
         if stored is not None and plan is not None:
             _compare(report, stored, plan)
+        ignored = without_placement(engine.value, architectures_of(config))
+        if ignored is not None:
+            report.warn("", ignored, "the file would have no effect")
         _say(report)
         emit_json(json, _facts(report))
         raise typer.Exit(0 if report.good else 1)

@@ -75,6 +75,7 @@ def register(app: typer.Typer) -> None:
         from moeplan.engines.axis import check_axis
         from moeplan.engines.files import write
         from moeplan.engines.launch import launch
+        from moeplan.engines.support import architectures_of, without_placement
 
         facts = p.facts_of(config, None, num_layers, dense_layers)
         known = p.known_from(config, None, num_layers, dense_layers)
@@ -98,7 +99,13 @@ def register(app: typer.Typer) -> None:
         if plan is not None:
             more = _copies(plan, how, trace, signature_tokens)
         _say(engine.value, output, placement, how, known, layers)
-        emit_json(json, {"file": str(output), "engine": engine.value, **_facts(how, layers, placement), **more})
+        ignored = without_placement(engine.value, architectures_of(config))
+        if ignored is not None:
+            say(f"warning: {ignored}")
+        emit_json(
+            json,
+            {"file": str(output), "engine": engine.value, **_facts(how, layers, placement), **more, "ignored": ignored},
+        )
 
 
 def _only(context: typer.Context, foreign: tuple[str, ...], what: str) -> None:
@@ -164,7 +171,7 @@ def _copies(plan: StoredPlan, how: Launch, trace: str | None, signature_tokens: 
             "warning: this engine takes a copy without looking where it is: copies balance load, but keep few picks at "
             "home" + ("" if worth else "; --trace TRACE models how many")
         )
-    if how.rule is not plan.rule:
+    if how.rule is not plan.rule and plan.redundant > 0:
         figure = ((plan.head.get("expected") or {}).get("remote_share") or {}).get("value")
         holds = f", so its expected remote_share of {figure:.3f} does not hold" if isinstance(figure, float) else ""
         say(f"warning: the plan is made for {plan.rule.value}, this engine is modelled as {how.rule.value}{holds}")

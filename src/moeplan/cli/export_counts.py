@@ -45,9 +45,9 @@ def from_counts(
     hidden = counts.source.get("hidden_layers")
     if known.num_layers is None and type(hidden) is int:
         known = dataclasses.replace(known, num_layers=hidden, moe_layers=known.moe_layers or counts.layer_ids)
-    cluster, rule = Cluster(nodes, gpus_per_node), rule_of(engine)
+    cluster, rule = Cluster(nodes, gpus_per_node), rule_of(engine, nodes)
     groups = facts.routing_groups or 1
-    found = balanced(counts.counts, cluster, redundant, rule, routing_groups=groups)
+    found = balanced(counts.counts, cluster, redundant, rule, routing_groups=groups, distinct=engine == "vllm-ascend")
     best, linear = found[1], found[0]
     layers, experts = counts.counts.shape
     say(

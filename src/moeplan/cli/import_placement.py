@@ -44,7 +44,7 @@ def placement(
     read = examine(file, engine.value, known_of(facts, config, ep_size=ep_size, nodes=nnodes)).need()
     shape = shape_of(facts, read, name or "", str(file))
     result, problem = deployed(
-        read, shape, home=Home(home.value), rule=rule_of(engine.value), dispatch=Dispatch(dispatch.value),
+        read, shape, home=Home(home.value), rule=rule_of(engine.value, read.nodes), dispatch=Dispatch(dispatch.value),
         where=str(file),
     )  # fmt: skip
     save_plan(output, result, problem, trace_checksum="", synthetic=False, expected=None, stands_in=None)

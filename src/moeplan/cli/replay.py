@@ -133,7 +133,7 @@ def _placed(
         known = dataclasses.replace(known, moe_layers=trace.shape.layer_ids)
     read = examine(file, engine.value, known).need()
     result, problem = deployed(
-        read, trace.shape, home=Home(home.value if home else "node"), rule=rule_of(engine.value),
+        read, trace.shape, home=Home(home.value if home else "node"), rule=rule_of(engine.value, read.nodes),
         dispatch=Dispatch.PICK, where=str(file),
     )  # fmt: skip
     return StoredPlan(

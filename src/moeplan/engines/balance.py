@@ -38,12 +38,14 @@ class Candidate:
 
 
 def balanced(
-    counts: npt.ArrayLike, cluster: Cluster, redundant: int, rule: ReplicaRule, *, routing_groups: int = 1
-) -> list[Candidate]:
+    counts: npt.ArrayLike, cluster: Cluster, redundant: int, rule: ReplicaRule, *, routing_groups: int = 1,
+    distinct: bool = False,
+) -> list[Candidate]:  # fmt: skip
     """Every way, `linear` first, then the others with the best first.
 
     Args:
         counts: [L, E], picks of every expert. rule: how the engine chooses among copies.
+        routing_groups: of the router (DeepSeek-V3: 8). distinct: leave out ways that put an expert on a GPU twice.
 
     Raises:
         PlanError: slots that do not divide over the GPUs.
@@ -58,11 +60,14 @@ def balanced(
     }
     if cluster.nodes > 1 and routing_groups % cluster.nodes == 0 and slots % cluster.nodes == 0:
         made["eplb"] = lambda: rebalance(load, slots, routing_groups, cluster.nodes, cluster.num_gpus)
-    if cluster.nodes > 1 and redundant <= experts * (cluster.nodes - 1):
-        made["spread"] = lambda: spread(load, slots, cluster)
+    # Copies as far apart as nodes are, if there are not too many of them; else as GPUs are.
+    apart = cluster if 0 < redundant <= experts * (cluster.nodes - 1) else Cluster(cluster.num_gpus, 1)
+    made["spread"] = lambda: spread(load, slots, apart)
     found = []
     for name, make in made.items():
         placement = Placement(make(), experts, cluster.nodes, cluster.gpus_per_node)
+        if distinct and name != "linear" and _holds_twice(placement):
+            continue
         found.append(Candidate(name, placement, load_ratio(load, placement, cluster, rule)))
     return [found[0], *sorted(found[1:], key=lambda candidate: (candidate.ratio, candidate.name))]
 
@@ -91,6 +96,11 @@ def spread(load: FloatArray, slots: int, cluster: Cluster) -> Int32Array:
             weight[nodes] += each[layer, expert]
     by_copy = np.take_along_axis(each, held.reshape(len(load), -1), axis=1).reshape(held.shape)
     return slots_from_nodes(held, by_copy, cluster.gpus_per_node)
+
+
+def _holds_twice(placement: Placement) -> bool:
+    held = np.sort(placement.slots.reshape(placement.num_layers, placement.num_gpus, -1), axis=2)
+    return bool((held[:, :, 1:] == held[:, :, :-1]).any())
 
 
 def gpu_load(counts: npt.ArrayLike, placement: Placement, cluster: Cluster, rule: ReplicaRule) -> FloatArray:

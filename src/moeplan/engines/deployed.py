@@ -19,13 +19,17 @@ __all__ = ["STRATEGY", "deployed", "rule_of", "shape_of"]
 STRATEGY = "deployed"
 
 
-def rule_of(engine: str) -> ReplicaRule:
+def rule_of(engine: str, nodes: int) -> ReplicaRule:
     """The replica rule by which moeplan models an engine.
 
-    SGLang looks for the nearest copy. vLLM takes copies by a hash of the row. TensorRT-LLM (in turn) and vLLM-Ascend
-    (by rank) do not look at the distance either: `hash` has the same expectation, 1 / copies each.
+    SGLang takes the copy on the own GPU, else the first on the own node if that rules any copy out, else one of a fair
+    deal (0.5.23, `_find_nearest_expert`): on one node that is `nearest-even`. vLLM takes copies by a hash of the row.
+    TensorRT-LLM (in turn) and vLLM-Ascend (by rank) do not look at the distance either: `hash` has the same
+    expectation, 1 / copies each.
     """
-    return ReplicaRule.NEAREST_STATIC if engine == "sglang" else ReplicaRule.HASH
+    if engine != "sglang":
+        return ReplicaRule.HASH
+    return ReplicaRule.NEAREST_STATIC if nodes > 1 else ReplicaRule.NEAREST_EVEN
 
 
 def shape_of(facts: ModelFacts, placement: EnginePlacement, name: str, where: str) -> ModelShape:

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 
 from moeplan.cluster import Dispatch, ReplicaRule
+from moeplan.engines.deployed import rule_of
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.vllm import own_strategy
 
@@ -61,7 +62,7 @@ def launch(engine: str, placement: EnginePlacement, file: str, serving: Serving 
 
 def _sglang(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
     ranks, copies, notes = placement.ep_size, placement.has_copies, []
-    backend, algorithm, rule = ["--moe-a2a-backend deepep"], "static", ReplicaRule.NEAREST_STATIC
+    backend, algorithm, rule = ["--moe-a2a-backend deepep"], "static", rule_of("sglang", placement.nodes)
     if serving.dispatch is Dispatch.PICK:
         backend.append("--deepep-mode low_latency")
     elif serving.dispatch is Dispatch.NODE:
