@@ -102,6 +102,8 @@ def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
         compare(demo, setup)
     with pytest.raises(PlanError, match="use fewer nodes, another --fit, or a trace with 480 usable requests"):
         compare(demo, Setup(Cluster(80, 1), ("linear",), redundant=-demo.shape.num_experts % 80))
+    with pytest.raises(PlanError, match="a smaller --block, or a trace with 24 usable"):
+        compare(demo, Setup(Cluster(4, 1), ("linear",), block=1000))
 
 
 def test_no_grouping_keeps_more_at_home_than_the_oracle_s(demo: RequestSet) -> None:

@@ -129,10 +129,9 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     _check_timing(requests, setup)
     block = blocks(requests.index, setup.block)
     folds = folds_of(requests, setup, block)
-    by_node = ", --home node" if cluster.gpus_per_home < cluster.gpus_per_node else ""
-    more = (
-        f"use fewer nodes{by_node}, another --fit, or a trace with {least_requests(cluster, setup.fit)} usable requests"
-    )
+    ways = ["fewer nodes", *["--home node"] * (cluster.gpus_per_home < cluster.gpus_per_node), "another --fit"]
+    ways += ["a smaller --block"] * (setup.block > 1)
+    more = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, setup.fit)} usable requests"
     least = min(len(fit) for fit, _ in folds)
     if least < cluster.num_groups:
         raise PlanError(f"{cluster.num_groups} groups for {least} fit requests", mend=more)
