@@ -36,6 +36,7 @@ TRIAL, ROUNDS = 3, 8  # rounds of each start, and of the best of them
 #: The first price of uneven nodes, and that of uneven GPUs where a node has several, by objective.
 PRICES: dict[str, Prices] = {"bytes": (0.02, 0.2), "both": (0.2, 1.0), "balance": (2.0, 2.0)}
 DEARER, RAISES, HALVINGS = 2.0, 8, 3  # how the first price rises while the guard is broken, and halves its last rise
+NEARLY = 1.005  # the least load that any price reaches: near enough where none keeps the guard
 MARGIN = 0.98  # of the guard, since unseen requests load nodes up to a few percent less evenly than the fit requests do
 
 
@@ -150,27 +151,27 @@ def _guarded(planner: Planner, state: State, prices: Prices) -> tuple[State, tup
     def at(state: State, price: float) -> State:
         return planner.alternate(state.afresh(), (price, prices[1]), 2)
 
-    price = low = prices[0]
-    loose, least, lightest = state, load(state), state
-    kept = least <= allowed
-    for _ in range(RAISES):
-        if kept:
-            break
-        loose, low, price = state, price, price * DEARER
-        state = at(state, price)
-        now = load(state)
-        kept = now <= allowed
-        if now < least:
-            least, lightest = now, state
-    if not kept:
-        return lightest, ("moeplan: the guard on node load could not be kept on the fit requests",)
-    for _ in range(HALVINGS if price > low else 0):
-        middle = float(np.sqrt(low * price))
-        tried = at(loose, middle)
-        if load(tried) <= allowed:
-            state, price = tried, middle
-        else:
-            loose, low = tried, middle
+    raised = [(prices[0], load(state), state)]
+    while raised[-1][1] > allowed and len(raised) <= RAISES:
+        price = DEARER * raised[-1][0]
+        state = at(raised[-1][2], price)
+        raised.append((price, load(state), state))
+    price, now, state = raised[-1]
+    if now > allowed:
+        enough = NEARLY * min(now for _, now, _ in raised)
+        price, _, state = next(one for one in raised if one[1] <= enough)
+        return state, (
+            f"moeplan: the guard on node load could not be kept with a margin; price of uneven load {price:.3g}",
+        )
+    if len(raised) > 1:
+        low, _, loose = raised[-2]
+        for _ in range(HALVINGS):
+            middle = float(np.sqrt(low * price))
+            tried = at(loose, middle)
+            if load(tried) <= allowed:
+                state, price = tried, middle
+            else:
+                loose, low = tried, middle
     return state, (f"moeplan: price of uneven load {price:.3g}",)
 
 
