@@ -1,16 +1,20 @@
 """How long planning takes: whole plans, re-plans of a grouping, and routing a request (`make bench`).
 
 Inputs are drawn, seeded: requests of 12 kinds with gamma-distributed use, as large as DeepSeek-V3 (58 x 256) and a
-model of 60 x 1024. The published EPLB's times on the same sizes (two cores) are those of its own code as measured
-elsewhere: 3.4 s and 9.9 s; `eplb` beside them is our arrays-at-once version of the same rule.
+model of 60 x 1024. DeepSeek's EPLB runs on the same input as SGLang ships it (where `make test-engines` has unpacked
+its wheel). SGLang's copy works on lists; DeepSeek's own writes tensors element by element and takes 3.4 and 9.9 s (two
+cores, measured elsewhere). `eplb` is our arrays-at-once version of the same rule.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import time
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.plan import Problem, solve
@@ -19,7 +23,31 @@ from moeplan.plan.problem import Stream
 from moeplan.plan.served import Served
 from moeplan.types import ModelShape
 
-PUBLISHED_EPLB = {"58 x 256": 3.4, "60 x 1024": 9.9}
+#: DeepSeek's file, as SGLang ships it.
+PUBLISHED = Path(__file__).parents[1] / ".venv-vllm-wheels"
+PUBLISHED_FILE = "sglang-*/sglang/srt/eplb/eplb_algorithms/deepseek.py"
+
+
+def published_eplb(use: npt.NDArray[np.float64], redundant: int) -> str:
+    """How long EPLB takes for the totals of use [L, N, E], on 64 GPUs in 8 nodes, by groups of experts and without."""
+    found = sorted(PUBLISHED.glob(PUBLISHED_FILE))
+    try:
+        import torch
+    except ImportError:
+        found = []
+    if not found:
+        return "EPLB in SGLang not here: make test-engines"
+    spec = importlib.util.spec_from_file_location("published_eplb", found[-1])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    load, experts = torch.from_numpy(use.sum(axis=1)), use.shape[2]
+    took = []
+    for hierarchical in (True, False):
+        start = time.perf_counter()
+        module.rebalance_experts(load, experts + redundant, 8, 8, 64, enable_hierarchical=hierarchical)
+        took.append(time.perf_counter() - start)
+    return f"EPLB in SGLang {took[0]:.2f} s hierarchical, {took[1]:.2f} s global"
 
 
 def drawn(n: int, layers: int, experts: int, top_k: int, rows: int, redundant: int, mode: Dispatch) -> Problem:
@@ -46,11 +74,10 @@ def drawn(n: int, layers: int, experts: int, top_k: int, rows: int, redundant: i
     )  # fmt: skip
 
 
-def replan(layers: int, experts: int, redundant: int) -> tuple[float, list[float], list[float]]:
+def replan(use: npt.NDArray[np.float64], redundant: int) -> tuple[float, list[float], list[float]]:
     """Seconds of a placement with replicas for a given grouping; then share of picks that leave their node, and load of
     the busiest GPU over the mean, by it and by our `eplb`'s rule (which is told the totals alone)."""
-    rng = np.random.default_rng(1)
-    use = rng.gamma(0.5, size=(layers, 1, experts)) * rng.gamma(1.0, size=(layers, 8, experts))
+    layers, _, experts = use.shape
     cluster, shape = Cluster(8, 8), ModelShape("drawn", layers, experts, 8)
     seconds = []
     for _ in range(3):
@@ -75,11 +102,13 @@ def bench() -> list[tuple[str, str]]:
     solve(drawn(64, 2, 256, 8, 640, 64, Dispatch.PICK), "moeplan")
     out = []
     for name, layers, experts, bar in (("58 x 256", 58, 256, 0.5), ("60 x 1024", 60, 1024, 1.0)):
-        seconds, remote, load = replan(layers, experts, 64)
+        rng = np.random.default_rng(1)
+        use = rng.gamma(0.5, size=(layers, 1, experts)) * rng.gamma(1.0, size=(layers, 8, experts))
+        seconds, remote, load = replan(use, 64)
         out.append(
             (
                 f"re-plan of a grouping, {name}, 64 GPUs, 64 redundant",
-                f"{seconds:.2f} s (bar {bar:g}; published EPLB {PUBLISHED_EPLB[name]:g}); remote {remote[0]:.3f}, GPU "
+                f"{seconds:.2f} s (bar {bar:g}; {published_eplb(use, 64)}); remote {remote[0]:.3f}, GPU "
                 f"load {load[0]:.2f} (eplb {remote[1]:.3f}, {load[1]:.2f})",
             )
         )

@@ -10,7 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: Modules with a `bench() -> list[(label, result)]`.
-MODULES = ("counting", "replay", "planning", "profile_memory", "paper", "record_overhead", "time_accuracy")
+MODULES = (
+    "counting", "replay", "planning", "profile_memory", "paper", "record_overhead", "sweep_speed", "time_accuracy",
+)  # fmt: skip
 
 
 def machine() -> str:
