@@ -186,10 +186,19 @@ def test_drafts_shorten_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         (["--use-case", "qa", "--kv", "fp4"], "no attention kernel is modelled for fp4"),
         (["--use-case", "qa", "--usd-per-hour", "2"], "--usd-per-hour is of one kind of hardware"),
         (["--use-case", "nothing"], "nothing"),
+        (["--use-case", "qa", "--model", "Llama-9"], 'unknown model "Llama-9"; near it: '),
+        (["--use-case", "qa", "--model", "{config}"], "config.json: num_hidden_layers is missing; add it"),
+        (["--use-case", "qa", "--hardware", "Mine", "--hardware-file", "{machine}"], "memory_bytes is missing; add it"),
     ],
 )
-def test_bad_input_gets_one_line(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["size", "--model", "Llama-3.1-70B", *flags]) == 2
+def test_bad_input_gets_one_line(
+    flags: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, machine = tmp_path / "config.json", tmp_path / "machine.json"
+    config.write_text('{"model_type": "llama", "hidden_size": 4096}', encoding="utf-8")
+    machine.write_text('{"Mine": {"flops": {"bf16": 1e15}}}', encoding="utf-8")
+    given = [flag.format(config=config, machine=machine) for flag in flags]
+    assert run(["size", "--model", "Llama-3.1-70B", *given]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
 
@@ -198,8 +207,9 @@ def test_the_docs_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> Non
     """The quick ones of the examples in docs/sizing.md."""
     page = (Path(__file__).parents[1] / "docs" / "sizing.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0].split("\n", 1) for block in page.split("```console\n")[1:]]
-    shown = {command: text for command, text in blocks if "moeplan size" in command and "use-case all" not in command}
-    assert len(shown) == 2
+    quick = ("--use-case summarise", "--use-case chat", "Llama-3.1-70B --use-case all")
+    shown = {command: text for command, text in blocks if "size" in command and any(q in command for q in quick)}
+    assert len(shown) == 3
     for command, text in shown.items():
         assert run(command.removeprefix("$ moeplan ").split()) == 0
         assert capsys.readouterr().out.rstrip() == text.rstrip()

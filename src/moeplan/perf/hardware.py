@@ -167,7 +167,8 @@ def read_object(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=str(path), mend="check the path") from None
     except json.JSONDecodeError as error:
-        raise FormatError(f"is not whole JSON (line {error.lineno}: {error.msg})", where=str(path)) from None
+        why = f"line {error.lineno}: {error.msg.removesuffix(' at')}"
+        raise FormatError(f"is not whole JSON ({why})", where=str(path)) from None
     except (ValueError, RecursionError):
         raise FormatError("is not JSON in UTF-8", where=str(path)) from None
     if not isinstance(data, dict):
