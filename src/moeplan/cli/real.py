@@ -88,7 +88,7 @@ def read_real(
 
     Args:
         model: a name of the catalogue, or a config.json; None: the trace's. mode: None: the plan's.
-        given: flags that a plan does not go with.
+        given: flags that a plan does not go with. signature_tokens: None: as the plan was made.
 
     Raises:
         UsageError: one without the other; flags that the plan answers; a trace of another model than the plan.
@@ -102,25 +102,20 @@ def read_real(
         )
     from moeplan.plan import read_requests
     from moeplan.plan.store import load_plan
+    from moeplan.replay.comparison import check_shape
+    from moeplan.replay.drift import signature_tokens_of
     from moeplan.replay.timing import Timing, model_of, parallel_of
     from moeplan.trace import open_trace
 
     stored = load_plan(plan)
     opened = open_trace(trace, without_layers=without_layers)
     spec = model_of(opened.shape, model)
-    ours, theirs = opened.shape, stored.shape
-    for label, a, b in (
-        ("experts", ours.num_experts, theirs.num_experts),
-        ("picks per token", ours.top_k, theirs.top_k),
-        ("layers", list(ours.layer_ids), list(theirs.layer_ids)),
-    ):
-        if a != b:
-            raise UsageError(
-                f"the trace and the plan differ in {label}: {a} and {b}",
-                where=plan,
-                mend="use the trace of the same model, and --without-layers as in the plan",
-            )
-    Timing(spec, machine, context).check(ours, stored.cluster, mode or stored.dispatch)  # before a large trace is read
+    check_shape(opened.shape, stored.shape, plan)
+    Timing(spec, machine, context).check(
+        opened.shape, stored.cluster, mode or stored.dispatch
+    )  # before a large trace is read
+    if signature_tokens is None:
+        signature_tokens = signature_tokens_of(stored)
     requests = read_requests(opened, signature_tokens=signature_tokens)
     seen = stored.trace_checksum == opened.checksum
     parallel = parallel_of(stored.cluster, spec, stored.redundant)
