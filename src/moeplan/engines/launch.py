@@ -119,7 +119,7 @@ def _vllm(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
         else [f"--data-parallel-size {placement.ep_size}"]
     )
     nodes = [f"--nnodes {placement.nodes} --node-rank $RANK --master-addr $HEAD"] if placement.nodes > 1 else []
-    eplb = json.dumps({"num_redundant_experts": placement.redundant, "log_balancedness": True})
+    eplb = json.dumps({"num_redundant_experts": placement.redundant})
     command = (
         "vllm serve $MODEL",
         *parallel,
