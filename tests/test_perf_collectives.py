@@ -21,11 +21,9 @@ from moeplan.perf.collectives import (
     uniform_messages,
 )
 from moeplan.perf.constants import constants
-from moeplan.perf.hardware import Hardware, Link
+from moeplan.perf.hardware import hardware
 
-H100 = Hardware(
-    "H100", {"bf16": 989.4e12, "fp8": 1978.9e12}, 80e9, 3.35e12, Link(450e9, 6e-7), 8, Link(50e9, 2.7e-6), 700, 3.0, {}
-)
+H100 = hardware("H100")
 
 
 @pytest.mark.parametrize("mode", list(Dispatch))

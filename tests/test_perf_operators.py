@@ -23,14 +23,10 @@ from moeplan.perf.attention import (
     mla_layer_prefill,
 )
 from moeplan.perf.constants import FILE, Constants, constants
-from moeplan.perf.hardware import Hardware, Link, hardware
+from moeplan.perf.hardware import hardware
 from moeplan.perf.operators import DTYPES, UNITS, Time, elementwise, expert_gemm, gemm, total
 
-#: NVIDIA H100 SXM data sheet; the catalogue has its own test.
-H100 = Hardware(
-    "H100", {"bf16": 989.4e12, "fp8": 1978.9e12, "int8": 1978.9e12}, 80e9, 3.35e12,
-    Link(450e9, 6e-7), 8, Link(50e9, 2.7e-6), 700, 3.0, {},
-)  # fmt: skip
+H100 = hardware("H100")
 SIZES = st.integers(1, 20000)
 GROUPED = Heads(32, 8, 128)
 KINDS = [kind for kind, form in DTYPES.items() if form.rate in H100.flops]
@@ -148,7 +144,7 @@ def test_times_add_up() -> None:
 def test_dtypes_are_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"dtype fp16x is unknown; use one of bf16, "):
         gemm(H100, 1, 1, 1, "fp16x")
-    with pytest.raises(UsageError, match=r"H100 does not compute in fp4; use one of bf16, fp8"):
+    with pytest.raises(UsageError, match=r"H100-SXM does not compute in fp4; use one of bf16, fp8"):
         gemm(H100, 1, 1, 1, "fp4")
     with pytest.raises(UsageError, match="expert kernel triton is unknown; use deepgemm, contiguous or cutlass"):
         expert_gemm(H100, 1, 1, 64, 64, kernel="triton")
