@@ -15,14 +15,17 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import environment
+import jobs
 import numpy as np
 import pytest
 
 from moeplan.cli.app import run as command_line
 from moeplan.embedded import MODEL
+from moeplan.engines import vllm
 from moeplan.trace import open_trace
 from moeplan.trace.reader import Trace
 
@@ -118,7 +121,7 @@ def shown_on_failure(log: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path) -> Iterator[str]:
+def serving(model: Path, log: Path, **environ: str) -> Iterator[str]:
     """A vLLM server on a free port, from its first answer to the end of the block; it is stopped whatever happens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -130,10 +133,12 @@ def serving(model: Path, log: Path) -> Iterator[str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        **environ,
     }
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MOEPLAN_VLLM")}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, **settings}, cwd=log.parent, start_new_session=True
+            command, stdout=file, stderr=file, env={**kept, **settings}, cwd=log.parent, start_new_session=True
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -248,3 +253,41 @@ def test_a_recording_that_stops_goes_on(
         whole, resumed = record(url, model, prompts, tmp_path / "whole"), record(url, model, prompts, out, "--resume")
         assert resumed.complete and np.array_equal(resumed.requests.prefill, whole.requests.prefill)
         assert agreement(resumed, whole, "prefill") >= 0.99
+
+
+def answers(url: str, model: Path, prompts: Path) -> list[tuple[str, str]]:
+    """Text and picks of some completions, one after the other."""
+    out = []
+    for row in [row for row in map(json.loads, prompts.read_text().splitlines()) if "prompt" in row][:8]:
+        body = {"model": str(model), "prompt": row["prompt"], "max_tokens": NEW, "temperature": 0.0}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            choice = json.load(answer)["choices"][0]
+        out.append((choice["text"], choice["routed_experts"]))
+    return out
+
+
+def test_the_plug_in_is_installed_and_changes_nothing(
+    server: tuple[str, Path], model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """`server` has it, idle. One that loads no plug-ins and one that is given a plan answer the same; the latter cannot
+    apply the plan, and says so."""
+    url, log = server
+    idle = answers(url, model, prompts)
+    assert "moeplan:" not in log.read_text(errors="replace")
+    placement, _ = jobs.planned((1, 2, 3), 32, 8, 2, 2)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(vllm.content(placement)))
+    without, named = tmp_path / "without.log", tmp_path / "named.log"
+    both = [serving(model, without, VLLM_PLUGINS="none"), serving(model, named, MOEPLAN_VLLM_PLAN=str(plan))]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        for each in (without, named):
+            stack.enter_context(shown_on_failure(each))
+        for url in pool.map(stack.enter_context, both):  # they start side by side
+            assert answers(url, model, prompts) == idle
+    said = [line for line in named.read_text(errors="replace").splitlines() if "moeplan:" in line]
+    print("\n".join(said))
+    assert len(said) == 1 and f"plan {plan} (3 layers, 32 experts + 8 redundant, 2 nodes x 2 GPUs" in said[0]
+    assert "is not applied: this vLLM runs on cpu, where it has no expert parallelism and no EPLB" in said[0]

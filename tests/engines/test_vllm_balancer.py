@@ -1,0 +1,141 @@
+"""vLLM's own balancer, of the released wheel, takes our plug-in: it asks it for maps and moves weights by them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import environment
+import jobs
+import numpy as np
+import pytest
+
+from moeplan.engines import vllm
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.plugins.online import gpu_unevenness
+from moeplan.engines.report import Known
+from moeplan.plan.strategies.eplb import rebalance
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(
+        not (environment.is_ready() and environment.has_wheels()), reason="not set up: `make test-engines` does it"
+    ),
+]
+
+MOE, EXPERTS, REDUNDANT, NODES, RANKS = (1, 2, 4), 16, 8, 2, 4
+SLOTS = EXPERTS + REDUNDANT
+SERVER = {"do": "serve", "ranks": RANKS, "nodes": NODES, "layers": len(MOE), "experts": EXPERTS, "redundant": REDUNDANT}
+
+
+def planned() -> tuple[EnginePlacement, list[np.ndarray]]:
+    """A plan, and the counts [L, E] of the day that it was made for and of another."""
+    placement, use = jobs.planned(MOE, EXPERTS, REDUNDANT, NODES, RANKS // NODES)
+    counts = np.round(use.sum(axis=1))
+    return placement, [counts, counts[:, ::-1].copy()]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM makes of every job of this module, by one process that loads it once."""
+    folder = tmp_path_factory.mktemp("vllm")
+    placement, counts = planned()
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps(vllm.content(placement)))
+    environ = {"MOEPLAN_VLLM_PLAN": str(plan)}
+    served = {**SERVER, "environment": environ, "counts": [day.tolist() for day in counts]}
+    job = {
+        "idle": {**served, "environment": {}},
+        "plan": served,
+        "online": {**served, "environment": {**environ, "MOEPLAN_VLLM_MODE": "online"}},
+        "no file": {**served, "environment": {"MOEPLAN_VLLM_PLAN": str(folder / "missing")}},
+        "no mode": {**served, "environment": {**environ, "MOEPLAN_VLLM_MODE": "often"}},
+        "not the same": {**served, "only": {"3": {"MOEPLAN_VLLM_MODE": "online"}}},
+        "newer": {**served, "version": "0.34.0"},
+        "draft model": {**served, "layers": 1, "counts": [day[:1].tolist() for day in counts]},
+        "global": {**SERVER, "do": "default", "counts": counts[0].tolist(), "groups": 1, "nodes": 2},
+        "hierarchical": {**SERVER, "do": "default", "counts": counts[0].tolist(), "groups": 4, "nodes": 2},
+    }
+    return dict(jobs.run("in_vllm", environment.VLLM, job, folder))
+
+
+def test_the_policy_is_found_where_vllm_looks(answers: dict[str, Any]) -> None:
+    assert {rank["policy"] for rank in answers["plan"]} == {"MoeplanPolicy"}
+    assert {rank["policy"] for rank in answers["idle"]} == {"DefaultEplbPolicy"}
+    assert set(answers["idle"][0]["loaded"]) == {
+        "moeplan", "moeplan.engines", "moeplan.engines.plugins", "moeplan.engines.plugins.asked",
+        "moeplan.engines.plugins.vllm", "moeplan.errors",
+    }  # fmt: skip
+    assert answers["idle"][0]["log"] == []
+
+
+def test_vllm_moves_weights_to_where_the_plan_has_them(answers: dict[str, Any]) -> None:
+    """After a quarter of the interval, and again after a whole one, when nothing is left to move."""
+    placement, _ = planned()
+    for rank in answers["plan"]:
+        assert rank["passes"] == [2, 8]
+        assert not np.array_equal(rank["first"], placement.physical_to_logical)
+        for slots in rank["slots"]:
+            np.testing.assert_array_equal(slots, placement.physical_to_logical)
+        assert rank["weights"] == [True, True]
+    assert "0 of 72 slots change" in answers["plan"][0]["log"][-1]
+    assert all(rank["log"] == [] for rank in answers["plan"][1:])
+
+
+def test_online_all_ranks_take_what_one_plans(answers: dict[str, Any]) -> None:
+    placement, counts = planned()
+    ranks = answers["online"]
+    for day in (0, 1):
+        for rank in ranks:
+            np.testing.assert_array_equal(rank["slots"][day], ranks[0]["slots"][day])
+            assert rank["weights"][day]
+    first, second = (ranks[0]["slots"][day].astype(np.int32) for day in (0, 1))
+    EnginePlacement(second, MOE, EXPERTS, RANKS, NODES)
+    stale, now = (gpu_unevenness(of, counts[1], RANKS).mean() - 1 for of in (first, second))
+    assert now < 0.5 * stale
+    # An expert leaves its node less often than vLLM's own map for the same counts has it.
+    theirs = answers["idle"][0]["slots"][1]
+    assert moved(first, second) < moved(placement.physical_to_logical, theirs)
+
+
+def moved(old: np.ndarray, new: np.ndarray) -> int:
+    """Copies that are on a node that did not hold them."""
+    by_node = [of.reshape(len(of), NODES, -1) for of in (old, new)]
+    return sum(
+        len(set(b.tolist()) - set(a.tolist())) for one in zip(*by_node, strict=True) for a, b in zip(*one, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no file", "missing: does not exist; check the path"),
+        ("no mode", "MOEPLAN_VLLM_MODE is 'often'; set it to plan or online"),
+        ("not the same", "not all 4 ranks have the same plan and mode; set MOEPLAN_VLLM_PLAN, and MOEPLAN_VLLM_MODE"),
+        ("newer", "vLLM 0.34.0 is not one that the plug-in was tested with (0.30.0, 0.33.0): it stays out"),
+        ("draft model", "does not fit a model of 1 layers x 16 experts in 24 slots on 4 ranks"),
+    ],
+)
+def test_else_vllms_own_policy_goes_on_and_the_log_says_why(answers: dict[str, Any], name: str, says: str) -> None:
+    assert says in answers[name][0]["log"][0] and "\n" not in answers[name][0]["log"][0]
+    for rank, plain in zip(answers[name], answers["idle"], strict=True):
+        assert all(rank["weights"])
+        for ours, theirs in zip(rank["slots"], plain["slots"], strict=True):
+            if name != "draft model":
+                np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["global", "hierarchical"])
+def test_vllms_maps_are_plans(answers: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Its default policy is DeepSeek's algorithm; its map, saved as it is, is read back as a placement."""
+    _, counts = planned()
+    theirs = answers[name]["slots"]
+    groups, nodes = (4, NODES) if name == "hierarchical" else (1, 1)
+    ours = rebalance(counts[0], SLOTS, groups, nodes, RANKS)  # but for ties, which they break otherwise
+    loads = [gpu_unevenness(of.astype(np.int32), counts[0], RANKS) for of in (ours, theirs)]
+    np.testing.assert_allclose(loads[0], loads[1], rtol=1e-6)
+    path = tmp_path / "vllm.npy"
+    np.save(path, theirs)
+    known = Known(num_experts=EXPERTS, num_layers=6, moe_layers=MOE, ep_size=RANKS, nodes=NODES)
+    np.testing.assert_array_equal(vllm.examine(path, known).need().physical_to_logical, theirs)
