@@ -25,16 +25,16 @@ class TwiceError(ValueError):
     """A key that stands twice in one object."""
 
 
-def load_text(report: Report) -> str | None:
+def load_text(report: Report, max_bytes: int = MAX_BYTES) -> str | None:
     """The file's text; None with a finding where it is too large or not text."""
     path = report.path
     try:
         size = path.stat().st_size
-        data = b"" if size > MAX_BYTES else path.read_bytes()
+        data = b"" if size > max_bytes else path.read_bytes()
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=str(path), mend="check the path") from None
-    if size > MAX_BYTES:
-        report.fault("", f"{size} bytes are more than any placement has (at most {MAX_BYTES})", "check the file")
+    if size > max_bytes:
+        report.fault("", f"{size} bytes are more than any placement has (at most {max_bytes})", "check the file")
         return None
     try:
         return data.decode("utf-8")

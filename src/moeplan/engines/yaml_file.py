@@ -12,6 +12,9 @@ from moeplan.engines.report import Report, show
 
 __all__ = ["load_yaml"]
 
+#: YAML is parsed slowly and into much memory; DeepSeek-V3 on 320 slots is 0.1 MB.
+MAX_YAML_BYTES = 4 * 1024 * 1024
+
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """PyYAML's safe loader (no tag makes an object) that takes no key twice."""
@@ -30,7 +33,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 def load_yaml(report: Report) -> Any:
     """The parsed file; None with a finding. An alias is refused: with a few of them, lines unfold to gigabytes."""
-    text = load_text(report)
+    text = load_text(report, MAX_YAML_BYTES)
     if text is None:
         return None
     try:
