@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_a_damaged_plan(trace: Path, tmp_path: Path, damage: str, capsys: pytest
     assert ("plan.json" if damage in ("json", "version") else "slots.npy") in line
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", '"one"'), ("equal_groups", '"no"'), ("fit_seconds", '"long"'), ("nodes", "2.5"), ("dispatch", '"post"')],
+)
+def test_a_wrong_field_of_a_plan_is_named(
+    trace: Path, tmp_path: Path, field: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan"
+    assert run(["plan", str(trace), "-o", str(plan), "--nodes", "2", "--gpus-per-node", "2", "--strategy", "eplb"]) == 0
+    head = plan / "plan.json"
+    head.write_text(re.sub(rf'("{field}": )[^,}}\n]+', rf"\g<1>{value}", head.read_text(), count=1))
+    assert f"has a wrong '{field}'" in refused(["replay", trace, "--plan", plan], capsys)
+    head.write_text(head.read_text().replace(f'"{field}"', '"other"', 1))
+    assert f"has no '{field}'" in refused(["replay", trace, "--plan", plan], capsys)
+
+
 def test_json_is_strict_and_repeatable(trace: Path, tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
@@ -178,7 +195,7 @@ def test_outputs_that_cannot_be_written(trace: Path, tmp_path: Path, capsys: pyt
     for flag in ("--json", "-o"):
         line = refused(["compare", trace, *where, flag, blocked / "x"], capsys)
         assert "cannot be written" in line
-    assert "cannot be written" in refused(["plan", trace, *where[:4], "-o", blocked / "x"], capsys)
+    assert "cannot be made" in refused(["plan", trace, *where[:4], "-o", blocked / "x"], capsys)
     assert list(tmp_path.iterdir()) == [blocked]
 
 

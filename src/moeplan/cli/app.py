@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
         print(f"moeplan: {error.line()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("moeplan: stopped; a trace that was being written keeps its finished requests", file=sys.stderr)
+        print("moeplan: stopped; of a trace that was being written, what was finished is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -121,10 +121,12 @@ def register(app: typer.Typer) -> None:
         from moeplan.plan import Options, read_requests, solve
         from moeplan.plan.store import load_plan, save_plan
         from moeplan.replay import Setup
-        from moeplan.replay.comparison import fit_problem
-        from moeplan.replay.drift import check_shape, signature_tokens_of
+        from moeplan.replay.comparison import check_shape, fit_problem
+        from moeplan.replay.drift import signature_tokens_of
         from moeplan.trace import open_trace
+        from moeplan.trace.files import check_folder
 
+        check_folder(output)
         old = None if start is None else load_plan(start)
         if old is None:
             cluster, mode, rule = o.cluster_of(nodes, gpus_per_node, home, dispatch, replica_rule)
@@ -249,12 +251,13 @@ def _drift(
     from moeplan.plan import read_requests
     from moeplan.plan.store import load_plan
     from moeplan.replay import drift
+    from moeplan.replay.comparison import check_shape
     from moeplan.trace import open_trace
 
     stored = load_plan(start)
     setup = drift.drift_setup(stored, seed=seed, block=block)
     opened = open_trace(new, without_layers=without_layers)
-    drift.check_shape(opened.shape, stored.shape, start)
+    check_shape(opened.shape, stored.shape, start)
     tokens = drift.signature_tokens_of(stored) if signature_tokens is None else signature_tokens
     with progress("drift") as report:
         requests = read_requests(opened, signature_tokens=tokens)

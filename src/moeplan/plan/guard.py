@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moeplan.cluster import Dispatch, Routes, step_messages
 from moeplan.plan.assignment import random_groups
 from moeplan.plan.problem import Problem, StepCost
+from moeplan.trace.steps import draw_rows, live_members
 from moeplan.types import Int32Array
 
 __all__ = ["Steps"]
@@ -28,7 +29,7 @@ Counted = tuple[Int32Array, Int32Array, Int32Array]
 class Steps:
     """The same seeded steps for every plan that is weighed: requests by key, and a row of each.
 
-    A step takes from each group the requests with the smallest keys, one uniform row of each.
+    Drawn as in replay (`moeplan.trace.steps`).
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
@@ -37,10 +38,8 @@ class Steps:
         rng = np.random.default_rng([seed, 0x57E9])
         self._live = int(np.clip(n // groups, 1, MOST_LIVE))
         starts, stops = problem.stream.starts, problem.stream.stops
-        rows = np.maximum(stops - starts, 1)
-        # Keys as in replay: requests are live in proportion to how long they decode.
-        self._key = rng.exponential(size=(STEPS, n)) / rows
-        self._row = starts + (rng.random((STEPS, n)) * rows).astype(np.int64)
+        span = np.stack([starts, np.maximum(stops, starts + 1)], axis=1)
+        self._key, self._row = draw_rows(span, STEPS, rng, np.float64)
         self.random_groups = random_groups(n, groups, rng)
 
     def node_load_ratio(self, who: Routes, group: Int64Array) -> float:
@@ -64,8 +63,9 @@ class Steps:
         live = min(self._live, *(len(of) for of in members))
         sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
         indices = np.tile(np.arange(live), cluster.num_groups)
+        decoding = np.hstack([live_members(self._key[:steps], of, live) for of in members])
         buffer = None
-        for key, row in zip(self._key[:steps], self._row[:steps], strict=True):
-            rows = np.concatenate([row[of[np.argsort(key[of], kind="stable")[:live]]] for of in members])
+        for who_decodes, row in zip(decoding, self._row[:steps], strict=True):
+            rows = row[who_decodes]
             buffer = step_messages(who, mode, self._problem.stream.experts, rows, sources, indices, buffer)
             yield buffer

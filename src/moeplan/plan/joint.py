@@ -147,8 +147,7 @@ class Planner:
             state.slots, budget = self.problem.old.astype(np.int64), self.problem.options.max_moves
         improve = partial(
             placing.improve, use, gpus_per_node=self.cluster.gpus_per_node, price_node=prices[0], price_gpu=prices[1],
-            sweeps=SWEEPS, nearest=self.nearest, near=near, rows=rows, by=self.by,
-            budget=budget,
+            sweeps=max(SWEEPS, budget), nearest=self.nearest, near=near, rows=rows, by=self.by, budget=budget,
         )  # fmt: skip
         value = improve(slots=state.slots)
         if start is not None:
@@ -249,8 +248,8 @@ def place_quickly(use: FloatArray, room: int, gpus_per_node: int, price: float) 
 def on_gpus(held: Int64Array, use: FloatArray, gpus_per_node: int) -> Int64Array:
     """Slots [L, S] of what nodes hold [L, N, room]: GPUs dealt by load."""
     served = Served(Cluster(use.shape[1], 1), held.reshape(len(held), -1), use.shape[2], True)
-    load = np.where(served.near, use, 0.0) + ((use * ~served.near).sum(axis=1) / served.copies)[:, None]
-    return slots_from_nodes(held, np.take_along_axis(load, held, axis=2), gpus_per_node).astype(np.int64)
+    load = np.take_along_axis(served.by_copy(use), held, axis=2)
+    return slots_from_nodes(held, load, gpus_per_node).astype(np.int64)
 
 
 def soft_groups(score: FloatArray, softness: float) -> FloatArray:

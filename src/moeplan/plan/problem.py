@@ -107,7 +107,7 @@ class Problem:
         if len(self.use) < self.cluster.num_groups:
             raise PlanError(
                 f"{self.cluster.num_groups} groups for {len(self.use)} fit requests",
-                mend="use fewer nodes, a larger --fit, or a trace with more requests",
+                mend="use fewer nodes, or a trace with more requests",
             )
         if self.old is not None and self.old.shape != (self.shape.num_layers, self.num_slots):
             raise PlanError(f"an old plan of {self.old.shape} slots for {(self.shape.num_layers, self.num_slots)}")

@@ -36,11 +36,14 @@ class Served:
         self.near = (at > 0) & nearest  # [L, N, E], a node whose own copy serves all it asks for
         self.kept = np.where(self.near, 1.0, at / self.copies[:, None]).transpose(1, 0, 2)
 
+    def by_copy(self, use: FloatArray) -> FloatArray:
+        """[L, N, E], what a copy on each node serves, or would, of use [L, N, E]."""
+        shared = (use * ~self.near).sum(axis=1) / self.copies
+        return np.asarray(np.where(self.near, use, 0.0) + shared[:, None])
+
     def loads(self, use: FloatArray) -> tuple[FloatArray, FloatArray]:
         """[L, N] and [L, P], the picks that nodes and GPUs serve of use [L, N, E]."""
-        shared = (use * ~self.near).sum(axis=1) / self.copies
-        own = np.where(self.near, use, 0.0).repeat(self.cluster.gpus_per_node, axis=1)
-        by_gpu = (self.on * (own + shared[:, None])).sum(axis=2)
+        by_gpu = (self.on * self.by_copy(use).repeat(self.cluster.gpus_per_node, axis=1)).sum(axis=2)
         return by_gpu.reshape(*use.shape[:2], -1).sum(axis=2), by_gpu
 
     def uneven(self, use: FloatArray) -> list[float]:

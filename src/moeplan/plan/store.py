@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,8 @@ from moeplan.plan.router import ClusterRouter, LinearRouter, LocalityRouter
 from moeplan.plan.solver import Result
 from moeplan.trace.files import cannot_write, read_json, write_json
 from moeplan.types import ModelShape, Placement
+
+T = TypeVar("T")
 
 __all__ = ["FORMAT", "VERSION", "StoredPlan", "load_plan", "save_plan"]
 
@@ -136,15 +140,15 @@ def load_plan(path: str | Path) -> StoredPlan:
     if not isinstance(head.get("version"), int) or head["version"] > VERSION:
         raise FormatError(f"is of version {head.get('version')}, this moeplan reads up to {VERSION}", where=where)
     shape = ModelShape.from_dict(head.get("model"), where=where)
+    layout, sums = _field(head, "cluster", _mapping, where), _field(head, "arrays", _mapping, where)
+    size = [_field(layout, name, operator.index, where) for name in ("nodes", "gpus_per_node")]
+    home = _field(layout, "home", Home, where)
+    rule, dispatch = _field(head, "replica_rule", ReplicaRule, where), _field(head, "dispatch", Dispatch, where)
+    seed, strategy = _field(head, "seed", operator.index, where), _field(head, "strategy", str, where)
+    kind, equal = _field(head, "router", str, where), _field(head, "equal_groups", _truth, where)
+    seconds = _field(head, "fit_seconds", float, where)
     try:
-        layout = head["cluster"]
-        cluster = Cluster(int(layout["nodes"]), int(layout["gpus_per_node"]), Home(layout["home"]))
-        rule, dispatch = ReplicaRule(head["replica_rule"]), Dispatch(head["dispatch"])
-        sums = dict(head["arrays"])
-        seed, strategy = int(head["seed"]), str(head["strategy"])
-        kind = str(head["router"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"a field is missing or wrong ({error})", where=where) from None
+        cluster = Cluster(size[0], size[1], home)
     except MoeplanError as error:
         raise FormatError(error.what, where=where, mend=error.mend) from None
     try:
@@ -158,12 +162,33 @@ def load_plan(path: str | Path) -> StoredPlan:
     who = routes(placement, cluster, rule, seed)
     router = _router(root, kind, sums, shape, cluster) or LocalityRouter.of(who)
     result = Result(
-        strategy, seed, placement, who, router, bool(head.get("equal_groups", True)), (),
-        float(head.get("fit_seconds") or 0.0),
+        strategy, seed, placement, who, router, equal, (), seconds,
     )  # fmt: skip
     return StoredPlan(
         result, shape, cluster, placement.redundant, rule, dispatch, str(head.get("trace_checksum", "")), head
     )  # fmt: skip
+
+
+def _field(fields: dict[str, Any], name: str, read: Callable[[Any], T], where: str) -> T:
+    """One field as what it must be, or an error that names it."""
+    if name not in fields:
+        raise FormatError(f"has no {name!r}", where=where, mend="plan again")
+    try:
+        return read(fields[name])
+    except (TypeError, ValueError, OverflowError):
+        raise FormatError(f"has a wrong {name!r}: {str(fields[name])[:40]!r}", where=where, mend="plan again") from None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
 
 
 def _router(

@@ -22,12 +22,12 @@ from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.plan import Options, RequestSet, solve
 from moeplan.plan.problem import GUARD
 from moeplan.plan.store import StoredPlan
-from moeplan.replay.comparison import Row, Setup, check_shape, fit_problem, folds_of, group_test, measure, rng_of
+from moeplan.replay.comparison import Row, Setup, fit_problem, folds_of, group_test, measure, rng_of
 from moeplan.replay.split import blocks, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import change, less_than
 from moeplan.replay.table import Comparison, Measured, tabulate
 
-__all__ = ["FRESH", "OLD", "OLD_RANDOM", "Drift", "check_shape", "drift", "drift_setup", "signature_tokens_of"]
+__all__ = ["FRESH", "OLD", "OLD_RANDOM", "Drift", "drift", "drift_setup", "signature_tokens_of"]
 
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int, str], None]

@@ -9,6 +9,7 @@ replayed on the fit requests keep the guard.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -79,7 +80,7 @@ def _cheapest(planner: Planner) -> tuple[State, tuple[str, ...]]:
     steps = Steps(problem, planner.seed)
     best, least, said = None, np.inf, []
     made: dict[str, Callable[[], tuple[State, tuple[str, ...]]]] = {
-        name: partial(_plan, Planner(problem, planner.seed), prices) for name, prices in PRICES.items()
+        name: partial(_plan, copy.copy(planner), prices) for name, prices in PRICES.items()
     }
     for other in (linear, eplb):
         slots = other(problem, planner.seed).slots
