@@ -194,6 +194,19 @@ def test_a_better_plan_has_less_load_and_less_time(plans: Path, tmp_path: Path) 
     assert halves["overlap"] and halves["step_ms"] != eplb["step_ms"]
 
 
+@pytest.mark.parametrize(("nodes", "home"), [("1", "node"), ("2", "gpu")])
+def test_real_routing_of_other_homes(nodes: str, home: str, tmp_path: Path) -> None:
+    """One node: tokens do not travel; a GPU as home: as many data-parallel ranks as GPUs."""
+    plan = tmp_path / "plan"
+    where = ["--nodes", nodes, "--gpus-per-node", "4", "--home", home, "--strategy", "linear", "-o", str(plan)]
+    assert run(["plan", "embedded", *where]) == 0
+    facts = figures(tmp_path, *real(plan, "--batch", "4"))
+    assert facts["dispatch"] == (None if nodes == "1" else "pick")
+    assert (facts["parallel"]["tp"], facts["parallel"]["dp"]) == ((4, 1) if nodes == "1" else (1, 8))
+    assert sum(o["exposed_ms"] for o in facts["operators"]) == pytest.approx(facts["step_ms"], rel=1e-12)
+    assert nodes != "1" or facts["real"]["local_share"] == 1
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [

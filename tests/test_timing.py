@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,22 @@ def test_timing_knows_nothing_of_the_replay() -> None:
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     ours = {name.split(".")[1] for name in modules if name.startswith("moeplan.")}
     assert ours <= {"cluster", "embedded", "errors", "perf", "types"}
+
+
+def test_the_benchmark_of_the_time_objective_times_as_compare_does() -> None:
+    """benchmarks/time_objective.py at load 1 and today's links; faster links, or one fast network, take no longer."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import time_objective
+
+    place = time_objective.Place("gpt-oss-20b", 2, 16)
+    arrays, live = _counted(place.cluster, Dispatch.PICK, place.spec, 24)
+    steps = time_objective.counted(place, *arrays)
+    ms = {world.name: steps.ms(place, world, 1.0) for world in time_objective.WORLDS}
+    assert steps.batch == live
+    assert ms["today's links"] == pytest.approx(step_times(place.cluster, Dispatch.PICK, place.spec, H100, *arrays).ms)
+    assert (ms["links x 1/4"] > ms["today's links"]).all() and (ms["today's links"] > ms["links x 4"]).all()
+    assert (ms["one domain"] < ms["today's links"]).all()
+    assert (steps.ms(place, time_objective.WORLDS[1], 8.0) > ms["today's links"]).all()
 
 
 # ---- in a comparison

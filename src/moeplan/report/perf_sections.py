@@ -89,8 +89,8 @@ def skew_section(
     )
     return Section(
         f"{what} against the skew of expert load",
-        f"If the busiest GPU serves {max(loads):.1f} times the mean, it grows to {ms[-1] / ms[0]:.2f} times that of "
-        f" uniform routing.{marked}",
+        f"If the busiest GPU serves {max(loads):.1f} times the mean, {what} grows to {ms[-1] / ms[0]:.2f} times "
+        f"that of uniform routing.{marked}",
         [skew_figure(curves, f"{what} against the busiest GPU's load", what=what, marks=marks)],
         note="The other GPUs share the rest evenly. The first point of a line is uniform routing, whose loads differ "
         "by chance alone. A plan that lowers the skew moves a step to the left: see moeplan compare."
