@@ -312,6 +312,30 @@ def test_the_order_of_vllm_ascends_lists_is_what_counts(tmp_path: Path) -> None:
     assert faults[0].place == "layer_list, item 0, layer_id" and "goes by the place" in faults[0].what
 
 
+def test_the_numbers_of_the_plug_ins_file_agree_with_its_map(tmp_path: Path) -> None:
+    made = placement(np.random.default_rng(0), 20, 2, 2, 4)
+    good = json.loads(written(tmp_path, "vllm", made).read_text())
+    for key, value, place, what in (
+        ("nnodes", 3, "nnodes", "does not divide"),
+        ("ep_size", 5, "nnodes", "does not divide"),
+        ("ep_size", 0, "ep_size", "not a whole number in 1.."),
+        ("num_experts", 21, MAP, "24 slots, not 25"),
+        ("num_redundant_experts", 5, MAP, "24 slots, not 25"),
+        ("num_redundant_experts", True, "num_redundant_experts", "true"),
+        ("layer_ids", [1, 2, 3, 4, 6, 5], "layer_ids, item 5", "layers must rise"),
+        ("layer_ids", [1, 2], MAP, "6 rows for 2 layer_ids"),
+        ("layer_ids", [0.5], "layer_ids", "not a list of layer numbers"),
+        ("version", True, "format", "version true"),
+        ("spare", 1, "key 'spare'", "unknown"),
+    ):
+        report = look(tmp_path, "vllm", json.dumps({**good, key: value}))
+        line = report.faults[0].line(report.path)
+        assert place in line and what in line, line
+    report = look(tmp_path, "vllm", json.dumps(good), Known(ep_size=8, moe_layers=(1, 2)))
+    assert "is 4, but --ep-size says 8" in report.faults[0].what
+    assert any("differ in 3, 4, 5, 6" in finding.what for finding in report.faults)
+
+
 def test_files_are_bounded_and_named_as_the_engine_wants(tmp_path: Path) -> None:
     big = tmp_path / "big.json"
     with big.open("wb") as file:

@@ -407,3 +407,27 @@ def test_real_counts_are_balanced_on_counts_of_another_run(
     assert data["load_ratio_measured"]["spread"] < 1.1 < 2.0 < data["load_ratio_measured"]["linear"]
     assert data["modelled_step"]["ms"]["spread"] < data["modelled_step"]["ms"]["linear"]
     assert data["hidden_layers"] == 61 and len(data["layer_ids"]) == 58
+
+
+def test_deepseeks_map_becomes_a_plan(tmp_path: Path) -> None:
+    """The example of DeepSeek EPLB's README (d52c72d5): phy2log [2, 16] for 8 GPUs on 2 nodes."""
+    rows = [
+        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ]
+    np.save(tmp_path / "phy2log.npy", np.array(rows))
+    model = ["--num-experts", "12", "--num-layers", "3", "--dense-layers", "0", "--top-k", "2"]
+    cluster = ["--ep-size", "8", "--nnodes", "2"]
+    source = str(tmp_path / "phy2log.npy")
+    assert run(["check", source, "--engine", "vllm", *model[:-2], *cluster, "--redundant", "4"]) == 0
+    assert run(["import", "placement", source, "--engine", "vllm", *model, *cluster, "-o", str(tmp_path / "p")]) == 0
+    made = load_plan(tmp_path / "p")
+    assert made.result.placement.slots.tolist() == rows and made.shape.layer_ids == (1, 2) and made.redundant == 4
+
+
+def test_json_goes_to_standard_output_alone(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "v.json"
+    assert run(["export", str(plan), "--engine", "vllm", "-o", str(file), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == str(file)
+    assert run(["check", str(file), "--engine", "vllm", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["good"] is True

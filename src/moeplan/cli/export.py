@@ -10,7 +10,7 @@ import typer
 from moeplan.cli import options as o
 from moeplan.cli import placement_options as p
 from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, say
-from moeplan.errors import OutputError, UsageError
+from moeplan.errors import FormatError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.engines.files import EnginePlacement, Known
@@ -70,7 +70,7 @@ def register(app: typer.Typer) -> None:
         check_places(json, output)
         if output.exists():
             raise OutputError("already exists", where=str(output), mend="choose another place, or remove it")
-        is_plan = (Path(source) / "plan.json").is_file()
+        is_plan = _is_plan(source)
         _only(context, _COUNTS_ONLY if is_plan else _PLAN_ONLY, "a plan" if is_plan else "counts")
         from moeplan.engines.axis import check_axis
         from moeplan.engines.files import write
@@ -106,6 +106,20 @@ def register(app: typer.Typer) -> None:
             json,
             {"file": str(output), "engine": engine.value, **_facts(how, layers, placement), **more, "ignored": ignored},
         )
+
+
+def _is_plan(source: str) -> bool:
+    """A plan (True), or counts (False)."""
+    path = Path(source)
+    if not path.exists():
+        raise FormatError("does not exist", where=source, mend="give a plan, or counts")
+    if path.is_dir() and not any((path / name).is_file() for name in ("plan.json", "counts.json")):
+        raise FormatError(
+            "is neither a plan (plan.json) nor a counts profile (counts.json)",
+            where=source,
+            mend="give what moeplan plan or moeplan import made",
+        )
+    return (path / "plan.json").is_file()
 
 
 def _only(context: typer.Context, foreign: tuple[str, ...], what: str) -> None:

@@ -38,8 +38,8 @@ def from_counts(
 
     if nodes is None or gpus_per_node is None:
         raise UsageError("counts do not say the cluster", where=source, mend="give --nodes and --gpus-per-node")
-    counts = _read(source, known)
-    other = None if measure is None else _read(measure, known)
+    counts = _read(source)
+    other = None if measure is None else _read(measure)
     if other is not None and (other.counts.shape, other.layer_ids) != (counts.counts.shape, counts.layer_ids):
         raise UsageError("has other layers or experts", where=measure, mend="measure on counts of the same model")
     hidden = counts.source.get("hidden_layers")
@@ -90,21 +90,13 @@ def from_counts(
     return EnginePlacement.of(best.placement, counts.layer_ids), Serving(), known, counts.name, facts_out
 
 
-def _read(source: str, known: Known) -> CountsProfile:
-    """Counts from a JSON of SGLang's, or from a counts profile; dense layers left out as the config has them."""
+def _read(source: str) -> CountsProfile:
+    """Counts from a JSON of SGLang's, or from a counts profile; layers without a pick are left out as dense."""
     from moeplan.capture.counts_file import read_counts
     from moeplan.capture.engine_counts import read_logical_count
-    from moeplan.errors import FormatError
 
     path = Path(source)
-    if not path.exists():
-        raise FormatError("does not exist", where=source, mend="check the path")
     if path.is_dir():
-        if not (path / "counts.json").is_file():
-            raise FormatError(
-                "is neither a plan (plan.json) nor a counts profile (counts.json)", where=source,
-                mend="give what moeplan plan or moeplan import made",
-            )  # fmt: skip
         return read_counts(path)
     return read_logical_count(path)
 

@@ -105,7 +105,10 @@ class Report:
         """Take a number from the file into `known`; a fault where it contradicts what was given."""
         given = getattr(self.known, key)
         if given is None:
-            self.known = Known(**{**asdict(self.known), key: value})
+            try:
+                self.known = Known(**{**asdict(self.known), key: value})
+            except UsageError as error:  # GPUs that do not fill the nodes
+                self.fault(place, f"is {value}: {error.what}", "correct one of them")
         elif given != value:
             self.fault(place, f"is {value}, but {flag} says {given}", "correct one of the two")
 

@@ -130,9 +130,6 @@ def _examine_head(report: Report, data: dict[str, Any]) -> tuple[int, ...] | Non
             key, f"--{key.replace('_', '-')}"
         )
         report.learn(key, flag, known[key], value)
-    ranks, nodes = report.known.ep_size, report.known.nodes
-    if report.good and ranks is not None and nodes is not None and ranks % nodes:
-        report.fault("nnodes", f"{ranks} ranks do not divide over {nodes} nodes", "export the plan again")
     _check_redundant(report)
     ids = data.get("layer_ids")
     if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < MAX_LAYERS for i in ids):
