@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, routes, step_messages
 from moeplan.errors import PlanError, UsageError
+from moeplan.perf.collectives import UNITS_GIVEN
 from moeplan.perf.constants import Generation, constants, suited
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.models import model, parameters
+from moeplan.perf.operators import UNITS
 from moeplan.perf.routing import Routing, distinct_experts, popular, replayed, uniform
 from moeplan.perf.setup import default_mode
 from moeplan.perf.step import Step, decode_step, prefill_step
@@ -45,14 +47,16 @@ LAYOUTS = [
 
 
 def adds_up(step: Step) -> None:
-    total = sum((o.exposed for o in step.operators), start=0.0)
-    assert np.array_equal(np.asarray(step.seconds), np.asarray(total))
+    """An operator hides no more than it takes, its parts explain what it takes, and waits hold all of the network's."""
     for o in step.operators:
-        assert np.all(np.isfinite(o.seconds)) and np.all(np.asarray(o.hidden) >= 0)
-        assert np.all(np.asarray(o.exposed) >= -1e-15), o.name
-        assert o.bound in o.parts
-    share = np.asarray(step.idle_share)
-    assert np.all((share >= 0) & (share < 1))
+        seconds, hidden, parts = np.asarray(o.seconds), np.asarray(o.hidden), list(o.parts.values())
+        assert np.all(np.isfinite(seconds)) and np.all(hidden >= 0), o.name
+        assert np.all(hidden <= seconds * (1 + 1e-12)), o.name
+        assert np.all(seconds >= np.maximum.reduce(np.broadcast_arrays(*parts)) * (1 - 1e-9)), o.name
+        assert np.all(seconds <= np.asarray(sum(parts)) * UNITS / (UNITS - UNITS_GIVEN) * (1 + 1e-9)), o.name
+    network = sum(step.exposed(name) for name in ("tp all-reduce", "dispatch", "combine", "send"))
+    assert np.all(np.asarray(step.waiting) >= np.asarray(network) * (1 - 1e-12))
+    assert np.all(np.asarray(step.waiting) < np.asarray(step.seconds))
 
 
 @settings(max_examples=40, deadline=None)
