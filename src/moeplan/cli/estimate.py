@@ -93,9 +93,7 @@ def register(app: typer.Typer) -> None:
         without_layers: WithoutLayers = "",
         seed: Seed = 0,
         json: JsonOption = None,
-        output: Annotated[
-            str | None, typer.Option("-o", "--output", metavar="HTML", help="Also write a page with figures.")
-        ] = None,
+        output: o.Page = None,
     ) -> None:
         claim_stdout(json)
         check_places(output, json)

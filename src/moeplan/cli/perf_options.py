@@ -36,6 +36,7 @@ Watts = Annotated[float | None, typer.Option("--watts", help="Of one GPU [defaul
 HardwareFile = Annotated[
     Path | None, typer.Option("--hardware-file", metavar="JSON", help="More hardware, or other prices.")
 ]
+Page = Annotated[str | None, typer.Option("-o", "--output", metavar="HTML", help="Also write a page with figures.")]
 
 
 def accepted_of(drafts: int, accepted: float | None) -> float:

@@ -56,9 +56,7 @@ def register(app: typer.Typer) -> None:
         watts: o.Watts = None,
         hardware_file: o.HardwareFile = None,
         json: JsonOption = None,
-        output: Annotated[
-            str | None, typer.Option("-o", "--output", metavar="HTML", help="Also write a page with figures.")
-        ] = None,
+        output: o.Page = None,
     ) -> None:
         claim_stdout(json)
         check_places(output, json)
