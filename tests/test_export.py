@@ -409,6 +409,26 @@ def test_real_counts_are_balanced_on_counts_of_another_run(
     assert data["hidden_layers"] == 61 and len(data["layer_ids"]) == 58
 
 
+def test_ranks_that_deal_by_themselves_are_a_little_less_even(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/export.md: SGLang's ranks deal far copies each by itself; here every one draws by chance."""
+    folder = shared / "traces" / "sglang_logical_count"
+    fit, other = (
+        np.array(json.loads((folder / f"decode_{name}.json").read_text())["logical_count"])[3:]
+        for name in ("in1000out1000", "in500out1500")
+    )
+    cluster, rule = Cluster(4, 8), ReplicaRule.NEAREST_STATIC
+    ways = {way.name: way.placement for way in balanced(fit, cluster, 32, rule)}
+    even = {name: load_ratio(other, place, cluster, rule) for name, place in ways.items()}
+    monkeypatch.setattr(
+        "moeplan.cluster._even_deal", lambda needs, count, rng: rng.integers(0, 720720, needs.shape) % count
+    )
+    drawn = {name: load_ratio(other, place, cluster, rule) for name, place in ways.items()}
+    assert (even["spread"], drawn["spread"]) == (pytest.approx(1.060, abs=2e-3), pytest.approx(1.083, abs=0.012))
+    assert (even["eplb-global"], drawn["eplb-global"]) == (
+        pytest.approx(1.136, abs=2e-3), pytest.approx(1.167, abs=0.012)
+    )  # fmt: skip
+
+
 def test_deepseeks_map_becomes_a_plan(tmp_path: Path) -> None:
     """The example of DeepSeek EPLB's README (d52c72d5): phy2log [2, 16] for 8 GPUs on 2 nodes."""
     rows = [
