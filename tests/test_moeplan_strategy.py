@@ -60,6 +60,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         "near": rng.random((gpus, experts)) * 0.01 if draw(st.booleans()) else None,
         "rows": (rows, rng.integers(0, nodes, 30)),
         "by": draw(st.sampled_from([placing.BY_PICK, placing.BY_NODE, placing.BY_GPU])),
+        "credit": draw(st.sampled_from([1.0, 0.4])),
     }
 
 
@@ -77,7 +78,7 @@ def improved(task: dict[str, Any], sweeps: int = 100, budget: int = -1) -> tuple
     found = placing.improve(
         task["use"][None], slots, task["gpus_per_node"], task["price_node"], task["price_gpu"], sweeps,
         nearest=task["nearest"], near=None if task["near"] is None else task["near"][None], rows=[task["rows"]],
-        by=task["by"], budget=budget,
+        by=task["by"], credit=task["credit"], budget=budget,
     )  # fmt: skip
     return slots[0], float(found[0])
 

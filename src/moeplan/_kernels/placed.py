@@ -64,6 +64,7 @@ class Layer(NamedTuple):
     where: Int  # [E, P], the GPUs of an expert's copies
     on: Bool  # [P, E]
     at: Int  # [N, E], copies on a node
+    credit: float  # for what picks of a token share: 1 as it is, 0 as if each sent its own message
     shared: Float  # [E, N, U], of `away`, messages that other picks of the same tokens send to a unit anyway
 
 
@@ -95,7 +96,7 @@ def cost(layer: Layer, e: int, leaves: int, enters: int) -> float:
                 continue
             far += 1
             if layer.shared.size:
-                free += layer.shared[e, n, layer.unit[gpu]]
+                free += layer.credit * layer.shared[e, n, layer.unit[gpu]]
         total += (layer.away[n, e] * far - free) / count
     return total
 
@@ -270,7 +271,7 @@ def sent_by_home(layer: Layer, rows: Rows, s: Scratch, request: Int, out: Float)
 
 def state_of(
     use: Float, slots: Int, per_node: int, nearest: bool, near: Float | None,
-    tokens: tuple[npt.NDArray[np.unsignedinteger], Int] | None, by: int,
+    tokens: tuple[npt.NDArray[np.unsignedinteger], Int] | None, by: int, credit: float,
 ) -> tuple[Layer, Rows | None, Scratch | None]:  # fmt: skip
     nodes, experts = use.shape
     gpus = nodes * per_node
@@ -286,7 +287,7 @@ def state_of(
         np.arange(slots.size) // (slots.size // gpus), node,
         (np.zeros(gpus, np.int64), node, np.arange(gpus))[by], nearest,
         np.zeros(experts, np.int64), np.full((experts, gpus), -1), np.zeros((gpus, experts), np.bool_),
-        np.zeros((nodes, experts), np.int64), np.zeros((experts, nodes, units) if units else (0, 0, 0)),
+        np.zeros((nodes, experts), np.int64), credit, np.zeros((experts, nodes, units) if units else (0, 0, 0)),
     )  # fmt: skip
     fill(layer)
     if not units:

@@ -122,7 +122,7 @@ def _exactly(
     put(layer, a, there, here)
     more += rows_of_both(layer, rows, s, a, b)
     put(layer, b, here, there)
-    return float(gain + scale * more)
+    return float(gain + scale * layer.credit * more)
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
@@ -232,12 +232,15 @@ def _worth(layer: Layer, rows: Rows | None, s: Scratch | None, scale: float) -> 
     if layer.near.size:
         for x in range(layer.slots.size):
             worth += layer.near[layer.gpu[x], layer.slots[x]]
+    rest = 1.0
     if rows is not None:
         mark(layer, s, none, none, none, none)
-        sent = rows_of(layer, rows, s, none, none, 0.0)
-    else:
+        sent = layer.credit * rows_of(layer, rows, s, none, none, 0.0)
+        rest -= layer.credit
+        layer.shared[:] = 0.0  # the rest as if nothing were shared
+    if rest > 0.0:
         for e in range(layer.copies.size):
-            sent += cost(layer, e, none, none)
+            sent += rest * cost(layer, e, none, none)
     return float(worth - scale * sent)
 
 
@@ -253,6 +256,7 @@ def improve(
     near: Float | None = None,
     rows: list[tuple[npt.NDArray[np.unsignedinteger], Int]] | None = None,
     by: int = BY_PICK,
+    credit: float = 1.0,
     budget: int = -1,
 ) -> Float:
     """Swap copies between GPUs, and replace spare ones, while the value of the placement rises.
@@ -272,6 +276,7 @@ def improve(
         near: float64 [L, P, E], what a copy on this very GPU is worth besides, in shares of all picks.
         rows: for each layer, sampled tokens' experts [T, k] and home nodes [T], for `by` nodes or GPUs.
         by: what a message is counted by.
+        credit: for messages that picks of a token share: 1 counts them as they are, 0 as if each pick sent its own.
         budget: most copies of a layer that may be elsewhere than they were (-1: any number), the best moves first.
 
     Returns:
@@ -281,7 +286,7 @@ def improve(
         values = pool.map(
                 lambda i: _improve_layer(
                     use[i], slots[i], gpus_per_node, price_node, price_gpu, sweeps, nearest,
-                    None if near is None else near[i], None if rows is None else rows[i], by, budget,
+                    None if near is None else near[i], None if rows is None else rows[i], by, credit, budget,
                 ),
                 range(len(use)),
             )  # fmt: skip
@@ -290,11 +295,11 @@ def improve(
 
 def _improve_layer(
     use: Float, slots: Int, per_node: int, price_node: float, price_gpu: float, sweeps: int, nearest: bool,
-    near: Float | None, tokens: tuple[npt.NDArray[np.unsignedinteger], Int] | None, by: int, budget: int,
+    near: Float | None, tokens: tuple[npt.NDArray[np.unsignedinteger], Int] | None, by: int, credit: float, budget: int,
 ) -> float:  # fmt: skip
     if use.sum() <= 0.0:
         return 0.0
-    layer, rows, scratch = state_of(use, slots, per_node, nearest, near, tokens, by)
+    layer, rows, scratch = state_of(use, slots, per_node, nearest, near, tokens, by, credit)
     place = np.arange(layer.node.size) if by == BY_GPU else layer.node
     places = int(place[-1]) + 1
     gpus, nodes = layer.node.size, len(use)
@@ -321,7 +326,7 @@ def messages(
     home = np.zeros(len(request), np.int64)
 
     def work(i: int) -> Float:
-        layer, tokens, scratch = state_of(none, slots[i], gpus_per_node, nearest, None, (rows[i], home), by)
+        layer, tokens, scratch = state_of(none, slots[i], gpus_per_node, nearest, None, (rows[i], home), by, 1.0)
         out = np.zeros((requests, nodes))
         sent_by_home(layer, tokens, scratch, request, out)
         return out
@@ -333,6 +338,7 @@ def messages(
 def value_reference(
     use: Float, slots: Int, gpus_per_node: int, price_node: float, price_gpu: float, *, nearest: bool = True,
     near: Float | None = None, rows: tuple[npt.NDArray[np.unsignedinteger], Int] | None = None, by: int = BY_PICK,
+    credit: float = 1.0,
 ) -> float:  # fmt: skip
     """What `improve` raises, of one layer, written plainly: token by token, unit by unit."""
     nodes, experts = use.shape
@@ -358,7 +364,8 @@ def value_reference(
             each = chance[n][:, row] * far[n][:, None]
             if by == BY_NODE:
                 each = each.reshape(nodes, gpus_per_node, -1).sum(axis=1)
-            messages += float((1.0 - np.prod(1.0 - each, axis=1)).sum()) / rows[0].size
+            messages += (1.0 - credit) * float(each.sum()) / rows[0].size
+            messages += credit * float((1.0 - np.prod(1.0 - each, axis=1)).sum()) / rows[0].size
 
     def uneven(of: Float) -> float:
         return float(((of / of.mean()) ** 16).mean() ** 0.0625)

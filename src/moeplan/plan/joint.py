@@ -69,7 +69,7 @@ class Planner:
         self.room = problem.num_slots // self.cluster.nodes
         self.nearest = problem.rule is not ReplicaRule.HASH
         self.foresight = Foresight(problem.signature)
-        self.by = placing.BY_PICK
+        self.by, self.credit = placing.BY_PICK, 1.0
         self.without = problem.options.without
 
     def rounds(self, count: int) -> int:
@@ -147,7 +147,8 @@ class Planner:
             state.slots, budget = self.problem.old.astype(np.int64), self.problem.options.max_moves
         improve = partial(
             placing.improve, use, gpus_per_node=self.cluster.gpus_per_node, price_node=prices[0], price_gpu=prices[1],
-            sweeps=max(SWEEPS, budget), nearest=self.nearest, near=near, rows=rows, by=self.by, budget=budget,
+            sweeps=max(SWEEPS, budget), nearest=self.nearest, near=near, rows=rows, by=self.by, credit=self.credit,
+            budget=budget,
         )  # fmt: skip
         value = improve(slots=state.slots)
         if start is not None:

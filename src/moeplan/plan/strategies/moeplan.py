@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from moeplan._kernels import placing
 from moeplan.cluster import Routes, routes
 from moeplan.errors import PlanError, UsageError
 from moeplan.plan.guard import Steps
@@ -36,8 +37,11 @@ MOST = 1000  # fit requests that are planned on: the regression's cost grows wit
 TRIAL, ROUNDS = 3, 8  # rounds of each start, and of the best of them
 #: The first price of uneven nodes, and that of uneven GPUs where a node has several, by objective.
 PRICES: dict[str, Prices] = {"bytes": (0.02, 0.2), "both": (0.2, 1.0), "balance": (2.0, 2.0)}
-DEARER, RAISES, HALVINGS = 2.0, 8, 3  # how the first price rises while the guard is broken, and halves its last rise
-NEARLY = 1.005  # the least load that any price reaches: near enough where none keeps the guard
+DEARER, RAISES, HALVINGS = (
+    2.0,
+    8,
+    3,
+)  # how the first price rises while the guard is broken, and halvings of its last rise
 MARGIN = 0.98  # of the guard, since unseen requests load nodes up to a few percent less evenly than the fit requests do
 
 
@@ -159,11 +163,8 @@ def _guarded(planner: Planner, state: State, prices: Prices) -> tuple[State, tup
         raised.append((price, load(state), state))
     price, now, state = raised[-1]
     if now > allowed:
-        enough = NEARLY * min(now for _, now, _ in raised)
-        price, _, state = next(one for one in raised if one[1] <= enough)
-        return state, (
-            f"moeplan: the guard on node load could not be kept with a margin; price of uneven load {price:.3g}",
-        )
+        price, now, state = min(raised, key=lambda one: one[1])
+        return _apart(planner, state, price, allowed, partial(at, price=price), load)
     if len(raised) > 1:
         low, _, loose = raised[-2]
         for _ in range(HALVINGS):
@@ -174,6 +175,28 @@ def _guarded(planner: Planner, state: State, prices: Prices) -> tuple[State, tup
             else:
                 loose, low = tried, middle
     return state, (f"moeplan: price of uneven load {price:.3g}",)
+
+
+def _apart(
+    planner: Planner, state: State, price: float, allowed: float, at: Callable[[State], State],
+    load: Callable[[State], float],
+) -> tuple[State, tuple[str, ...]]:  # fmt: skip
+    """Where even nodes are not enough: picks of a token that share a node come in bunches, which loads steps unevenly
+    whatever the totals. The most credit for sharing at which steps of the fit requests keep the guard."""
+    kept, most, low, high = None, 0.0, 0.0, 1.0
+    for _ in range(HALVINGS + 1 if planner.by != placing.BY_PICK else 0):
+        planner.credit = (low + high) / 2
+        tried = at(state)
+        if load(tried) <= allowed:
+            kept, most, low = tried, planner.credit, planner.credit
+        else:
+            high = planner.credit
+    planner.credit = 1.0
+    if kept is None:
+        return state, (
+            f"moeplan: the guard on node load could not be kept with a margin; price of uneven load {price:.3g}",
+        )
+    return kept, (f"moeplan: price of uneven load {price:.3g}, credit for sharing a node {most:.3g}",)
 
 
 def _steps_of(problem: Problem, slots: Int32Array, steps: Steps, group: npt.NDArray[np.int64]) -> float:
