@@ -17,7 +17,7 @@ from moeplan.plan import read_requests, solve
 from moeplan.plan.store import StoredPlan
 from moeplan.replay import Setup
 from moeplan.replay.comparison import check_shape, fit_problem
-from moeplan.replay.drift import FRESH, OLD, Drift, drift, drift_setup
+from moeplan.replay.drift import FRESH, OLD, Drift, anew, drift, drift_setup
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
 from test_cli import refused
@@ -209,3 +209,13 @@ def test_a_head_that_cannot_be_planned_by(parts: dict[str, Path], head: dict[str
 def test_one_fold_says_nothing_of_the_next_plan(parts: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="2 folds"):
         drift_setup(planned(open_trace(parts["even"]), "linear"), folds=1)
+
+
+def test_a_deployed_placement_is_planned_anew_by_moeplan(tmp_path: Path) -> None:
+    """`import placement` gives a plan whose strategy is none of ours."""
+    stored = planned(hot([0, 4, 8, 12], tmp_path / "was", 0), "eplb")
+    stored = dataclasses.replace(stored, result=dataclasses.replace(stored.result, strategy="deployed"))
+    assert anew(stored) == "moeplan"
+    experts = stored.result.placement.slots.reshape(4, 4)[1].tolist()
+    found = verdict(stored, hot(experts, tmp_path / "now", 1))
+    assert found.overloaded and found.stale

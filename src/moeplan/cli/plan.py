@@ -278,13 +278,14 @@ def _drift(
 
 def _say_drift(found: Drift, stored: StoredPlan, label: str, new: str, plan: str) -> None:
     from moeplan.plan.problem import GUARD
-    from moeplan.replay.drift import FRESH, OLD, OLD_RANDOM
+    from moeplan.replay.drift import FRESH, OLD, OLD_RANDOM, anew
 
     count, setup = found.table.head["requests"], found.table.head["setup"]
+    by = "" if anew(stored) == stored.result.strategy else f" (planned anew by {anew(stored)})"
     say(
         f"{label}: {count['fit'][0]} requests to plan anew on, {count['test'][0]} others to measure on, "
-        f"{setup['folds']} folds; {stored.result.strategy} on {setup['nodes']} nodes x {setup['gpus_per_node']} GPUs, "
-        f"{setup['redundant']} redundant slots, dispatch per {setup['dispatch']}"
+        f"{setup['folds']} folds; {stored.result.strategy}{by} on {setup['nodes']} nodes x "
+        f"{setup['gpus_per_node']} GPUs, {setup['redundant']} redundant slots, dispatch per {setup['dispatch']}"
     )
     say(f"{'':30s} {found.key + ' [95 %]':>30s}  node load  GPU load")
     names = {"linear": "linear, random groups", OLD_RANDOM: f"{OLD}, random groups", OLD: OLD, FRESH: FRESH}

@@ -22,6 +22,7 @@ from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.plan import Options, RequestSet, solve
 from moeplan.plan.problem import GUARD
 from moeplan.plan.store import StoredPlan
+from moeplan.plan.strategies import available
 from moeplan.replay.comparison import Row, Setup, fit_problem, folds_of, group_test, measure, rng_of
 from moeplan.replay.split import blocks, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import change, less_than
@@ -112,9 +113,14 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
     if folds < 2:
         raise UsageError(f"{folds} fold does not tell one plan from the next", mend="use at least 2 folds")
     return Setup(
-        stored.cluster, (stored.result.strategy,), stored.redundant, stored.rule, stored.dispatch,
+        stored.cluster, (anew(stored),), stored.redundant, stored.rule, stored.dispatch,
         fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=_options_of(stored),
     )  # fmt: skip
+
+
+def anew(stored: StoredPlan) -> str:
+    """The strategy that plans anew: the plan's own; `moeplan` where that is none of ours (a deployed placement)."""
+    return stored.result.strategy if stored.result.strategy in available() else "moeplan"
 
 
 def _options_of(stored: StoredPlan) -> Options:
@@ -156,9 +162,9 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
     live = live_requests([len(test) for _, test in folds], setup.cluster, more)
     rows = [
         Row("linear", "linear", "none"),
-        Row(OLD, stored.result.strategy, "prefill"),
-        Row(OLD_RANDOM, stored.result.strategy, "none"),
-        Row(FRESH, stored.result.strategy, "prefill"),
+        Row(OLD, anew(stored), "prefill"),
+        Row(OLD_RANDOM, anew(stored), "none"),
+        Row(FRESH, anew(stored), "prefill"),
     ]
     measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
     notes: dict[str, None] = {}
@@ -166,7 +172,7 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
         if progress:
             progress(fold, setup.folds, f"fold {fold + 1}")
         problem = fit_problem(requests, setup, fit)
-        fresh = solve(problem, stored.result.strategy, setup.seed + fold)
+        fresh = solve(problem, anew(stored), setup.seed + fold)
         notes |= dict.fromkeys(fresh.notes)
         of = {"linear": solve(problem, "linear", setup.seed + fold), FRESH: fresh}
         draws = draw_steps(requests.measured_span[test], setup.steps, rng_of(setup, fold, 2))
