@@ -60,10 +60,19 @@ class Balancer:
                     f"{self.wanted.prefix}_PLAN, and {self.wanted.prefix}_MODE, to the same on every node"
                 )
             elif self.wanted.placement is not None and self.wanted.mode == "online":
-                from moeplan.engines.plugins.online import warm_up
-
-                warm_up()
+                self._warm_up()
         return agreed
+
+    def _warm_up(self) -> None:
+        from moeplan.engines.plugins import online
+
+        try:
+            online.warm_up()
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self.say(f"planning online failed, {self.engine}'s own balancer goes on ({kind(error)})")
 
     def rows(
         self, load: npt.NDArray[np.number], slots: int, nodes: int, ranks: int, old: npt.NDArray[np.integer] | None
@@ -108,7 +117,7 @@ class Balancer:
             before = None if old is None else old.astype(np.int32)
             rows = online.rebalance(plan, load, before, nearest=self.nearest)
         except Exception as error:
-            self.say(f"planning online failed, {self.engine}'s own balancer goes on ({kind(error)})")
+            self._failed(error)
             return None
         self._tell(rows, old)
         return rows

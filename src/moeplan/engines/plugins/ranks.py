@@ -91,7 +91,7 @@ class Ranks:
         if self.rank == 0:
             shape = b"" if rows is None else np.array(rows.shape, np.int32).tobytes()
             self.store.set(key, shape + (b"" if rows is None else rows.astype(np.int32).tobytes()))
-            self.store.delete_key(old)  # who asks for the next has read this one
+            self.store.delete_key(old)  # all have read it: engines sum the load over all ranks before each map
             return rows
         while not self.store.check([key]):
             time.sleep(PAUSE)

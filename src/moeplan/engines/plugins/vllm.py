@@ -58,9 +58,12 @@ def _install(wanted: Asked) -> None:
             old_global_expert_indices: Any = None,
         ) -> Any:  # fmt: skip
             old = old_global_expert_indices
-            rows = balancer.rows(
-                weight.cpu().numpy(), num_replicas, num_nodes, num_ranks, None if old is None else old.cpu().numpy()
-            )
+            try:
+                before = None if old is None else old.cpu().numpy()
+                rows = balancer.rows(weight.cpu().numpy(), num_replicas, num_nodes, num_ranks, before)
+            except Exception as error:
+                balancer.say(f"the plug-in failed, vLLM's own policy goes on ({kind(error)})")
+                rows = None
             if rows is None:
                 return super().rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, old)
             import torch
