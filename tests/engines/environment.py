@@ -30,6 +30,8 @@ OWN_MARK = FOLDER / "moeplan-installed"
 #: What moeplan needs there and vLLM does not bring.
 OWN = ("scipy==1.17.1",)
 WHEELS = ROOT / ".venv-vllm-wheels"
+#: Where the CPU build of vLLM is installed.
+SITE = next(iter((FOLDER / "lib").glob("python3*/site-packages")), FOLDER)
 
 
 @dataclass(frozen=True)

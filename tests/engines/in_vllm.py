@@ -78,7 +78,8 @@ def serve(job: dict[str, Any]) -> list[dict[str, Any]]:
         world = SimpleNamespace(device_group=torch.distributed.group.WORLD, cpu_group=torch.distributed.group.WORLD)
         groups._EP = groups._EPLB = world
         groups._NODE_COUNT = job["nodes"]
-        eplb.torch.Event, eplb.CpuGpuEvent, eplb.PIN_MEMORY = Untimed, Untimed, False
+        eplb.torch.Event = eplb.torch.cuda.Event = eplb.CpuGpuEvent = Untimed
+        eplb.PIN_MEMORY = False
         vllm.plugins.load_general_plugins()  # finds moeplan as it is installed
         settings = EPLBConfig(window_size=4, step_interval=INTERVAL, use_async=False, communicator="torch_nccl")
         settings.num_redundant_experts = job["redundant"]

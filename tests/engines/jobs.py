@@ -24,14 +24,14 @@ def planned(layers: tuple[int, ...], experts: int, redundant: int, nodes: int, p
     return EnginePlacement(slots.astype(np.int32), layers, experts, nodes * per_node, nodes), use
 
 
-def run(driver: str, wheel: environment.Wheel, job: dict[str, Any], folder: Path) -> Any:
-    """What tests/engines/`driver`.py makes of a job, in the engine's environment."""
+def run(driver: str, code: Path, job: dict[str, Any], folder: Path) -> Any:
+    """What tests/engines/`driver`.py makes of a job, in the engine's environment, with the engine's code in `code`."""
     asks, answers = folder / "job.json", folder / "answers.pickle"
     asks.write_text(json.dumps(job))
     path = Path(__file__).with_name(f"{driver}.py")
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("MOEPLAN_", "PYTHONPATH"))}
     done = subprocess.run(
-        [str(environment.PYTHON), str(path), str(wheel.folder), str(asks), str(answers)],
+        [str(environment.PYTHON), str(path), str(code), str(asks), str(answers)],
         capture_output=True,
         text=True,
         env={**ours, "OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(environment.FOLDER / "numba")},

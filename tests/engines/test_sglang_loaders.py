@@ -89,7 +89,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
         },
         "global": {**SMALL, "do": "balanced", "counts": tokens[0], "groups": 1, "algorithm": "deepseek"},
     }  # fmt: skip
-    return jobs.run("in_sglang", environment.SGLANG, job, folder), folder
+    return jobs.run("in_sglang", environment.SGLANG.folder, job, folder), folder
 
 
 def copies_at(placement: EnginePlacement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -212,6 +212,7 @@ def test_the_plug_in_places_by_the_plan(answers: Any) -> None:
         for where in copies_at(placement):
             np.testing.assert_array_equal(theirs[where], rule.slot[where])
         assert uneven(theirs, placement) <= 1  # the file's deal is not even; the plug-in's is
+    print("\n".join(["", *ranks[0]["log"]]))  # docs/plugins.md shows it
     assert "applied from the start, in 4 of 6 layers" in ranks[0]["log"][0]
     assert all(rank["log"] == [] for rank in ranks[1:])
 
@@ -240,6 +241,7 @@ def test_the_plug_in_plans_online(answers: Any) -> None:
 )
 def test_what_rules_a_plan_out_is_said(answers: Any, name: str, says: str) -> None:
     ranks = answers[0][name]
+    print(f"\n{ranks[0]['log'][0]}")
     assert says in ranks[0]["log"][0]
     if name == "not the same":  # and the rank that lacks it says what it lacks
         assert "missing: does not exist" in ranks[3]["log"][0]

