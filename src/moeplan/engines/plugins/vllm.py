@@ -103,7 +103,8 @@ def obstacle(wanted: Asked, config: Any) -> str:
 
     of, parallel = wanted.placement, config.parallel_config
     assert of is not None
-    flags = f"--enable-expert-parallel --enable-eplb --eplb-config.num_redundant_experts {of.redundant}"
+    config_flag = f"--eplb-config '{{\"num_redundant_experts\": {of.redundant}}}'"
+    flags = f"--enable-expert-parallel --enable-eplb {config_flag}"
     if not (current_platform.is_cuda_alike() or current_platform.is_xpu()):
         return (
             f"this vLLM runs on {current_platform.device_type}, where it has no expert parallelism and no EPLB (CUDA, "
