@@ -11,11 +11,13 @@ import jobs
 import numpy as np
 import pytest
 
+from moeplan.cli.app import run as command_line
 from moeplan.cluster import Cluster, ReplicaRule, routes
 from moeplan.engines import sglang, vllm
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.plugins.online import gpu_unevenness
 from moeplan.engines.report import Known
+from moeplan.plan.store import load_plan
 from moeplan.plan.strategies.eplb import rebalance
 
 pytestmark = [
@@ -70,6 +72,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
         data = sglang.content(placed()["ours"], LAYERS)
         spoil(data["physical_to_logical_map"])
         initial(name, data)
+    by_command = ["plan", "embedded", "--nodes", "2", "--gpus-per-node", "2", "--redundant", "8"]
+    exported, whole = folder / "exported.json", str(folder / "my-plan")
+    assert command_line([*by_command, "-o", whole]) == 0
+    assert command_line(["export", whole, "--engine", "sglang", "--config", "embedded", "-o", str(exported)]) == 0
+    embedded = {"ep_size": 4, "nodes": 2, "layers": 8, "experts": 32, "redundant": 8}
+    job["exported"] = {**embedded, "do": "from_file", "init_expert_location": str(exported)}
+    job["folder"] = {**embedded, "do": "plugged", "environment": {"MOEPLAN_SGLANG_PLAN": whole}}
     ours, counts = small()
     plan = folder / "plan.json"
     plan.write_text(json.dumps(vllm.content(ours)))
@@ -141,6 +150,20 @@ def test_every_rank_takes_the_copy_that_we_say(answers: Any, name: str) -> None:
     expected = 1.0 / of.replica_count[layer, expert]
     noise = np.sqrt((expected * (1 - expected)).sum())
     assert abs((first - expected).sum()) < 3 * noise
+
+
+def test_from_plan_to_server_by_our_commands(answers: Any) -> None:
+    """`moeplan plan`, `moeplan export`, SGLang; and the plan's folder itself, by the plug-in."""
+    made, folder = answers
+    plan = load_plan(folder / "my-plan").result.placement
+    rule = routes(plan, Cluster(2, 2), ReplicaRule.NEAREST_STATIC)
+    assert rule.slot is not None
+    for tables in (made["exported"], [rank["first"] for rank in made["folder"]]):
+        theirs = np.stack([table["dispatch"] for table in tables], axis=1)
+        for table in tables:
+            np.testing.assert_array_equal(table["slots"], plan.slots)
+        for where in copies_at(EnginePlacement.of(plan, tuple(range(8)))):
+            np.testing.assert_array_equal(theirs[where], rule.slot[where])
 
 
 def test_the_planner_leaves_no_rank_between_copies_of_one_node() -> None:

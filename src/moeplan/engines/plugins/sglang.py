@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moeplan.engines.plugins.asked import asked, is_first_process, kind, not_tested
+from moeplan.engines.plugins.asked import Asked, asked, is_first_process, kind, not_tested
 
 if TYPE_CHECKING:
     from moeplan.engines.plugins.balancer import Balancer
@@ -32,10 +32,18 @@ def register() -> None:
     wanted = asked(PREFIX)
     if wanted is None:
         return
-    if reason := not_tested("SGLang", ("sglang",), TESTED):
-        if is_first_process():
-            log.error("moeplan: plan %s is not applied: %s", wanted.path, reason)
-        return
+    try:
+        reason = not_tested("SGLang", ("sglang",), TESTED)
+        if not reason:
+            _install(wanted)
+    except Exception as error:
+        reason = f"the plug-in does not fit this SGLang ({kind(error)})"
+    if reason and is_first_process():
+        log.error("moeplan: plan %s is not applied: %s", wanted.path, reason)
+
+
+def _install(wanted: Asked) -> None:
+    """Have SGLang wrap its two functions, when all plug-ins are loaded."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from moeplan.engines.plugins.balancer import Balancer
