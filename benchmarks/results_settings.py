@@ -25,6 +25,7 @@ from moeplan.perf.models import model
 from moeplan.plan import Options, RequestSet, read_requests
 from moeplan.plan.strategies import moeplan as ours
 from moeplan.replay import Setup, compare
+from moeplan.replay.split import least_requests
 from moeplan.replay.statistics import change
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +138,7 @@ def requests_of(name: str) -> RequestSet:
 def cannot(name: str, nodes: int) -> str | None:
     """Why a set has no comparison on that many nodes; None where it has."""
     usable = len(requests_of(name))
-    need = 2 * 3 * nodes  # half of them to fit, the rest three a group, or no step can be replayed
+    need = least_requests(Cluster(nodes, 1), 0.5)
     return f"{usable} usable requests, and {nodes} groups need {need}" if usable < need else None
 
 
@@ -187,8 +188,9 @@ def figures(setting: Setting) -> dict[str, Any]:
 def version() -> str:
     """Twelve digits that change with the code that figures rest on."""
     package = ROOT / "src" / "moeplan"
-    files = [package / "cluster.py", package / "capture" / "arrays.py", Path(__file__)]
-    for room in ("_kernels", "plan", "replay"):
+    files = [package / "cluster.py", package / "types.py", package / "capture" / "arrays.py", Path(__file__)]
+    files += [package / "perf" / "memory.py", package / "perf" / "data" / "models.json"]
+    for room in ("_kernels", "trace", "plan", "replay"):
         files += sorted((package / room).rglob("*.py"))
     total = hashlib.sha256()
     for file in files:
