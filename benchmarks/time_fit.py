@@ -253,6 +253,8 @@ def main() -> None:
     if not MEASURED.is_dir():
         sys.exit(f"{MEASURED} is not there: the fit needs the measured times")
     known, groups, only = blank(), {}, sys.argv[1:]
+    if unknown := set(only) - {fit.group for fit in FITS}:
+        sys.exit(f"{', '.join(sorted(unknown))}: no such group to fit; there are {', '.join(f.group for f in FITS)}")
     if only:  # the rest as it is
         groups = json.loads(FILE.read_text(encoding="utf-8"))["groups"]
         kept = constants()
@@ -284,10 +286,12 @@ def main() -> None:
                         "values": _described(Constants.groups()[name], values, values)}  # fmt: skip
     reference = {m: {k: v for k, v in dataclasses.asdict(hardware(m)).items() if k in USED} for m in MACHINES}
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(json.dumps({
+    unfinished = FILE.with_suffix(".part")
+    unfinished.write_text(json.dumps({
         "format": FORMAT[0], "version": FORMAT[1], "attribution": f"Derived from the data base of {SOURCE}.",
         "command": "python benchmarks/time_fit.py", "hardware": reference, "groups": groups,
     }, indent=1) + "\n", encoding="utf-8")  # fmt: skip
+    unfinished.replace(FILE)
     print(f"wrote {FILE}")
 
 
