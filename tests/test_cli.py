@@ -118,6 +118,39 @@ def test_a_wrong_field_of_a_plan_is_named(
     assert f"has no '{field}'" in refused(["replay", trace, "--plan", plan], capsys)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--strategy", "eplb", "--objective", "balance"], "--objective is for the strategy moeplan"),
+        (["--strategy", "paper", "--guard", "2"], "--guard is for the strategy moeplan"),
+        (["--block", "9" * 20], "--block 99999999999999999999 is more than any trace has"),
+    ],
+)
+def test_flags_that_would_be_ignored_or_break(
+    trace: Path, tmp_path: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--nodes", "2", "--gpus-per-node", "2", "-o", str(tmp_path / "plan")]
+    assert said in refused(["plan", trace, *where, *flags], capsys)
+    assert not (tmp_path / "plan").exists()
+
+
+def test_an_older_plan_hands_on_what_it_was_made_for(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    where = ["--nodes", "2", "--gpus-per-node", "2", "--objective", "balance", "--guard", "1.2"]
+    assert run(["plan", str(trace), "-o", str(old), *where]) == 0
+    assert run(["plan", str(trace), "--from", str(old), "--max-moves", "1", "-o", str(new)]) == 0
+    head = json.loads((new / "plan.json").read_text())
+    assert (head["objective"], head["guard"]) == ("balance", 1.2)
+    assert "is outside 0..1000000" in refused(
+        ["plan", trace, "--from", old, "--max-moves", "9" * 20, "-o", tmp_path / "x"], capsys
+    )
+    (old / "plan.json").write_text((old / "plan.json").read_text().replace('"balance"', '"time"'))
+    line = refused(["plan", trace, "--from", old, "--max-moves", "1", "-o", tmp_path / "x"], capsys)
+    assert "made with --objective time" in line and "--hardware" in line
+
+
 def test_json_is_strict_and_repeatable(trace: Path, tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
@@ -212,7 +245,7 @@ def test_a_plan_for_another_model(
         run(["plan", str(trace), "-o", str(plan), "--nodes", "2", "--gpus-per-node", "2", "--strategy", "linear"]) == 0
     )
     assert "differ in experts" in refused(["replay", prompts, "--plan", plan], capsys)
-    assert "not a moeplan plan" in refused(["replay", trace, "--plan", trace], capsys)
+    assert "is a trace, not a plan" in refused(["replay", trace, "--plan", trace], capsys)
 
 
 def test_help_and_version() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -82,4 +83,6 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "Abort":
             print("moeplan: stopped", file=sys.stderr)
             return 130
-        raise
+        traceback.print_exc()  # a fault of ours: never 1, which answers a question
+        print("moeplan: a fault of its own; please report it with the command line", file=sys.stderr)
+        return 70

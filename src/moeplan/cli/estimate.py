@@ -65,7 +65,8 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         context: Annotated[
-            int, typer.Option("--context", metavar="N", help="Tokens of a request: held, or to prefill.")
+            int,
+            typer.Option("--context", max=100_000_000, metavar="N", help="Tokens of a request: held, or to prefill."),
         ] = 4096,
         phase: Annotated[StepPhase, typer.Option("--phase", help="Which step.")] = StepPhase.decode,
         dispatch: Annotated[

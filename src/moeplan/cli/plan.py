@@ -134,6 +134,10 @@ def register(app: typer.Typer) -> None:
             cluster, mode, rule, redundant = old.cluster, old.dispatch, old.rule, old.redundant
             if signature_tokens is None:
                 signature_tokens = signature_tokens_of(old)
+            objective, guard = _inherited(context, old, start or "", objective, guard)
+        for name in ("objective", "guard"):
+            if old is None and strategy != "moeplan" and _given(context, name):
+                raise UsageError(f"--{name} is for the strategy moeplan", mend=f"leave it out with {strategy}")
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         timing = o.timing_of(opened.shape, cluster, mode, hardware, model, context_tokens)
         cost = None if timing is None else partial(_step_ms, timing, cluster, mode)
@@ -170,7 +174,10 @@ def register(app: typer.Typer) -> None:
                 f"moved against {start}: {moved['copies']} of {moved['slots']} expert copies{size}; at most "
                 f"{moved['most_in_a_layer']} in a layer"
             )
-            say(f"what it brings: moeplan replay TRACE --plan {output}, beside the same of {start}")
+            if moved["copies"]:
+                say(f"what it brings: moeplan replay TRACE --plan {output}, beside the same of {start}")
+            else:
+                say("nothing to gain by so few moves: the placement is the same, the groups' router is new")
         elif expected is None:
             why = "too few requests to hold a quarter back" if requests.sums is None else "they take token rows"
             say(f"  - expected figures are not given: {why}")
@@ -187,6 +194,26 @@ def register(app: typer.Typer) -> None:
             json,
             {"plan": output, "strategy": strategy, "fit_seconds": result.seconds, "expected": expected, "moved": moved},
         )
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _inherited(context: typer.Context, old: StoredPlan, where: str, objective: str, guard: float) -> tuple[str, float]:
+    """What an older plan was made for goes on, unless the command line says otherwise."""
+    if not _given(context, "objective") and old.head.get("objective"):
+        objective = str(old.head["objective"])
+        if objective == "time" and not _given(context, "hardware"):
+            raise UsageError(
+                "the plan was made with --objective time", where=where,
+                mend="give --hardware and --model again, or --objective bytes",
+            )  # fmt: skip
+    if not _given(context, "guard") and "guard" in old.head:
+        before = old.head["guard"]
+        guard = float("inf") if before is None else before
+    return objective, guard
 
 
 def _expected(requests: RequestSet, setup: Setup, strategy: str) -> dict[str, Any] | None:
@@ -237,8 +264,7 @@ def _size(count: int) -> str:
 def _only_with(context: typer.Context, known: set[str], what: str) -> None:
     """Refuse flags that the stored plan answers already."""
     for name in context.params:
-        source = context.get_parameter_source(name)
-        if name not in known and source is not None and source.name == "COMMANDLINE":
+        if name not in known and _given(context, name):
             flag = "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} does not go with {what}", mend="leave it out: the plan says how it was made")
 

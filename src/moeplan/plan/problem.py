@@ -20,6 +20,7 @@ __all__ = ["GUARD", "OBJECTIVES", "Decision", "Options", "Problem", "StepCost", 
 #: A row is guarded, and counts, when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
 OBJECTIVES = ("bytes", "balance", "time")
+MOST_MOVES = 1_000_000
 #: Milliseconds of a step, from its messages [L, P, P], picks and distinct experts [L, P].
 StepCost = Callable[[Int32Array, Int32Array, Int32Array], float]
 
@@ -70,8 +71,8 @@ class Options:
             raise UsageError(f"--objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
         if self.objective == "time" and self.cost is None:
             raise UsageError("--objective time needs to know what a step costs", mend="give --hardware and --model")
-        if self.max_moves < 0:
-            raise UsageError(f"--max-moves {self.max_moves} is negative")
+        if not 0 <= self.max_moves <= MOST_MOVES:
+            raise UsageError(f"--max-moves {self.max_moves} is outside 0..{MOST_MOVES}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from moeplan.trace.steps import draw_rows
 
 __all__ = ["Draws", "blocks", "draw_steps", "least_requests", "live_requests", "split"]
 
+MOST_BLOCK = 1_000_000_000
 Int64Array = npt.NDArray[np.int64]
 
 #: Most requests live in one group at a step, as in the published set-up (8 x 128).
@@ -24,6 +25,8 @@ def blocks(index: Int64Array, size: int) -> Int64Array:
     """int64 [n]: the block of each usable request, 0, 1, ..; `size` neighbours in the trace make a block."""
     if size < 1:
         raise UsageError(f"--block {size} is not positive")
+    if size > MOST_BLOCK:
+        raise UsageError(f"--block {size} is more than any trace has", mend="e.g. 20")
     return np.asarray(np.unique(index // size, return_inverse=True)[1], np.int64)
 
 

@@ -82,7 +82,7 @@ def _cheapest(planner: Planner) -> tuple[State, tuple[str, ...]]:
     if cost is None or not len(problem.stream.experts):
         raise PlanError("--objective time needs token rows to replay", mend="use a trace that is not of sums")
     steps = Steps(problem, planner.seed)
-    best, least, said = None, np.inf, []
+    best, least, said, dearest = None, np.inf, [], 0.0
     made: dict[str, Callable[[], tuple[State, tuple[str, ...]]]] = {
         name: partial(_plan, copy.copy(planner), prices) for name, prices in PRICES.items()
     }
@@ -94,10 +94,12 @@ def _cheapest(planner: Planner) -> tuple[State, tuple[str, ...]]:
         plan = make()
         ms = steps.mean_cost(_routes(problem, plan[0].slots.astype(np.int32)), plan[0].group, cost)
         said.append(f"{name} {ms:.3f}")
+        dearest = max(dearest, ms)
         if ms < least:
             best, least, won = plan, ms, name
     assert best is not None
-    return best[0], (*best[1], f"moeplan: ms a step on the fit requests, {', '.join(said)}: {won} it is")
+    alike = ", though all cost the same" if dearest <= 1.001 * least else ""
+    return best[0], (*best[1], f"moeplan: ms a step on the fit requests, {', '.join(said)}: {won} it is{alike}")
 
 
 def _routed(planner: Planner, slots: Int32Array) -> tuple[State, tuple[str, ...]]:
