@@ -12,6 +12,7 @@ fast network that joins all GPUs. Only the `time` plans depend on the links; the
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections import Counter
@@ -185,7 +186,7 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
                 for name, kept in plans.items():
                     found.ms.setdefault((name, world.name, load), []).append(kept.ms(place, world, load))
                 result = _timed(requests, setup, place, fit, fold, world, load)
-                won = next(note for note in result.notes if note.endswith("it is")).split()[-3]
+                won = next(found[1] for note in result.notes if (found := re.search(r"(\w+) it is", note)))
                 found.won.setdefault((world.name, load), Counter())[won] += 1
                 kept = measured(result, "prefill")
                 found.ms.setdefault(("moeplan time", world.name, load), []).append(kept.ms(place, world, load))
