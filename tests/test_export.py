@@ -124,8 +124,13 @@ def test_replay_asks_for_what_a_file_does_not_say(
     replay = ["replay", "embedded", "--placement", file]
     assert "give --engine" in refused(replay, capsys)
     line = refused([*replay, "--engine", "sglang"], capsys)
-    assert "does not say how many GPUs share the experts, how many nodes they fill; give --ep-size, --nnodes" in line
-    assert "needs a plan, or a placement" in refused(["replay", "embedded"], capsys)
+    assert (
+        "does not say how many GPUs share the experts, how many nodes these GPUs fill; give --ep-size, --nnodes" in line
+    )
+    assert "give one of the two" in refused(["replay", "embedded"], capsys)
+    assert "give one of the two" in refused([*replay, "--engine", "sglang", "--plan", plan], capsys)
+    assert "is a trace, not a plan" in refused(["replay", "embedded", "--plan", "embedded"], capsys)
+    assert "is a plan" in refused(["replay", "embedded", "--placement", plan, "--engine", "sglang"], capsys)
     assert "go with --placement" in refused(["replay", "embedded", "--plan", plan, "--nnodes", "2"], capsys)
     file.write_text('{"physical_to_logical_map": [[0, 1]]}')
     served = ["--engine", "sglang", "--ep-size", "2", "--nnodes", "2"]
@@ -170,7 +175,8 @@ def test_the_layers_are_taken_from_the_config_and_never_guessed(
     assert "no experts in layer 3, which has experts" in line
     line = refused([*export, "--num-layers", 3, "--dense-layers", "0,1"], capsys)
     assert "experts in layer 1, which has none" in line
-    assert "places layer 2, but the config has 2" in refused([*export, "--num-layers", 2], capsys)
+    line = refused([*export, "--num-layers", 2], capsys)
+    assert "places layer 2, but by the flags there are 2 hidden layers, 0 to 1; give its own --num-layers" in line
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"num_hidden_layers": 3, "n_routed_experts": 8, "first_k_dense_replace": 1}))
     assert "for 4 experts, the config for 8" in refused([*export, "--config", config], capsys)
@@ -369,6 +375,24 @@ def test_what_counts_leave_open_is_asked(counts: Path, tmp_path: Path, capsys: p
     assert not out.exists()
 
 
+def test_counts_say_nothing_before_all_is_checked(
+    counts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", counts, "--engine", "sglang", "--nodes", 2, "--gpus-per-node", 2, "-o", tmp_path / "out.json"]
+    model = ["--hardware", "H100"]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"num_hidden_layers": 3, "n_routed_experts": 8, "first_k_dense_replace": 1}))
+    for flags in (model, [*model, "--model", "deepseek-v3"], ["--config", config]):
+        capsys.readouterr()
+        assert run([str(a) for a in [*export, *flags]]) == 2
+        assert capsys.readouterr().out == ""
+    assert "are more than all 4 GPUs holding all 16 experts" in refused([*export, "--redundant", 10**12], capsys)
+    placed = tmp_path / "placed.json"
+    placed.write_text('{"physical_to_logical_map": [[0, 1]]}')
+    assert "moeplan import placement reads it" in refused(["export", placed, *export[2:]], capsys)
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_copies_far_apart_are_even_where_the_nearest_is_taken() -> None:
     rng = np.random.default_rng(1)
     load, cluster = rng.zipf(1.5, (6, 64)).clip(1, 300).astype(float), Cluster(4, 4)
@@ -451,3 +475,61 @@ def test_json_goes_to_standard_output_alone(plan: Path, tmp_path: Path, capsys: 
     assert json.loads(capsys.readouterr().out)["file"] == str(file)
     assert run(["check", str(file), "--engine", "vllm", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["good"] is True
+
+
+def test_json_is_never_written_over_a_file_of_the_command(
+    plan: Path, counts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, link = tmp_path / "file.json", tmp_path / "link.json"
+    config = ["--engine", "sglang", "--config", CONFIG]
+    export = ["export", plan, *config, "-o", file]
+    cluster = ["--engine", "sglang", "--nodes", 2, "--gpus-per-node", 2, "-o", file]
+    link.symlink_to(counts)
+    for arguments in (
+        [*export, "--json", tmp_path / "." / ".." / tmp_path.name / "file.json"],
+        [*export, "--json", plan / "plan.json"],
+        ["export", counts, *cluster, "--json", counts],
+        ["export", counts, *cluster, "--json", link],
+    ):
+        assert "would be written over" in refused(arguments, capsys)
+    assert not file.exists()
+    assert run([str(a) for a in export]) == 0
+    before = file.read_bytes()
+    served = [*config, "--ep-size", "8", "--nnodes", "2"]
+    for arguments in (
+        ["check", file, *config],
+        ["import", "placement", file, *served, "-o", tmp_path / "back"],
+        ["replay", "embedded", "--placement", file, *served],
+    ):
+        assert "would be written over" in refused([*arguments, "--json", file], capsys)
+    assert file.read_bytes() == before
+
+
+def test_a_trace_that_is_not_there_leaves_no_file(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    flags = ["--engine", "sglang", "--config", CONFIG, "-o", out]
+    refused(["export", plan, *flags, "--trace", tmp_path / "nope"], capsys)
+    assert "make a plan of it: moeplan plan embedded" in refused(["export", "embedded", *flags], capsys)
+    assert not out.exists()
+
+
+def test_a_layer_that_the_plan_skips_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from moeplan.engines.axis import left_out
+
+    assert left_out((1, 3, 5, 9)) == (7,) and left_out((3, 4, 5)) == () and left_out((2,)) == ()
+    assert left_out((0, 1, 2, 3, 7, 8)) == (4, 5, 6)
+    place = stored(tmp_path / "plan", [[0, 1, 2, 3]] * 4, (1, 3, 5, 9))
+    export = ["export", str(place), "--engine", "vllm", "-o", str(tmp_path / "out.json")]
+    assert run(export) == 0
+    assert "skips layer 7: where the model has experts there, the engine will not start" in capsys.readouterr().out
+
+
+def test_an_import_without_the_model_names_every_flag(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.json"
+    assert run(["export", str(plan), "--engine", "sglang", "--config", CONFIG, "-o", str(file)]) == 0
+    line = refused(["import", "placement", file, "--engine", "sglang", "-o", tmp_path / "back"], capsys)
+    assert "give --config, or all of --num-experts, --num-layers, --dense-layers and --top-k; and --ep-size" in line

@@ -120,11 +120,16 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
     if redundant < 0:
         raise UsageError(f"--redundant {redundant} is negative", mend="give 0 or more extra slots per layer")
     slots, gpus = num_experts + redundant, cluster.num_gpus
+    if slots > num_experts * gpus:  # looked at first: what follows takes as long as the number is large
+        raise PlanError(
+            f"{redundant} redundant slots are more than all {gpus} GPUs holding all {num_experts} experts would take",
+            mend=f"use --redundant {num_experts * (gpus - 1)} or less",
+        )
     if slots % gpus:
         below = redundant - slots % gpus
         above = redundant + gpus - slots % gpus
         counts = [str(r) for r in (below, above) if r >= 0]
-        fits = [g for g in range(1, slots // cluster.nodes + 1) if slots % (cluster.nodes * g) == 0]
+        fits = [g for g in range(1, min(slots, 16384) // cluster.nodes + 1) if slots % (cluster.nodes * g) == 0]
         near = sorted(fits, key=lambda g: (abs(g - cluster.gpus_per_node), g))[:2]
         mend = f"use --redundant {' or '.join(counts)}"
         if near:
@@ -133,11 +138,6 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
             f"{num_experts} experts + {redundant} redundant = {slots} slots do not divide over {cluster.nodes} nodes x "
             f"{cluster.gpus_per_node} GPUs = {gpus}",
             mend=mend,
-        )
-    if slots // gpus > num_experts:
-        raise PlanError(
-            f"{slots // gpus} slots on each GPU are more than the {num_experts} experts there are",
-            mend=f"use --redundant {num_experts * (gpus - 1)} or less",
         )
     return slots // gpus
 

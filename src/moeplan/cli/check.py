@@ -46,6 +46,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(json)
+        p.keep_inputs(json, file, plan, config)
+        p.refuse_plan(file)
         from moeplan.engines.files import examine
         from moeplan.engines.support import architectures_of, without_placement
 
@@ -54,6 +56,7 @@ def register(app: typer.Typer) -> None:
         if plan is not None:
             from moeplan.plan.store import load_plan
 
+            p.refuse_trace(plan)
             stored = load_plan(plan)
             known = _with_plan(known, stored, plan)
         report = examine(file, engine.value, known)

@@ -68,12 +68,13 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(json, output)
+        p.keep_inputs(json, output, source, measure, config, trace)
         if output.exists():
             raise OutputError("already exists", where=str(output), mend="choose another place, or remove it")
         is_plan = _is_plan(source)
         _only(context, _COUNTS_ONLY if is_plan else _PLAN_ONLY, "a plan" if is_plan else "counts")
-        from moeplan.engines.axis import check_axis
-        from moeplan.engines.files import write
+        from moeplan.engines.axis import check_axis, left_out
+        from moeplan.engines.files import check_write, write
         from moeplan.engines.launch import launch
         from moeplan.engines.support import architectures_of, without_placement
 
@@ -81,36 +82,56 @@ def register(app: typer.Typer) -> None:
         known = p.known_from(config, None, num_layers, dense_layers)
         plan: StoredPlan | None = None
         more: dict[str, Any] = {}
+        said: list[str] = []
         if is_plan:
             placement, serving, plan = _of_plan(source)
             name = plan.shape.name
         else:
             from moeplan.cli.export_counts import from_counts
 
-            placement, serving, known, name, more = from_counts(
+            placement, serving, known, name, said, more = from_counts(
                 source, engine.value, known, facts, nodes, gpus_per_node, redundant, measure, hardware, model,
                 context_tokens, batch,
             )  # fmt: skip
         if strategy is not None:
             _own_strategy(engine.value, placement, strategy)
-        layers = check_axis(placement, known, engine.value, source)
-        write(output, engine.value, placement, num_layers=layers, model=name)
+        layers = check_axis(placement, known, engine.value, source, from_config=config is not None)
+        check_write(output, engine.value, placement)
         how = launch(engine.value, placement, str(output), serving)
         if plan is not None:
-            more = _copies(plan, how, trace, signature_tokens)
+            said, more = _copies(plan, how, trace, signature_tokens)
+        missing = left_out(placement.layer_ids) if known.moe_layers is None else ()
+        write(output, engine.value, placement, num_layers=layers, model=name)
+        for line in said:
+            say(line)
         _say(engine.value, output, placement, how, known, layers)
+        if missing:
+            named = f"layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            say(
+                f"warning: {source} skips {named}: where the model has experts there, the engine will not start "
+                "without rows for them; plan on a trace of all layers, and give --config to be sure"
+            )
         ignored = without_placement(engine.value, architectures_of(config))
         if ignored is not None:
             say(f"warning: {ignored}")
         emit_json(
             json,
-            {"file": str(output), "engine": engine.value, **_facts(how, layers, placement), **more, "ignored": ignored},
+            {
+                "file": str(output),
+                "engine": engine.value,
+                **_facts(how, layers, placement),
+                **more,
+                "ignored": ignored,
+                "layers_left_out": list(missing),
+            },
         )
 
 
 def _is_plan(source: str) -> bool:
     """A plan (True), or counts (False)."""
     path = Path(source)
+    if not path.exists() or path.is_dir():
+        p.refuse_trace(source)
     if not path.exists():
         raise FormatError("does not exist", where=source, mend="give a plan, or counts")
     if path.is_dir() and not any((path / name).is_file() for name in ("plan.json", "counts.json")):
@@ -157,12 +178,14 @@ def _own_strategy(engine: str, placement: EnginePlacement, strategy: str) -> Non
         raise UsageError(f"the plan is not vLLM's {strategy} layout", mend="leave the flag out and use the plug-in")
 
 
-def _copies(plan: StoredPlan, how: Launch, trace: str | None, signature_tokens: int | None) -> dict[str, Any]:
-    """What copies are worth under the engine's way of choosing one; said, and for JSON."""
+def _copies(
+    plan: StoredPlan, how: Launch, trace: str | None, signature_tokens: int | None
+) -> tuple[list[str], dict[str, Any]]:
+    """What copies are worth under the engine's way of choosing one, as lines and for JSON."""
     from moeplan.cluster import ReplicaRule
 
     lost = how.rule is ReplicaRule.HASH and plan.redundant > 0
-    worth = None
+    worth, lines = None, []
     if trace is not None:
         from moeplan.engines.copies import worth_of_copies
         from moeplan.plan import read_requests
@@ -176,20 +199,24 @@ def _copies(plan: StoredPlan, how: Launch, trace: str | None, signature_tokens: 
             raise UsageError("the trace is not of the plan's model", where=trace, mend="give a trace of the same model")
         worth = worth_of_copies(read_requests(opened, signature_tokens=signature_tokens), plan.result, plan.cluster)
         seen = " (the plan was fitted on this very trace)" if plan.trace_checksum == opened.checksum else ""
-        say(f"picks served on another node, modelled on {opened.label}{seen}:")
-        say(f"  {worth.nearest:.3f} where the nearest copy is taken (SGLang)")
-        say(f"  {worth.any_copy:.3f} where any copy is (vLLM, TensorRT-LLM, vLLM-Ascend)")
-        say(f"  {worth.scattered:.3f} where requests and experts are scattered")
+        lines += [
+            f"picks served on another node, modelled on {opened.label}{seen}:",
+            f"  {worth.nearest:.3f} where the nearest copy is taken (SGLang)",
+            f"  {worth.any_copy:.3f} where any copy is (vLLM, TensorRT-LLM, vLLM-Ascend)",
+            f"  {worth.scattered:.3f} where requests and experts are scattered",
+        ]
     if lost:
-        say(
+        lines.append(
             "warning: this engine takes a copy without looking where it is: copies balance load, but keep few picks at "
             "home" + ("" if worth else "; --trace TRACE models how many")
         )
     if how.rule is not plan.rule and plan.redundant > 0:
         figure = ((plan.head.get("expected") or {}).get("remote_share") or {}).get("value")
         holds = f", so its expected remote_share of {figure:.3f} does not hold" if isinstance(figure, float) else ""
-        say(f"warning: the plan is made for {plan.rule.value}, this engine is modelled as {how.rule.value}{holds}")
-    return {"remote_share": None if worth is None else worth.to_dict(), "replica_rule": how.rule.value}
+        lines.append(
+            f"warning: the plan is made for {plan.rule.value}, this engine is modelled as {how.rule.value}{holds}"
+        )
+    return lines, {"remote_share": None if worth is None else worth.to_dict(), "replica_rule": how.rule.value}
 
 
 def _say(engine: str, output: Path, placement: EnginePlacement, how: Launch, known: Known, layers: int | None) -> None:

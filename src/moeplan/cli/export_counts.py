@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeplan.cli.common import say
-from moeplan.errors import UsageError
+from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.capture.counts_file import CountsProfile
@@ -28,8 +27,8 @@ _WHAT_THEY_LACK = (
 def from_counts(
     source: str, engine: str, known: Known, facts: ModelFacts, nodes: int | None, gpus_per_node: int | None,
     redundant: int, measure: str | None, hardware: str | None, model: str | None, context: int | None, batch: int,
-) -> tuple[EnginePlacement, Serving, Known, str, dict[str, Any]]:  # fmt: skip
-    """Balance the counts, say what it comes to, and return what there is to write."""
+) -> tuple[EnginePlacement, Serving, Known, str, list[str], dict[str, Any]]:  # fmt: skip
+    """Balance the counts; what there is to write, and what it comes to, as lines and for JSON."""
     from moeplan.cluster import Cluster
     from moeplan.engines.balance import balanced, load_ratio
     from moeplan.engines.deployed import rule_of
@@ -38,6 +37,10 @@ def from_counts(
 
     if nodes is None or gpus_per_node is None:
         raise UsageError("counts do not say the cluster", where=source, mend="give --nodes and --gpus-per-node")
+    if hardware is None and (model is not None or context is not None):
+        raise UsageError("--model and --context are for step times", mend="give --hardware too, e.g. --hardware H100")
+    if hardware is not None and model is None:
+        raise UsageError("step times need the model", mend="give --model: a name of the catalogue, or a config.json")
     counts = _read(source)
     other = None if measure is None else _read(measure)
     if other is not None and (other.counts.shape, other.layer_ids) != (counts.counts.shape, counts.layer_ids):
@@ -50,35 +53,32 @@ def from_counts(
     found = balanced(counts.counts, cluster, redundant, rule, routing_groups=groups, distinct=engine == "vllm-ascend")
     best, linear = found[1], found[0]
     layers, experts = counts.counts.shape
-    say(
+    lines = [
         f"{source}: {layers} layers x {experts} experts, {int(counts.counts.sum())} picks ({counts.stage}); on {nodes} "
         f"nodes x {gpus_per_node} GPUs, {redundant} redundant slots, copies chosen as {engine} does ({rule.value})"
-    )
-    for note in counts.source.get("notes", ()):
-        say(f"note: {note}")
-    say("picks of the busiest GPU over the mean, mean over layers (1 is even):")
-    say(f"  {'':12s} {'fitted on':>10s}" + (f"  {'measured on ' + Path(str(measure)).name}" if other else ""))
+    ]
+    lines += [f"note: {note}" for note in counts.source.get("notes", ())]
+    lines.append("picks of the busiest GPU over the mean, mean over layers (1 is even):")
+    lines.append(f"  {'':12s} {'fitted on':>10s}" + (f"  {'measured on ' + Path(str(measure)).name}" if other else ""))
     held_out = {}
     for way in found:
         if other is not None:
             held_out[way.name] = load_ratio(other.counts, way.placement, cluster, rule)
         mark = " <- written" if way is best else ""
-        say(f"  {way.name:12s} {way.ratio:10.3f}" + (f"  {held_out[way.name]:.3f}" if other else "") + mark)
+        measured = f"  {held_out[way.name]:.3f}" if other else ""
+        lines.append(f"  {way.name:12s} {way.ratio:10.3f}" + measured + mark)
     if other is None:
-        say("  these are the counts that it was fitted on: --measure OTHER shows it on others")
+        lines.append("  these are the counts that it was fitted on: --measure OTHER shows it on others")
     steps = None
-    if hardware is not None:
+    if hardware is not None and model is not None:
         steps = _step_ms(counts, [linear, best], cluster, hardware, model, context, batch)
         before, after = (steps["ms"][way.name] for way in (linear, best))
-        say(
+        lines.append(
             f"modelled decode step of {steps['model']} on {steps['hardware']}, {batch} requests a node of "
             f"{steps['context']:,} tokens: {before:.2f} ms with {linear.name}, {after:.2f} ms with {best.name} "
             f"({100 * (after / before - 1):+.1f} %), tokens drawn by these counts (docs/accuracy.md)"
         )
-    elif model is not None or context is not None:
-        raise UsageError("--model and --context are for step times", mend="give --hardware too, e.g. --hardware H100")
-    for line in _WHAT_THEY_LACK:
-        say(f"note: {line}")
+    lines += [f"note: {line}" for line in _WHAT_THEY_LACK]
     facts_out = {
         "strategy": best.name,
         "replica_rule": rule.value,
@@ -87,7 +87,7 @@ def from_counts(
         "modelled_step": steps,
         "lacks": list(_WHAT_THEY_LACK),
     }
-    return EnginePlacement.of(best.placement, counts.layer_ids), Serving(), known, counts.name, facts_out
+    return EnginePlacement.of(best.placement, counts.layer_ids), Serving(), known, counts.name, lines, facts_out
 
 
 def _read(source: str) -> CountsProfile:
@@ -98,11 +98,29 @@ def _read(source: str) -> CountsProfile:
     path = Path(source)
     if path.is_dir():
         return read_counts(path)
-    return read_logical_count(path)
+    try:
+        return read_logical_count(path)
+    except FormatError:
+        if not _is_placement(path):
+            raise
+    raise FormatError(
+        "is a placement, not counts", where=source, mend="moeplan import placement reads it, as a plan to export"
+    )
+
+
+def _is_placement(path: Path) -> bool:
+    """Whether a file that holds no counts looks like an engine's placement."""
+    from moeplan.engines.loading import load_json
+    from moeplan.engines.report import Known, Report
+
+    if path.suffix in (".yaml", ".yml"):
+        return True
+    data = load_json(Report(path, "", Known()))
+    return isinstance(data, dict) and bool({"physical_to_logical_map", "layer_list"} & data.keys())
 
 
 def _step_ms(
-    counts: CountsProfile, ways: list[Candidate], cluster: Cluster, hardware: str, model: str | None,
+    counts: CountsProfile, ways: list[Candidate], cluster: Cluster, hardware: str, model: str,
     context: int | None, batch: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Modelled milliseconds of a decode step under each placement."""
@@ -117,8 +135,6 @@ def _step_ms(
     from moeplan.perf.step import decode_step
     from moeplan.replay.timing import CONTEXT, parallel_of
 
-    if model is None:
-        raise UsageError("step times need the model", mend="give --model: a name of the catalogue, or a config.json")
     if batch < 1:
         raise UsageError(f"--batch {batch} is not positive")
     spec, machine = model_of(named(model, MODEL)), machine_of(hardware)

@@ -11,7 +11,7 @@ from moeplan.cli import options as o
 from moeplan.cli import placement_options as p
 from moeplan.cli.common import JsonOption, claim_stdout, emit_json, say
 from moeplan.cli.import_engines import TopK
-from moeplan.errors import OutputError
+from moeplan.errors import OutputError, UsageError
 
 
 def placement(
@@ -32,6 +32,8 @@ def placement(
 ) -> None:
     """A placement file of SGLang, vLLM, TensorRT-LLM or vLLM-Ascend: a plan, not a trace."""
     claim_stdout(json)
+    p.keep_inputs(json, file, output, config)
+    p.refuse_plan(file)
     if Path(output).exists():
         raise OutputError("already exists", where=output, mend="choose another place, or remove it")
     from moeplan.cluster import Dispatch, Home
@@ -41,7 +43,18 @@ def placement(
     from moeplan.plan.store import save_plan
 
     facts = p.facts_of(config, num_experts, num_layers, dense_layers, top_k)
-    read = examine(file, engine.value, known_of(facts, config, ep_size=ep_size, nodes=nnodes)).need()
+    report = examine(file, engine.value, known_of(facts, config, ep_size=ep_size, nodes=nnodes))
+    if config is None and report.good and None in (report.known.num_experts, report.known.moe_layers):
+        cluster = [
+            flag for flag, at in (("--ep-size", report.known.ep_size), ("--nnodes", report.known.nodes)) if not at
+        ]
+        raise UsageError(
+            "does not say all of its model",
+            where=str(file),
+            mend="give --config, or all of --num-experts, --num-layers, --dense-layers and --top-k"
+            + (f"; and {' and '.join(cluster)}" if cluster else ""),
+        )
+    read = report.need()
     shape = shape_of(facts, read, name or "", str(file))
     result, problem = deployed(
         read, shape, home=Home(home.value), rule=rule_of(engine.value, read.nodes), dispatch=Dispatch(dispatch.value),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeplan.errors import FormatError, UsageError
+
 if TYPE_CHECKING:
     from moeplan.capture.hf_config import ModelFacts
     from moeplan.engines.report import Known
@@ -38,6 +40,39 @@ EpSize = Annotated[
     int | None, typer.Option("--ep-size", metavar="P", help="GPUs that share the experts, over all nodes.")
 ]
 Nnodes = Annotated[int | None, typer.Option("--nnodes", metavar="N", help="Nodes that they fill.")]
+
+
+def keep_inputs(json: str | None, *others: str | Path | None) -> None:
+    """Refuse a `--json` that would be written over another file of the command, or into a directory that it reads."""
+    if json is None or json == "-":
+        return
+    target = Path(json).resolve()
+    for other in others:
+        if other is None:
+            continue
+        place = Path(other).resolve()
+        same = target == place or (target.exists() and place.exists() and target.samefile(place))
+        if same or (place.is_dir() and place in target.parents):
+            raise UsageError(
+                f"--json {json} would be written over {other}", mend="give --json a place of its own, or - to print it"
+            )
+
+
+def refuse_trace(source: str) -> None:
+    """Say so where a trace stands in place of a plan."""
+    if (Path(source) / "plan.json").is_file():
+        return
+    if source == "embedded" or (Path(source) / "trace.json").is_file():
+        raise FormatError("is a trace, not a plan", where=source, mend=f"make a plan of it: moeplan plan {source}")
+
+
+def refuse_plan(file: Path) -> None:
+    """Say so where a plan stands in place of a placement file."""
+    if (file / "plan.json").is_file():
+        mend = f"write the engine's file first: moeplan export {file} --engine E -o FILE"
+        raise FormatError("is a plan, not an engine's placement file", where=str(file), mend=mend)
+    if file.is_dir():
+        raise FormatError("is a directory, not a placement file", where=str(file), mend="give the file itself")
 
 
 def facts_of(

@@ -69,9 +69,13 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(json)
-        if (plan is None) == (placement is None):
+        p.keep_inputs(json, trace, plan, placement, config)
+        if plan is not None and placement is not None:
+            raise UsageError("--plan and --placement are two placements", mend="give one of the two")
+        if plan is None and placement is None:
             raise UsageError(
-                "replay needs a plan, or a placement", mend="give --plan PLAN, or --placement FILE --engine E"
+                "replay needs a plan or a placement",
+                mend="give one of the two: --plan PLAN, or --placement FILE --engine E",
             )
         if placement is None and any(flag is not None for flag in (engine, config, num_layers, ep_size, nnodes, home)):
             raise UsageError(
@@ -87,6 +91,10 @@ def register(app: typer.Typer) -> None:
         from moeplan.replay.comparison import check_shape
         from moeplan.trace import open_trace
 
+        if plan is not None:
+            p.refuse_trace(plan)
+        if placement is not None:
+            p.refuse_plan(placement)
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         if placement is None:
             stored = load_plan(plan or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from moeplan.capture.hf_config import ModelFacts
@@ -9,7 +10,7 @@ from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.report import Known
 from moeplan.errors import MoeplanError, UsageError
 
-__all__ = ["check_axis", "known_of"]
+__all__ = ["check_axis", "known_of", "left_out"]
 
 
 def known_of(
@@ -33,13 +34,30 @@ def known_of(
     return Known(facts.num_experts, facts.num_layers, moe, ep_size, nodes, redundant)
 
 
-def check_axis(placement: EnginePlacement, known: Known, engine: str, where: str) -> int | None:
+def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers that a rising row of them skips, e.g. 45 of 41, 43, 47: those between that keep the usual step."""
+    steps = [b - a for a, b in itertools.pairwise(layers)]
+    if not steps:
+        return ()
+    usual = max(set(steps), key=lambda step: (steps.count(step), -step))
+    gaps = ((a, b) for a, b in itertools.pairwise(layers) if (b - a) > usual and (b - a) % usual == 0)
+    return tuple(layer for a, b in gaps for layer in range(a + usual, b, usual))
+
+
+def check_axis(
+    placement: EnginePlacement, known: Known, engine: str, where: str, *, from_config: bool = True
+) -> int | None:
     """Hold a placement's layers to the model's; the number of hidden layers, if it is known.
+
+    Args:
+        from_config: whether a config.json says what is known, or flags and the source itself; for the messages.
 
     Raises:
         UsageError: other experts or layers than the config's; for SGLang, a number of hidden layers that nothing says.
     """
     layers, experts = placement.layer_ids, placement.num_experts
+    says = "the config" if from_config else "the flags"
+    same = "give the config.json of the same model" if from_config else "give its own --num-layers and --dense-layers"
     if known.num_experts is not None and known.num_experts != experts:
         raise UsageError(
             f"the plan is for {experts} experts, the config for {known.num_experts}",
@@ -48,22 +66,24 @@ def check_axis(placement: EnginePlacement, known: Known, engine: str, where: str
         )
     if known.num_layers is not None and layers[-1] >= known.num_layers:
         raise UsageError(
-            f"the plan places layer {layers[-1]}, but the config has {known.num_layers} hidden layers, 0..",
+            f"the plan places layer {layers[-1]}, but by {says} there are {known.num_layers} hidden layers, "
+            f"0 to {known.num_layers - 1}",
             where=where,
-            mend="give the config.json of the same model",
+            mend=same,
         )
     if known.moe_layers is not None:
         for layer in sorted(set(known.moe_layers) - set(layers)):
             raise UsageError(
-                f"the plan places no experts in layer {layer}, which has experts",
+                f"the plan places no experts in layer {layer}, which has experts by {says}",
                 where=where,
-                mend="plan on a trace of all layers, without --without-layers",
+                mend="plan on a trace of all layers, without --without-layers"
+                + ("" if from_config else f", or {same}"),
             )
         for layer in sorted(set(layers) - set(known.moe_layers)):
             raise UsageError(
-                f"the plan places experts in layer {layer}, which has none by the config",
+                f"the plan places experts in layer {layer}, which has none by {says}",
                 where=where,
-                mend="give the config.json of the same model",
+                mend=same,
             )
     if engine != "sglang":
         return known.num_layers
@@ -75,7 +95,8 @@ def check_axis(placement: EnginePlacement, known: Known, engine: str, where: str
         )
     if known.moe_layers is None and len(layers) < known.num_layers:
         raise UsageError(
-            f"the plan has {len(layers)} of {known.num_layers} layers, and the config does not say which have experts",
+            f"the plan has {len(layers)} of {known.num_layers} layers, and {says} "
+            f"do{'es' if from_config else ''} not say which have experts",
             where=where,
             mend="give --dense-layers, e.g. 0,1,2",
         )

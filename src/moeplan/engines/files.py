@@ -14,7 +14,7 @@ from moeplan.engines.report import Finding, Known, Report
 from moeplan.errors import OutputError, UsageError
 from moeplan.trace.files import atomic_path
 
-__all__ = ["ENGINES", "EnginePlacement", "Finding", "Known", "Report", "examine", "write"]
+__all__ = ["ENGINES", "EnginePlacement", "Finding", "Known", "Report", "check_write", "examine", "write"]
 
 _EXAMINE = {
     "sglang": sglang.examine,
@@ -53,6 +53,21 @@ def write(
         UsageError: a name that the engine would not read; what the engine cannot do.
         OutputError: the place is taken or cannot be written.
     """
+    check_write(path, engine, placement)
+    with atomic_path(path) as temporary:
+        temporary.write_text(_text(engine, placement, num_layers, model), encoding="utf-8")
+    known = Known(
+        placement.num_experts, num_layers, placement.layer_ids, placement.ep_size, placement.nodes, placement.redundant
+    )
+    assert examine(path, engine, known).need().same_as(placement), "a file that does not read back"
+
+
+def check_write(path: Path, engine: str, placement: EnginePlacement) -> None:
+    """Refuse what `write` would refuse, without writing.
+
+    Raises:
+        UsageError: a name that the engine would not read; what the engine cannot do. OutputError: the place is taken.
+    """
     if path.suffix not in _SUFFIXES[_named(engine)]:
         raise UsageError(
             f"the name ends in {path.suffix or 'nothing'}, but {engine} needs {' or '.join(_SUFFIXES[engine])}",
@@ -62,12 +77,6 @@ def write(
     if path.exists():
         raise OutputError("already exists", where=str(path), mend="choose another place, or remove it")
     _refuse(engine, placement)
-    with atomic_path(path) as temporary:
-        temporary.write_text(_text(engine, placement, num_layers, model), encoding="utf-8")
-    known = Known(
-        placement.num_experts, num_layers, placement.layer_ids, placement.ep_size, placement.nodes, placement.redundant
-    )
-    assert examine(path, engine, known).need().same_as(placement), "a file that does not read back"
 
 
 def _text(engine: str, placement: EnginePlacement, num_layers: int | None, model: str) -> str:

@@ -124,10 +124,10 @@ class Report:
             raise FormatError(finding.what + more, where=where, mend=finding.mend)
         if self.placement is None:
             open_questions = (
-                (self.known.num_experts, "the number of experts", "--config or --num-experts"),
+                (self.known.num_experts, "the number of experts", "--config, or --num-experts"),
                 (self.known.moe_layers, "which layers have experts", "--config, or --num-layers and --dense-layers"),
                 (self.known.ep_size, "how many GPUs share the experts", "--ep-size"),
-                (self.known.nodes, "how many nodes they fill", "--nnodes"),
+                (self.known.nodes, "how many nodes these GPUs fill", "--nnodes"),
             )
             missing = [(what, flag) for value, what, flag in open_questions if value is None]
             missing = missing or [("how many hidden layers there are", "--config or --num-layers")]
