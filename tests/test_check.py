@@ -428,3 +428,28 @@ def test_wrong_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         status = run(arguments)
         lines = capsys.readouterr().err.strip().splitlines()
         assert status == 2 and len(lines) == 1 and what in lines[0], lines
+
+
+def test_a_file_of_another_engine_is_known_by_its_keys(tmp_path: Path) -> None:
+    made = placement(np.random.default_rng(2), 8, 2, 2, 4, tuple(range(1, 4)))
+    for folder in ENGINES:
+        (tmp_path / folder).mkdir()
+    files = {engine: written(tmp_path / engine, engine, made, 4) for engine in ENGINES}
+    for engine, other in (
+        ("sglang", "vllm"),
+        ("vllm", "sglang"),
+        ("sglang", "vllm-ascend"),
+        ("vllm", "vllm-ascend"),
+        ("vllm-ascend", "vllm"),
+        ("vllm-ascend", "sglang"),
+    ):
+        report = examine(files[other], engine)
+        assert any(f"? use --engine {other}" in finding.mend for finding in report.faults), (engine, other)
+
+
+def test_a_plan_is_not_a_placement_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan").mkdir()
+    for what in ("is a directory", "moeplan export"):
+        assert run(["check", str(tmp_path / "plan"), "--engine", "sglang"]) == 2
+        assert what in capsys.readouterr().err
+        (tmp_path / "plan" / "plan.json").write_text("{}")

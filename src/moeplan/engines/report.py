@@ -9,7 +9,7 @@ from typing import Any
 from moeplan.engines.placement import EnginePlacement
 from moeplan.errors import FormatError, UsageError
 
-__all__ = ["Finding", "Known", "Report", "show"]
+__all__ = ["Finding", "Known", "Report", "hint", "show"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,21 @@ class Report:
                 mend=f"give {', '.join(flag for _, flag in missing)}",
             )
         return self.placement
+
+
+def hint(data: Any, engine: str) -> str:
+    """The end of a mend where a file's keys look like another engine's; empty where they do not."""
+    if not isinstance(data, dict):
+        return ""
+    marks = {
+        "vllm": data.get("format") == "moeplan-vllm",
+        "sglang": set(data) == {"physical_to_logical_map"},
+        "tensorrt-llm": "initial_global_assignments" in data,
+        "vllm-ascend": "layer_list" in data,
+    }
+    names = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM", "vllm-ascend": "vLLM-Ascend"}
+    whose = next((name for name, mark in marks.items() if mark), engine)
+    return "" if whose == engine else f"; is it {names[whose]}'s? use --engine {whose}"
 
 
 def show(value: Any) -> str:
