@@ -176,7 +176,9 @@ def test_the_layers_are_taken_from_the_config_and_never_guessed(
     line = refused([*export, "--num-layers", 3, "--dense-layers", "0,1"], capsys)
     assert "experts in layer 1, which has none" in line
     line = refused([*export, "--num-layers", 2], capsys)
-    assert "places layer 2, but by the flags there are 2 hidden layers, 0 to 1; give its own --num-layers" in line
+    assert (
+        "places layer 2, but by the flags there are 2 hidden layers, 0 to 1; give the model's own --num-layers" in line
+    )
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"num_hidden_layers": 3, "n_routed_experts": 8, "first_k_dense_replace": 1}))
     assert "for 4 experts, the config for 8" in refused([*export, "--config", config], capsys)

@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(json, output)
-        p.keep_inputs(json, output, source, measure, config, trace)
+        p.keep_inputs(json, output, source, measure, config, trace, hardware, model)
         if output.exists():
             raise OutputError("already exists", where=str(output), mend="choose another place, or remove it")
         is_plan = _is_plan(source)

@@ -69,7 +69,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(json)
-        p.keep_inputs(json, trace, plan, placement, config)
+        p.keep_inputs(json, trace, plan, placement, config, hardware, model)
         if plan is not None and placement is not None:
             raise UsageError("--plan and --placement are two placements", mend="give one of the two")
         if plan is None and placement is None:

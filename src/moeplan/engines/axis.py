@@ -57,7 +57,11 @@ def check_axis(
     """
     layers, experts = placement.layer_ids, placement.num_experts
     says = "the config" if from_config else "the flags"
-    same = "give the config.json of the same model" if from_config else "give its own --num-layers and --dense-layers"
+    same = (
+        "give the config.json of the same model"
+        if from_config
+        else "give the model's own --num-layers and --dense-layers"
+    )
     if known.num_experts is not None and known.num_experts != experts:
         raise UsageError(
             f"the plan is for {experts} experts, the config for {known.num_experts}",
