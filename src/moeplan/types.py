@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError, PlanError
 
-__all__ = ["Int32Array", "ModelShape", "Placement", "expert_dtype"]
+__all__ = ["Int32Array", "ModelShape", "Placement", "expert_dtype", "twice_in"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -202,3 +202,9 @@ class Placement:
     def redundant(self) -> int:
         """R, extra slots per layer: S - E."""
         return self.num_slots - self.num_experts
+
+
+def twice_in(slots: Int32Array, units: int) -> npt.NDArray[np.bool_]:
+    """bool [L, units]: whether a GPU (or node), S / units of the slots [L, S], holds an expert twice."""
+    held = np.sort(slots.reshape(len(slots), units, -1), axis=2)
+    return np.asarray((np.diff(held, axis=2) == 0).any(axis=2))

@@ -15,7 +15,7 @@ from moeplan.cluster import Cluster, ReplicaRule, check_slots, routes
 from moeplan.errors import UsageError
 from moeplan.plan.packing import replicate, slots_from_nodes
 from moeplan.plan.strategies.eplb import rebalance
-from moeplan.types import Int32Array, Placement
+from moeplan.types import Int32Array, Placement, twice_in
 
 __all__ = ["Candidate", "balanced", "gpu_load", "load_ratio", "spread"]
 
@@ -66,7 +66,7 @@ def balanced(
     found = []
     for name, make in made.items():
         placement = Placement(make(), experts, cluster.nodes, cluster.gpus_per_node)
-        if distinct and name != "linear" and _holds_twice(placement):
+        if distinct and name != "linear" and twice_in(placement.slots, placement.num_gpus).any():
             continue
         found.append(Candidate(name, placement, load_ratio(load, placement, cluster, rule)))
     return [found[0], *sorted(found[1:], key=lambda candidate: (candidate.ratio, candidate.name))]
@@ -96,11 +96,6 @@ def spread(load: FloatArray, slots: int, cluster: Cluster) -> Int32Array:
             weight[nodes] += each[layer, expert]
     by_copy = np.take_along_axis(each, held.reshape(len(load), -1), axis=1).reshape(held.shape)
     return slots_from_nodes(held, by_copy, cluster.gpus_per_node)
-
-
-def _holds_twice(placement: Placement) -> bool:
-    held = np.sort(placement.slots.reshape(placement.num_layers, placement.num_gpus, -1), axis=2)
-    return bool((held[:, :, 1:] == held[:, :, :-1]).any())
 
 
 def gpu_load(counts: npt.ArrayLike, placement: Placement, cluster: Cluster, rule: ReplicaRule) -> FloatArray:

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.types import Int32Array, Placement
+from moeplan.types import Int32Array, Placement, twice_in
 
 __all__ = ["EVEN", "SECONDS", "TIED", "gpu_unevenness", "rebalance", "twins", "warm_up"]
 
@@ -58,7 +58,7 @@ def rebalance(
     end = time.monotonic() + seconds
     from moeplan._kernels.placing import improve
 
-    nearest = nearest and not _on_a_unit_twice(plan.slots, plan.nodes).any()
+    nearest = nearest and not twice_in(plan.slots, plan.nodes).any()
     slots = plan.slots.astype(np.int64)
     if old is not None and old.shape == slots.shape:
         kept = _sound(old, plan, nearest)
@@ -100,14 +100,8 @@ def gpu_unevenness(slots: npt.NDArray[np.integer], load: npt.NDArray[np.floating
 
 def twins(plan: Placement) -> str:
     """Where a GPU holds an expert twice, in words; empty when none does. The search knows no such placements."""
-    found = np.argwhere(_on_a_unit_twice(plan.slots, plan.num_gpus))
+    found = np.argwhere(twice_in(plan.slots, plan.num_gpus))
     return f"GPU {found[0, 1]} holds an expert twice in layer row {found[0, 0]}" if len(found) else ""
-
-
-def _on_a_unit_twice(slots: Int32Array, units: int) -> npt.NDArray[np.bool_]:
-    """bool [L, units]: whether a GPU, or a node, holds an expert twice."""
-    held = np.sort(slots.reshape(len(slots), units, -1), axis=2)
-    return np.asarray((np.diff(held, axis=2) == 0).any(axis=2))
 
 
 def _sound(old: Int32Array, plan: Placement, nearest: bool) -> npt.NDArray[np.bool_]:
@@ -116,7 +110,7 @@ def _sound(old: Int32Array, plan: Placement, nearest: bool) -> npt.NDArray[np.bo
     there = np.zeros((len(old), plan.num_experts), bool)
     rows = np.flatnonzero(inside)
     there[rows[:, None], old[rows]] = True
-    twice = _on_a_unit_twice(old, plan.nodes if nearest else plan.num_gpus).any(axis=1)
+    twice = twice_in(old, plan.nodes if nearest else plan.num_gpus).any(axis=1)
     first = (old == np.arange(old.shape[1]) % plan.num_experts).all(axis=1)
     return np.asarray(inside & there.all(axis=1) & ~twice & ~first)
 

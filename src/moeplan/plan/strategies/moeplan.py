@@ -29,7 +29,7 @@ from moeplan.plan.strategies.affinity import affinity
 from moeplan.plan.strategies.eplb import eplb
 from moeplan.plan.strategies.linear import linear
 from moeplan.plan.strategies.paper import place_by_use
-from moeplan.types import Int32Array, Placement
+from moeplan.types import Int32Array, Placement, twice_in
 
 __all__ = ["PARTS"]
 
@@ -88,7 +88,7 @@ def _cheapest(planner: Planner) -> tuple[State, tuple[str, ...]]:
     }
     for other in (linear, eplb):
         slots = other(problem, planner.seed).slots
-        if problem.old is None and not _twice_on_a_gpu(slots, problem.cluster.num_gpus):
+        if problem.old is None and not twice_in(slots, problem.cluster.num_gpus).any():
             made[other.__name__] = partial(_routed, planner, slots)
     for name, make in made.items():
         plan = make()
@@ -104,11 +104,6 @@ def _cheapest(planner: Planner) -> tuple[State, tuple[str, ...]]:
 
 def _routed(planner: Planner, slots: Int32Array) -> tuple[State, tuple[str, ...]]:
     return planner.again(slots), ()
-
-
-def _twice_on_a_gpu(slots: Int32Array, gpus: int) -> bool:
-    held = np.sort(slots.reshape(len(slots), gpus, -1), axis=2)
-    return bool((np.diff(held, axis=2) == 0).any())
 
 
 def _plan(planner: Planner, prices: Prices) -> tuple[State, tuple[str, ...]]:
