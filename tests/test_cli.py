@@ -146,7 +146,11 @@ def test_an_older_plan_hands_on_what_it_was_made_for(
     assert "is outside 0..1000000" in refused(
         ["plan", trace, "--from", old, "--max-moves", "9" * 20, "-o", tmp_path / "x"], capsys
     )
-    (old / "plan.json").write_text((old / "plan.json").read_text().replace('"balance"', '"time"'))
+    whole = (old / "plan.json").read_text()
+    (old / "plan.json").write_text(whole.replace('"guard": 1.2', '"guard": "much"'))
+    line = refused(["plan", trace, "--from", old, "--max-moves", "1", "-o", tmp_path / "x"], capsys)
+    assert "guard 'much'" in line
+    (old / "plan.json").write_text(whole.replace('"balance"', '"time"'))
     line = refused(["plan", trace, "--from", old, "--max-moves", "1", "-o", tmp_path / "x"], capsys)
     assert "made with --objective time" in line and "--hardware" in line
 

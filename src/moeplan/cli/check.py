@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeplan.cli import placement_options as p
-from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, say
+from moeplan.cli.common import JsonOption, claim_stdout, emit_json, say
 
 if TYPE_CHECKING:
     from moeplan.engines.files import Known, Report
@@ -45,7 +45,6 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
-        check_places(json)
         p.keep_inputs(json, file, plan, config)
         p.refuse_plan(file)
         from moeplan.engines.files import examine

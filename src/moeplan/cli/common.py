@@ -21,6 +21,7 @@ __all__ = [
     "WithoutLayers",
     "check_places",
     "emit_json",
+    "given",
     "parse_layers",
     "progress",
     "say",
@@ -59,6 +60,12 @@ def claim_stdout(json_target: str | None) -> None:
     global _json_on_stdout
     _json_on_stdout = json_target == "-"
     check_places(json_target)
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter was written on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def check_places(*targets: str | Path | None) -> None:

@@ -15,6 +15,7 @@ from moeplan.cli.common import (
     check_places,
     claim_stdout,
     emit_json,
+    given,
     parse_layers,
     say,
 )  # fmt: skip
@@ -97,7 +98,7 @@ def register(app: typer.Typer) -> None:
         output: o.Page = None,
     ) -> None:
         claim_stdout(json)
-        check_places(output, json)
+        check_places(output)
         from moeplan.cluster import Dispatch
         from moeplan.perf import hardware as machines
         from moeplan.perf.models import model as find_model
@@ -108,9 +109,9 @@ def register(app: typer.Typer) -> None:
         mode = Dispatch(dispatch.value) if dispatch else None
         real = None
         if trace is not None or plan is not None:
-            given = [flag for flag in _OF_THE_PLAN if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE")]
+            own = [flag for flag in _OF_THE_PLAN if given(ctx, flag)]
             real = read_real(
-                trace, plan, machine, model, mode, context, given=given, without_layers=parse_layers(without_layers),
+                trace, plan, machine, model, mode, context, given=own, without_layers=parse_layers(without_layers),
                 signature_tokens=signature_tokens,
             )  # fmt: skip
             spec, parallel, per_node = real.spec, real.parallel, real.stored.cluster.gpus_per_node

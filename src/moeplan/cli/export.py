@@ -9,7 +9,7 @@ import typer
 
 from moeplan.cli import options as o
 from moeplan.cli import placement_options as p
-from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, say
+from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, given, say
 from moeplan.errors import FormatError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
-        check_places(json, output)
+        check_places(output)
         p.keep_inputs(json, output, source, measure, config, trace, hardware, model)
         if output.exists():
             raise OutputError("already exists", where=str(output), mend="choose another place, or remove it")
@@ -145,8 +145,7 @@ def _is_plan(source: str) -> bool:
 
 def _only(context: typer.Context, foreign: tuple[str, ...], what: str) -> None:
     for name in foreign:
-        given = context.get_parameter_source(name)
-        if given is not None and given.name == "COMMANDLINE":
+        if given(context, name):
             flag = "--" + {"context_tokens": "context"}.get(name, name).replace("_", "-")
             raise UsageError(f"{flag} does not go with {what}", mend="leave it out, or give the other kind of source")
 

@@ -12,9 +12,9 @@ from moeplan.cli import options as o
 from moeplan.cli.common import (
     JsonOption,
     WithoutLayers,
-    check_places,
     claim_stdout,
     emit_json,
+    given,
     parse_layers,
     progress,
     say,
@@ -96,7 +96,6 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
-        check_places(json)
         if drift is not None:
             if start is None:
                 raise UsageError("--drift needs a plan", mend="moeplan plan --from PLAN --drift TRACE")
@@ -136,7 +135,7 @@ def register(app: typer.Typer) -> None:
                 signature_tokens = signature_tokens_of(old)
             objective, guard = _inherited(context, old, start or "", objective, guard)
         for name in ("objective", "guard"):
-            if old is None and strategy != "moeplan" and _given(context, name):
+            if old is None and strategy != "moeplan" and given(context, name):
                 raise UsageError(f"--{name} is for the strategy moeplan", mend=f"leave it out with {strategy}")
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         timing = o.timing_of(opened.shape, cluster, mode, hardware, model, context_tokens)
@@ -196,23 +195,22 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def _given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 def _inherited(context: typer.Context, old: StoredPlan, where: str, objective: str, guard: float) -> tuple[str, float]:
     """What an older plan was made for goes on, unless the command line says otherwise."""
-    if not _given(context, "objective") and old.head.get("objective"):
-        objective = str(old.head["objective"])
-        if objective == "time" and not _given(context, "hardware"):
+    from moeplan.replay.drift import options_of
+
+    if old.head.get("objective") == "time":
+        if not given(context, "objective") and not given(context, "hardware"):
             raise UsageError(
                 "the plan was made with --objective time", where=where,
                 mend="give --hardware and --model again, or --objective bytes",
             )  # fmt: skip
-    if not _given(context, "guard") and "guard" in old.head:
-        before = old.head["guard"]
-        guard = float("inf") if before is None else before
+        before = options_of(old, "bytes")
+        objective = objective if given(context, "objective") else "time"
+    else:
+        before = options_of(old)
+        objective = objective if given(context, "objective") else before.objective
+    guard = guard if given(context, "guard") else before.guard
     return objective, guard
 
 
@@ -264,7 +262,7 @@ def _size(count: int) -> str:
 def _only_with(context: typer.Context, known: set[str], what: str) -> None:
     """Refuse flags that the stored plan answers already."""
     for name in context.params:
-        if name not in known and _given(context, name):
+        if name not in known and given(context, name):
             flag = "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} does not go with {what}", mend="leave it out: the plan says how it was made")
 

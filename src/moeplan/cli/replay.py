@@ -13,7 +13,6 @@ from moeplan.cli import placement_options as p
 from moeplan.cli.common import (
     JsonOption,
     WithoutLayers,
-    check_places,
     claim_stdout,
     emit_json,
     parse_layers,
@@ -68,7 +67,6 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = None,
     ) -> None:
         claim_stdout(json)
-        check_places(json)
         p.keep_inputs(json, trace, plan, placement, config, hardware, model)
         if plan is not None and placement is not None:
             raise UsageError("--plan and --placement are two placements", mend="give one of the two")

@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> None:
         claim_stdout(json)
-        check_places(output, json)
+        check_places(output)
         from moeplan.perf.models import model as find_model
         from moeplan.perf.size import size as run
         from moeplan.perf.sweep import precision_of

@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
         output: o.Page = None,
     ) -> None:
         claim_stdout(json)
-        check_places(output, json)
+        check_places(output)
         from moeplan.perf.models import model as find_model
         from moeplan.perf.sweep import Choice, node_parts, precision_of
         from moeplan.perf.sweep import sweep as run

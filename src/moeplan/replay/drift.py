@@ -28,7 +28,7 @@ from moeplan.replay.split import blocks, draw_steps, least_requests, live_reques
 from moeplan.replay.statistics import change, less_than
 from moeplan.replay.table import Comparison, Measured, tabulate
 
-__all__ = ["FRESH", "OLD", "OLD_RANDOM", "Drift", "drift", "drift_setup", "signature_tokens_of"]
+__all__ = ["FRESH", "OLD", "OLD_RANDOM", "Drift", "drift", "drift_setup", "options_of", "signature_tokens_of"]
 
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
@@ -114,7 +114,7 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
         raise UsageError(f"{folds} fold does not tell one plan from the next", mend="use at least 2 folds")
     return Setup(
         stored.cluster, (anew(stored),), stored.redundant, stored.rule, stored.dispatch,
-        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=_options_of(stored),
+        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options_of(stored),
     )  # fmt: skip
 
 
@@ -123,9 +123,13 @@ def anew(stored: StoredPlan) -> str:
     return stored.result.strategy if stored.result.strategy in available() else "moeplan"
 
 
-def _options_of(stored: StoredPlan) -> Options:
-    """The choices that the plan was made with, as far as its head says."""
-    guard, objective = stored.head.get("guard", GUARD), stored.head.get("objective")
+def options_of(stored: StoredPlan, objective: str | None = None) -> Options:
+    """The choices that the plan was made with, as far as its head says; another objective instead.
+
+    Raises:
+        FormatError: the plan's guard or objective is none.
+    """
+    guard, objective = stored.head.get("guard", GUARD), objective or stored.head.get("objective")
     try:
         return Options(guard=float("inf") if guard is None else float(guard), objective=objective or Options.objective)
     except (TypeError, ValueError, UsageError):
