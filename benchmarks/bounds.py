@@ -13,12 +13,7 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
-
-from moeplan import open_trace
-from moeplan.cluster import Cluster, Dispatch, request_messages
-from moeplan.plan import Options, Problem, RequestSet, Result, read_requests, solve
-from moeplan.plan.assignment import equal_groups
-from moeplan.plan.bounds import (
+from moeplan.planning.bounds import (
     Bound,
     best_joint,
     best_nodes,
@@ -27,7 +22,12 @@ from moeplan.plan.bounds import (
     nodes_holding,
     use_by_node,
 )
-from moeplan.plan.problem import GUARD, Stream
+
+from moeplan import open_trace
+from moeplan.cluster import Cluster, Dispatch, request_messages
+from moeplan.planning import Options, Problem, RequestSet, Result, read_requests, solve
+from moeplan.planning.assignment import equal_groups
+from moeplan.planning.problem import GUARD, Stream
 from moeplan.types import ModelShape
 
 SECONDS = 60.0  # for each programme

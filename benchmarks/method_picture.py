@@ -22,7 +22,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from moeplan import open_trace
 from moeplan.cluster import Cluster
-from moeplan.plan import Options, Result, read_requests, solve
+from moeplan.planning import Options, Result, read_requests, solve
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.split import blocks, split

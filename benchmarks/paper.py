@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from moeplan.cluster import Cluster
-from moeplan.plan import Options, RequestSet, read_requests, solve
-from moeplan.plan.strategies import find
+from moeplan.planning import Options, RequestSet, read_requests, solve
+from moeplan.planning.strategies import find
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.measure import StepFigures, measure_steps
@@ -72,8 +72,8 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
 
 def workloads() -> Iterator[tuple[str, str, RequestSet]]:
     """(label, published, requests); the real set only where it is."""
-    from moeplan.capture.arrays import import_arrays
-    from moeplan.capture.synthetic import generate
+    from moeplan.importers.arrays import import_arrays
+    from moeplan.synthetic.generator import generate
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

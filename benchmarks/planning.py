@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Cluster, Dispatch
-from moeplan.plan import Problem, solve
-from moeplan.plan.joint import place_quickly
-from moeplan.plan.problem import Stream
-from moeplan.plan.served import Served
+from moeplan.planning import Problem, solve
+from moeplan.planning.expected_load import ExpectedLoad
+from moeplan.planning.planner import place_quickly
+from moeplan.planning.problem import Stream
 from moeplan.types import ModelShape
 
 #: DeepSeek's file, as SGLang ships it.
@@ -89,7 +89,7 @@ def replan(use: npt.NDArray[np.float64], redundant: int) -> tuple[float, list[fl
     balanced = solve(Problem(shape, cluster, redundant, counts, counts, none), "eplb")
     remote, load = [], []
     for of in (slots, balanced.placement.slots.astype(np.int64)):
-        served = Served(cluster, of, experts, True)
+        served = ExpectedLoad(cluster, of, experts, True)
         gpu = served.loads(use)[1]
         remote.append(1.0 - float((use.transpose(1, 0, 2) * served.kept).sum() / use.sum()))
         load.append(float((gpu.max(axis=1) / gpu.mean(axis=1)).mean()))

@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moeplan.capture.presets import find_preset
-from moeplan.capture.synthetic import draw_workload
+from moeplan.synthetic.generator import draw_workload
+from moeplan.synthetic.presets import find_preset
 from moeplan.trace import TraceWriter
 
 #: More requests at 1x than `profile` keeps counts of, so that sample and reservoir are full there already; small parts,

@@ -24,9 +24,9 @@ def bench() -> list[tuple[str, str]]:
         import transformers  # noqa: F401
     except ImportError:
         return [("record transformers, overhead of hooks", "not measured: torch and transformers are not installed")]
-    from moeplan.capture.hf import RecordOptions, record_model
-    from moeplan.capture.hf_model import load_model
-    from moeplan.capture.prompts import Prompt
+    from moeplan.record.prompts import Prompt
+    from moeplan.record.transformers import RecordOptions, record_model
+    from moeplan.record.transformers_model import load_model
 
     torch.manual_seed(0)
     loaded = load_model("embedded", dtype="float32")

@@ -10,9 +10,9 @@ import time
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from moeplan.capture.synthetic import generate_rows
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, request_messages, routes, step_messages, token_messages
-from moeplan.plan.assignment import equal_groups
+from moeplan.planning.assignment import equal_groups
+from moeplan.synthetic.generator import generate_rows
 from moeplan.types import Placement
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from moeplan import embedded, open_trace
-from moeplan.capture.arrays import import_arrays
-from moeplan.capture.model import ModelExtras
 from moeplan.cluster import Cluster, Dispatch, check_slots
 from moeplan.errors import PlanError
+from moeplan.importers.arrays import import_arrays
+from moeplan.model.overrides import ModelExtras
+from moeplan.model.spec import model
 from moeplan.perf.memory import model_shape
-from moeplan.perf.models import model
-from moeplan.plan import Options, RequestSet, read_requests
-from moeplan.plan.strategies import moeplan as ours
+from moeplan.planning import Options, RequestSet, read_requests
+from moeplan.planning.strategies import moeplan as ours
 from moeplan.replay import Setup, compare
 from moeplan.replay.split import least_requests
 from moeplan.replay.statistics import change
@@ -188,9 +188,9 @@ def figures(setting: Setting) -> dict[str, Any]:
 def version() -> str:
     """Twelve digits that change with the code that figures rest on."""
     package = ROOT / "src" / "moeplan"
-    files = [package / "cluster.py", package / "types.py", package / "capture" / "arrays.py", Path(__file__)]
+    files = [package / "cluster.py", package / "types.py", package / "importers" / "arrays.py", Path(__file__)]
     files += [package / "perf" / "memory.py", package / "perf" / "data" / "models.json"]
-    for room in ("_kernels", "trace", "plan", "replay"):
+    for room in ("_kernels", "trace", "planning", "replay"):
         files += sorted((package / room).rglob("*.py"))
     total = hashlib.sha256()
     for file in files:

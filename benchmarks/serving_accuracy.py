@@ -16,14 +16,14 @@ import serving_tables as st
 import time_tables as tf
 from moeplan.cluster import Dispatch
 from moeplan.errors import MoeplanError
+from moeplan.model.spec import model, parameters
 from moeplan.perf.constants import Constants, Engine, Generation, constants
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
-from moeplan.perf.models import model, parameters
 from moeplan.perf.routing import popular
 from moeplan.perf.serving import Layout
 from moeplan.perf.step import Step
-from moeplan.plan.strategies.eplb import rebalance
+from moeplan.planning.strategies.eplb import rebalance
 from time_report import SCORES, Row, percent, scores, signed
 
 DEEPSEEK = model("DeepSeek-V3")
@@ -228,7 +228,7 @@ def implied_share(row: dict[str, str]) -> float:
     return batch * (prompt + output) * 2 * parameters(model(row["model"])).active / life / rate
 
 
-def _tables() -> Iterator[st.Served]:
+def _tables() -> Iterator[st.ExpectedLoad]:
     for system in ("h100_sxm", "h200_sxm", "b200_sxm", "b300_sxm", "gb200", "gb300"):
         for kind, split in (("moe", False), ("moe", True), ("dense", False)):
             table = st.served(system, kind, split)

@@ -17,10 +17,10 @@ from functools import cache
 import numpy as np
 
 from moeplan.errors import MoeplanError
+from moeplan.model.spec import model
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision
-from moeplan.perf.models import model
 from moeplan.perf.serving import Layout, Load, Serving, aggregated, disaggregated
 from time_tables import Columns, Table, read
 
@@ -34,7 +34,7 @@ USABLE = 0.97
 
 
 @dataclass(frozen=True)
-class Served(Table):
+class ExpectedLoad(Table):
     """Serving points of one accelerator; `seconds` is the measured time per output token."""
 
     @property
@@ -43,13 +43,15 @@ class Served(Table):
 
 
 @cache
-def served(system: str, kind: str, experts_split: bool = False) -> Served:
+def served(system: str, kind: str, experts_split: bool = False) -> ExpectedLoad:
     """Points of a system (as the files call it), `moe` or `dense`; those with ep > 1 where `experts_split`."""
     file = FILES[kind == "dense"]
     rows = {name: np.array(["" if v is None else v for v in column.tolist()]) for name, column in strings(file).items()}
     rows["model"] = np.array([NAMES.get(path, path.split("/")[1]) for path in rows["model_path"]])
     ep = np.array([layout(row)[3] for row in each(rows)])
-    table = Served("serving", system.split("_")[0], rows, _number(rows["silicon_tpot_ms"]) * 1e-3, ("model",), predict)
+    table = ExpectedLoad(
+        "serving", system.split("_")[0], rows, _number(rows["silicon_tpot_ms"]) * 1e-3, ("model",), predict
+    )
     return table.where((rows["system"] == system) & ((ep > 1) == experts_split))  # type: ignore[return-value]
 
 

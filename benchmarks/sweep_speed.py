@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 import time
 
+from moeplan.model.spec import model
 from moeplan.perf.hardware import hardware, hardware_names
-from moeplan.perf.models import model
-from moeplan.perf.size import USE_CASES, size
+from moeplan.perf.sizing import USE_CASES, size
 from moeplan.perf.sweep import precision_of, sweep
 
 SETUPS, BAR_S = 1000, 5.0

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch
+from moeplan.model.spec import ModelSpec, model
 from moeplan.perf.hardware import Hardware, hardware
 from moeplan.perf.memory import Precision
-from moeplan.perf.models import ModelSpec, model
 from moeplan.perf.routing import Routing, replayed
 from moeplan.perf.step import decode_step
-from moeplan.plan import Options, RequestSet, Result, solve
+from moeplan.planning import Options, RequestSet, Result, solve
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, folds_of, group_test, rng_of
 from moeplan.replay.measure import measure_steps

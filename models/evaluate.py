@@ -108,7 +108,7 @@ def main() -> None:
         language(arguments.out)
     routing("embedded", moeplan.open_trace("embedded"), None)
     if arguments.traces:
-        from moeplan.capture.arrays import import_arrays
+        from moeplan.importers.arrays import import_arrays
 
         with tempfile.TemporaryDirectory() as folder:
             trace = import_arrays(arguments.traces / "gpt-oss-20b.npz", Path(folder) / "trace")

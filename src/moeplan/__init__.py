@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule
     from moeplan.errors import MoeplanError
-    from moeplan.plan import Options, Problem, read_requests, solve
-    from moeplan.plan.store import load_plan, save_plan
+    from moeplan.planning import Options, Problem, read_requests, solve
+    from moeplan.planning.store import load_plan, save_plan
     from moeplan.profile import profile as profile_trace
     from moeplan.replay import Setup, compare
     from moeplan.replay import replay as replay_plan
@@ -51,21 +51,21 @@ _HOME = {
     "Home": "cluster",
     "ModelShape": "types",
     "MoeplanError": "errors",
-    "Options": "plan",
+    "Options": "planning",
     "Placement": "types",
-    "Problem": "plan",
+    "Problem": "planning",
     "ReplicaRule": "cluster",
     "Setup": "replay",
     "Trace": "trace",
     "TraceWriter": "trace",
     "compare": "replay",
-    "load_plan": "plan.store",
+    "load_plan": "planning.store",
     "open_trace": "trace",
     "profile_trace": "profile:profile",
-    "read_requests": "plan",
+    "read_requests": "planning",
     "replay_plan": "replay:replay",
-    "save_plan": "plan.store",
-    "solve": "plan",
+    "save_plan": "planning.store",
+    "solve": "planning",
 }
 
 

@@ -83,7 +83,7 @@ class Cluster:
         if self.nodes < 1 or self.gpus_per_node < 1:
             raise UsageError(f"a cluster of {self.nodes} nodes x {self.gpus_per_node} GPUs is impossible")
         if self.num_gpus > 16384:
-            raise UsageError(f"{self.num_gpus} GPUs are more than moeplan handles", mend="use at most 16384")
+            raise UsageError(f"{self.num_gpus} GPUs are more than moeplan handles", hint="use at most 16384")
 
     @property
     def num_gpus(self) -> int:
@@ -118,12 +118,12 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
         PlanError: (E + R) does not divide by nodes x GPUs, or a GPU would need two copies of one expert.
     """
     if redundant < 0:
-        raise UsageError(f"--redundant {redundant} is negative", mend="give 0 or more extra slots per layer")
+        raise UsageError(f"--redundant {redundant} is negative", hint="give 0 or more extra slots per layer")
     slots, gpus = num_experts + redundant, cluster.num_gpus
     if slots > num_experts * gpus:  # looked at first: what follows takes as long as the number is large
         raise PlanError(
             f"{redundant} redundant slots are more than all {gpus} GPUs holding all {num_experts} experts would take",
-            mend=f"use --redundant {num_experts * (gpus - 1)} or less",
+            hint=f"use --redundant {num_experts * (gpus - 1)} or less",
         )
     if slots % gpus:
         below = redundant - slots % gpus
@@ -131,13 +131,13 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
         counts = [str(r) for r in (below, above) if r >= 0]
         fits = [g for g in range(1, min(slots, 16384) // cluster.nodes + 1) if slots % (cluster.nodes * g) == 0]
         near = sorted(fits, key=lambda g: (abs(g - cluster.gpus_per_node), g))[:2]
-        mend = f"use --redundant {' or '.join(counts)}"
+        hint = f"use --redundant {' or '.join(counts)}"
         if near:
-            mend += f", or --gpus-per-node {' or '.join(str(g) for g in near)}"
+            hint += f", or --gpus-per-node {' or '.join(str(g) for g in near)}"
         raise PlanError(
             f"{num_experts} experts + {redundant} redundant = {slots} slots do not divide over {cluster.nodes} nodes x "
             f"{cluster.gpus_per_node} GPUs = {gpus}",
-            mend=mend,
+            hint=hint,
         )
     return slots // gpus
 

@@ -18,15 +18,15 @@ class MoeplanError(Exception):
         mend: what the reader should do next.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
         super().__init__(self.line())
 
     def line(self) -> str:
         """The whole error as one line: place, fault, mend."""
         text = f"{self.where}: {self.what}" if self.where else self.what
-        if self.mend:
-            text = f"{text.rstrip('.')}; {self.mend}"
+        if self.hint:
+            text = f"{text.rstrip('.')}; {self.hint}"
         return " ".join(text.split())
 
 
@@ -54,7 +54,7 @@ class ServerError(MoeplanError):
     """
 
     def __init__(
-        self, what: str, *, where: str | None = None, mend: str | None = None, status: int | None = None
+        self, what: str, *, where: str | None = None, hint: str | None = None, status: int | None = None
     ) -> None:
-        super().__init__(what, where=where, mend=mend)
+        super().__init__(what, where=where, hint=hint)
         self.status = status

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError, PlanError
 
-__all__ = ["Int32Array", "ModelShape", "Placement", "expert_dtype", "twice_in"]
+__all__ = ["Int32Array", "ModelShape", "Placement", "expert_dtype", "has_duplicate_experts"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -127,7 +127,7 @@ class ModelShape:
                 kv_bytes_per_token=number("kv_bytes_per_token", optional=True),
             )
         except FormatError as error:
-            raise FormatError(error.what, where=error.where or where, mend=error.mend) from None
+            raise FormatError(error.what, where=error.where or where, hint=error.hint) from None
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Placement:
         return self.num_slots - self.num_experts
 
 
-def twice_in(slots: Int32Array, units: int) -> npt.NDArray[np.bool_]:
+def has_duplicate_experts(slots: Int32Array, units: int) -> npt.NDArray[np.bool_]:
     """bool [L, units]: whether a GPU (or node), S / units of the slots [L, S], holds an expert twice."""
     held = np.sort(slots.reshape(len(slots), units, -1), axis=2)
     return np.asarray((np.diff(held, axis=2) == 0).any(axis=2))

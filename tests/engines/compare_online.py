@@ -17,8 +17,8 @@ import numpy as np
 
 from moeplan.cluster import Cluster
 from moeplan.engines.plugins import online
-from moeplan.plan.joint import place_quickly
-from moeplan.plan.served import Served
+from moeplan.planning.expected_load import ExpectedLoad
+from moeplan.planning.planner import place_quickly
 from moeplan.types import Placement
 
 LAYERS, EXPERTS, REDUNDANT, NODES, PER_NODE, GROUPS = 58, 256, 32, 4, 8, 8
@@ -42,7 +42,7 @@ def changed(old: np.ndarray, new: np.ndarray, units: int) -> int:
 
 def line(name: str, plan: Placement, slots: np.ndarray, use: np.ndarray, seconds: float) -> None:
     """One row of the table."""
-    served = Served(Cluster(NODES, PER_NODE), slots.astype(np.int64), EXPERTS, False)
+    served = ExpectedLoad(Cluster(NODES, PER_NODE), slots.astype(np.int64), EXPERTS, False)
     gpu = served.loads(use)[1]
     kept = (use.transpose(1, 0, 2) * served.kept).sum() / use.sum()
     load = (gpu.max(axis=1) / gpu.mean(axis=1)).mean()

@@ -17,8 +17,8 @@ from moeplan.engines import sglang, vllm
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.plugins.online import gpu_unevenness
 from moeplan.engines.report import Known
-from moeplan.plan.store import load_plan
-from moeplan.plan.strategies.eplb import rebalance
+from moeplan.planning.store import load_plan
+from moeplan.planning.strategies.eplb import rebalance
 
 pytestmark = [
     pytest.mark.engines,
@@ -212,7 +212,7 @@ def test_the_plug_in_is_idle_without_a_plan(answers: Any) -> None:
     idle = answers[0]["idle"][0]
     assert idle["log"] == []
     assert set(idle["loaded"]) == {
-        "moeplan", "moeplan.engines", "moeplan.engines.plugins", "moeplan.engines.plugins.asked",
+        "moeplan", "moeplan.engines", "moeplan.engines.plugins", "moeplan.engines.plugins.settings",
         "moeplan.engines.plugins.sglang", "moeplan.errors",
     }  # fmt: skip
     for name in ("newer", "not the same", "balancer off"):  # and what it stays out of is as without it

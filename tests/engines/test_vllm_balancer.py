@@ -15,7 +15,7 @@ from moeplan.engines import vllm
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.plugins.online import gpu_unevenness
 from moeplan.engines.report import Known
-from moeplan.plan.strategies.eplb import rebalance
+from moeplan.planning.strategies.eplb import rebalance
 
 pytestmark = [
     pytest.mark.engines,
@@ -81,7 +81,7 @@ def test_the_policy_is_found_where_vllm_looks(served: dict[str, Any]) -> None:
     assert {rank["policy"] for rank in served["plan"]} == {"MoeplanPolicy"}
     assert {rank["policy"] for rank in served["idle"]} == {"DefaultEplbPolicy"}
     assert set(served["idle"][0]["loaded"]) == {
-        "moeplan", "moeplan.engines", "moeplan.engines.plugins", "moeplan.engines.plugins.asked",
+        "moeplan", "moeplan.engines", "moeplan.engines.plugins", "moeplan.engines.plugins.settings",
         "moeplan.engines.plugins.vllm", "moeplan.errors",
     }  # fmt: skip
     assert served["idle"][0]["log"] == []

@@ -225,12 +225,12 @@ def test_a_real_server_agrees_with_transformers(
 def test_a_recording_that_stops_goes_on(
     server: tuple[str, Path], model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moeplan.capture import recording
-    from moeplan.capture.hf_config import model_facts
-    from moeplan.capture.prompts import read_prompts
-    from moeplan.capture.server import Server
-    from moeplan.capture.serving import ServingOptions, record_served, served_model
-    from moeplan.capture.vllm_server import VllmEngine
+    from moeplan.model.facts import model_facts
+    from moeplan.record import recording
+    from moeplan.record.http_client import Server
+    from moeplan.record.prompts import read_prompts
+    from moeplan.record.server import ServingOptions, record_served, served_model
+    from moeplan.record.vllm import VllmEngine
 
     class StopError(Exception):
         pass

@@ -8,9 +8,9 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from moeplan._kernels.placed import Layer
+from moeplan._kernels.layer_state import Layer
 
-__all__ = ["Weights", "dear", "dear_move", "dearer", "paid", "weigh"]
+__all__ = ["Weights", "dear_move", "dearer", "load_penalty", "paid", "weigh"]
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     node: Float  # [N], loads
     gpu: Float  # [P]
     slope: Float  # [P], what one more pick on a GPU, and so on its node, costs at the tangent
-    tally: Float  # [3, E], see `dear`
+    tally: Float  # [3, E], see `load_penalty`
     trial: Float  # [P], loads as a move would make them; else as `gpu`
     touched: Int  # [..], GPUs that it would change
     by_node: Float  # [N], and by how much nodes; else 0
@@ -102,7 +102,7 @@ def paid(w: Weights, node: float, gpu: float) -> float:
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)
-def dear(
+def load_penalty(
     own: float, slopes: float, rest: float, count: int, change: int, use_out: float, slope_out: float, use_in: float,
     slope_in: float,
 ) -> float:  # fmt: skip
@@ -134,7 +134,9 @@ def dear_move(layer: Layer, w: Weights, e: int, leaves: int, enters: int) -> flo
         use_in = layer.use[layer.node[enters], e] if layer.nearest else 0.0
     change = (enters >= 0) - (leaves >= 0)
     count = layer.copies[e]
-    return float(dear(tally[0, e], tally[1, e], tally[2, e], count, change, use_out, slope_out, use_in, slope_in))
+    return float(
+        load_penalty(tally[0, e], tally[1, e], tally[2, e], count, change, use_out, slope_out, use_in, slope_in)
+    )
 
 
 @nb.njit(cache=True, nogil=True, boundscheck=False)

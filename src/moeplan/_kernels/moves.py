@@ -8,7 +8,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from moeplan._kernels.placed import NONE, Layer, cost
+from moeplan._kernels.layer_state import NONE, Layer, cost
 
 __all__ = ["Moves", "look_at", "look_from", "look_to"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeplan.cli import placement_options as p
-from moeplan.cli.common import JsonOption, claim_stdout, emit_json, say
+from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json
 
 if TYPE_CHECKING:
     from moeplan.engines.files import Known, Report
-    from moeplan.plan.store import StoredPlan
+    from moeplan.planning.store import StoredPlan
 
 #: Findings that are printed; all of them are in the JSON.
 SHOWN = 40
@@ -48,12 +48,12 @@ def register(app: typer.Typer) -> None:
         p.keep_inputs(json, file, plan, config)
         p.refuse_plan(file)
         from moeplan.engines.files import examine
-        from moeplan.engines.support import architectures_of, without_placement
+        from moeplan.engines.unsupported_models import architectures_of, without_placement
 
         known = p.known_from(config, num_experts, num_layers, dense_layers, ep_size, nnodes, redundant)
         stored = None
         if plan is not None:
-            from moeplan.plan.store import load_plan
+            from moeplan.planning.store import load_plan
 
             p.refuse_trace(plan)
             stored = load_plan(plan)
@@ -86,7 +86,7 @@ def _with_plan(known: Known, plan: StoredPlan, where: str) -> Known:
             raise UsageError(
                 f"{key.replace('_', ' ')} {given} of the flags is not the plan's {value}"[:200],
                 where=where,
-                mend="leave the flag out, or give the file's own plan",
+                hint="leave the flag out, or give the file's own plan",
             )
     return dataclasses.replace(known, **said)  # type: ignore[arg-type]
 
@@ -111,18 +111,18 @@ def _compare(report: Report, plan: StoredPlan, where: str) -> None:
 
 def _say(report: Report) -> None:
     shape = "" if report.rows is None else f": {report.rows} layers of {report.slots} slots"
-    say(f"{report.path}, {report.engine}{shape}")
+    echo(f"{report.path}, {report.engine}{shape}")
     for finding in report.findings[:SHOWN]:
-        say(f"{'warning' if finding.legal else 'wrong'}: {finding.line(report.path)}")
+        echo(f"{'warning' if finding.legal else 'wrong'}: {finding.line(report.path)}")
     if len(report.findings) > SHOWN:
-        say(f".. and {len(report.findings) - SHOWN} more findings (--json has them all)")
+        echo(f".. and {len(report.findings) - SHOWN} more findings (--json has them all)")
     if report.good:
         for line in dict.fromkeys(report.unchecked):
-            say(f"not checked: {line}")
-        say("good" + (", as far as it could be checked" if report.unchecked else ""))
+            echo(f"not checked: {line}")
+        echo("good" + (", as far as it could be checked" if report.unchecked else ""))
     else:
         count = len(report.faults)
-        say(f"not good: {count} fault{'s' * (count > 1)}")
+        echo(f"not good: {count} fault{'s' * (count > 1)}")
 
 
 def _facts(report: Report) -> dict[str, Any]:

@@ -20,11 +20,11 @@ __all__ = [
     "Progress",
     "WithoutLayers",
     "check_places",
+    "echo",
     "emit_json",
     "given",
     "parse_layers",
     "progress",
-    "say",
 ]
 
 JsonOption = Annotated[
@@ -47,7 +47,7 @@ Aggregate = Annotated[
 Progress = Callable[[int, int, str], None]
 
 
-def say(text: str = "") -> None:
+def echo(text: str = "") -> None:
     """One line for the reader: standard output, or standard error while standard output carries JSON."""
     print(text, file=sys.stderr if _json_on_stdout else sys.stdout)
 
@@ -72,7 +72,7 @@ def check_places(*targets: str | Path | None) -> None:
     """Refuse, before any work, files that cannot be written in the end."""
     for target in targets:
         if target is not None and str(target) != "-":
-            from moeplan.trace.files import check_place
+            from moeplan.io.files import check_place
 
             check_place(target)
 
@@ -84,7 +84,7 @@ def emit_json(target: str | None, data: Any) -> None:
     if target == "-":
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return
-    from moeplan.trace.files import write_json
+    from moeplan.io.files import write_json
 
     write_json(Path(target), data)
 
@@ -97,7 +97,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(item) for item in text.split(",")}))
     except ValueError:
         raise UsageError(
-            f"--without-layers {text!r} is not a list of layer numbers", mend="e.g. 45 or 0,1,45"
+            f"--without-layers {text!r} is not a list of layer numbers", hint="e.g. 45 or 0,1,45"
         ) from None
 
 

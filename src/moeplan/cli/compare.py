@@ -15,10 +15,10 @@ from moeplan.cli.common import (
     WithoutLayers,
     check_places,
     claim_stdout,
+    echo,
     emit_json,
     parse_layers,
     progress,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         check_places(output)
         from moeplan.cluster import check_slots
-        from moeplan.plan import Options, read_requests
+        from moeplan.planning import Options, read_requests
         from moeplan.replay import Setup
         from moeplan.replay import compare as run
         from moeplan.replay.comparison import strategy_names
@@ -89,9 +89,9 @@ def register(app: typer.Typer) -> None:
             from moeplan.report.compare_page import write_compare_page
 
             write_compare_page(Path(output), table, opened)
-            say(f"wrote {output}")
+            echo(f"wrote {output}")
         else:
-            say("a page with figures: add -o compare.html")
+            echo("a page with figures: add -o compare.html")
 
 
 def show(table: Comparison, trace: Trace, seconds: float) -> None:
@@ -100,7 +100,7 @@ def show(table: Comparison, trace: Trace, seconds: float) -> None:
     from moeplan.report.compare_page import verdict
 
     setup, shape = table.head["setup"], trace.shape
-    say(
+    echo(
         f"{trace.label}: {shape.num_layers} layers x {shape.num_experts} experts, top-{shape.top_k}, on "
         f"{setup['nodes']} nodes x {setup['gpus_per_node']} GPUs, {setup['redundant']} redundant slots, "
         f"dispatch per {setup['dispatch']}"
@@ -110,14 +110,14 @@ def show(table: Comparison, trace: Trace, seconds: float) -> None:
     if count["fit"][0]:
         folds = f"{setup['folds']} fold{'s' * (setup['folds'] != 1)}"
         done = f"fit on {count['fit'][0]} requests, measured on {count['test'][0]} unseen ones, {folds}"
-    say(f"{done} ({table.head['column']}), {seconds:.1f} s")
+    echo(f"{done} ({table.head['column']}), {seconds:.1f} s")
     for note in table.notes:
-        say(f"note: {note}")
-    say()
+        echo(f"note: {note}")
+    echo()
     for line in table_lines(table):
-        say(line)
-    say()
-    say(verdict(table))
-    say()
+        echo(line)
+    echo()
+    echo(verdict(table))
+    echo()
     for note in table.method:
-        say(f"  - {note}")
+        echo(f"  - {note}")

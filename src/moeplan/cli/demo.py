@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.cli.common import JsonOption, claim_stdout, emit_json, progress, say
+from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json, progress
 from moeplan.embedded import WORD
 
 STRATEGIES = ("linear", "eplb", "paper", "moeplan")
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         from moeplan.cli.compare import show
         from moeplan.cluster import Cluster
-        from moeplan.plan import read_requests
+        from moeplan.planning import read_requests
         from moeplan.profile import profile
         from moeplan.replay import Setup, compare
         from moeplan.report.compare_page import write_compare_page
@@ -46,8 +46,8 @@ def register(app: typer.Typer) -> None:
         root = _folder(output)
         compiler = _compile_ahead()
         trace = open_trace(WORD)
-        say("moeplan demo: 800 requests, recorded from the small trained model that comes with the package.")
-        say()
+        echo("moeplan demo: 800 requests, recorded from the small trained model that comes with the package.")
+        echo()
         with progress("profile") as report:
             found = profile(trace, seed=seed, progress=report)
         write_page(root / "profile.html", profile_html(found))
@@ -59,10 +59,10 @@ def register(app: typer.Typer) -> None:
             table = compare(requests, setup, report)
         show(table, trace, time.perf_counter() - began)
         write_compare_page(root / "compare.html", table, trace)
-        say()
-        say(f"pages:  {root / 'profile.html'}  {root / 'compare.html'}")
-        say(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a spare slot a GPU)")
-        say(f"{time.perf_counter() - start:.1f} s in all")
+        echo()
+        echo(f"pages:  {root / 'profile.html'}  {root / 'compare.html'}")
+        echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a spare slot a GPU)")
+        echo(f"{time.perf_counter() - start:.1f} s in all")
         emit_json(json, {"trace": trace.label, "synthetic": trace.synthetic, **table.to_dict()})
 
 
@@ -86,7 +86,7 @@ def _program() -> str:
 
 def _folder(name: str) -> Path:
     """The demo's folder, made if need be."""
-    from moeplan.trace.files import cannot_write
+    from moeplan.io.files import cannot_write
 
     root = Path(name)
     try:

@@ -14,10 +14,10 @@ from moeplan.cli.common import (
     WithoutLayers,
     check_places,
     claim_stdout,
+    echo,
     emit_json,
     given,
     parse_layers,
-    say,
 )  # fmt: skip
 from moeplan.cli.estimate_text import facts_of, lines_of
 from moeplan.cli.options import DispatchChoice, Seed, SignatureTokens
@@ -25,8 +25,8 @@ from moeplan.cli.real import read_real
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
+    from moeplan.model.spec import ModelSpec
     from moeplan.perf.memory import Parallel
-    from moeplan.perf.models import ModelSpec
     from moeplan.perf.serving import Layout
 
 
@@ -100,8 +100,8 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         check_places(output)
         from moeplan.cluster import Dispatch
+        from moeplan.model.spec import model as find_model
         from moeplan.perf import hardware as machines
-        from moeplan.perf.models import model as find_model
         from moeplan.perf.serving import Layout, Load
         from moeplan.perf.sweep import precision_of
 
@@ -117,7 +117,7 @@ def register(app: typer.Typer) -> None:
             spec, parallel, per_node = real.spec, real.parallel, real.stored.cluster.gpus_per_node
             mode = mode or real.stored.dispatch
         elif model is None:
-            raise UsageError("--model is missing", mend="give a name of the catalogue, or a config.json")
+            raise UsageError("--model is missing", hint="give a name of the catalogue, or a config.json")
         else:
             spec, per_node = find_model(model), gpus_per_node or machine.scale_up_size
             if nodes < 1 or per_node < 1:
@@ -138,13 +138,13 @@ def register(app: typer.Typer) -> None:
         else:
             facts = facts_of(layout, load, batch or 128, context, phase is StepPhase.prefill, usd_per_hour)
         for line in lines_of(layout, facts, per_node):
-            say(line)
+            echo(line)
         emit_json(json, facts)
         if output is not None:
             from moeplan.report.perf_estimate import write_estimate_page
 
             write_estimate_page(Path(output), layout, load, facts, steps.routing if real else None)
-            say(f"wrote {output}")
+            echo(f"wrote {output}")
 
 
 #: What a plan says itself, and what real steps do not come with.
@@ -165,12 +165,12 @@ def _parallel(
         gpus = per_node if dp is None and spec.moe is not None else tp * pp * (dp or 1)
     if dp is None:
         if gpus % (tp * pp):
-            raise UsageError(f"tp {tp} x pp {pp} does not divide the {gpus} GPUs", mend="choose tp and pp that do")
+            raise UsageError(f"tp {tp} x pp {pp} does not divide the {gpus} GPUs", hint="choose tp and pp that do")
         dp = gpus // (tp * pp)
     if tp * dp * pp != gpus:
         raise UsageError(
             f"tp {tp} x dp {dp} x pp {pp} = {tp * dp * pp} GPUs, but there are {gpus}",
-            mend=f"make their product {gpus}, or leave --dp out",
+            hint=f"make their product {gpus}, or leave --dp out",
         )
     parallel = Parallel(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
     check_parallel(spec, parallel)
@@ -180,7 +180,7 @@ def _parallel(
 def _check_ranges(layout: Layout, phase: StepPhase, mtp: int, usd_per_hour: float | None) -> None:
     shared = layout.parallel.ep
     if not layout.skew >= 1:
-        raise UsageError(f"--skew {layout.skew:g} is below 1", mend="it is the busiest GPU's load over the mean")
+        raise UsageError(f"--skew {layout.skew:g} is below 1", hint="it is the busiest GPU's load over the mean")
     if layout.skew > 1 and layout.skew > shared:
         raise UsageError(f"--skew {layout.skew:g} is more than the {shared} GPUs that share the experts")
     if layout.skew > 1 and layout.balanced:

@@ -9,13 +9,13 @@ import typer
 
 from moeplan.cli import options as o
 from moeplan.cli import placement_options as p
-from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, given, say
+from moeplan.cli.common import JsonOption, check_places, claim_stdout, echo, emit_json, given
 from moeplan.errors import FormatError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.engines.files import EnginePlacement, Known
     from moeplan.engines.launch import Launch, Serving
-    from moeplan.plan.store import StoredPlan
+    from moeplan.planning.store import StoredPlan
 
 #: Flags that only counts need: a plan says them itself.
 _COUNTS_ONLY = ("nodes", "gpus_per_node", "redundant", "measure", "hardware", "model", "context_tokens", "batch")
@@ -70,13 +70,13 @@ def register(app: typer.Typer) -> None:
         check_places(output)
         p.keep_inputs(json, output, source, measure, config, trace, hardware, model)
         if output.exists():
-            raise OutputError("already exists", where=str(output), mend="choose another place, or remove it")
+            raise OutputError("already exists", where=str(output), hint="choose another place, or remove it")
         is_plan = _is_plan(source)
         _only(context, _COUNTS_ONLY if is_plan else _PLAN_ONLY, "a plan" if is_plan else "counts")
-        from moeplan.engines.axis import check_axis, left_out
         from moeplan.engines.files import check_write, write
         from moeplan.engines.launch import launch
-        from moeplan.engines.support import architectures_of, without_placement
+        from moeplan.engines.layer_axis import check_axis, left_out
+        from moeplan.engines.unsupported_models import architectures_of, without_placement
 
         facts = p.facts_of(config, None, num_layers, dense_layers)
         known = p.known_from(config, None, num_layers, dense_layers)
@@ -103,17 +103,17 @@ def register(app: typer.Typer) -> None:
         missing = left_out(placement.layer_ids) if known.moe_layers is None else ()
         write(output, engine.value, placement, num_layers=layers, model=name)
         for line in said:
-            say(line)
+            echo(line)
         _say(engine.value, output, placement, how, known, layers)
         if missing:
             named = f"layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-            say(
+            echo(
                 f"warning: {source} skips {named}: where the model has experts there, the engine will not start "
                 "without rows for them; plan on a trace of all layers, and give --config to be sure"
             )
         ignored = without_placement(engine.value, architectures_of(config))
         if ignored is not None:
-            say(f"warning: {ignored}")
+            echo(f"warning: {ignored}")
         emit_json(
             json,
             {
@@ -133,12 +133,12 @@ def _is_plan(source: str) -> bool:
     if not path.exists() or path.is_dir():
         p.refuse_trace(source)
     if not path.exists():
-        raise FormatError("does not exist", where=source, mend="give a plan, or counts")
+        raise FormatError("does not exist", where=source, hint="give a plan, or counts")
     if path.is_dir() and not any((path / name).is_file() for name in ("plan.json", "counts.json")):
         raise FormatError(
             "is neither a plan (plan.json) nor a counts profile (counts.json)",
             where=source,
-            mend="give what moeplan plan or moeplan import made",
+            hint="give what moeplan plan or moeplan import made",
         )
     return (path / "plan.json").is_file()
 
@@ -147,13 +147,13 @@ def _only(context: typer.Context, foreign: tuple[str, ...], what: str) -> None:
     for name in foreign:
         if given(context, name):
             flag = "--" + {"context_tokens": "context"}.get(name, name).replace("_", "-")
-            raise UsageError(f"{flag} does not go with {what}", mend="leave it out, or give the other kind of source")
+            raise UsageError(f"{flag} does not go with {what}", hint="leave it out, or give the other kind of source")
 
 
 def _of_plan(source: str) -> tuple[EnginePlacement, Serving, StoredPlan]:
     from moeplan.engines.files import EnginePlacement
     from moeplan.engines.launch import Serving
-    from moeplan.plan.store import load_plan
+    from moeplan.planning.store import load_plan
 
     plan = load_plan(source)
     return EnginePlacement.of_plan(plan), Serving(plan.cluster.num_groups, plan.dispatch), plan
@@ -166,15 +166,15 @@ def _own_strategy(engine: str, placement: EnginePlacement, strategy: str) -> Non
     if engine != "vllm" or strategy not in ("linear", "round_robin"):
         raise UsageError(
             f"--expert-placement-strategy {strategy[:20]} is not one of vLLM's (linear, round_robin)",
-            mend="leave it out",
+            hint="leave it out",
         )
     if placement.has_copies:
         raise UsageError(
             f"vLLM has no {strategy} with redundant slots: with EPLB it starts from its own layout",
-            mend="leave --expert-placement-strategy out and use the plug-in, or plan with --redundant 0",
+            hint="leave --expert-placement-strategy out and use the plug-in, or plan with --redundant 0",
         )
     if own_strategy(placement) != strategy:
-        raise UsageError(f"the plan is not vLLM's {strategy} layout", mend="leave the flag out and use the plug-in")
+        raise UsageError(f"the plan is not vLLM's {strategy} layout", hint="leave the flag out and use the plug-in")
 
 
 def _copies(
@@ -186,8 +186,8 @@ def _copies(
     lost = how.rule is ReplicaRule.HASH and plan.redundant > 0
     worth, lines = None, []
     if trace is not None:
-        from moeplan.engines.copies import worth_of_copies
-        from moeplan.plan import read_requests
+        from moeplan.planning import read_requests
+        from moeplan.planning.replica_value import replica_locality
         from moeplan.trace import open_trace
 
         opened = open_trace(trace)
@@ -195,8 +195,8 @@ def _copies(
             missing = tuple(i for i in opened.shape.layer_ids if i not in plan.shape.layer_ids)
             opened = open_trace(trace, without_layers=missing)
         if (opened.shape.layer_ids, opened.shape.num_experts) != (plan.shape.layer_ids, plan.shape.num_experts):
-            raise UsageError("the trace is not of the plan's model", where=trace, mend="give a trace of the same model")
-        worth = worth_of_copies(read_requests(opened, signature_tokens=signature_tokens), plan.result, plan.cluster)
+            raise UsageError("the trace is not of the plan's model", where=trace, hint="give a trace of the same model")
+        worth = replica_locality(read_requests(opened, signature_tokens=signature_tokens), plan.result, plan.cluster)
         seen = " (the plan was fitted on this very trace)" if plan.trace_checksum == opened.checksum else ""
         lines += [
             f"picks served on another node, modelled on {opened.label}{seen}:",
@@ -220,27 +220,27 @@ def _copies(
 
 def _say(engine: str, output: Path, placement: EnginePlacement, how: Launch, known: Known, layers: int | None) -> None:
     per_gpu = placement.num_slots // placement.ep_size
-    say(
+    echo(
         f"wrote {output}: {placement.num_slots} slots a layer ({placement.num_experts} experts + {placement.redundant}"
         f" redundant), {per_gpu} on each of {placement.ep_size} GPUs, {placement.nodes} nodes"
     )
     if engine == "sglang":
-        say(f"its rows are all {layers} hidden layers, {len(placement.layer_ids)} of them with experts")
+        echo(f"its rows are all {layers} hidden layers, {len(placement.layer_ids)} of them with experts")
     elif known.moe_layers is None:
-        say(f"note: its {len(placement.layer_ids)} layers are the plan's; --config would hold them to the model's")
-    say("start the engine with:")
-    say()
+        echo(f"note: its {len(placement.layer_ids)} layers are the plan's; --config would hold them to the model's")
+    echo("start the engine with:")
+    echo()
     for line in how.text().split("\n"):
-        say(f"  {line}")
-    say()
+        echo(f"  {line}")
+    echo()
     if how.extra is not None:
-        say(f"and {how.extra[0]}:")
-        say()
+        echo(f"and {how.extra[0]}:")
+        echo()
         for line in how.extra[1].rstrip().split("\n"):
-            say(f"  {line}")
-        say()
+            echo(f"  {line}")
+        echo()
     for note in how.notes:
-        say(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _facts(how: Launch, layers: int | None, placement: EnginePlacement) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.capture.counts_file import CountsProfile
-    from moeplan.capture.hf_config import ModelFacts
     from moeplan.cluster import Cluster
-    from moeplan.engines.balance import Candidate
     from moeplan.engines.files import EnginePlacement, Known
     from moeplan.engines.launch import Serving
+    from moeplan.model.facts import ModelFacts
+    from moeplan.planning.balance import Candidate
+    from moeplan.trace.counts import CountsProfile
 
 _WHAT_THEY_LACK = (
     "counts tell which experts are busy, not who asks for them: this placement balances load, and leaves traffic "
@@ -30,21 +30,21 @@ def from_counts(
 ) -> tuple[EnginePlacement, Serving, Known, str, list[str], dict[str, Any]]:  # fmt: skip
     """Balance the counts; what there is to write, and what it comes to, as lines and for JSON."""
     from moeplan.cluster import Cluster
-    from moeplan.engines.balance import balanced, load_ratio
-    from moeplan.engines.deployed import rule_of
     from moeplan.engines.files import EnginePlacement
+    from moeplan.engines.from_placement import rule_of
     from moeplan.engines.launch import Serving
+    from moeplan.planning.balance import balanced, load_ratio
 
     if nodes is None or gpus_per_node is None:
-        raise UsageError("counts do not say the cluster", where=source, mend="give --nodes and --gpus-per-node")
+        raise UsageError("counts do not say the cluster", where=source, hint="give --nodes and --gpus-per-node")
     if hardware is None and (model is not None or context is not None):
-        raise UsageError("--model and --context are for step times", mend="give --hardware too, e.g. --hardware H100")
+        raise UsageError("--model and --context are for step times", hint="give --hardware too, e.g. --hardware H100")
     if hardware is not None and model is None:
-        raise UsageError("step times need the model", mend="give --model: a name of the catalogue, or a config.json")
+        raise UsageError("step times need the model", hint="give --model: a name of the catalogue, or a config.json")
     counts = _read(source)
     other = None if measure is None else _read(measure)
     if other is not None and (other.counts.shape, other.layer_ids) != (counts.counts.shape, counts.layer_ids):
-        raise UsageError("has other layers or experts", where=measure, mend="measure on counts of the same model")
+        raise UsageError("has other layers or experts", where=measure, hint="measure on counts of the same model")
     hidden = counts.source.get("hidden_layers")
     if known.num_layers is None and type(hidden) is int:
         known = dataclasses.replace(known, num_layers=hidden, moe_layers=known.moe_layers or counts.layer_ids)
@@ -92,8 +92,8 @@ def from_counts(
 
 def _read(source: str) -> CountsProfile:
     """Counts from a JSON of SGLang's, or from a counts profile; layers without a pick are left out as dense."""
-    from moeplan.capture.counts_file import read_counts
-    from moeplan.capture.engine_counts import read_logical_count
+    from moeplan.importers.engine_counts import read_logical_count
+    from moeplan.trace.counts import read_counts
 
     path = Path(source)
     if path.is_dir():
@@ -104,7 +104,7 @@ def _read(source: str) -> CountsProfile:
         if not _is_placement(path):
             raise
     raise FormatError(
-        "is a placement, not counts", where=source, mend="moeplan import placement reads it, as a plan to export"
+        "is a placement, not counts", where=source, hint="moeplan import placement reads it, as a plan to export"
     )
 
 
@@ -128,9 +128,9 @@ def _step_ms(
 
     from moeplan.cluster import Dispatch
     from moeplan.embedded import MODEL, named
+    from moeplan.model.spec import model as model_of
     from moeplan.perf.hardware import hardware as machine_of
     from moeplan.perf.memory import Precision
-    from moeplan.perf.models import model as model_of
     from moeplan.perf.routing import popular
     from moeplan.perf.step import decode_step
     from moeplan.replay.timing import CONTEXT, parallel_of
@@ -142,7 +142,7 @@ def _step_ms(
     layers, experts = counts.counts.shape
     if moe is None or (len(moe.layers), moe.experts) != (layers, experts):
         raise UsageError(
-            f"{spec.name} does not have {layers} MoE layers of {experts} experts", mend="give the counts' own --model"
+            f"{spec.name} does not have {layers} MoE layers of {experts} experts", hint="give the counts' own --model"
         )
     ms = {}
     for way in ways:

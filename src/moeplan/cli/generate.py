@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.cli.common import JsonOption, claim_stdout, emit_json, progress, say
+from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json, progress
 from moeplan.cli.import_ import say_summary, trace_summary
 from moeplan.errors import UsageError
 
@@ -29,7 +29,7 @@ def generate(
     json: JsonOption = None,
 ) -> None:
     """Write a synthetic workload: domains, phases, hot experts. Every figure from it is labelled synthetic."""
-    from moeplan.capture.synthetic import generate as generate_trace
+    from moeplan.synthetic.generator import generate as generate_trace
 
     claim_stdout(json)
     with progress("generating requests") as tick:
@@ -46,7 +46,7 @@ def generate(
         )
     facts = trace_summary(trace)
     say_summary(facts)
-    say(f"wrote {trace.path}; next: moeplan profile {trace.path}")
+    echo(f"wrote {trace.path}; next: moeplan profile {trace.path}")
     emit_json(json, facts)
 
 
@@ -59,7 +59,7 @@ def _which_layers(first: int | None, ids: str) -> int | list[int] | None:
     try:
         return [int(item) for item in ids.split(",")]
     except ValueError:
-        raise UsageError(f"--layer-ids {ids!r} is not a list of layer numbers", mend="e.g. 42 or 3,42") from None
+        raise UsageError(f"--layer-ids {ids!r} is not a list of layer numbers", hint="e.g. 42 or 3,42") from None
 
 
 def register(app: typer.Typer) -> None:

@@ -13,10 +13,10 @@ from moeplan.cli.common import (
     MinTokens,
     WithoutLayers,
     claim_stdout,
+    echo,
     emit_json,
     parse_layers,
     progress,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def arrays(
     json: JsonOption = None,
 ) -> None:
     """An .npz with experts, request_offsets, prefill_lengths, domain, layer_ids, num_experts."""
-    from moeplan.capture.arrays import import_arrays
-    from moeplan.capture.model import ModelExtras
+    from moeplan.importers.arrays import import_arrays
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
@@ -83,8 +83,8 @@ def expert_selection(
     json: JsonOption = None,
 ) -> None:
     """JSON files, one request each: a list of steps, each a map from layer to [tokens][k]."""
-    from moeplan.capture.expert_selection import import_expert_selection
-    from moeplan.capture.model import ModelExtras
+    from moeplan.importers.expert_selection import import_expert_selection
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
@@ -117,8 +117,8 @@ def moe_beyond(
     json: JsonOption = None,
 ) -> None:
     """CSV files of prompts: Layer ID, Batch Number, Token, Activated Expert IDs (the token's text is dropped)."""
-    from moeplan.capture.model import ModelExtras
-    from moeplan.capture.moe_beyond import import_moe_beyond
+    from moeplan.importers.moe_beyond import import_moe_beyond
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
@@ -147,12 +147,12 @@ def of_trace(
     json: JsonOption = None,
 ) -> None:
     """A trace into one that gives less away: without short requests, or sums in place of token rows."""
-    from moeplan.capture.less import import_trace
+    from moeplan.importers.trace import import_trace
     from moeplan.trace import open_trace
-    from moeplan.trace.keep import Keep
+    from moeplan.trace.retention import RetentionPolicy
 
     claim_stdout(json)
-    keep = Keep(min_tokens, aggregate)
+    keep = RetentionPolicy(min_tokens, aggregate)
     opened = open_trace(source, without_layers=parse_layers(without_layers))
     with progress("copying requests") as tick:
         made = import_trace(opened, output, keep, domain=domain, progress=tick)
@@ -197,16 +197,16 @@ def say_summary(facts: dict[str, Any]) -> None:
     label = " (synthetic)" if facts["synthetic"] else ""
     layers = "layer" if facts["layers"] == 1 else "layers"
     form = f"{facts['layers']} {layers} x {facts['experts']} experts, top-{facts['top_k']}"
-    say(f"{facts['model'] or 'unnamed model'}{label}: {form}")
+    echo(f"{facts['model'] or 'unnamed model'}{label}: {form}")
     what = "requests"
     if facts["aggregate"] > 1:
         what = f"sum{'s' * (facts['requests'] != 1)} of {facts['aggregate']} requests"
-    say(f"{facts['requests']} {what}, {facts['tokens']} tokens, {_phases(facts)}")
-    say(_domains(facts["domains"]))
+    echo(f"{facts['requests']} {what}, {facts['tokens']} tokens, {_phases(facts)}")
+    echo(_domains(facts["domains"]))
     if facts["dropped"]:
-        say(f"not stored: {facts['dropped']} requests of fewer than {facts['min_tokens']} tokens")
+        echo(f"not stored: {facts['dropped']} requests of fewer than {facts['min_tokens']} tokens")
     if facts["left_over"]:
-        say(f"not stored: {facts['left_over']} requests that filled no sum of {facts['aggregate']} of their domain")
+        echo(f"not stored: {facts['left_over']} requests that filled no sum of {facts['aggregate']} of their domain")
     for key, what in (
         ("requests_with_unknown_phases", "have unknown phases"),
         (
@@ -216,9 +216,9 @@ def say_summary(facts: dict[str, Any]) -> None:
         ("requests_without_decode", "have no decode rows"),
     ):
         if facts[key]:
-            say(f"note: {facts[key]} of {facts['requests']} requests {what}")
+            echo(f"note: {facts[key]} of {facts['requests']} requests {what}")
     if facts["hidden"] is None:
-        say("note: the hidden width is not known, so byte figures will be null: --hidden sets it")
+        echo("note: the hidden width is not known, so byte figures will be null: --hidden sets it")
 
 
 def _phases(facts: dict[str, Any]) -> str:
@@ -237,7 +237,7 @@ def _domains(domains: dict[str, int]) -> str:
 def _report(trace: Trace, json: str | None) -> None:
     facts = trace_summary(trace)
     say_summary(facts)
-    say(f"wrote {trace.path}; next: moeplan profile {trace.path}")
+    echo(f"wrote {trace.path}; next: moeplan profile {trace.path}")
     emit_json(json, facts)
 
 

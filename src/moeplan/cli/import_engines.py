@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeplan.cli.common import JsonOption, WithoutLayers, claim_stdout, emit_json, parse_layers, progress, say
+from moeplan.cli.common import JsonOption, WithoutLayers, claim_stdout, echo, emit_json, parse_layers, progress
 from moeplan.cli.import_ import (
     Domain,
     ExpertBytes,
@@ -23,8 +23,8 @@ from moeplan.cli.import_ import (
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.capture.counts_file import CountsProfile
-    from moeplan.capture.hf_config import ModelFacts
+    from moeplan.model.facts import ModelFacts
+    from moeplan.trace.counts import CountsProfile
     from moeplan.trace.reader import Trace
 
 __all__ = ["counts_summary", "dense_layers_of", "register_engines"]
@@ -71,8 +71,8 @@ def vllm(
     json: JsonOption = None,
 ) -> None:
     """Stored responses of vLLM with routed_experts, JSON or JSONL."""
-    from moeplan.capture.model import ModelExtras
-    from moeplan.capture.vllm_responses import import_vllm
+    from moeplan.importers.vllm_responses import import_vllm
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     dense = dense_layers_of(dense_layers)
@@ -113,8 +113,8 @@ def sglang(
     json: JsonOption = None,
 ) -> None:
     """Stored responses of SGLang with routed_experts, JSON or JSONL."""
-    from moeplan.capture.model import ModelExtras
-    from moeplan.capture.sglang_responses import import_sglang
+    from moeplan.importers.sglang_responses import import_sglang
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     dense = dense_layers_of(dense_layers)
@@ -154,9 +154,9 @@ def sglang_recorder(
     json: JsonOption = None,
 ) -> None:
     """Dumps (.pt) of SGLang's expert recorder: stat and per_pass become counts, per_token a trace if it can."""
-    from moeplan.capture.counts_file import CountsProfile
-    from moeplan.capture.model import ModelExtras
-    from moeplan.capture.sglang_recorder import import_recorder
+    from moeplan.importers.sglang_recorder import import_recorder
+    from moeplan.model.overrides import ModelExtras
+    from moeplan.trace.counts import CountsProfile
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
@@ -194,8 +194,8 @@ def megatron(
     json: JsonOption = None,
 ) -> None:
     """Router traces (.jsonl) of Megatron-LM; a step becomes a pseudo-request."""
-    from moeplan.capture.megatron import import_megatron
-    from moeplan.capture.model import ModelExtras
+    from moeplan.importers.megatron import import_megatron
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
@@ -215,7 +215,7 @@ def tensorrt_llm(
     json: JsonOption = None,
 ) -> None:
     """Expert statistics of TensorRT-LLM: counts, not a trace."""
-    from moeplan.capture.engine_counts import import_tensorrt_llm
+    from moeplan.importers.engine_counts import import_tensorrt_llm
 
     claim_stdout(json)
     _report_counts(import_tensorrt_llm(folder, output, stage=_stage(stage), name=name), json)
@@ -230,7 +230,7 @@ def logical_count(
     json: JsonOption = None,
 ) -> None:
     """SGLang's logical_count JSON: counts, not a trace."""
-    from moeplan.capture.engine_counts import import_logical_count
+    from moeplan.importers.engine_counts import import_logical_count
 
     claim_stdout(json)
     _report_counts(import_logical_count(source, output, stage=_stage(stage), name=name, top_k=top_k), json)
@@ -265,7 +265,7 @@ def _facts(
     top_k: int | None = None,
     dense_layers: tuple[int, ...] | None = None,
 ) -> ModelFacts:
-    from moeplan.capture.hf_config import model_facts
+    from moeplan.model.facts import model_facts
 
     return model_facts(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense_layers)
 
@@ -277,14 +277,14 @@ def dense_layers_of(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(sorted({int(item) for item in text.split(",")}))
     except ValueError:
-        raise UsageError(f"--dense-layers {text!r} is not a list of layers", mend="e.g. 0,1,2 or none") from None
+        raise UsageError(f"--dense-layers {text!r} is not a list of layers", hint="e.g. 0,1,2 or none") from None
 
 
 def _stage(text: str) -> str:
-    from moeplan.capture.counts_file import STAGES
+    from moeplan.trace.counts import STAGES
 
     if text not in STAGES:
-        raise UsageError(f"--stage {text!r} is no stage", mend=f"choose one of {', '.join(STAGES)}")
+        raise UsageError(f"--stage {text!r} is no stage", hint=f"choose one of {', '.join(STAGES)}")
     return text
 
 
@@ -292,26 +292,26 @@ def _report_trace(trace: Trace, json: str | None) -> None:
     facts = {**trace_summary(trace), "notes": list(trace.source.get("notes", ()))}
     say_summary(facts)
     for note in facts["notes"]:
-        say(f"note: {note}")
-    say(f"wrote {trace.path}; next: moeplan profile {trace.path}")
+        echo(f"note: {note}")
+    echo(f"wrote {trace.path}; next: moeplan profile {trace.path}")
     emit_json(json, facts)
 
 
 def _report_counts(profile: CountsProfile, json: str | None) -> None:
-    from moeplan.capture.counts_file import WITHOUT_REQUESTS
+    from moeplan.trace.counts import WITHOUT_REQUESTS
 
     facts = counts_summary(profile)
     layers = "layer" if facts["layers"] == 1 else "layers"
-    say(f"{facts['model'] or 'unnamed model'}: {facts['layers']} {layers} x {facts['experts']} experts")
-    say(f"{facts['picks']} picks counted, stage: {facts['stage']}")
-    say(f"imbalance (largest over mean), mean {facts['mean_imbalance']:.2f}; by layer:")
+    echo(f"{facts['model'] or 'unnamed model'}: {facts['layers']} {layers} x {facts['experts']} experts")
+    echo(f"{facts['picks']} picks counted, stage: {facts['stage']}")
+    echo(f"imbalance (largest over mean), mean {facts['mean_imbalance']:.2f}; by layer:")
     cells = [f"{layer:>5} {factor:6.2f}" for layer, factor in zip(facts["layer_ids"], facts["imbalance"], strict=True)]
     for first in range(0, len(cells), 6):
-        say("".join(cells[first : first + 6]))
+        echo("".join(cells[first : first + 6]))
     for note in facts["notes"]:
-        say(f"note: {note}")
-    say(f"note: {WITHOUT_REQUESTS}")
-    say(f"wrote {profile.path}, a counts profile, not a trace")
+        echo(f"note: {note}")
+    echo(f"note: {WITHOUT_REQUESTS}")
+    echo(f"wrote {profile.path}, a counts profile, not a trace")
     emit_json(json, facts)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from moeplan.cli import options as o
 from moeplan.cli import placement_options as p
-from moeplan.cli.common import JsonOption, claim_stdout, emit_json, say
+from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json
 from moeplan.cli.import_engines import TopK
 from moeplan.errors import OutputError, UsageError
 
@@ -35,12 +35,12 @@ def placement(
     p.keep_inputs(json, file, output, config)
     p.refuse_plan(file)
     if Path(output).exists():
-        raise OutputError("already exists", where=output, mend="choose another place, or remove it")
+        raise OutputError("already exists", where=output, hint="choose another place, or remove it")
     from moeplan.cluster import Dispatch, Home
-    from moeplan.engines.axis import known_of
-    from moeplan.engines.deployed import deployed, rule_of, shape_of
     from moeplan.engines.files import examine
-    from moeplan.plan.store import save_plan
+    from moeplan.engines.from_placement import deployed, rule_of, shape_of
+    from moeplan.engines.layer_axis import known_of
+    from moeplan.planning.store import save_plan
 
     facts = p.facts_of(config, num_experts, num_layers, dense_layers, top_k)
     report = examine(file, engine.value, known_of(facts, config, ep_size=ep_size, nodes=nnodes))
@@ -51,7 +51,7 @@ def placement(
         raise UsageError(
             "does not say all of its model",
             where=str(file),
-            mend="give --config, or all of --num-experts, --num-layers, --dense-layers and --top-k"
+            hint="give --config, or all of --num-experts, --num-layers, --dense-layers and --top-k"
             + (f"; and {' and '.join(cluster)}" if cluster else ""),
         )
     read = report.need()
@@ -62,12 +62,12 @@ def placement(
     )  # fmt: skip
     save_plan(output, result, problem, trace_checksum="", synthetic=False, expected=None, stands_in=None)
     place = result.placement
-    say(
+    echo(
         f"{file}: {place.num_layers} layers x {place.num_experts} experts, {place.redundant} redundant slots, on "
         f"{place.nodes} nodes x {place.gpus_per_node} GPUs"
     )
-    say(f"wrote {output}; next: moeplan replay TRACE --plan {output}, and")
-    say(f"moeplan plan TRACE --from {output} --max-moves M -o NEW, to improve it by few moves")
+    echo(f"wrote {output}; next: moeplan replay TRACE --plan {output}, and")
+    echo(f"moeplan plan TRACE --from {output} --max-moves M -o NEW, to improve it by few moves")
     emit_json(
         json,
         {

@@ -85,7 +85,7 @@ def timing_of(
     if hardware is None:
         if model is not None or context is not None:
             flag = "--context" if model is None else "--model"
-            raise UsageError(f"{flag} is for step times", mend="give --hardware too, e.g. --hardware H100")
+            raise UsageError(f"{flag} is for step times", hint="give --hardware too, e.g. --hardware H100")
         return None
     from moeplan.replay import timing
 

@@ -12,9 +12,9 @@ from moeplan.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moeplan.model.spec import ModelSpec
     from moeplan.perf.hardware import Hardware
     from moeplan.perf.memory import Precision
-    from moeplan.perf.models import ModelSpec
     from moeplan.perf.serving import Layout
 
 Model = Annotated[str, typer.Option("--model", help="A name of the catalogue, or a config.json.")]
@@ -62,7 +62,7 @@ def machines(
         check_price(flag, value)
         if value is not None and len(found) > 1:
             raise UsageError(
-                f"{flag} is of one kind of hardware, but {len(found)} are given", mend="use --hardware-file"
+                f"{flag} is of one kind of hardware, but {len(found)} are given", hint="use --hardware-file"
             )
     if gpus_per_node is not None and gpus_per_node < 1:
         raise UsageError("--gpus-per-node must be at least 1")

@@ -11,8 +11,8 @@ import typer
 from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.capture.hf_config import ModelFacts
     from moeplan.engines.report import Known
+    from moeplan.model.facts import ModelFacts
 
 
 class EngineChoice(StrEnum):
@@ -54,7 +54,7 @@ def keep_inputs(json: str | None, *others: str | Path | None) -> None:
         same = target == place or (target.exists() and place.exists() and target.samefile(place))
         if same or (place.is_dir() and place in target.parents):
             raise UsageError(
-                f"--json {json} would be written over {other}", mend="give --json a place of its own, or - to print it"
+                f"--json {json} would be written over {other}", hint="give --json a place of its own, or - to print it"
             )
 
 
@@ -63,16 +63,16 @@ def refuse_trace(source: str) -> None:
     if (Path(source) / "plan.json").is_file():
         return
     if source == "embedded" or (Path(source) / "trace.json").is_file():
-        raise FormatError("is a trace, not a plan", where=source, mend=f"make a plan of it: moeplan plan {source}")
+        raise FormatError("is a trace, not a plan", where=source, hint=f"make a plan of it: moeplan plan {source}")
 
 
 def refuse_plan(file: Path) -> None:
     """Say so where a plan stands in place of a placement file."""
     if (file / "plan.json").is_file():
-        mend = f"write the engine's file first: moeplan export {file} --engine E -o FILE"
-        raise FormatError("is a plan, not an engine's placement file", where=str(file), mend=mend)
+        hint = f"write the engine's file first: moeplan export {file} --engine E -o FILE"
+        raise FormatError("is a plan, not an engine's placement file", where=str(file), hint=hint)
     if file.is_dir():
-        raise FormatError("is a directory, not a placement file", where=str(file), mend="give the file itself")
+        raise FormatError("is a directory, not a placement file", where=str(file), hint="give the file itself")
 
 
 def facts_of(
@@ -80,8 +80,8 @@ def facts_of(
     top_k: int | None = None,
 ) -> ModelFacts:  # fmt: skip
     """What config and flags say of the model."""
-    from moeplan.capture.hf_config import model_facts
     from moeplan.cli.import_engines import dense_layers_of
+    from moeplan.model.facts import model_facts
 
     dense = dense_layers_of(dense_layers)
     return model_facts(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense)
@@ -92,7 +92,7 @@ def known_from(
     ep_size: int | None = None, nnodes: int | None = None, redundant: int | None = None,
 ) -> Known:  # fmt: skip
     """The same with what the flags say of the deployment."""
-    from moeplan.engines.axis import known_of
+    from moeplan.engines.layer_axis import known_of
 
     facts = facts_of(config, num_experts, num_layers, dense_layers)
     return known_of(facts, config, ep_size=ep_size, nodes=nnodes, redundant=redundant)

@@ -13,11 +13,11 @@ from moeplan.cli.common import (
     JsonOption,
     WithoutLayers,
     claim_stdout,
+    echo,
     emit_json,
     given,
     parse_layers,
     progress,
-    say,
 )
 from moeplan.errors import OutputError, PlanError, UsageError
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from moeplan.cluster import Cluster, Dispatch
-    from moeplan.plan import RequestSet, Result
-    from moeplan.plan.store import StoredPlan
+    from moeplan.planning import RequestSet, Result
+    from moeplan.planning.store import StoredPlan
     from moeplan.replay import Setup
-    from moeplan.replay.drift import Drift
+    from moeplan.replay.drift import DriftReport
     from moeplan.replay.timing import Timing
 
     Array = npt.NDArray[Any]
@@ -98,32 +98,32 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         if drift is not None:
             if start is None:
-                raise UsageError("--drift needs a plan", mend="moeplan plan --from PLAN --drift TRACE")
+                raise UsageError("--drift needs a plan", hint="moeplan plan --from PLAN --drift TRACE")
             _only_with(context, _WITH_DRIFT, "--drift")
             _drift(start, drift, signature_tokens, block, parse_layers(without_layers), seed, json)
         if trace is None or output is None:
             missing = "TRACE" if trace is None else "-o PLAN"
-            raise UsageError(f"{missing} is missing", mend="moeplan plan TRACE -o PLAN, or --from PLAN --drift TRACE")
+            raise UsageError(f"{missing} is missing", hint="moeplan plan TRACE -o PLAN, or --from PLAN --drift TRACE")
         if (start is None) != (max_moves is None):
             raise UsageError(
-                "--from and --max-moves go together", mend="moeplan plan TRACE --from PLAN --max-moves 8 -o NEW"
+                "--from and --max-moves go together", hint="moeplan plan TRACE --from PLAN --max-moves 8 -o NEW"
             )
         if start is not None:
             _only_with(context, _WITH_FROM, "--from")
         if Path(output).exists():
-            raise OutputError("already exists", where=output, mend="choose another place, or remove it")
+            raise OutputError("already exists", where=output, hint="choose another place, or remove it")
         import dataclasses
 
         import numpy as np
 
         from moeplan.cluster import check_slots
-        from moeplan.plan import Options, read_requests, solve
-        from moeplan.plan.store import load_plan, save_plan
+        from moeplan.io.files import check_folder
+        from moeplan.planning import Options, read_requests, solve
+        from moeplan.planning.store import load_plan, save_plan
         from moeplan.replay import Setup
         from moeplan.replay.comparison import check_shape, fit_problem
         from moeplan.replay.drift import signature_tokens_of
         from moeplan.trace import open_trace
-        from moeplan.trace.files import check_folder
 
         check_folder(output)
         old = None if start is None else load_plan(start)
@@ -136,7 +136,7 @@ def register(app: typer.Typer) -> None:
             objective, guard = _inherited(context, old, start or "", objective, guard)
         for name in ("objective", "guard"):
             if old is None and strategy != "moeplan" and given(context, name):
-                raise UsageError(f"--{name} is for the strategy moeplan", mend=f"leave it out with {strategy}")
+                raise UsageError(f"--{name} is for the strategy moeplan", hint=f"leave it out with {strategy}")
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         timing = o.timing_of(opened.shape, cluster, mode, hardware, model, context_tokens)
         cost = None if timing is None else partial(_step_ms, timing, cluster, mode)
@@ -161,34 +161,34 @@ def register(app: typer.Typer) -> None:
             output, result, problem, trace_checksum=opened.checksum, synthetic=opened.synthetic, expected=expected,
             stands_in=requests.stands_in,
         )  # fmt: skip
-        say(f"{opened.label}: {strategy} on {len(requests)} {opened.unit} in {result.seconds:.2f} s -> {output}")
+        echo(f"{opened.label}: {strategy} on {len(requests)} {opened.unit} in {result.seconds:.2f} s -> {output}")
         for note in (*requests.notes, *result.notes):
-            say(f"  - {note}")
+            echo(f"  - {note}")
         if not result.equal_groups:
-            say("  - its groups are unequal in size: such a plan is for comparison and does not count")
+            echo("  - its groups are unequal in size: such a plan is for comparison and does not count")
         moved = None if old is None else _moved(old, result)
         if moved is not None:
             size = "" if moved["bytes"] is None else f", {_size(moved['bytes'])} of weights"
-            say(
+            echo(
                 f"moved against {start}: {moved['copies']} of {moved['slots']} expert copies{size}; at most "
                 f"{moved['most_in_a_layer']} in a layer"
             )
             if moved["copies"]:
-                say(f"what it brings: moeplan replay TRACE --plan {output}, beside the same of {start}")
+                echo(f"what it brings: moeplan replay TRACE --plan {output}, beside the same of {start}")
             else:
-                say("nothing to gain by so few moves: the placement is the same, the groups' router is new")
+                echo("nothing to gain by so few moves: the placement is the same, the groups' router is new")
         elif expected is None:
             why = "too few requests to hold a quarter back" if requests.sums is None else "they take token rows"
-            say(f"  - expected figures are not given: {why}")
+            echo(f"  - expected figures are not given: {why}")
         else:
-            say("expected on unseen requests (fitted on three quarters, measured on the last):")
+            echo("expected on unseen requests (fitted on three quarters, measured on the last):")
             for key in _EXPECTED:
                 if expected[key]["value"] is None:
-                    say(f"  {key:24s} - (per-step figures need groups of equal size)")
+                    echo(f"  {key:24s} - (per-step figures need groups of equal size)")
                     continue
                 versus = expected[key].get("vs_linear")
                 change = f"  ({100 * versus['value']:+.1f} % against linear)" if versus else ""
-                say(f"  {key:24s} {expected[key]['value']:.3f}{change}")
+                echo(f"  {key:24s} {expected[key]['value']:.3f}{change}")
         emit_json(
             json,
             {"plan": output, "strategy": strategy, "fit_seconds": result.seconds, "expected": expected, "moved": moved},
@@ -203,7 +203,7 @@ def _inherited(context: typer.Context, old: StoredPlan, where: str, objective: s
         if not given(context, "objective") and not given(context, "hardware"):
             raise UsageError(
                 "the plan was made with --objective time", where=where,
-                mend="give --hardware and --model again, or --objective bytes",
+                hint="give --hardware and --model again, or --objective bytes",
             )  # fmt: skip
         before = options_of(old, "bytes")
         objective = objective if given(context, "objective") else "time"
@@ -264,7 +264,7 @@ def _only_with(context: typer.Context, known: set[str], what: str) -> None:
     for name in context.params:
         if name not in known and given(context, name):
             flag = "TRACE" if name == "trace" else f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} does not go with {what}", mend="leave it out: the plan says how it was made")
+            raise UsageError(f"{flag} does not go with {what}", hint="leave it out: the plan says how it was made")
 
 
 def _drift(
@@ -272,8 +272,8 @@ def _drift(
     json: str | None,
 ) -> None:  # fmt: skip
     """Hold a stored plan to new traffic; ends with exit status 0 (still good) or 1 (stale)."""
-    from moeplan.plan import read_requests
-    from moeplan.plan.store import load_plan
+    from moeplan.planning import read_requests
+    from moeplan.planning.store import load_plan
     from moeplan.replay import drift
     from moeplan.replay.comparison import check_shape
     from moeplan.trace import open_trace
@@ -289,50 +289,50 @@ def _drift(
     seen = stored.trace_checksum == opened.checksum
     _say_drift(found, stored, opened.label, new, start)
     for note in requests.notes:
-        say(f"  - {note}")
+        echo(f"  - {note}")
     if requests.stands_in != stored.head.get("signature_stands_in"):
         was, now = stored.head.get("signature_stands_in") or "prefill", requests.stands_in or "prefill"
-        say(f"  - signatures rest on the {now}; the plan was fitted on the {was}")
+        echo(f"  - signatures rest on the {now}; the plan was fitted on the {was}")
     if seen:
-        say("  - the plan was fitted on this very trace, test parts included: it looks better here than it is")
+        echo("  - the plan was fitted on this very trace, test parts included: it looks better here than it is")
     facts = {"trace": opened.label, "synthetic": opened.synthetic, "plan": start, "fitted_on_this_trace": seen}
     emit_json(json, facts | found.to_dict())
     raise typer.Exit(1 if found.stale else 0)
 
 
-def _say_drift(found: Drift, stored: StoredPlan, label: str, new: str, plan: str) -> None:
-    from moeplan.plan.problem import GUARD
+def _say_drift(found: DriftReport, stored: StoredPlan, label: str, new: str, plan: str) -> None:
+    from moeplan.planning.problem import GUARD
     from moeplan.replay.drift import FRESH, OLD, OLD_RANDOM, anew
 
     count, setup = found.table.head["requests"], found.table.head["setup"]
     by = "" if anew(stored) == stored.result.strategy else f" (planned anew by {anew(stored)})"
-    say(
+    echo(
         f"{label}: {count['fit'][0]} requests to plan anew on, {count['test'][0]} others to measure on, "
         f"{setup['folds']} folds; {stored.result.strategy}{by} on {setup['nodes']} nodes x "
         f"{setup['gpus_per_node']} GPUs, {setup['redundant']} redundant slots, dispatch per {setup['dispatch']}"
     )
-    say(f"{'':30s} {found.key + ' [95 %]':>30s}  node load  GPU load")
+    echo(f"{'':30s} {found.key + ' [95 %]':>30s}  node load  GPU load")
     names = {"linear": "linear, random groups", OLD_RANDOM: f"{OLD}, random groups", OLD: OLD, FRESH: FRESH}
     for name, row in names.items():
         figures = found.table.row(name).figures
         low, high = figures[found.key].interval() or (0.0, 0.0)
-        say(
+        echo(
             f"{row:30s} {figures[found.key].value:13.3f} [{low:.3f}, {high:.3f}]"
             f"  {figures['node_load_ratio'].value:9.2f}  {figures['gpu_load_ratio'].value:8.2f}"
         )
     if found.change is not None:
         (a, b), (c, d) = found.change["ci95"], found.change["ci95_of_planning"]
-        say(
+        echo(
             f"planning anew changes {found.key} by {100 * found.change['value']:+.1f} %: [{100 * a:+.1f}, "
             f"{100 * b:+.1f}] over requests, [{100 * c:+.1f}, {100 * d:+.1f}] from plan to plan"
         )
     low, high = found.load
     too = ", which fresh plans break too" if low > GUARD and not found.overloaded else ""
-    say(f"node load is {found.node_load(OLD):.2f} x linear's [{low:.2f}, {high:.2f}]; the guard is {GUARD:g}{too}")
+    echo(f"node load is {found.node_load(OLD):.2f} x linear's [{low:.2f}, {high:.2f}]; the guard is {GUARD:g}{too}")
     why = [f"planning anew lowers {found.key} beyond noise"] * found.helps
     why += ["it breaks the guard on node load, and a plan made anew does not"] * found.overloaded
     if why:
-        say(f"stale: {', and '.join(why)}")
-        say(f"next: moeplan plan {new} --from {plan} --max-moves M -o NEW, or plan anew without --from")
+        echo(f"stale: {', and '.join(why)}")
+        echo(f"next: moeplan plan {new} --from {plan} --max-moves M -o NEW, or plan anew without --from")
     else:
-        say("still good: what planning anew would change is no more than noise")
+        echo("still good: what planning anew would change is no more than noise")

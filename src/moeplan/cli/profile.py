@@ -12,10 +12,10 @@ from moeplan.cli.common import (
     WithoutLayers,
     check_places,
     claim_stdout,
+    echo,
     emit_json,
     parse_layers,
     progress,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def profile(
     write_page(page, profile_html(found))
     emit_json(json_target, found.to_dict())
     _summary(found)
-    say()
-    say(f"wrote {page}")
+    echo()
+    echo(f"wrote {page}")
 
 
 def _summary(found: Profile) -> None:
@@ -64,17 +64,17 @@ def _summary(found: Profile) -> None:
     from moeplan.report.profile_page import sentences
 
     shape, requests, stages = found.trace.shape, found.trace.requests, found.counts.stages
-    say(f"{found.trace.label}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}")
+    echo(f"{found.trace.label}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}")
     rows = [f"{int(stages.lengths(s).sum()):,} {name}" for s, name in enumerate(found.stage_labels.values())]
     named = ", ".join(text for text in rows if not text.startswith("0 "))
     domains = len(found.counts.domains)
-    say(f"{len(requests):,} {found.trace.unit} of {domains} domain{'s' * (domains != 1)}; rows: {named}")
+    echo(f"{len(requests):,} {found.trace.unit} of {domains} domain{'s' * (domains != 1)}; rows: {named}")
     for notice in found.notices:
-        say(textwrap.fill(f"note: {notice}", 110, subsequent_indent="      "))
+        echo(textwrap.fill(f"note: {notice}", 110, subsequent_indent="      "))
     for topic, sentence in sentences(found).items():
-        say()
-        say(topic)
-        say(textwrap.fill(sentence, 110, initial_indent="  ", subsequent_indent="  "))
+        echo()
+        echo(topic)
+        echo(textwrap.fill(sentence, 110, initial_indent="  ", subsequent_indent="  "))
 
 
 def register(app: typer.Typer) -> None:

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moeplan.cluster import Dispatch
+    from moeplan.model.spec import ModelSpec
     from moeplan.perf.hardware import Hardware
     from moeplan.perf.memory import Parallel
-    from moeplan.perf.models import ModelSpec
     from moeplan.perf.serving import Layout
-    from moeplan.plan import RequestSet
-    from moeplan.plan.store import StoredPlan
-    from moeplan.replay.real import RealRouting
+    from moeplan.planning import RequestSet
+    from moeplan.planning.store import StoredPlan
+    from moeplan.replay.trace_routing import TraceRouting
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Real:
     parallel: Parallel
     seen: bool
 
-    def steps(self, layout: Layout, context: int, batch: int | None, seed: int) -> RealRouting:
+    def steps(self, layout: Layout, context: int, batch: int | None, seed: int) -> TraceRouting:
         """Decode steps of the trace under the plan."""
-        from moeplan.replay.real import real_routing
         from moeplan.replay.timing import Timing
+        from moeplan.replay.trace_routing import real_routing
 
         mode = layout.mode or self.stored.dispatch
         timing = Timing(self.spec, layout.hardware, context)
         return real_routing(self.requests, self.stored, timing, mode, live=batch, seed=seed)
 
-    def facts(self, steps: RealRouting, layout: Layout, context: int) -> dict[str, Any]:
+    def facts(self, steps: TraceRouting, layout: Layout, context: int) -> dict[str, Any]:
         """What the routing did, beside uniform routing, as JSON."""
         import numpy as np
 
@@ -70,7 +70,7 @@ class Real:
             "notes": self._notes(steps),
         }  # fmt: skip
 
-    def _notes(self, steps: RealRouting) -> list[str]:
+    def _notes(self, steps: TraceRouting) -> list[str]:
         out = []
         recorded, held = self.requests.shape.num_layers, len(self.spec.moe.layers) if self.spec.moe else 0
         if recorded < held:
@@ -94,14 +94,14 @@ def read_real(
         UsageError: one without the other; flags that the plan answers; a trace of another model than the plan.
     """
     if trace is None or plan is None:
-        raise UsageError("--trace and --plan go together", mend="give both, or neither for uniform routing")
+        raise UsageError("--trace and --plan go together", hint="give both, or neither for uniform routing")
     if given:
         flag = "--" + given[0].replace("_", "-")
         raise UsageError(
-            f"{flag} does not go with --plan, which has its own cluster and decode steps", mend=f"leave {flag} out"
+            f"{flag} does not go with --plan, which has its own cluster and decode steps", hint=f"leave {flag} out"
         )
-    from moeplan.plan import read_requests
-    from moeplan.plan.store import load_plan
+    from moeplan.planning import read_requests
+    from moeplan.planning.store import load_plan
     from moeplan.replay.comparison import check_shape
     from moeplan.replay.drift import signature_tokens_of
     from moeplan.replay.timing import Timing, model_of, parallel_of

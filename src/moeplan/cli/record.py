@@ -60,14 +60,14 @@ def transformers(
     """Record any mixture-of-experts model that Transformers loads. No prompt text and no token ids are stored."""
     import time
 
-    from moeplan.capture.hf import RecordOptions, record_model
-    from moeplan.capture.hf_model import load_model
-    from moeplan.capture.prompts import read_prompts
-    from moeplan.capture.recording import check_out
-    from moeplan.trace.keep import Keep
+    from moeplan.record.prompts import read_prompts
+    from moeplan.record.recording import check_out
+    from moeplan.record.transformers import RecordOptions, record_model
+    from moeplan.record.transformers_model import load_model
+    from moeplan.trace.retention import RetentionPolicy
 
     claim_stdout(json)
-    keep = Keep(min_tokens, aggregate)
+    keep = RetentionPolicy(min_tokens, aggregate)
     options = RecordOptions(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

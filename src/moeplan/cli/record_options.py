@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeplan.cli.common import emit_json, say
+from moeplan.cli.common import echo, emit_json
 from moeplan.cli.import_ import say_summary, trace_summary
 
 if TYPE_CHECKING:
@@ -43,5 +43,5 @@ def report(trace: Trace, seconds: float, json: str | None) -> None:
     """What was recorded, for people and as JSON."""
     facts = {**trace_summary(trace), "seconds": seconds}
     say_summary(facts)
-    say(f"wrote {trace.path} in {seconds:.1f} s; next: moeplan profile {trace.path}")
+    echo(f"wrote {trace.path} in {seconds:.1f} s; next: moeplan profile {trace.path}")
     emit_json(json, facts)

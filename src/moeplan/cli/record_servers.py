@@ -28,8 +28,8 @@ from moeplan.cli.record_options import (
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.capture.server import Server
-    from moeplan.capture.serving import Engine
+    from moeplan.record.http_client import Server
+    from moeplan.record.server import Engine
 
 __all__ = ["register_servers"]
 
@@ -87,11 +87,11 @@ def vllm(
     json: JsonOption = None,
 ) -> None:
     """Record from a vLLM server that runs with --enable-return-routed-experts. No prompt text is stored."""
-    from moeplan.capture.hf_config import model_facts
-    from moeplan.capture.model import ModelExtras
-    from moeplan.capture.serving import ServingOptions
-    from moeplan.capture.vllm_server import VllmEngine
-    from moeplan.trace.keep import Keep
+    from moeplan.model.facts import model_facts
+    from moeplan.model.overrides import ModelExtras
+    from moeplan.record.server import ServingOptions
+    from moeplan.record.vllm import VllmEngine
+    from moeplan.trace.retention import RetentionPolicy
 
     claim_stdout(json)
     dense = dense_layers_of(dense_layers)
@@ -107,7 +107,7 @@ def vllm(
         facts=model_facts(config, num_experts=num_experts, dense_layers=dense),
         extras=ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups),
         dense_layers=dense,
-        keep=Keep(min_tokens, aggregate),
+        keep=RetentionPolicy(min_tokens, aggregate),
         resume=resume,
         json=json,
     )
@@ -147,11 +147,11 @@ def sglang(
     json: JsonOption = None,
 ) -> None:
     """Record from an SGLang server that runs with --enable-return-routed-experts. No prompt text is stored."""
-    from moeplan.capture.hf_config import model_facts
-    from moeplan.capture.model import ModelExtras
-    from moeplan.capture.serving import ServingOptions
-    from moeplan.capture.sglang_server import SglangEngine
-    from moeplan.trace.keep import Keep
+    from moeplan.model.facts import model_facts
+    from moeplan.model.overrides import ModelExtras
+    from moeplan.record.server import ServingOptions
+    from moeplan.record.sglang import SglangEngine
+    from moeplan.trace.retention import RetentionPolicy
 
     claim_stdout(json)
     dense = dense_layers_of(dense_layers)
@@ -168,7 +168,7 @@ def sglang(
         facts=facts,
         extras=ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups),
         dense_layers=dense,
-        keep=Keep(min_tokens, aggregate),
+        keep=RetentionPolicy(min_tokens, aggregate),
         resume=resume,
         json=json,
     )
@@ -188,9 +188,9 @@ def _record(
     **how: Any,
 ) -> None:
     """Read the prompts, find the model, record; what needs no server is checked before one is asked."""
-    from moeplan.capture.prompts import read_prompts
-    from moeplan.capture.recording import check_out
-    from moeplan.capture.serving import record_served, served_model
+    from moeplan.record.prompts import read_prompts
+    from moeplan.record.recording import check_out
+    from moeplan.record.server import record_served, served_model
 
     check_out(output, resume=resume)
     rows = read_prompts(prompts, domain=domain, limit=limit)
@@ -205,7 +205,7 @@ def _record(
 
 def _server(url: str, variable: str | None, timeout: float, retries: int) -> Server:
     """The server, with a key if the environment has one: command lines are seen by others and kept in histories."""
-    from moeplan.capture.server import Server, ServerOptions
+    from moeplan.record.http_client import Server, ServerOptions
 
     if variable is not None and variable not in os.environ:
         raise UsageError(f"--api-key-env {variable}: the environment has no such variable")

@@ -14,16 +14,16 @@ from moeplan.cli.common import (
     JsonOption,
     WithoutLayers,
     claim_stdout,
+    echo,
     emit_json,
     parse_layers,
     progress,
-    say,
 )
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.capture.hf_config import ModelFacts
-    from moeplan.plan.store import StoredPlan
+    from moeplan.model.facts import ModelFacts
+    from moeplan.planning.store import StoredPlan
     from moeplan.trace import Trace
 
 
@@ -69,21 +69,21 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         p.keep_inputs(json, trace, plan, placement, config, hardware, model)
         if plan is not None and placement is not None:
-            raise UsageError("--plan and --placement are two placements", mend="give one of the two")
+            raise UsageError("--plan and --placement are two placements", hint="give one of the two")
         if plan is None and placement is None:
             raise UsageError(
                 "replay needs a plan or a placement",
-                mend="give one of the two: --plan PLAN, or --placement FILE --engine E",
+                hint="give one of the two: --plan PLAN, or --placement FILE --engine E",
             )
         if placement is None and any(flag is not None for flag in (engine, config, num_layers, ep_size, nnodes, home)):
             raise UsageError(
                 "--engine, --config, --num-layers, --ep-size, --nnodes and --home go with --placement",
-                mend="leave them out: the plan says how it is served",
+                hint="leave them out: the plan says how it is served",
             )
         from moeplan.cli.compare import show
         from moeplan.cluster import Dispatch
-        from moeplan.plan import read_requests
-        from moeplan.plan.store import load_plan
+        from moeplan.planning import read_requests
+        from moeplan.planning.store import load_plan
         from moeplan.replay import Setup
         from moeplan.replay import replay as run
         from moeplan.replay.comparison import check_shape
@@ -112,7 +112,7 @@ def register(app: typer.Typer) -> None:
         show(table, opened, time.perf_counter() - start)
         seen = stored.trace_checksum == opened.checksum
         if seen:
-            say("  - the plan was fitted on this very trace: these are not figures on unseen requests")
+            echo("  - the plan was fitted on this very trace: these are not figures on unseen requests")
         emit_json(
             json,
             {"trace": opened.label, "plan": plan or str(placement), "fitted_on_this_trace": seen, **table.to_dict()},
@@ -127,13 +127,13 @@ def _placed(
     import dataclasses
 
     from moeplan.cluster import Dispatch, Home
-    from moeplan.engines.axis import known_of
-    from moeplan.engines.deployed import deployed, rule_of
     from moeplan.engines.files import examine
-    from moeplan.plan.store import StoredPlan
+    from moeplan.engines.from_placement import deployed, rule_of
+    from moeplan.engines.layer_axis import known_of
+    from moeplan.planning.store import StoredPlan
 
     if engine is None:
-        raise UsageError("--placement needs to know whose file it is", where=str(file), mend="give --engine")
+        raise UsageError("--placement needs to know whose file it is", where=str(file), hint="give --engine")
     known = known_of(facts, config, ep_size=ep_size, nodes=nnodes)
     if known.moe_layers is None:
         known = dataclasses.replace(known, moe_layers=trace.shape.layer_ids)

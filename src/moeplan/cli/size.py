@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeplan.cli import perf_options as o
-from moeplan.cli.common import JsonOption, Progress, check_places, claim_stdout, emit_json, progress, say
+from moeplan.cli.common import JsonOption, Progress, check_places, claim_stdout, echo, emit_json, progress
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.perf.models import ModelSpec
-    from moeplan.perf.size import Sized, UseCase
+    from moeplan.model.spec import ModelSpec
+    from moeplan.perf.sizing import SizingResult, UseCase
 
 
 class UseCaseChoice(StrEnum):
@@ -69,8 +69,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(output)
-        from moeplan.perf.models import model as find_model
-        from moeplan.perf.size import size as run
+        from moeplan.model.spec import model as find_model
+        from moeplan.perf.sizing import size as run
         from moeplan.perf.sweep import precision_of
 
         spec, found = find_model(model), o.machines(hardware, hardware_file, usd_per_hour, watts, gpus_per_node)
@@ -81,12 +81,12 @@ def register(app: typer.Typer) -> None:
         if requests < 1 or max_gpus < 1:
             raise UsageError("--requests and --max-gpus must be at least 1")
         if mtp and not spec.mtp_layers:
-            raise UsageError(f"{spec.name} has no module for multi-token prediction", mend="leave --mtp out")
+            raise UsageError(f"{spec.name} has no module for multi-token prediction", hint="leave --mtp out")
         precision = precision_of(spec, weights, experts, kv)
         for case in cases:
             _ = case.load  # refuses what cannot be, before any work
         asked = [(case, machine) for case in cases for machine in found]
-        answers: list[Sized] = []
+        answers: list[SizingResult] = []
         with progress("size") as report:
             for done, (case, machine) in enumerate(asked):
                 at = partial(_at, report, done, len(asked), f"{case.name}, {machine.name}")
@@ -102,14 +102,14 @@ def register(app: typer.Typer) -> None:
             mine = [answer for answer in answers if answer.case is case]
             facts["use_cases"][case.name] = _show(spec, case, mine, requests, dtypes, sensitivity)
         if any(answer.meets for answer in answers):
-            say("bound by: prefill, decode. full at: most requests at a time, and what limits them")
-            say("tokens, USD, kWh: with that many requests; per million output tokens")
+            echo("bound by: prefill, decode. full at: most requests at a time, and what limits them")
+            echo("tokens, USD, kWh: with that many requests; per million output tokens")
         emit_json(json, facts)
         if output is not None:
             from moeplan.report.perf_page import write_size_page
 
             write_size_page(Path(output), spec, answers, dtypes, requests, sensitivity)
-            say(f"wrote {output}")
+            echo(f"wrote {output}")
         if any(not any(a.meets for a in answers if a.case is case) for case in cases):
             raise typer.Exit(1)
 
@@ -123,7 +123,7 @@ def _cases(
     tpot: float | None,
 ) -> list[UseCase]:  # fmt: skip
     """The use cases asked for, each with what the flags change of it."""
-    from moeplan.perf.size import USE_CASES, UseCase
+    from moeplan.perf.sizing import USE_CASES, UseCase
 
     for flag, value in (
         ("--prompt", prompt),
@@ -137,7 +137,7 @@ def _cases(
     if name is None:
         if prompt is None or output is None or ttft is None or tpot is None:
             raise UsageError(
-                "the use is not known", mend="give --use-case, or --prompt, --output, --ttft and --tpot (milliseconds)"
+                "the use is not known", hint="give --use-case, or --prompt, --output, --ttft and --tpot (milliseconds)"
             )
         return [UseCase("own", prompt, output, beams or 1, ttft / 1e3, tpot / 1e3, "limits as given")]
     listed = list(USE_CASES.values()) if name is UseCaseChoice.all else [USE_CASES[name.value]]
@@ -156,35 +156,35 @@ def _cases(
 
 
 def _show(
-    spec: ModelSpec, case: UseCase, answers: list[Sized], requests: int, dtypes: str, sensitivity: bool
+    spec: ModelSpec, case: UseCase, answers: list[SizingResult], requests: int, dtypes: str, sensitivity: bool
 ) -> dict[str, Any]:
     """One use case for people; returns its JSON."""
     from moeplan.perf.sensitivity import KNOBS, elasticities, improvements
 
-    say(
+    echo(
         f"{spec.name}, {case.name}: {case.prompt:,} tokens in, {case.output:,} out, {case.beams} beam"
         f"{'s' * (case.beams > 1)}; {requests} request{'s' * (requests > 1)} at a time; {dtypes}"
     )
-    say(f"TTFT within {1e3 * case.ttft_s:g} ms, TPOT within {1e3 * case.tpot_s:g} ms ({case.source})")
-    say()
+    echo(f"TTFT within {1e3 * case.ttft_s:g} ms, TPOT within {1e3 * case.tpot_s:g} ms ({case.source})")
+    echo()
     for line in _table(answers):
-        say(line)
+        echo(line)
     out: dict[str, Any] = {"case": _case_facts(case), "hardware": {}}
     missed = [a for a in answers if not a.meets]
     helps = {id(a): improvements(a.layout, case.load, a.each, lambda s: case.miss(s) <= 1) for a in missed if a.layout}
     if missed:
-        say()
+        echo()
     for answer in missed:
-        say(_missed(answer, helps.get(id(answer), {})))
+        echo(_missed(answer, helps.get(id(answer), {})))
     close = [f"{a.hardware.name}" for a in answers if a.close]
     if close:
-        say()
-        say(f"a size more or less, being within 15 % of a limit, about the model's error: {', '.join(close)}")
+        echo()
+        echo(f"a size more or less, being within 15 % of a limit, about the model's error: {', '.join(close)}")
     changes = {id(a): elasticities(a.layout, case.load, a.each) for a in answers if a.layout and sensitivity}
     if changes:
-        say()
+        echo()
         for line in _sensitivity([(a, changes[id(a)]) for a in answers if id(a) in changes], KNOBS):
-            say(line)
+            echo(line)
     for answer in answers:
         facts = _facts(answer)
         if id(answer) in helps:
@@ -192,11 +192,11 @@ def _show(
         if id(answer) in changes:
             facts["elasticities"] = changes[id(answer)]
         out["hardware"][answer.hardware.name] = facts
-    say()
+    echo()
     return out
 
 
-def _table(answers: list[Sized]) -> list[str]:
+def _table(answers: list[SizingResult]) -> list[str]:
     """One line per hardware, of the smallest cluster that keeps the limits."""
     from moeplan.perf.sweep import ways
 
@@ -226,7 +226,7 @@ def _first(shares: dict[str, float]) -> str:
     return next(iter(shares))
 
 
-def _missed(a: Sized, helps: dict[str, float | None]) -> str:
+def _missed(a: SizingResult, helps: dict[str, float | None]) -> str:
     """One line on hardware that does not do."""
     from moeplan.perf.sensitivity import needs
     from moeplan.perf.sweep import ways
@@ -241,7 +241,7 @@ def _missed(a: Sized, helps: dict[str, float | None]) -> str:
     )
 
 
-def _sensitivity(answers: list[tuple[Sized, dict[str, dict[str, float]]]], knobs: dict[str, str]) -> list[str]:
+def _sensitivity(answers: list[tuple[SizingResult, dict[str, dict[str, float]]]], knobs: dict[str, str]) -> list[str]:
     """Elasticities as a table."""
     head = ["hardware", "GPUs", "of", "FLOPs", "mem rate", "capacity", "up rate", "out rate", "up lat", "out lat"]
     rows = []
@@ -278,7 +278,7 @@ def _case_facts(case: UseCase) -> dict[str, Any]:
     }
 
 
-def _facts(a: Sized) -> dict[str, Any]:
+def _facts(a: SizingResult) -> dict[str, Any]:
     """One answer, as JSON."""
     out: dict[str, Any] = {"meets": a.meets, "within_model_error": a.close, "largest_tried": a.tried}
     if a.layout is None or a.serving is None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeplan.cli import perf_options as o
-from moeplan.cli.common import JsonOption, check_places, claim_stdout, emit_json, progress, say
+from moeplan.cli.common import JsonOption, check_places, claim_stdout, echo, emit_json, progress
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moeplan.perf.models import ModelSpec
+    from moeplan.model.spec import ModelSpec
     from moeplan.perf.sweep import Point
 
 #: Rows of a front that the text shows; `--json` has all.
@@ -60,7 +60,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         claim_stdout(json)
         check_places(output)
-        from moeplan.perf.models import model as find_model
+        from moeplan.model.spec import model as find_model
         from moeplan.perf.sweep import Choice, node_parts, precision_of
         from moeplan.perf.sweep import sweep as run
 
@@ -73,7 +73,7 @@ def register(app: typer.Typer) -> None:
             parts = node_parts(per_node) if 1 in nodes_ else []
             tried.append((machine, counts or sorted({*parts, *(n * per_node for n in nodes_)})))
         if not tpot > 0:
-            raise UsageError(f"--tpot {tpot:g} is not above 0", mend="give milliseconds")
+            raise UsageError(f"--tpot {tpot:g} is not above 0", hint="give milliseconds")
         choice = Choice(
             *(_numbers(flag, text) if text else None for flag, text in zip(_CHOICES, (tp, pp, ep), strict=True))
         )
@@ -88,16 +88,16 @@ def register(app: typer.Typer) -> None:
         seconds = time.perf_counter() - start
         if not swept.points:
             raise UsageError(
-                f"{spec.name} fits none of the {swept.unfit} set-ups", mend="use more GPUs, or smaller dtypes"
+                f"{spec.name} fits none of the {swept.unfit} set-ups", hint="use more GPUs, or smaller dtypes"
             )
         facts = _facts(spec, swept.points, swept.unfit, contexts, tpot)
         dtypes = o.dtypes(spec, precision)
-        say(
+        echo(
             f"{spec.name}, decode: {len(swept.points):,} set-ups in {seconds:.1f} s, {swept.unfit:,} more do not fit; "
             f"{dtypes}"
         )
         if spec.moe:
-            say("routing: uniform (no trace was given), the busiest GPU by chance alone")
+            echo("routing: uniform (no trace was given), the busiest GPU by chance alone")
         for tokens in contexts:
             _show([p for p in swept.points if p.context == tokens], tokens, tpot)
         emit_json(json, facts)
@@ -105,9 +105,9 @@ def register(app: typer.Typer) -> None:
             from moeplan.report.perf_page import write_sweep_page
 
             write_sweep_page(Path(output), spec, swept, tpot / 1e3, dtypes)
-            say(f"wrote {output}")
+            echo(f"wrote {output}")
         else:
-            say("a page with figures: add -o sweep.html")
+            echo("a page with figures: add -o sweep.html")
 
 
 _CHOICES = ("--tp", "--pp", "--ep")
@@ -120,15 +120,15 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     except ValueError:
         found = []
     if not found or found[0] < 1:
-        raise UsageError(f'{flag} "{text[:60]}" is not a list of numbers of at least 1', mend=f"e.g. {flag} 1,2,8")
+        raise UsageError(f'{flag} "{text[:60]}" is not a list of numbers of at least 1', hint=f"e.g. {flag} 1,2,8")
     return tuple(found)
 
 
 def _show(points: list[Point], context: int, tpot: float) -> None:
     from moeplan.perf.sweep import best_within, pareto, thinned, ways, where
 
-    say()
-    say(f"Pareto front at {context:,} tokens of context")
+    echo()
+    echo(f"Pareto front at {context:,} tokens of context")
     front = pareto(points)
     shown = thinned(front, SHOWN)
     rows = [
@@ -140,17 +140,17 @@ def _show(points: list[Point], context: int, tpot: float) -> None:
     ]  # fmt: skip
     head = ["TPOT ms", "tokens/s/GPU", "hardware", "GPUs", "layout", "batch", "USD/M", "kWh/M", "bound by"]
     for line in o.aligned(head, rows, left=(2, 4, 8)):
-        say(line)
+        echo(line)
     if len(shown) < len(front):
-        say(f"({len(front)} in all; --json has every one)")
+        echo(f"({len(front)} in all; --json has every one)")
     best = best_within(points, tpot / 1e3)
     if best is None:
-        say(f"no set-up keeps TPOT within {tpot:g} ms")
+        echo(f"no set-up keeps TPOT within {tpot:g} ms")
         return
-    say(f"within {tpot:g} ms: {best.per_gpu_s:,.0f} tokens/s a GPU on {where(best)}, TPOT {1e3 * best.tpot_s:.2f} ms")
+    echo(f"within {tpot:g} ms: {best.per_gpu_s:,.0f} tokens/s a GPU on {where(best)}, TPOT {1e3 * best.tpot_s:.2f} ms")
     cheap = min((p for p in points if p.tpot_s <= tpot / 1e3), key=lambda p: p.usd)
     if cheap.layout.hardware.name != best.layout.hardware.name:
-        say(f"cheapest: {cheap.usd:.3f} USD per million tokens on {where(cheap)}, TPOT {1e3 * cheap.tpot_s:.2f} ms")
+        echo(f"cheapest: {cheap.usd:.3f} USD per million tokens on {where(cheap)}, TPOT {1e3 * cheap.tpot_s:.2f} ms")
 
 
 def _facts(

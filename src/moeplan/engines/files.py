@@ -12,7 +12,7 @@ from moeplan.engines import sglang, tensorrt_llm, vllm, vllm_ascend
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.report import Finding, Known, Report
 from moeplan.errors import OutputError, UsageError
-from moeplan.trace.files import atomic_path
+from moeplan.io.files import atomic_path
 
 __all__ = ["ENGINES", "EnginePlacement", "Finding", "Known", "Report", "check_write", "examine", "write"]
 
@@ -72,10 +72,10 @@ def check_write(path: Path, engine: str, placement: EnginePlacement) -> None:
         raise UsageError(
             f"the name ends in {path.suffix or 'nothing'}, but {engine} needs {' or '.join(_SUFFIXES[engine])}",
             where=str(path),
-            mend="choose another name",
+            hint="choose another name",
         )
     if path.exists():
-        raise OutputError("already exists", where=str(path), mend="choose another place, or remove it")
+        raise OutputError("already exists", where=str(path), hint="choose another place, or remove it")
     _refuse(engine, placement)
 
 
@@ -84,7 +84,7 @@ def _text(engine: str, placement: EnginePlacement, num_layers: int | None, model
         return tensorrt_llm.content(placement)
     if engine == "sglang":
         if num_layers is None:
-            raise UsageError("SGLang's file needs the number of hidden layers", mend="give --config, or --num-layers")
+            raise UsageError("SGLang's file needs the number of hidden layers", hint="give --config, or --num-layers")
         data = sglang.content(placement, num_layers)
     else:
         data = vllm.content(placement, model) if engine == "vllm" else vllm_ascend.content(placement)
@@ -100,10 +100,10 @@ def _refuse(engine: str, placement: EnginePlacement) -> None:
     if engine == "vllm" and placement.redundant > vllm.MAX_REDUNDANT:
         raise UsageError(
             f"{placement.redundant} redundant slots are more than vLLM's limit of {vllm.MAX_REDUNDANT}",
-            mend="plan with a smaller --redundant",
+            hint="plan with a smaller --redundant",
         )
     if engine in ("sglang", "vllm") and placement.ep_size == 1:
-        raise UsageError(f"{engine} places experts over at least 2 GPUs", mend="plan for more GPUs")
+        raise UsageError(f"{engine} places experts over at least 2 GPUs", hint="plan for more GPUs")
     if engine == "vllm-ascend":
         held = placement.physical_to_logical.reshape(len(placement.layer_ids), placement.ep_size, -1)
         for row, layer in zip(held, placement.layer_ids, strict=True):
@@ -111,11 +111,11 @@ def _refuse(engine: str, placement: EnginePlacement) -> None:
                 if len(set(experts)) < len(experts):
                     raise UsageError(
                         f"layer {layer}: device {device} has an expert twice, which vLLM-Ascend takes and serves wrong",
-                        mend="plan with --strategy moeplan, which never does that",
+                        hint="plan with --strategy moeplan, which never does that",
                     )
 
 
 def _named(engine: str) -> str:
     if engine not in _EXAMINE:
-        raise UsageError(f"--engine {engine[:40]!r} is not known", mend=f"choose one of {', '.join(ENGINES)}")
+        raise UsageError(f"--engine {engine[:40]!r} is not known", hint=f"choose one of {', '.join(ENGINES)}")
     return engine

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 
 from moeplan.cluster import Dispatch, ReplicaRule
-from moeplan.engines.deployed import rule_of
+from moeplan.engines.from_placement import rule_of
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.vllm import own_strategy
 

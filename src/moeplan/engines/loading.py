@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.capture.torch_file import integers, load_pt
 from moeplan.engines.report import Report, show
 from moeplan.errors import FormatError
+from moeplan.io.torch import integers, load_pt
 
 __all__ = ["CUT_OFF", "TwiceError", "load_json", "load_npy", "load_tensors", "load_text"]
 
@@ -32,7 +32,7 @@ def load_text(report: Report, max_bytes: int = MAX_BYTES) -> str | None:
         size = path.stat().st_size
         data = b"" if size > max_bytes else path.read_bytes()
     except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), mend="check the path") from None
+        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
     if size > max_bytes:
         report.fault("", f"{size} bytes are more than any placement has (at most {max_bytes})", "check the file")
         return None
@@ -80,7 +80,7 @@ def _no_constant(name: str) -> Any:
 def load_tensors(report: Report, key: str) -> tuple[list[Any], list[list[int]]] | None:
     """(keys, table) of a .pt that holds a dict, loaded with weights_only; None with a finding."""
     if not report.path.exists():
-        raise FormatError("does not exist", where=str(report.path), mend="check the path")
+        raise FormatError("does not exist", where=str(report.path), hint="check the path")
     try:
         data = load_pt(report.path)
         if key not in data:
@@ -89,7 +89,7 @@ def load_tensors(report: Report, key: str) -> tuple[list[Any], list[list[int]]] 
         kind = str(getattr(value, "dtype", ""))
         table = integers(value, 2, key, str(report.path))
     except FormatError as error:
-        report.fault(key if key in error.what else "", error.what, error.mend or "save whole numbers, int64")
+        report.fault(key if key in error.what else "", error.what, error.hint or "save whole numbers, int64")
         return None
     if kind != "torch.int64":
         report.warn(key, f"is {kind.removeprefix('torch.')}, which the engine keeps", "save int64")
@@ -109,7 +109,7 @@ def load_npy(report: Report) -> Any:
             return None
         return array.tolist()
     except FileNotFoundError:
-        raise FormatError("does not exist", where=str(path), mend="check the path") from None
+        raise FormatError("does not exist", where=str(path), hint="check the path") from None
     except (OSError, ValueError, EOFError) as error:
         report.fault("", f"is not a whole .npy array ({str(error)[:80]})", CUT_OFF)
     return None

@@ -15,7 +15,7 @@ from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.types import Int32Array, ModelShape, Placement
 
 if TYPE_CHECKING:
-    from moeplan.plan.store import StoredPlan
+    from moeplan.planning.store import StoredPlan
 
 __all__ = ["EnginePlacement"]
 
@@ -46,7 +46,7 @@ class EnginePlacement:
         if self.ep_size < 1 or self.nodes < 1 or self.ep_size % self.nodes:
             raise PlanError(
                 f"{self.ep_size} ranks do not divide over {self.nodes} nodes",
-                mend="give the number of GPUs that share the experts, and of the nodes that they fill",
+                hint="give the number of GPUs that share the experts, and of the nodes that they fill",
             )
         rows = self.placement.slots  # made and checked here
         object.__setattr__(self, "physical_to_logical", rows)
@@ -82,7 +82,7 @@ class EnginePlacement:
 
     @classmethod
     def of_plan(cls, plan: StoredPlan) -> EnginePlacement:
-        """From a stored plan (`moeplan.plan.store.load_plan`)."""
+        """From a stored plan (`moeplan.planning.store.load_plan`)."""
         return cls.of(plan.result.placement, plan.shape.layer_ids)
 
     def rows_of(self, layer_ids: tuple[int, ...], where: str) -> EnginePlacement:
@@ -97,7 +97,7 @@ class EnginePlacement:
             raise FormatError(
                 f"places no experts in layer {missing[0]}",
                 where=where,
-                mend="use the file of the same model, or --config to say which layers have experts",
+                hint="use the file of the same model, or --config to say which layers have experts",
             )
         chosen = self.physical_to_logical[[row[layer] for layer in layer_ids]]
         return EnginePlacement(chosen, layer_ids, self.num_experts, self.ep_size, self.nodes)
@@ -112,7 +112,7 @@ class EnginePlacement:
             raise UsageError(
                 f"the file places {self.num_experts} experts, but the model has {shape.num_experts}",
                 where=where,
-                mend="use the file of the same model",
+                hint="use the file of the same model",
             )
         return self.rows_of(shape.layer_ids, where).placement
 

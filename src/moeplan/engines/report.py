@@ -9,7 +9,7 @@ from typing import Any
 from moeplan.engines.placement import EnginePlacement
 from moeplan.errors import FormatError, UsageError
 
-__all__ = ["Finding", "Known", "Report", "hint", "show"]
+__all__ = ["Finding", "Known", "Report", "other_engine_hint", "show"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Known:
         if self.ep_size is not None and self.nodes is not None and self.ep_size % self.nodes:
             raise UsageError(
                 f"--ep-size {self.ep_size} does not divide over --nnodes {self.nodes}",
-                mend="--ep-size counts all GPUs that share the experts, over all nodes",
+                hint="--ep-size counts all GPUs that share the experts, over all nodes",
             )
 
 
@@ -54,12 +54,12 @@ class Finding:
 
     place: str
     what: str
-    mend: str = ""
+    hint: str = ""
     legal: bool = False
 
     def line(self, path: Path) -> str:
         """The whole finding as one line."""
-        return FormatError(self.what, where=f"{path}: {self.place}" if self.place else str(path), mend=self.mend).line()
+        return FormatError(self.what, where=f"{path}: {self.place}" if self.place else str(path), hint=self.hint).line()
 
 
 @dataclass
@@ -93,13 +93,13 @@ class Report:
     def good(self) -> bool:
         return not self.faults
 
-    def fault(self, place: str, what: str, mend: str = "") -> None:
+    def fault(self, place: str, what: str, hint: str = "") -> None:
         """Something that is wrong."""
-        self.findings.append(Finding(place, what, mend))
+        self.findings.append(Finding(place, what, hint))
 
-    def warn(self, place: str, what: str, mend: str = "") -> None:
+    def warn(self, place: str, what: str, hint: str = "") -> None:
         """Something that is legal and worth knowing."""
-        self.findings.append(Finding(place, what, mend, legal=True))
+        self.findings.append(Finding(place, what, hint, legal=True))
 
     def learn(self, place: str, flag: str, key: str, value: int) -> None:
         """Take a number from the file into `known`; a fault where it contradicts what was given."""
@@ -121,7 +121,7 @@ class Report:
         for finding in self.faults[:1]:
             more = f" (and {len(self.faults) - 1} more: moeplan check lists them)" if len(self.faults) > 1 else ""
             where = f"{self.path}: {finding.place}" if finding.place else str(self.path)
-            raise FormatError(finding.what + more, where=where, mend=finding.mend)
+            raise FormatError(finding.what + more, where=where, hint=finding.hint)
         if self.placement is None:
             open_questions = (
                 (self.known.num_experts, "the number of experts", "--config, or --num-experts"),
@@ -134,12 +134,12 @@ class Report:
             raise UsageError(
                 f"does not say {', '.join(what for what, _ in missing)}",
                 where=str(self.path),
-                mend=f"give {', '.join(flag for _, flag in missing)}",
+                hint=f"give {', '.join(flag for _, flag in missing)}",
             )
         return self.placement
 
 
-def hint(data: Any, engine: str) -> str:
+def other_engine_hint(data: Any, engine: str) -> str:
     """The end of a mend where a file's keys look like another engine's; empty where they do not."""
     if not isinstance(data, dict):
         return ""

@@ -15,7 +15,7 @@ import numpy as np
 
 from moeplan.engines.loading import load_json, load_tensors
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, hint, show
+from moeplan.engines.report import Known, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
 
 __all__ = ["MAP", "content", "examine"]
@@ -87,13 +87,15 @@ def _load(report: Report) -> list[Any] | None:
         else:
             keys = ", ".join(show(key) for key in list(data)[:4]) or "none"
             report.fault(
-                f"key {MAP}", f"is missing (keys: {keys})", f'write {{"{MAP}": [[..], ..]}}' + hint(data, "sglang")
+                f"key {MAP}",
+                f"is missing (keys: {keys})",
+                f'write {{"{MAP}": [[..], ..]}}' + other_engine_hint(data, "sglang"),
             )
         return None
     for key in data:
         if key != MAP:
-            mend = "leave it out" + (hint(data, "sglang") if key == "format" else "")
-            report.fault(f"key {show(key)}", f"is more than SGLang takes beside {MAP} (TypeError)", mend)
+            hint = "leave it out" + (other_engine_hint(data, "sglang") if key == "format" else "")
+            report.fault(f"key {show(key)}", f"is more than SGLang takes beside {MAP} (TypeError)", hint)
     if not isinstance(data[MAP], list):
         report.fault(MAP, f"is {show(data[MAP])}, not a list of rows", "give one row for every hidden layer")
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, hint, show
+from moeplan.engines.report import Known, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
 from moeplan.engines.yaml_file import load_yaml
 from moeplan.types import MAX_LAYERS
@@ -65,8 +65,8 @@ def examine(path: Path, known: Known) -> Report:
             report.warn("layer_updates_per_iter", "is missing: the default is 0, a placement that stays")
     rows = data.get(MAP)
     if not isinstance(rows, dict) or not rows:
-        mend = "write an entry for every MoE layer" + hint(data, "tensorrt-llm")
-        report.fault(MAP, f"is {show(rows)}, not a map from layers to lists", mend)
+        hint = "write an entry for every MoE layer" + other_engine_hint(data, "tensorrt-llm")
+        report.fault(MAP, f"is {show(rows)}, not a map from layers to lists", hint)
         return report
     bad = [key for key in rows if type(key) is not int or not 0 <= key < MAX_LAYERS]
     if bad:

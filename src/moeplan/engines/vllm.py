@@ -20,7 +20,7 @@ import numpy as np
 
 from moeplan.engines.loading import load_json, load_npy
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, hint, show
+from moeplan.engines.report import Known, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
 from moeplan.types import MAX_EXPERTS, MAX_LAYERS
 
@@ -110,7 +110,7 @@ def _examine_head(report: Report, data: dict[str, Any]) -> tuple[int, ...] | Non
     version = data.get("version")
     if data.get("format") != FORMAT or version != VERSION or isinstance(version, bool):
         what = f"is {show(data.get('format'))}, version {show(version)}, not {FORMAT}, version {VERSION}"
-        report.fault("format", what, "export the plan again, or use a newer moeplan" + hint(data, "vllm"))
+        report.fault("format", what, "export the plan again, or use a newer moeplan" + other_engine_hint(data, "vllm"))
         return None
     for key in data:
         if key not in _KEYS:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moeplan.engines.loading import load_json
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, hint, show
+from moeplan.engines.report import Known, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
 
 __all__ = ["content", "examine"]
@@ -112,7 +112,9 @@ def _member(report: Report, place: str, data: Any, keys: tuple[str, ...], wanted
     if wanted not in data:
         found = ", ".join(show(key) for key in list(data)[:4]) or "none"
         report.fault(
-            f"{at}key {wanted}", f"is missing (keys: {found})", f"write {', '.join(keys)}" + hint(data, "vllm-ascend")
+            f"{at}key {wanted}",
+            f"is missing (keys: {found})",
+            f"write {', '.join(keys)}" + other_engine_hint(data, "vllm-ascend"),
         )
         return None
     for key in data:

@@ -140,7 +140,7 @@ def expert_exchange(
         UsageError: a direction other than these two.
     """
     if direction not in ("dispatch", "combine"):
-        raise UsageError(f"direction {direction} is unknown", mend="use dispatch or combine")
+        raise UsageError(f"direction {direction} is unknown", hint="use dispatch or combine")
     size = getattr(message_bytes(mode, hidden, top_k), direction)
     family = "low_latency" if mode is Dispatch.PICK else "normal"
     fit: DeepEP = getattr(c or constants(), f"{family}_{direction}")
@@ -171,7 +171,7 @@ def all_reduce(hardware: Hardware, data_bytes: Number, gpus: int, c: Constants |
     inside = min(gpus, hardware.scale_up_size)
     if gpus % inside:
         raise UsageError(
-            f"an all-reduce over {gpus} GPUs does not fill nodes of {inside}", mend=f"use a multiple of {inside}"
+            f"an all-reduce over {gpus} GPUs does not fill nodes of {inside}", hint=f"use a multiple of {inside}"
         )
     nodes = gpus // inside
     if gpus == 1:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.errors import FormatError
-from moeplan.perf.hardware import DATA, read_object
+from moeplan.io.catalogue import read_object
+from moeplan.perf.hardware import DATA
 
 __all__ = [
     "Collective",
@@ -28,7 +29,7 @@ __all__ = [
     "Layer",
     "Prefill",
     "constants",
-    "suited",
+    "for_generation",
 ]
 
 FILE = DATA / "constants.json"
@@ -180,7 +181,7 @@ _RATES = ("compute", "memory")
 
 
 @lru_cache(maxsize=16)
-def suited(c: Constants, blackwell: bool) -> Constants:
+def for_generation(c: Constants, blackwell: bool) -> Constants:
     """Constants for a generation: as fitted on Hopper, or changed by the two ratios of Blackwell."""
     if not blackwell or c.blackwell == Generation(1.0, 1.0):
         return c
@@ -202,7 +203,7 @@ def constants(path: Path = FILE) -> Constants:
     """
     data = read_object(path)
     if (data.get("format"), data.get("version")) != FORMAT:
-        raise FormatError(f"is not {FORMAT[0]} version {FORMAT[1]}", where=str(path), mend="run benchmarks/time_fit.py")
+        raise FormatError(f"is not {FORMAT[0]} version {FORMAT[1]}", where=str(path), hint="run benchmarks/time_fit.py")
     groups = data.get("groups")
     known = Constants.groups()
     _same_names("groups", groups, set(known), str(path))
@@ -229,8 +230,8 @@ def _group(kind: type, data: Any, where: str) -> Any:
 
 def _same_names(what: str, data: Any, names: set[str], where: str) -> None:
     if not isinstance(data, dict):
-        raise FormatError(f"has no {what}", where=where, mend="run benchmarks/time_fit.py")
+        raise FormatError(f"has no {what}", where=where, hint="run benchmarks/time_fit.py")
     odd = sorted(names ^ set(data))
     if odd:
         kind = "lacks" if odd[0] in names else "has an unknown"
-        raise FormatError(f"{kind} {odd[0]}", where=where, mend="run benchmarks/time_fit.py")
+        raise FormatError(f"{kind} {odd[0]}", where=where, hint="run benchmarks/time_fit.py")

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplan.errors import UsageError
+from moeplan.model.spec import LinearAttention, ModelSpec
 from moeplan.perf.attention import Heads, MlaShape, absorb, attention_decode, attention_prefill, mla_decode
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import STATE_BYTES, Parallel, Precision
-from moeplan.perf.models import LinearAttention, ModelSpec
 from moeplan.perf.operators import Time, elementwise, gemm, kernel_time
 
 __all__ = [
-    "Call", "Kinds", "Rows", "attention_calls", "dense_calls", "head_calls", "kinds", "router_calls", "shared_calls",
+    "Call", "KernelDtypes", "Rows", "attention_calls", "dense_calls", "head_calls", "kinds", "router_calls",
+    "shared_calls",
     "timed",
 ]  # fmt: skip
 
@@ -67,7 +68,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Kinds:
+class KernelDtypes:
     """Kernels that dtypes lead to on a piece of hardware: of matrices, of experts, of cached keys and values."""
 
     weights: str
@@ -75,7 +76,7 @@ class Kinds:
     kv: str
 
 
-def kinds(spec: ModelSpec, hardware: Hardware, precision: Precision) -> Kinds:
+def kinds(spec: ModelSpec, hardware: Hardware, precision: Precision) -> KernelDtypes:
     """Which kernels run.
 
     fp8 weights have block scales where the checkpoint has (DeepSeek-V3's recipe), else one scale per row. Weights of a
@@ -86,9 +87,9 @@ def kinds(spec: ModelSpec, hardware: Hardware, precision: Precision) -> Kinds:
     """
     block = spec.checkpoint is not None and "fp8" in spec.checkpoint
     if precision.kv not in ("bf16", "fp8"):
-        raise UsageError(f"no attention kernel is modelled for {precision.kv} keys and values", mend="use bf16 or fp8")
+        raise UsageError(f"no attention kernel is modelled for {precision.kv} keys and values", hint="use bf16 or fp8")
     experts = precision.experts or precision.weights
-    return Kinds(_kind(precision.weights, hardware, block), _kind(experts, hardware, True), precision.kv)
+    return KernelDtypes(_kind(precision.weights, hardware, block), _kind(experts, hardware, True), precision.kv)
 
 
 def _kind(dtype: str, hardware: Hardware, block: bool) -> str:
@@ -125,7 +126,7 @@ def timed(hardware: Hardware, c: Constants, products: Iterable[Product]) -> list
 
 
 def attention_calls(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: Kinds, rows: Rows, counts: tuple[int, int],
+    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, counts: tuple[int, int],
     c: Constants,
 ) -> tuple[list[Product], list[Call]]:  # fmt: skip
     """Attention blocks: matrix products, and the rest.
@@ -159,7 +160,7 @@ def attention_calls(
     return products, calls
 
 
-def _softmax(hardware: Hardware, shape: Heads, kind: Kinds, rows: Rows, c: Constants) -> list[Time]:
+def _softmax(hardware: Hardware, shape: Heads, kind: KernelDtypes, rows: Rows, c: Constants) -> list[Time]:
     """Attention of one layer: of the prompts and, in a mixed step, of the sequences that decode beside them."""
     if rows.prefill:
         new = attention_prefill(hardware, shape, rows.batch, rows.tokens, context=rows.context, c=c)
@@ -179,7 +180,7 @@ def _caches(rows: Rows) -> list[tuple[float, float, float]]:
 
 
 def _mla(
-    spec: ModelSpec, hardware: Hardware, tp: int, kind: Kinds, rows: Rows, n: int, c: Constants
+    spec: ModelSpec, hardware: Hardware, tp: int, kind: KernelDtypes, rows: Rows, n: int, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     a = spec.attention
     shape = MlaShape(
@@ -221,7 +222,14 @@ CHUNK = 64
 
 
 def _linear(
-    spec: ModelSpec, hardware: Hardware, linear: LinearAttention, tp: int, kind: Kinds, rows: Rows, n: int, c: Constants
+    spec: ModelSpec,
+    hardware: Hardware,
+    linear: LinearAttention,
+    tp: int,
+    kind: KernelDtypes,
+    rows: Rows,
+    n: int,
+    c: Constants,
 ) -> tuple[list[Product], list[Call]]:
     """Gated delta nets: the state is read and written once per decode step, or once per chunk of prefill."""
     heads, channels = -(-linear.value_heads // tp), -(-linear.channels // tp)
@@ -254,14 +262,14 @@ def _linear(
 
 
 def dense_calls(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: Kinds, rows: Rows, n: int, c: Constants
+    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     """Feed-forward networks of the layers without experts."""
     return _ffn("dense ffn", "other", spec, hardware, spec.dense_width / parallel.tp, kind, rows.rows, n, c)
 
 
 def shared_calls(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: Kinds, rows: Rows, n: int, c: Constants
+    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     """Experts that every token passes."""
     moe = spec.moe
@@ -272,7 +280,7 @@ def shared_calls(
 
 
 def _ffn(
-    name: str, stage: str, spec: ModelSpec, hardware: Hardware, width: float, kind: Kinds, rows: float, n: int,
+    name: str, stage: str, spec: ModelSpec, hardware: Hardware, width: float, kind: KernelDtypes, rows: float, n: int,
     c: Constants, norm: bool = True,
 ) -> tuple[list[Product], list[Call]]:  # fmt: skip
     up = 2 if spec.gated else 1

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import PlanError, UsageError
+from moeplan.model.spec import PARTS, ModelSpec, expert_parameters, layer_parameters
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.models import PARTS, ModelSpec, expert_parameters, layer_parameters
 from moeplan.types import ModelShape
 
 __all__ = [
@@ -70,14 +70,14 @@ class Precision:
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in known and not (name == "experts" and value is None):
-                raise UsageError(f'unknown dtype "{value}" for {name}', mend=f"use {', '.join(known)}")
+                raise UsageError(f'unknown dtype "{value}" for {name}', hint=f"use {', '.join(known)}")
 
     @classmethod
     def of_checkpoint(cls, spec: ModelSpec) -> Precision:
         """As published: the checkpoint's own weights, all else bf16."""
         if spec.checkpoint is None:
             raise UsageError(
-                f"the configuration of {spec.name} does not tell its weights' dtype", mend="give the dtype"
+                f"the configuration of {spec.name} does not tell its weights' dtype", hint="give the dtype"
             )
         return cls(weights=spec.checkpoint[0], experts=spec.checkpoint[1])
 
@@ -118,17 +118,17 @@ def check_parallel(spec: ModelSpec, parallel: Parallel) -> None:
     p, a, moe = parallel, spec.attention, spec.moe
     for name, low in {"tp": 1, "dp": 1, "ep": 1, "pp": 1, "redundant": 0}.items():
         if getattr(p, name) < low:
-            raise PlanError(f"{name} is {getattr(p, name)}", mend=f"give at least {low}")
+            raise PlanError(f"{name} is {getattr(p, name)}", hint=f"give at least {low}")
     if p.pp > spec.layers:
-        raise PlanError(f"pp {p.pp} is more than the {spec.layers} layers of {spec.name}", mend="lower pp")
+        raise PlanError(f"pp {p.pp} is more than the {spec.layers} layers of {spec.name}", hint="lower pp")
     linear = spec.linear.value_heads if spec.linear else a.heads
     for what, count in (("heads", a.heads), ("heads of linear attention", linear), ("dense width", spec.dense_width)):
         _divides("tp", p.tp, count, f"the {count} {what} of {spec.name}")
     if a.kv_heads % p.tp and p.tp % a.kv_heads:
-        raise PlanError(f"tp {p.tp} fits not the {a.kv_heads} KV heads of {spec.name}", mend="take one that divides it")
+        raise PlanError(f"tp {p.tp} fits not the {a.kv_heads} KV heads of {spec.name}", hint="take one that divides it")
     if moe is None:
         if p.ep > 1 or p.redundant:
-            raise PlanError(f"{spec.name} has no experts", mend="leave ep at 1 and redundant at 0")
+            raise PlanError(f"{spec.name} has no experts", hint="leave ep at 1 and redundant at 0")
         return
     _divides("ep", p.ep, p.tp * p.dp, f"tp x dp = {p.tp * p.dp}")
     slots = moe.experts + p.redundant
@@ -136,7 +136,7 @@ def check_parallel(spec: ModelSpec, parallel: Parallel) -> None:
         near = [r for r in (slots // p.ep * p.ep - moe.experts, -(-slots // p.ep) * p.ep - moe.experts) if r >= 0]
         raise PlanError(
             f"{moe.experts} experts and {p.redundant} redundant slots do not divide over ep {p.ep}",
-            mend=f"redundant {' or '.join(map(str, near))} does",
+            hint=f"redundant {' or '.join(map(str, near))} does",
         )
     _divides("tp x dp / ep", p.moe_tp, moe.width, f"the width {moe.width} of an expert of {spec.name}")
 
@@ -146,7 +146,7 @@ def _divides(name: str, part: int, whole: int, what: str) -> None:
         low = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
         divisors = sorted({*low, *(whole // d for d in low)})
         near = [d for d in divisors if d < part][-1:] + [d for d in divisors if d > part][:1]
-        raise PlanError(f"{name} {part} does not divide {what}", mend=f"{' or '.join(map(str, near))} does")
+        raise PlanError(f"{name} {part} does not divide {what}", hint=f"{' or '.join(map(str, near))} does")
 
 
 def expert_bytes(spec: ModelSpec, dtype: str) -> float:
@@ -329,7 +329,7 @@ def largest_batch(
 
 def _usable(hardware: Hardware, share: float, *counts: int) -> float:
     if min(counts) < 0 or not 0 < share <= 1:
-        raise UsageError("a count below 0, or a usable share of memory outside (0, 1]", mend="correct it")
+        raise UsageError("a count below 0, or a usable share of memory outside (0, 1]", hint="correct it")
     return hardware.memory_bytes * share
 
 
@@ -344,7 +344,7 @@ def _stage_kv(spec: ModelSpec, parallel: Parallel, dtype: str, context: int, mtp
 def model_shape(spec: ModelSpec, precision: Precision | None = None) -> ModelShape:
     """What the rest of moeplan must know of a MoE model; bytes as in `precision`, by default the checkpoint's."""
     if spec.moe is None:
-        raise UsageError(f"{spec.name} has no experts", mend="take a mixture-of-experts model")
+        raise UsageError(f"{spec.name} has no experts", hint="take a mixture-of-experts model")
     precision = precision or Precision.of_checkpoint(spec)
     return ModelShape(
         name=spec.name,

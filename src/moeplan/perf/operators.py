@@ -115,11 +115,11 @@ def dtype(name: str, hardware: Hardware) -> Dtype:
         UsageError: unknown, or without a peak rate on this hardware.
     """
     if name not in DTYPES:
-        raise UsageError(f"dtype {name} is unknown", mend=f"use one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {name} is unknown", hint=f"use one of {', '.join(DTYPES)}")
     found = DTYPES[name]
     if found.rate not in hardware.flops:
         fits = [other for other, kind in DTYPES.items() if kind.rate in hardware.flops]
-        raise UsageError(f"{hardware.name} does not compute in {name}", mend=f"use one of {', '.join(fits)}")
+        raise UsageError(f"{hardware.name} does not compute in {name}", hint=f"use one of {', '.join(fits)}")
     return found
 
 
@@ -175,7 +175,7 @@ def expert_gemm(
         UsageError: unknown kernel or dtype.
     """
     if kernel not in ("deepgemm", "contiguous", "cutlass"):
-        raise UsageError(f"expert kernel {kernel} is unknown", mend="use deepgemm, contiguous or cutlass")
+        raise UsageError(f"expert kernel {kernel} is unknown", hint="use deepgemm, contiguous or cutlass")
     form, c = dtype(kind, hardware), c or constants()
     fit = c.experts_cutlass if kernel == "cutlass" else c.experts_deepgemm
     picks, experts, hidden, inter = arrays(picks, experts, hidden, inter)

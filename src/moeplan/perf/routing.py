@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Dispatch
+from moeplan.model.spec import Moe
 from moeplan.perf.collectives import Messages, messages_between, uniform_messages
-from moeplan.perf.models import Moe
 
 __all__ = ["Routing", "distinct_experts", "popular", "replayed", "uniform"]
 

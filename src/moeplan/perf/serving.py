@@ -21,11 +21,11 @@ import numpy as np
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import UsageError
+from moeplan.model.spec import ModelSpec
 from moeplan.perf.collectives import send
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Memory, Parallel, Precision, kv_bytes, largest_batch, memory
-from moeplan.perf.models import ModelSpec
 from moeplan.perf.operators import Number, elementwise
 from moeplan.perf.routing import Routing
 from moeplan.perf.step import Operator, Step, decode_step, prefill_step
@@ -115,11 +115,11 @@ class Load:
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.output < 1 or self.beams < 1 or self.drafts < 0:
-            raise UsageError("prompt, output and beams must be at least 1, drafts at least 0", mend="correct them")
+            raise UsageError("prompt, output and beams must be at least 1, drafts at least 0", hint="correct them")
         if not 1 <= self.accepted <= self.drafts + 1:
             raise UsageError(
                 f"a step with {self.drafts} drafts cannot yield {self.accepted:g} tokens",
-                mend=f"give an acceptance length of 1 to {self.drafts + 1}",
+                hint=f"give an acceptance length of 1 to {self.drafts + 1}",
             )
 
     @property
@@ -261,7 +261,7 @@ def _holds(layout: Layout, load: Load, chunk: int, usable: float) -> int:
         raise UsageError(
             f"{layout.spec.name} with one request of {_held(load)} tokens does not fit {layout.hardware.name} at tp "
             f"{p.tp}, dp {p.dp}, ep {p.ep}, pp {p.pp}",
-            mend="use more accelerators, or smaller dtypes",
+            hint="use more accelerators, or smaller dtypes",
         )
     return most
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
-from moeplan.perf.constants import Constants, constants, suited
+from moeplan.model.spec import ModelSpec
+from moeplan.perf.constants import Constants, constants, for_generation
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.layers import Call, Kinds, kinds
+from moeplan.perf.layers import Call, KernelDtypes, kinds
 from moeplan.perf.memory import Parallel, Precision, check_parallel
-from moeplan.perf.models import ModelSpec
 from moeplan.perf.operators import Number
 
 __all__ = ["Operator", "Setup", "check_mode", "default_mode", "merged", "setup_of"]
@@ -50,7 +50,7 @@ class Setup:
     spec: ModelSpec
     hardware: Hardware
     parallel: Parallel
-    kinds: Kinds
+    kinds: KernelDtypes
     mode: Dispatch | None
     gpus_per_node: int
     overlap: bool
@@ -91,7 +91,7 @@ def check_mode(spec: ModelSpec, parallel: Parallel, mode: Dispatch | None, *, pr
         raise UsageError(
             f"dispatch {mode.value} needs whole experts, but ep {parallel.ep} is less than tp x dp = "
             f"{parallel.tp * parallel.dp}",
-            mend=f"use ep {parallel.tp * parallel.dp}, or allgather",
+            hint=f"use ep {parallel.tp * parallel.dp}, or allgather",
         )
     return mode
 
@@ -104,13 +104,13 @@ def setup_of(
     used, per_node = check_mode(spec, parallel, mode, prefill=prefill), gpus_per_node or hardware.scale_up_size
     stage = parallel.tp * parallel.dp
     if stage > per_node and stage % per_node:
-        raise PlanError(f"tp x dp = {stage} GPUs do not fill nodes of {per_node}", mend=f"use a multiple of {per_node}")
+        raise PlanError(f"tp x dp = {stage} GPUs do not fill nodes of {per_node}", hint=f"use a multiple of {per_node}")
     if overlap and used in (None, Dispatch.ALLGATHER):
-        raise UsageError("two-batch overlap hides dispatch and combine, and here is neither", mend="leave it out")
+        raise UsageError("two-batch overlap hides dispatch and combine, and here is neither", hint="leave it out")
     used_kinds = kinds(spec, hardware, precision)
     if per_node != hardware.scale_up_size:
         hardware = replace(hardware, scale_up_size=per_node)
-    fitted = suited(c or constants(), "fp4" in hardware.flops)
+    fitted = for_generation(c or constants(), "fp4" in hardware.flops)
     return Setup(spec, hardware, parallel, used_kinds, used, per_node, overlap, balanced, skew, fitted)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import UsageError
+from moeplan.model.spec import ModelSpec
 from moeplan.perf import layers as ops
 from moeplan.perf.collectives import all_reduce, send
 from moeplan.perf.constants import Constants
@@ -32,7 +33,6 @@ from moeplan.perf.experts import MoeTimes, slower
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.layers import Call, Rows
 from moeplan.perf.memory import Parallel, Precision
-from moeplan.perf.models import ModelSpec
 from moeplan.perf.operators import Number
 from moeplan.perf.operators import overlap as overlapped
 from moeplan.perf.routing import Routing, uniform
@@ -125,7 +125,7 @@ def decode_step(
     if not drafts:
         return step
     if not spec.mtp_layers:
-        raise UsageError(f"{spec.name} has no module for multi-token prediction", mend="leave drafts out")
+        raise UsageError(f"{spec.name} has no module for multi-token prediction", hint="leave drafts out")
     module = replace(setup, spec=_draft_module(spec), overlap=False, parallel=replace(parallel, pp=1))
     one = _step(module, replace(rows, tokens=1, logits=batch), None, engine=False)
     parts: dict[str, Number] = {}
@@ -166,7 +166,7 @@ def _step(s: Setup, rows: Rows, routing: Routing | None, *, engine: bool = True)
     micro = max(1, min(s.parallel.pp, int(rows.batch)))
     halves = 2 if s.overlap else 1
     if s.overlap and rows.rows < 2 * micro:
-        raise UsageError("two-batch overlap needs at least two tokens to halve", mend="leave it out")
+        raise UsageError("two-batch overlap needs at least two tokens to halve", hint="leave it out")
     part = _part(_part(rows, micro), halves)
     if s.spec.moe is not None:
         routing = _uniform(s, part) if routing is None else routing.part(1 / micro / halves)

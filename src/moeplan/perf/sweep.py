@@ -1,7 +1,7 @@
 """Many set-ups at once: which ways of spreading a model are possible, and which of them no other one beats.
 
 A set-up is a layout (accelerators, tp, dp, ep, pp, overlap), a batch and a context; its figures are those of one decode
-step. Prefill is left out, as it is where prefill has workers of its own; `moeplan.perf.size` counts both.
+step. Prefill is left out, as it is where prefill has workers of its own; `moeplan.perf.sizing` counts both.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import lru_cache
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
+from moeplan.model.spec import ModelSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision, check_parallel, largest_batch
-from moeplan.perf.models import ModelSpec
 from moeplan.perf.serving import Layout, cost
 from moeplan.perf.setup import default_mode
 from moeplan.perf.step import Step
@@ -116,7 +116,7 @@ def parallels(spec: ModelSpec, gpus: int, per_node: int, choice: Choice = Choice
                     continue
                 found.append(parallel)
     if not found:
-        none = PlanError(f"{gpus} GPUs do not fill nodes of {per_node}", mend=f"use a multiple of {per_node}")
+        none = PlanError(f"{gpus} GPUs do not fill nodes of {per_node}", hint=f"use a multiple of {per_node}")
         raise next(iter(refused), none)
     return found
 
@@ -182,7 +182,7 @@ def sweep(
         raise refused
     total = len(tried) * len(contexts) * len(batches)
     if total > MOST_SETUPS:
-        raise UsageError(f"{total:,} set-ups are more than {MOST_SETUPS:,}", mend="ask for fewer counts or batches")
+        raise UsageError(f"{total:,} set-ups are more than {MOST_SETUPS:,}", hint="ask for fewer counts or batches")
     points, unfit = [], 0
     for done, layout in enumerate(tried):
         for context in contexts:

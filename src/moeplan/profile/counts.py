@@ -128,7 +128,7 @@ def count(
         raise UsageError(
             f"--signature-tokens needs token rows, the trace holds sums of {trace.aggregate} requests",
             where=str(trace.path),
-            mend="leave it out",
+            hint="leave it out",
         )
     shape, requests = trace.shape, trace.requests
     layers, experts = shape.num_layers, shape.num_experts

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, check_slots
 from moeplan.errors import PlanError, UsageError
-from moeplan.plan import Options, Problem, RequestSet, Result, solve
-from moeplan.plan.assignment import equal_groups, random_groups
-from moeplan.plan.router import ClusterRouter, LocalityRouter
-from moeplan.plan.strategies import find
+from moeplan.planning import Options, Problem, RequestSet, Result, solve
+from moeplan.planning.assignment import equal_groups, random_groups
+from moeplan.planning.router import ClusterRouter, LocalityRouter
+from moeplan.planning.strategies import find
 from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
 from moeplan.replay.table import Comparison, Measured, tabulate
@@ -77,7 +77,7 @@ def strategy_names(text: str) -> tuple[str, ...]:
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise UsageError("--strategies names none", mend="e.g. linear,eplb,paper")
+        raise UsageError("--strategies names none", hint="e.g. linear,eplb,paper")
     return names
 
 
@@ -134,7 +134,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     more = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, setup.fit)} usable requests"
     least = min(len(fit) for fit, _ in folds)
     if least < cluster.num_groups:
-        raise PlanError(f"{cluster.num_groups} groups for {least} fit requests", mend=more)
+        raise PlanError(f"{cluster.num_groups} groups for {least} fit requests", hint=more)
     live = live_requests([len(test) for _, test in folds], cluster, more)
     rows = rows_of(setup.strategies, requests)
     measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
@@ -221,7 +221,7 @@ def check_shape(trace: ModelShape, plan: ModelShape, where: str) -> None:
             raise UsageError(
                 f"the trace and the plan differ in {label}: {said[0]} and {said[1]}",
                 where=where,
-                mend="use traffic of the same model, and --without-layers as in the plan",
+                hint="use traffic of the same model, and --without-layers as in the plan",
             )
 
 

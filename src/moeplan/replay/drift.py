@@ -19,16 +19,16 @@ from scipy.special import stdtrit
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import FormatError, PlanError, UsageError
-from moeplan.plan import Options, RequestSet, solve
-from moeplan.plan.problem import GUARD
-from moeplan.plan.store import StoredPlan
-from moeplan.plan.strategies import available
+from moeplan.planning import Options, RequestSet, solve
+from moeplan.planning.problem import GUARD
+from moeplan.planning.store import StoredPlan
+from moeplan.planning.strategies import available
 from moeplan.replay.comparison import Row, Setup, fit_problem, folds_of, group_test, measure, rng_of
 from moeplan.replay.split import blocks, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import change, less_than
 from moeplan.replay.table import Comparison, Measured, tabulate
 
-__all__ = ["FRESH", "OLD", "OLD_RANDOM", "Drift", "drift", "drift_setup", "options_of", "signature_tokens_of"]
+__all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "drift", "drift_setup", "options_of", "signature_tokens_of"]
 
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
@@ -45,7 +45,7 @@ _KEYS = {
 
 
 @dataclass(frozen=True)
-class Drift:
+class DriftReport:
     """The verdict, and what it rests on.
 
     Attributes:
@@ -98,20 +98,20 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
     if stored.dispatch not in _KEYS:
         raise UsageError(
             "a plan for allgather cannot go stale: no plan changes what allgather sends",
-            mend="moeplan replay TRACE --plan PLAN shows its load",
+            hint="moeplan replay TRACE --plan PLAN shows its load",
         )
     if not stored.result.equal_groups:
         raise UsageError(
             f"the plan's strategy {stored.result.strategy} has unequal groups, whose figures do not count",
-            mend="plan with paper or moeplan",
+            hint="plan with paper or moeplan",
         )
     if stored.head.get("objective") == "time":
         raise UsageError(
             "the plan was made with --objective time, and drift is judged by what leaves a node",
-            mend="moeplan replay TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
+            hint="moeplan replay TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
         )
     if folds < 2:
-        raise UsageError(f"{folds} fold does not tell one plan from the next", mend="use at least 2 folds")
+        raise UsageError(f"{folds} fold does not tell one plan from the next", hint="use at least 2 folds")
     return Setup(
         stored.cluster, (anew(stored),), stored.redundant, stored.rule, stored.dispatch,
         fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options_of(stored),
@@ -136,7 +136,7 @@ def options_of(stored: StoredPlan, objective: str | None = None) -> Options:
         raise FormatError(
             f"guard {str(guard)[:20]!r} or objective {str(objective)[:20]!r} is none",
             where="plan.json",
-            mend="plan again",
+            hint="plan again",
         ) from None
 
 
@@ -147,11 +147,11 @@ def signature_tokens_of(stored: StoredPlan) -> int | None:
         return None
     found = re.fullmatch(r"first ([1-9]\d{0,8}) \w+ tokens", str(said))
     if not found:
-        raise FormatError(f"signature_stands_in {str(said)[:40]!r} is not known", where="plan.json", mend="plan again")
+        raise FormatError(f"signature_stands_in {str(said)[:40]!r} is not known", where="plan.json", hint="plan again")
     return int(found[1])
 
 
-def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Progress | None = None) -> Drift:
+def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Progress | None = None) -> DriftReport:
     """Measure the stored plan and fresh ones on requests that the fresh ones have not seen.
 
     Raises:
@@ -162,7 +162,7 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
     more = f"collect more traffic first, {least_requests(setup.cluster, setup.fit)} usable requests at least"
     least = min(len(fit) for fit, _ in folds)
     if least < setup.cluster.num_groups:
-        raise PlanError(f"{least} requests to plan anew for {setup.cluster.num_groups} groups", mend=more)
+        raise PlanError(f"{least} requests to plan anew for {setup.cluster.num_groups} groups", hint=more)
     live = live_requests([len(test) for _, test in folds], setup.cluster, more)
     rows = [
         Row("linear", "linear", "none"),
@@ -187,7 +187,7 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
     return _judge(tabulate(requests, setup, rows, measured, block, live, tuple(notes)), _KEYS[setup.dispatch])
 
 
-def _judge(table: Comparison, key: str) -> Drift:
+def _judge(table: Comparison, key: str) -> DriftReport:
     rows = {name: table.row(name) for name in ("linear", OLD, FRESH)}
     linear, old, fresh = (row.figures for row in rows.values())
     apart = _interval_of_folds(np.subtract(fresh[key].folds, old[key].folds))
@@ -195,7 +195,7 @@ def _judge(table: Comparison, key: str) -> Drift:
     if moved and today:
         moved["ci95_of_planning"] = [end / today for end in apart]
     load = _interval_of_folds(np.divide(old["node_load_ratio"].folds, linear["node_load_ratio"].folds))
-    return Drift(
+    return DriftReport(
         key, table, moved, load,
         helps=less_than(fresh[key], old[key]) and apart[1] < 0.0,
         overloaded=load[0] > GUARD and rows[FRESH].guarded,

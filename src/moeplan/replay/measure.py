@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moeplan._kernels.messages import STEP_VALUES, summarise_step
 from moeplan.cluster import Dispatch, Routes, request_messages, step_messages
-from moeplan.plan.requests import RequestSet
+from moeplan.planning.requests import RequestSet
 from moeplan.replay.split import Draws
 from moeplan.replay.timing import Timing
 from moeplan.trace.steps import live_members

@@ -26,7 +26,7 @@ def blocks(index: Int64Array, size: int) -> Int64Array:
     if size < 1:
         raise UsageError(f"--block {size} is not positive")
     if size > MOST_BLOCK:
-        raise UsageError(f"--block {size} is more than any trace has", mend="e.g. 20")
+        raise UsageError(f"--block {size} is more than any trace has", hint="e.g. 20")
     return np.asarray(np.unique(index // size, return_inverse=True)[1], np.int64)
 
 
@@ -39,7 +39,7 @@ def split(domain: Int64Array, block: Int64Array, fit: float, rng: np.random.Gene
     """
     if not 0.0 < fit < 1.0:
         raise UsageError(
-            f"--fit {fit} is not between 0 and 1", mend="e.g. 0.5: plan on half, measure on the other half"
+            f"--fit {fit} is not between 0 and 1", hint="e.g. 0.5: plan on half, measure on the other half"
         )
     count = int(block.max()) + 1
     first = np.zeros(count, np.int64)
@@ -52,7 +52,7 @@ def split(domain: Int64Array, block: Int64Array, fit: float, rng: np.random.Gene
     return chosen[block]
 
 
-def live_requests(test_sizes: list[int], cluster: Cluster, mend: str | None = None) -> int:
+def live_requests(test_sizes: list[int], cluster: Cluster, hint: str | None = None) -> int:
     """B: requests live in each group at a step, the same for every fold and strategy of a run.
 
     min(128, smallest group - 2), where the smallest of D equal groups of n test requests has floor(n / D).
@@ -68,7 +68,7 @@ def live_requests(test_sizes: list[int], cluster: Cluster, mend: str | None = No
     if smallest < need:
         raise PlanError(
             f"{least} test requests in {groups} groups are {smallest} a group, but replaying steps needs {need}",
-            mend=mend or f"use a trace with {need * groups} usable requests or more",
+            hint=hint or f"use a trace with {need * groups} usable requests or more",
         )
     return min(MAX_LIVE, smallest - 2)
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from moeplan import __version__
 from moeplan.cluster import Dispatch, message_bytes
-from moeplan.plan.problem import GUARD
-from moeplan.plan.requests import RequestSet
+from moeplan.planning.problem import GUARD
+from moeplan.planning.requests import RequestSet
 from moeplan.replay.measure import RequestFigures, StepFigures
 from moeplan.replay.statistics import (
     Figure,

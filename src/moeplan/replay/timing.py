@@ -18,9 +18,9 @@ import numpy.typing as npt
 from moeplan.cluster import Cluster, Dispatch, Home
 from moeplan.embedded import MODEL, WORD, named
 from moeplan.errors import MoeplanError, PlanError, UsageError
+from moeplan.model.spec import ModelSpec, model
 from moeplan.perf.hardware import Hardware, hardware
 from moeplan.perf.memory import Parallel, Precision, memory
-from moeplan.perf.models import ModelSpec, model
 from moeplan.perf.routing import Routing, replayed
 from moeplan.perf.step import decode_step
 from moeplan.types import ModelShape
@@ -55,7 +55,7 @@ def step_times(
     for each of the others.
 
     Args:
-        spec, machine: `moeplan.perf.models.model("..")` and `moeplan.perf.hardware.hardware("..")`.
+        spec, machine: `moeplan.model.spec.model("..")` and `moeplan.perf.hardware.hardware("..")`.
         links: [S, L, P, P], messages from GPU to GPU in dispatch. picks, touched: [S, L, P].
         context: tokens that each request holds before the step.
 
@@ -131,21 +131,21 @@ class Timing:
                 that are not known. PlanError: attention that cannot be split over a home.
         """
         spec, moe = self.spec, self.spec.moe
-        mend = "give the --model that the trace was recorded from"
+        hint = "give the --model that the trace was recorded from"
         if moe is None:
-            raise UsageError(f"{spec.name} has no experts", mend=mend)
+            raise UsageError(f"{spec.name} has no experts", hint=hint)
         pairs = [("experts", shape.num_experts, moe.experts), ("picks per token", shape.top_k, moe.top_k)]
         pairs += [("hidden size", shape.hidden, spec.hidden)] if shape.hidden else []
         for label, ours, theirs in pairs:
             if ours != theirs:
-                raise UsageError(f"the trace and {spec.name} differ in {label}: {ours} and {theirs}", mend=mend)
+                raise UsageError(f"the trace and {spec.name} differ in {label}: {ours} and {theirs}", hint=hint)
         if shape.num_layers > len(moe.layers):
             what = f"the trace has {shape.num_layers} MoE layers, but {spec.name} {len(moe.layers)}"
-            raise UsageError(what, mend=mend)
+            raise UsageError(what, hint=hint)
         if spec.checkpoint is None:
             raise UsageError(
                 f"the configuration of {spec.name} does not tell its weights' dtype",
-                mend="describe the model in the catalogue's form (docs/catalogue.md), with its checkpoint",
+                hint="describe the model in the catalogue's form (docs/catalogue.md), with its checkpoint",
             )
         if self.context < 1:
             raise UsageError(f"--context {self.context} is not positive")
@@ -159,7 +159,7 @@ class Timing:
                 raise
             raise PlanError(
                 f"--home node splits attention over the {cluster.gpus_per_node} GPUs of a node, but {error.what}",
-                mend="time it with other --gpus-per-node, or with --home gpu",
+                hint="time it with other --gpus-per-node, or with --home gpu",
             ) from None
 
     def times(self, cluster: Cluster, mode: Dispatch, links: Any, picks: Any, touched: Any) -> StepTimes:
@@ -236,6 +236,6 @@ def model_of(shape: ModelShape, name: str | None = None) -> ModelSpec:
             raise
         raise UsageError(
             f'the trace\'s model "{shape.name[:80]}" is not in the catalogue',
-            mend="give --model with a name of the catalogue, or the path of its config.json",
+            hint="give --model with a name of the catalogue, or the path of its config.json",
         ) from None
     return dataclasses.replace(spec, name=WORD) if place == MODEL else spec

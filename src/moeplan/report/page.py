@@ -87,7 +87,7 @@ def write_page(path: str | Path, html: str) -> None:
     Raises:
         OutputError: the place cannot be written to.
     """
-    from moeplan.trace.files import atomic_path
+    from moeplan.io.files import atomic_path
 
     with atomic_path(Path(path)) as temporary:
         temporary.write_text(html, encoding="utf-8")

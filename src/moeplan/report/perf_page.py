@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moeplan.perf.models import ModelSpec
+from moeplan.model.spec import ModelSpec
 from moeplan.perf.sensitivity import KNOBS, elasticities, improvements, needs
-from moeplan.perf.size import Sized, UseCase
+from moeplan.perf.sizing import SizingResult, UseCase
 from moeplan.perf.sweep import Point, Sweep, best_within, pareto, thinned, ways, where
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.report.perf_figures import breakdown_figure, elasticity_figure, pareto_figure
@@ -25,7 +25,7 @@ def write_sweep_page(path: Path, spec: ModelSpec, swept: Sweep, limit_s: float, 
 
 
 def write_size_page(
-    path: Path, spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int, sensitivity: bool
+    path: Path, spec: ModelSpec, answers: Sequence[SizingResult], dtypes: str, requests: int, sensitivity: bool
 ) -> None:
     """Write the page of sized clusters, whole or not at all."""
     write_page(path, size_html(spec, answers, dtypes, requests, sensitivity))
@@ -127,7 +127,9 @@ def _detail(p: Point) -> list[Section]:
 # Size
 
 
-def size_html(spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: int, sensitivity: bool = False) -> str:
+def size_html(
+    spec: ModelSpec, answers: Sequence[SizingResult], dtypes: str, requests: int, sensitivity: bool = False
+) -> str:
     """The whole page as HTML: per use case the clusters, what the others would need, and details of the cheapest.
 
     Args:
@@ -143,7 +145,7 @@ def size_html(spec: ModelSpec, answers: Sequence[Sized], dtypes: str, requests: 
     return render(f"Clusters for {spec.name}", subtitle, notices, sections)
 
 
-def _clusters(case: UseCase, answers: Sequence[Sized]) -> Section:
+def _clusters(case: UseCase, answers: Sequence[SizingResult]) -> Section:
     met = [a for a in answers if a.meets]
     limits = f"TTFT within {1e3 * case.ttft_s:,.0f} ms and TPOT within {1e3 * case.tpot_s:g} ms"
     sentence = f"{case.prompt:,} tokens in, {case.output:,} out, {case.beams} beam{'s' * (case.beams > 1)}: {limits} "
@@ -171,7 +173,7 @@ def _clusters(case: UseCase, answers: Sequence[Sized]) -> Section:
     return Section(f"Use case {case.name}", sentence, table=Table(head, rows), note=note)
 
 
-def _cluster_row(a: Sized) -> list[str]:
+def _cluster_row(a: SizingResult) -> list[str]:
     if a.layout is None or a.serving is None:
         return [a.hardware.name, "–", "", "", "", "", "", "", "", f"with {a.tried:,}: {a.why}"]
     bound = f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}".replace("_", "-")
@@ -183,7 +185,7 @@ def _cluster_row(a: Sized) -> list[str]:
     return [a.hardware.name, f"{_gpus(a):,}", *times, full, f"{a.usd:,.2f}", f"{a.kwh:,.2f}", smaller]
 
 
-def _misses(case: UseCase, answers: Sequence[Sized]) -> list[Section]:
+def _misses(case: UseCase, answers: Sequence[SizingResult]) -> list[Section]:
     """What hardware that misses would need."""
     rows = []
     for a in answers:
@@ -209,11 +211,11 @@ def _misses(case: UseCase, answers: Sequence[Sized]) -> list[Section]:
     ]
 
 
-def _gpus(a: Sized) -> int:
+def _gpus(a: SizingResult) -> int:
     return a.layout.parallel.gpus if a.layout else 0
 
 
-def _sized_detail(case: UseCase, answers: Sequence[Sized], sensitivity: bool) -> list[Section]:
+def _sized_detail(case: UseCase, answers: Sequence[SizingResult], sensitivity: bool) -> list[Section]:
     """Breakdown and elasticities of the cheapest, or of the nearest miss."""
     able = [a for a in answers if a.layout is not None and a.serving is not None]
     if not able:

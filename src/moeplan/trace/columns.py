@@ -85,7 +85,7 @@ def read_columns(path: Path, names: list[str], *, at_most: int, optional: Sequen
         raise FormatError(
             f"is not a whole parquet file with columns {', '.join(names)} ({str(error).splitlines()[0][:120]})",
             where=str(path),
-            mend="it may be cut off: record or import again",
+            hint="it may be cut off: record or import again",
         ) from None
     missing = [name for name in names if name not in table.column_names]
     if missing:

@@ -138,7 +138,7 @@ def layers_kept(shape: ModelShape, without: Sequence[int]) -> tuple[ModelShape, 
     if missing:
         raise UsageError(
             f"--without-layers {missing[0]}: the trace has no such layer",
-            mend=f"its MoE layers are {layer_spans(shape.layer_ids)}",
+            hint=f"its MoE layers are {layer_spans(shape.layer_ids)}",
         )
     keep = np.array([i for i, layer in enumerate(shape.layer_ids) if layer not in set(without)], np.intp)
     if not len(keep):

@@ -12,8 +12,9 @@ import numpy as np
 
 from moeplan import embedded
 from moeplan.errors import FormatError, UsageError
+from moeplan.io.files import read_json, sha256
+from moeplan.trace.aggregation import SUMS_VERSION, Sums, read_sums
 from moeplan.trace.columns import list_values, phase_names, read_columns
-from moeplan.trace.files import read_json, sha256
 from moeplan.trace.format import (
     FORMAT,
     JSON_NAME,
@@ -23,7 +24,6 @@ from moeplan.trace.format import (
     Rows,
     layers_kept,
 )
-from moeplan.trace.sums import SUMS_VERSION, Sums, read_sums
 from moeplan.types import ModelShape, expert_dtype
 
 __all__ = ["Trace", "open_trace"]
@@ -92,10 +92,10 @@ class Trace:
             raise UsageError(
                 f"holds sums of {self.aggregate} requests and no token rows, which this needs",
                 where=str(self.path),
-                mend="use a trace made without --aggregate",
+                hint="use a trace made without --aggregate",
             )
         if weights and not self._weights:
-            raise UsageError("this trace holds no gate weights", where=str(self.path), mend="record it with --weights")
+            raise UsageError("this trace holds no gate weights", where=str(self.path), hint="record it with --weights")
         _, keep = layers_kept(self._stored, self.without_layers)
         for part, first in self._checked_files():
             yield self._read_part(part, first, keep, weights, positions)
@@ -119,7 +119,7 @@ class Trace:
                 raise FormatError(
                     "checksum differs from trace.json",
                     where=str(path),
-                    mend="the part was changed or cut off: record again",
+                    hint="the part was changed or cut off: record again",
                 )
             yield part, first
             first += part["requests"]
@@ -201,20 +201,20 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     root = embedded.named(path, embedded.TRACE)
     head_path = root / JSON_NAME
     if not root.exists():
-        raise FormatError("does not exist", where=str(root), mend="check the path")
+        raise FormatError("does not exist", where=str(root), hint="check the path")
     if (root / "counts.json").is_file():
         raise FormatError(
             "holds counts without requests; this needs a trace",
             where=str(root),
-            mend="record request by request, or import stored responses",
+            hint="record request by request, or import stored responses",
         )
     if not root.is_dir() or not head_path.is_file():
-        mend = "make one with 'moeplan import'"
+        hint = "make one with 'moeplan import'"
         if root.suffix in (".npz", ".json", ".csv"):
-            mend = (
-                f"import it first: moeplan import arrays {root.name} -o {root.stem}" if root.suffix == ".npz" else mend
+            hint = (
+                f"import it first: moeplan import arrays {root.name} -o {root.stem}" if root.suffix == ".npz" else hint
             )
-        raise FormatError("is not a moeplan trace (a directory with trace.json)", where=str(root), mend=mend)
+        raise FormatError("is not a moeplan trace (a directory with trace.json)", where=str(root), hint=hint)
     head = read_json(head_path)
     where = str(head_path)
     if not isinstance(head, dict) or head.get("format") != FORMAT:
@@ -222,7 +222,7 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     version, aggregate = head.get("version"), head.get("aggregate", 1)
     if not isinstance(version, int) or version > SUMS_VERSION:
         raise FormatError(
-            f"is of version {version}, this moeplan reads up to {SUMS_VERSION}", where=where, mend="update moeplan"
+            f"is of version {version}, this moeplan reads up to {SUMS_VERSION}", where=where, hint="update moeplan"
         )
     if type(aggregate) is not int or (aggregate > 1) != (version == SUMS_VERSION):
         raise FormatError(f"is of version {version} and sums {str(aggregate)[:20]} requests a row", where=where)
@@ -231,7 +231,7 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     parts = _checked_parts(head, where)
     count = sum(part["requests"] for part in parts)
     if count == 0:
-        raise FormatError("the trace holds no request", where=str(root), mend="record or import again")
+        raise FormatError("the trace holds no request", where=str(root), hint="record or import again")
     digest = hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest()
     if head.get("checksum") != digest:
         raise FormatError("checksum does not match its parts", where=where)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import UsageError
+from moeplan.io.files import read_json
 from moeplan.trace.columns import read_columns
-from moeplan.trace.files import read_json
 from moeplan.trace.format import JSON_NAME, REQUESTS_NAME
 from moeplan.trace.reader import MAX_AHEAD, Trace
 from moeplan.types import ModelShape
@@ -90,17 +90,17 @@ def check_same(trace: Trace, shape: ModelShape, source: dict[str, Any], *, weigh
     """
     where = str(trace.path)
     if trace.shape != shape:
-        raise UsageError("was recorded from a model of another shape", where=where, mend="record to another place")
+        raise UsageError("was recorded from a model of another shape", where=where, hint="record to another place")
     for key in sorted({*trace.source, *source}):
         if trace.source.get(key) != source.get(key):
             raise UsageError(
                 f"was begun with {key} {trace.source.get(key)!r}, not {source.get(key)!r}",
                 where=where,
-                mend="resume with the same settings, or record to another place",
+                hint="resume with the same settings, or record to another place",
             )
     if trace.has_weights != weights:
-        mend = "resume with --weights" if trace.has_weights else "resume without --weights"
-        raise UsageError("was begun with another choice of gate weights", where=where, mend=mend)
+        hint = "resume with --weights" if trace.has_weights else "resume without --weights"
+        raise UsageError("was begun with another choice of gate weights", where=where, hint=hint)
 
 
 def token_items(trace: Trace, *, weights: bool) -> list[tuple[Any, ...]]:

@@ -67,7 +67,7 @@ class Stages:
             raise UsageError(
                 f"--signature-tokens {signature_tokens} needs requests of {2 * signature_tokens} {what} tokens, the "
                 f"longest has {longest}",
-                mend=f"use a smaller --signature-tokens, {max(1, longest // 4)} say",
+                hint=f"use a smaller --signature-tokens, {max(1, longest // 4)} say",
             )
         return cls(
             rows,

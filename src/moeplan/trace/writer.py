@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, MoeplanError, OutputError
+from moeplan.io.files import atomic_path, sha256, write_json
 from moeplan.trace.columns import token_table
-from moeplan.trace.files import atomic_path, sha256, write_json
 from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, VERSION
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.resume import Recorded, read_recorded, token_items
@@ -121,12 +121,12 @@ class TraceWriter:
     def _make_directory(self) -> None:
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise OutputError("already exists", where=str(self.path), mend="choose another place, or remove it")
+                raise OutputError("already exists", where=str(self.path), hint="choose another place, or remove it")
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"cannot be made ({error.strerror})", where=str(self.path), mend="choose a place that you may write to"
+                f"cannot be made ({error.strerror})", where=str(self.path), hint="choose a place that you may write to"
             ) from None
 
     def __enter__(self) -> TraceWriter:
@@ -198,7 +198,7 @@ class TraceWriter:
             raise FormatError(
                 f"row {row}, layer {self.shape.layer_ids[layer]}: expert {bad} is outside 0..{count - 1}",
                 where=where,
-                mend="check the number of experts",
+                hint="check the number of experts",
             )
         if (weights is not None) != self.weights or (weights is not None and weights.shape != experts.shape):
             raise FormatError("gate weights are missing or do not match the picks", where=where)
@@ -257,11 +257,11 @@ class TraceWriter:
     def close(self) -> None:
         """Write what is left and mark the trace complete."""
         if not self._rows:
-            what, mend = "there is no request to write", "check the input"
+            what, hint = "there is no request to write", "check the input"
             if self.dropped:
                 what = f"none of the {self.dropped} requests has {self.min_tokens} tokens"
-                mend = "use a smaller --min-tokens"
-            raise FormatError(what, where=str(self.path), mend=mend)
+                hint = "use a smaller --min-tokens"
+            raise FormatError(what, where=str(self.path), hint=hint)
         self._flush(complete=True)
 
     def _flush(self, *, complete: bool = False) -> None:

@@ -10,8 +10,8 @@ from logging import Logger
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.engines.plugins.asked import Asked, kind
 from moeplan.engines.plugins.ranks import Ranks
+from moeplan.engines.plugins.settings import PluginSettings, kind
 from moeplan.types import Int32Array
 
 __all__ = ["Balancer"]
@@ -28,7 +28,9 @@ class Balancer:
         ranks: of this server; found when first needed, if not given.
     """
 
-    def __init__(self, wanted: Asked, engine: str, log: Logger, *, nearest: bool, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, wanted: PluginSettings, engine: str, log: Logger, *, nearest: bool, ranks: Ranks | None = None
+    ) -> None:
         self.wanted, self.engine, self.log, self.nearest = wanted, engine, log, nearest
         self._ranks = ranks
         self._said: set[str] = set()

@@ -3,7 +3,7 @@
 An engine tells a balancer how often each expert was picked, not by whom. The plan knows that: it put experts on the
 nodes whose requests ask for them. So half of an expert's picks are taken to come from the nodes that hold it in the
 plan, and half from anywhere; then each layer whose GPUs are uneven is improved by the planner's own search
-(`moeplan._kernels.placing`), one sweep, the most uneven layers first, until the time is up. The requests' groups stay
+(`moeplan._kernels.local_search`), one sweep, the most uneven layers first, until the time is up. The groups stay
 right, since experts seldom leave their node; a balancer of totals scatters them.
 
 Names: L MoE layers, E experts, S slots, P GPUs on N nodes.
@@ -16,7 +16,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.types import Int32Array, Placement, twice_in
+from moeplan.types import Int32Array, Placement, has_duplicate_experts
 
 __all__ = ["EVEN", "SECONDS", "TIED", "gpu_unevenness", "rebalance", "twins", "warm_up"]
 
@@ -56,9 +56,9 @@ def rebalance(
         int32 [L, S].
     """
     end = time.monotonic() + seconds
-    from moeplan._kernels.placing import improve
+    from moeplan._kernels.local_search import improve
 
-    nearest = nearest and not twice_in(plan.slots, plan.nodes).any()
+    nearest = nearest and not has_duplicate_experts(plan.slots, plan.nodes).any()
     slots = plan.slots.astype(np.int64)
     if old is not None and old.shape == slots.shape:
         kept = _sound(old, plan, nearest)
@@ -100,7 +100,7 @@ def gpu_unevenness(slots: npt.NDArray[np.integer], load: npt.NDArray[np.floating
 
 def twins(plan: Placement) -> str:
     """Where a GPU holds an expert twice, in words; empty when none does. The search knows no such placements."""
-    found = np.argwhere(twice_in(plan.slots, plan.num_gpus))
+    found = np.argwhere(has_duplicate_experts(plan.slots, plan.num_gpus))
     return f"GPU {found[0, 1]} holds an expert twice in layer row {found[0, 0]}" if len(found) else ""
 
 
@@ -110,7 +110,7 @@ def _sound(old: Int32Array, plan: Placement, nearest: bool) -> npt.NDArray[np.bo
     there = np.zeros((len(old), plan.num_experts), bool)
     rows = np.flatnonzero(inside)
     there[rows[:, None], old[rows]] = True
-    twice = twice_in(old, plan.nodes if nearest else plan.num_gpus).any(axis=1)
+    twice = has_duplicate_experts(old, plan.nodes if nearest else plan.num_gpus).any(axis=1)
     first = (old == np.arange(old.shape[1]) % plan.num_experts).all(axis=1)
     return np.asarray(inside & there.all(axis=1) & ~twice & ~first)
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moeplan.engines.plugins.asked import Asked, asked, is_first_process, kind, not_tested
+from moeplan.engines.plugins.settings import PluginSettings, asked, is_first_process, kind, not_tested
 
 if TYPE_CHECKING:
     from moeplan.engines.plugins.balancer import Balancer
@@ -42,7 +42,7 @@ def register() -> None:
         log.error("moeplan: plan %s is not applied: %s", wanted.path, reason)
 
 
-def _install(wanted: Asked) -> None:
+def _install(wanted: PluginSettings) -> None:
     """Have SGLang wrap its two functions, when all plug-ins are loaded."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

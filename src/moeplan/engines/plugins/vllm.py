@@ -12,7 +12,7 @@ import functools
 import logging
 from typing import Any
 
-from moeplan.engines.plugins.asked import Asked, asked, is_first_process, kind, not_tested
+from moeplan.engines.plugins.settings import PluginSettings, asked, is_first_process, kind, not_tested
 from moeplan.errors import UsageError
 
 __all__ = ["PREFIX", "TESTED", "obstacle", "prospect", "register"]
@@ -39,7 +39,7 @@ def register() -> None:
         log.error("moeplan: plan %s is not applied: %s", wanted.path, reason)
 
 
-def _install(wanted: Asked) -> None:
+def _install(wanted: PluginSettings) -> None:
     """Put the policy where vLLM looks for it."""
     from vllm.distributed.eplb.policy import EPLB_POLICIES, DefaultEplbPolicy
 
@@ -49,7 +49,7 @@ def _install(wanted: Asked) -> None:
     if there.__module__ == __name__:
         return  # loaded again in one process
     if there is not DefaultEplbPolicy:
-        raise UsageError("another plug-in has put its own policy there", mend="load one of them: VLLM_PLUGINS")
+        raise UsageError("another plug-in has put its own policy there", hint="load one of them: VLLM_PLUGINS")
     balancer = Balancer(wanted, "vLLM", log, nearest=False)
 
     class MoeplanPolicy(DefaultEplbPolicy):  # type: ignore[misc]
@@ -78,7 +78,7 @@ def _install(wanted: Asked) -> None:
         _watch_settings(wanted)
 
 
-def _watch_settings(wanted: Asked) -> None:
+def _watch_settings(wanted: PluginSettings) -> None:
     """Where vLLM makes its settings, say whether the plan can be applied: in other processes nobody would know."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -100,7 +100,7 @@ def _watch_settings(wanted: Asked) -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
-def obstacle(wanted: Asked, config: Any) -> str:
+def obstacle(wanted: PluginSettings, config: Any) -> str:
     """Why a server with these settings cannot take the plan, and the mend; empty if it can.
 
     Args:
@@ -141,7 +141,7 @@ def obstacle(wanted: Asked, config: Any) -> str:
     return ""
 
 
-def prospect(wanted: Asked, config: Any) -> str:
+def prospect(wanted: PluginSettings, config: Any) -> str:
     """When a server that can take the plan does."""
     from vllm.platforms import current_platform
 

@@ -1,1 +1,0 @@
-"""From engines and files to traces: importers, and a generator of synthetic workloads."""

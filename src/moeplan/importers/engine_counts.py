@@ -1,0 +1,153 @@
+"""Importers of counts without requests: SGLang's `logical_count` JSON, and TensorRT-LLM's statistics."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import FormatError
+from moeplan.io.files import read_json
+from moeplan.io.jsonl import whole
+from moeplan.io.safetensors import read_integer_vectors
+from moeplan.trace.counts import MAX_CELLS, CountsProfile, make_counts, write_counts
+
+__all__ = ["import_logical_count", "import_tensorrt_llm", "read_logical_count", "same_tokens"]
+
+#: A thousand passes of DeepSeek-V3; parsed JSON takes many times its size in memory.
+MAX_JSON_BYTES = 64 * 1024 * 1024
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def import_logical_count(
+    path: Path, out: Path, *, stage: str = "unknown", name: str | None = None, top_k: int | None = None
+) -> CountsProfile:
+    """`read_logical_count`, written as a counts profile."""
+    return write_counts(read_logical_count(path, stage=stage, name=name, top_k=top_k), out)
+
+
+def read_logical_count(
+    path: Path, *, stage: str = "unknown", name: str | None = None, top_k: int | None = None
+) -> CountsProfile:
+    """SGLang's JSON {"logical_count": [L, E] or [steps, L, E]}, all hidden layers, as counts.
+
+    The same object that `--init-expert-location` takes (SGLang 0.5.23 `srt/eplb/expert_location.py`); dense layers are
+    rows of zeros. What was counted (prefill or decode) it does not say.
+
+    Raises:
+        FormatError: cut off, ragged, negative, not whole, or nothing counted.
+    """
+    data = read_json(path, max_bytes=MAX_JSON_BYTES)
+    value = data.get("logical_count") if isinstance(data, dict) else None
+    if not isinstance(value, list):
+        raise FormatError('has no list "logical_count"', where=str(path))
+    try:
+        totals = np.array(value)
+    except (ValueError, OverflowError):
+        totals = np.array("")
+    if totals.dtype.kind not in "iuf" or totals.ndim not in (2, 3) or totals.size > MAX_CELLS:
+        raise FormatError(
+            "logical_count is not a table of counts, [layers, experts] or [steps, layers, experts]", where=str(path)
+        )
+    source: dict[str, Any] = {"import": "logical-count", "file": path.name}
+    if totals.ndim == 3:
+        source["steps"] = len(totals)
+        if (totals < 0).any():
+            raise FormatError("holds a negative count", where=str(path))
+        totals = totals.astype(np.float64).sum(axis=0)  # exact below 2**53, and more is refused
+    source["hidden_layers"] = len(totals)
+    return make_counts(totals, where=str(path), source=source, name=name or "", top_k=top_k, stage=stage)
+
+
+def import_tensorrt_llm(folder: Path, out: Path, *, stage: str = "unknown", name: str | None = None) -> CountsProfile:
+    """A folder of TensorRT-LLM statistics into a counts profile: sums over iterations and ranks.
+
+    `meta_info.json` and `rank{r}.safetensors` with keys "{iteration}_{layer}", int64 [E] each, one file per EP rank
+    (EXPERT_STATISTIC_PATH; tensorrt_llm/_torch/.../expert_statistic.py as of 0fccc5b9).
+
+    Raises:
+        FormatError: a rank missing or cut off, ranks that differ in iterations or layers, another number of experts.
+    """
+    meta_path = folder / "meta_info.json"
+    meta = read_json(meta_path, max_bytes=1024 * 1024)
+    meta = meta if isinstance(meta, dict) else {}
+    experts = whole(meta.get("num_experts"), "num_experts", str(meta_path))
+    top_k = whole(meta.get("num_experts_per_token"), "num_experts_per_token", str(meta_path))
+    if not experts or not top_k:
+        raise FormatError("does not say num_experts and num_experts_per_token", where=str(meta_path))
+    files = _rank_files(folder)
+    ranks = [_read_rank(path, experts) for path in files]
+    for path, rank in zip(files, ranks, strict=True):
+        if rank.keys() != ranks[0].keys():
+            raise FormatError(f"has other iterations or layers than {files[0].name}", where=str(path))
+    layers = sorted({layer for _, layer in ranks[0]})
+    iterations = sorted({iteration for iteration, _ in ranks[0]})
+    totals = np.zeros((len(layers), experts), np.int64)
+    per_rank = []
+    for rank in ranks:
+        own = np.zeros_like(totals)
+        for (_, layer), counts in rank.items():
+            own[layers.index(layer)] += counts
+        per_rank.append(own)
+        totals += own
+    notes = [same_tokens(len(ranks))] if len(ranks) > 1 and all((own == per_rank[0]).all() for own in per_rank) else []
+    source: dict[str, Any] = {
+        "import": "tensorrt-llm",
+        "files": len(files),
+        "iterations": [iterations[0], iterations[-1]],
+        "notes": notes,
+    }
+    profile = make_counts(
+        totals,
+        where=str(folder),
+        source=source,
+        layer_ids=tuple(layers),
+        name=name or "",
+        top_k=top_k,
+        stage=stage,
+    )
+    return write_counts(profile, out)
+
+
+def same_tokens(ranks: int) -> str:
+    """The note on ranks whose counts are equal: without data-parallel attention each rank counts all tokens."""
+    return f"all {ranks} ranks counted the same: likely the same tokens, so that totals are {ranks} times too large"
+
+
+def _rank_files(folder: Path) -> list[Path]:
+    """rank0.safetensors .. without a gap."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=str(folder), hint="check the path") from None
+    ranks = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"rank([0-9]{1,6})\.safetensors", name)))
+    if not ranks or ranks != list(range(len(ranks))):
+        missing = next(i for i in range(len(ranks) + 1) if i not in ranks)
+        raise FormatError(
+            f"has no rank{missing}.safetensors", where=str(folder), hint="copy the files of all ranks (as many as EP)"
+        )
+    return [folder / f"rank{rank}.safetensors" for rank in ranks]
+
+
+def _read_rank(path: Path, experts: int) -> dict[tuple[int, int], Int64Array]:
+    """{(iteration, layer): int64 [E]} of one file."""
+    counts: dict[tuple[int, int], Int64Array] = {}
+    for key, vector in read_integer_vectors(path).items():
+        match = re.fullmatch(r"([0-9]{1,12})_([0-9]{1,6})", key)
+        if not match:
+            raise FormatError(f"key {key[:40]!r} is not iteration_layer", where=str(path))
+        if len(vector) != experts:
+            raise FormatError(f"{key}: {len(vector)} counts for {experts} experts", where=str(path))
+        if (vector < 0).any() or (vector >= 2**40).any():
+            raise FormatError(f"{key}: a count is negative or too large", where=str(path))
+        counts[int(match[1]), int(match[2])] = vector
+    if not counts:
+        raise FormatError("holds no counts", where=str(path))
+    iterations, layers = {i for i, _ in counts}, {layer for _, layer in counts}
+    if len(counts) != len(iterations) * len(layers):
+        raise FormatError("an iteration lacks a layer that another one has", where=str(path))
+    return counts

@@ -1,0 +1,151 @@
+"""Importer of expert-selection JSON: one file per request.
+
+A file is a list of steps: item 0 the prefill, then one item per decode token. A step maps each layer (its number as
+text) to [tokens][k] expert ids, or to null where the layer is dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import FormatError, UsageError
+from moeplan.io.files import read_json
+from moeplan.io.npz import source_files
+from moeplan.model.overrides import ModelExtras, Progress, domain_of, silent
+from moeplan.trace.format import layers_kept
+from moeplan.trace.reader import Trace, open_trace
+from moeplan.trace.writer import TraceWriter
+
+__all__ = ["import_expert_selection"]
+
+#: Parsed JSON takes some thirty times its size in memory; one request of 10 million picks is far below this.
+MAX_FILE_BYTES = 64 * 1024 * 1024
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def import_expert_selection(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    num_experts: int | None,
+    extras: ModelExtras | None = None,
+    domain: str | None = None,
+    without_layers: Sequence[int] = (),
+    progress: Progress = silent,
+) -> Trace:
+    """Turn JSON files (or folders of them), one request each, into a trace.
+
+    Args:
+        num_experts: E; the files do not say it.
+        domain: the label of every request; by default the file's name up to its trailing number.
+
+    Raises:
+        UsageError: no `num_experts`, or a layer in `without_layers` that is not there.
+        FormatError: a file that is cut off, nested without end, ragged, or differs from the first in layers or k.
+    """
+    if num_experts is None:
+        raise UsageError("the JSON does not say how many experts a layer has", hint="give --num-experts, e.g. 128")
+    extras = extras or ModelExtras()
+    files = source_files(sources, ".json")
+    layers, first, prefill = _read_request(files[0])
+    stored = extras.shape(name="", num_experts=num_experts, top_k=first.shape[2], layer_ids=layers, where=str(files[0]))
+    shape, keep = layers_kept(stored, without_layers)
+    with TraceWriter(out, shape, source={"import": "expert-selection", "files": len(files)}) as writer:
+        for done, path in enumerate(files):
+            found, picks = layers, first
+            if done:
+                found, picks, prefill = _read_request(path)
+            if found != layers or picks.shape[2] != shape.top_k:
+                raise FormatError(
+                    f"{len(found)} MoE layers and top-{picks.shape[2]}, but {files[0].name} has"
+                    f" {len(layers)} layers and top-{shape.top_k}",
+                    where=str(path),
+                    hint="import different models into different traces",
+                )
+            writer.add(
+                picks if keep is None else picks[:, keep],
+                prefill=prefill,
+                domain=domain_of(path) if domain is None else domain,
+                where=str(path),
+            )
+            progress(done + 1, len(files), path.name)
+    return open_trace(out)
+
+
+def _read_request(path: Path) -> tuple[list[int], Int64Array, int]:
+    """(MoE layers, picks int64 [rows, L, k], prefill rows) of one file."""
+    steps = read_json(path, max_bytes=MAX_FILE_BYTES)
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise FormatError("is not a list of steps, each a map from layer to picks", where=str(path))
+    if not steps:
+        raise FormatError("holds no step", where=str(path), hint="leave the file out")
+    layers = _moe_layers(steps, path)
+    blocks: list[Int64Array] = []
+    for number, step in enumerate(steps):
+        block = _read_step(step, layers, f"{path}, step {number}")
+        if number and len(block) != 1:
+            raise FormatError(f"{len(block)} tokens, but a decode step holds one", where=f"{path}, step {number}")
+        if len(block):  # a prompt that was wholly in the prefix cache leaves an empty prefill
+            if blocks and block.shape[2] != blocks[0].shape[2]:
+                raise FormatError(
+                    f"{block.shape[2]} picks per token, {blocks[0].shape[2]} before", where=f"{path}, step {number}"
+                )
+            blocks.append(block)
+    if not blocks:
+        raise FormatError("holds no token", where=str(path), hint="leave the file out")
+    prefill = len(blocks[0]) if any(steps[0][str(layer)] for layer in layers) else 0
+    return layers, np.concatenate(blocks), prefill
+
+
+def _moe_layers(steps: list[dict[str, Any]], path: Path) -> list[int]:
+    """The layers that are not null, rising; the same in every step."""
+    names = {name for name, picks in steps[0].items() if picks is not None}
+    if not names:
+        raise FormatError("step 0 has no MoE layer", where=str(path))
+    for number, step in enumerate(steps):
+        differs = names ^ {name for name, picks in step.items() if picks is not None}
+        if differs:
+            raise FormatError(
+                f"layer {min(differs)[:20]!r} has picks in one step and none in another", where=f"{path}, step {number}"
+            )
+    if not all(name.isascii() and name.isdigit() and len(name) < 6 for name in names):
+        raise FormatError("has a layer that is not a number", where=str(path))
+    return sorted(int(name) for name in names)
+
+
+def _read_step(step: dict[str, Any], layers: list[int], where: str) -> Int64Array:
+    """Picks int64 [tokens, L, k] of one step; an empty step is [0, L, 0]."""
+    rows = [step.get(str(layer)) for layer in layers]
+    if all(row == [] for row in rows):
+        return np.zeros((0, len(layers), 0), np.int64)
+    try:
+        picks = np.array(rows)
+    except (ValueError, OverflowError):
+        picks = np.array([])
+    if picks.ndim != 3 or picks.dtype.kind not in "iu" or picks.dtype == np.uint64:
+        raise FormatError(_ragged(rows, layers), where=where, hint="every token needs k expert ids in every layer")
+    return np.ascontiguousarray(picks.transpose(1, 0, 2), np.int64)
+
+
+def _ragged(rows: list[Any], layers: list[int]) -> str:
+    """Which layer of a step differs from the first one."""
+
+    def form(row: Any) -> list[int] | None:
+        good = isinstance(row, list) and all(isinstance(token, list) for token in row)
+        return [len(token) for token in row] if good else None
+
+    for layer, row in zip(layers, rows, strict=True):
+        lengths = form(row)
+        if lengths is None or any(type(pick) is not int for token in row for pick in token):
+            return f"layer {layer} is not [tokens][k] whole numbers"
+        if len(set(lengths)) > 1:
+            return f"layer {layer} has {lengths[0]} picks in its first token and another number in a later one"
+        if lengths != form(rows[0]):
+            return f"layer {layer} has other tokens or another k than layer {layers[0]}"
+    return "holds ids too large for any model"

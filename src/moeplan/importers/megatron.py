@@ -1,0 +1,175 @@
+"""Importer of Megatron-LM's router trace: `router_trace_rank{N}.jsonl`, one line per step, block and layer.
+
+Form as in megatron/core/transformer/moe/router_trace.py at d98e8a64. The lines carry no request ids, so the tokens of
+one step on one rank become one pseudo-request of unknown phase. Only the decoder's blocks are read: a block of
+multi-token prediction routes drafts. Ids are logical, each token's in rising order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import FormatError
+from moeplan.importers.routed_experts import check_picks
+from moeplan.io.jsonl import json_lines, whole
+from moeplan.io.npz import source_files
+from moeplan.model.facts import ModelFacts
+from moeplan.model.overrides import ModelExtras, Progress, domain_of, silent
+from moeplan.trace.format import UNKNOWN, layer_spans, layers_kept
+from moeplan.trace.reader import Trace, open_trace
+from moeplan.trace.writer import TraceWriter
+
+__all__ = ["import_megatron"]
+
+#: One line holds one layer's picks of one step: a million tokens of top-8 are below this.
+MAX_LINE_BYTES = 64 * 1024 * 1024
+
+PSEUDO = (
+    "Megatron records no request ids: each step of each rank is one pseudo-request of unknown phase, so that groups,"
+    " signatures and phases mean nothing on this trace; load and co-activation do"
+)
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass
+class _Step:
+    """The layers of one step as they come: {layer: int64 [tokens, k]}."""
+
+    number: int
+    where: str
+    layers: dict[int, Int64Array] = field(default_factory=dict)
+
+
+def import_megatron(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    facts: ModelFacts,
+    extras: ModelExtras | None = None,
+    domain: str | None = None,
+    without_layers: Sequence[int] = (),
+    progress: Progress = silent,
+) -> Trace:
+    """Turn router traces, one file per rank, into a trace of pseudo-requests.
+
+    Args:
+        facts: the number of experts at least; k and, from a config, the number of layers are checked against it.
+
+    Raises:
+        UsageError: no number of experts.
+        FormatError: a line that is cut off or ragged, a step without a layer that others have, steps of another k.
+    """
+    files = source_files(sources, ".jsonl")
+    num_experts = facts.need_experts(str(files[0]))
+    notes: dict[str, None] = {PSEUDO: None}
+    steps = _all_steps(files, notes)
+    first = next(steps, None)
+    if first is None:
+        raise FormatError("holds no decoder line", where=str(files[0]), hint="check how it was recorded")
+    layers, picks = sorted(first[1].layers), _stack(first[1], sorted(first[1].layers), facts.top_k)
+    if facts.moe_layers is not None and len(layers) != len(facts.moe_layers):
+        raise FormatError(
+            f"has {len(layers)} decoder layers, the config {len(facts.moe_layers)} MoE layers",
+            where=first[1].where,
+            hint="the file may be cut off; for one pipeline stage, give --num-experts instead of --config",
+        )
+    stored = facts.add_to(extras or ModelExtras()).shape(
+        name="", num_experts=num_experts, top_k=picks.shape[2], layer_ids=layers, where=str(files[0])
+    )
+    shape, keep = layers_kept(stored, without_layers)
+    source: dict[str, Any] = {"import": "megatron", "files": len(files), "notes": []}
+    with TraceWriter(out, shape, source=source) as writer:
+        for index, step in _chain(first, steps):
+            block = _stack(step, layers, shape.top_k)
+            checked = check_picks(block, range(len(layers)), num_experts, step.where, layer_ids=layers)
+            writer.add(
+                checked if keep is None else checked[:, keep],
+                prefill=UNKNOWN,
+                domain=domain_of(files[index]) if domain is None else domain,
+                where=step.where,
+            )
+            progress(index + 1, len(files), files[index].name)
+        source["notes"] += list(notes)
+    return open_trace(out)
+
+
+def _chain(first: tuple[int, _Step], rest: Iterator[tuple[int, _Step]]) -> Iterator[tuple[int, _Step]]:
+    yield first
+    yield from rest
+
+
+def _all_steps(files: Sequence[Path], notes: dict[str, None]) -> Iterator[tuple[int, _Step]]:
+    for index, path in enumerate(files):
+        for step in _steps(path, notes):
+            if any(len(picks) for picks in step.layers.values()):  # an idle step has no token
+                yield index, step
+
+
+def _steps(path: Path, notes: dict[str, None]) -> Iterator[_Step]:
+    """The steps of one file, each whole once the next begins."""
+    step: _Step | None = None
+    rank: int | None = None
+    for where, line in json_lines(path, max_bytes=MAX_LINE_BYTES):
+        if not isinstance(line, dict) or not {"step", "block", "layer", "top_indices"} <= line.keys():
+            raise FormatError("is not a line of a router trace (step, block, layer, top_indices)", where=where)
+        if line["block"] != "decoder":
+            notes[f"lines of block {str(line['block'])[:20]} were left out: only the decoder is read"] = None
+            continue
+        number, layer, own_rank = (whole(line.get(key, 0), key, where) or 0 for key in ("step", "layer", "rank"))
+        if rank is not None and own_rank != rank:
+            raise FormatError(f"rank {own_rank} in a file of rank {rank}", where=where, hint="give one file per rank")
+        rank = own_rank
+        if step is None or number != step.number:
+            if step is not None:
+                yield step
+                if number < step.number:
+                    raise FormatError(f"step {number} after step {step.number}", where=where, hint="steps must rise")
+            step = _Step(number, f"{path}, step {number}")
+        if layer in step.layers:
+            raise FormatError(
+                f"layer {layer} is there twice in step {number}", where=where, hint="give one recording at a time"
+            )
+        step.layers[layer] = _indices(line, where)
+    if step is not None:
+        yield step
+
+
+def _indices(line: dict[str, Any], where: str) -> Int64Array:
+    """int64 [tokens, k] of one line, which must agree with its own num_tokens and topk."""
+    try:
+        picks = np.array(line["top_indices"])
+        if line["top_indices"] == []:
+            picks = np.zeros((0, whole(line.get("topk"), "topk", where) or 1), np.int64)
+    except (ValueError, OverflowError):
+        picks = np.array([])
+    if picks.ndim != 2 or picks.dtype.kind not in "iu" or picks.dtype == np.uint64:
+        raise FormatError("top_indices is not [tokens][k] expert ids", where=where)
+    for key, size in (("num_tokens", picks.shape[0]), ("topk", picks.shape[1])):
+        told = whole(line.get(key), key, where)
+        if told is not None and told != size:
+            raise FormatError(f"{key} is {told}, but top_indices has {size}", where=where)
+    return picks.astype(np.int64)
+
+
+def _stack(step: _Step, layers: Sequence[int], top_k: int | None) -> Int64Array:
+    """Picks int64 [tokens, L, k] of one step, whose layers, tokens and k must agree."""
+    if sorted(step.layers) != list(layers):
+        raise FormatError(
+            f"has layers {layer_spans(sorted(step.layers))}, the first step {layer_spans(layers)}",
+            where=step.where,
+            hint="the file may be cut off; import pipeline stages into traces of their own",
+        )
+    forms = {picks.shape for picks in step.layers.values()}
+    if len(forms) > 1:
+        raise FormatError("its layers differ in tokens or k", where=step.where)
+    k = forms.pop()[1]
+    if top_k is not None and k != top_k:
+        raise FormatError(f"{k} picks per token, expected {top_k}", where=step.where)
+    return np.stack([step.layers[layer] for layer in layers], axis=1)

@@ -1,0 +1,142 @@
+"""Importer of the CSV of MoE-Beyond: `Layer ID,Batch Number,Token,Activated Expert IDs`.
+
+One line per layer and prompt token, layer by layer; ids as "[8, 26, 56]". Each batch number of a file is a request of
+its own, all prefill (these are prompts). The token's text is dropped as it is read.
+"""
+
+from __future__ import annotations
+
+import csv
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import FormatError, UsageError
+from moeplan.io.npz import source_files
+from moeplan.model.overrides import ModelExtras, Progress, domain_of, silent
+from moeplan.trace.format import layers_kept
+from moeplan.trace.reader import Trace, open_trace
+from moeplan.trace.writer import TraceWriter
+
+__all__ = ["import_moe_beyond"]
+
+HEADER = ["Layer ID", "Batch Number", "Token", "Activated Expert IDs"]
+MAX_FILE_BYTES = 1024 * 1024 * 1024
+MAX_ID = 65535
+
+#: Picks of one request by layer, as they come: (k, ids one after the other).
+Layers = dict[int, "array[int]"]
+Int64Array = npt.NDArray[np.int64]
+
+
+def import_moe_beyond(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    num_experts: int | None,
+    extras: ModelExtras | None = None,
+    domain: str | None = None,
+    without_layers: Sequence[int] = (),
+    progress: Progress = silent,
+) -> Trace:
+    """Turn CSV files (or folders of them) into a trace; the arguments are those of `import_expert_selection`.
+
+    Raises:
+        UsageError: no `num_experts`, or a layer in `without_layers` that is not there.
+        FormatError: a file that is cut off, ragged, or differs from the first in layers or k.
+    """
+    if num_experts is None:
+        raise UsageError("the CSV does not say how many experts a layer has", hint="give --num-experts, e.g. 64")
+    extras = extras or ModelExtras()
+    files = source_files(sources, ".csv")
+    layers, first = _read_file(files[0])
+    stored = extras.shape(
+        name="", num_experts=num_experts, top_k=first[0].shape[2], layer_ids=layers, where=str(files[0])
+    )
+    shape, keep = layers_kept(stored, without_layers)
+    with TraceWriter(out, shape, source={"import": "moe-beyond", "files": len(files)}) as writer:
+        for done, path in enumerate(files):
+            found, requests = _read_file(path) if done else (layers, first)
+            if found != layers or requests[0].shape[2] != shape.top_k:
+                raise FormatError(
+                    f"{len(found)} layers and top-{requests[0].shape[2]}, but {files[0].name} has"
+                    f" {len(layers)} layers and top-{shape.top_k}",
+                    where=str(path),
+                    hint="the file may be cut off, or be of another model",
+                )
+            for picks in requests:
+                writer.add(
+                    picks if keep is None else picks[:, keep],
+                    prefill=len(picks),
+                    domain=domain_of(path) if domain is None else domain,
+                    where=str(path),
+                )
+            progress(done + 1, len(files), path.name)
+    return open_trace(out)
+
+
+def _read_file(path: Path) -> tuple[list[int], list[Int64Array]]:
+    """(layers, picks int64 [tokens, L, k] of each batch number, in order of appearance)."""
+    batches: dict[int, Layers] = {}
+    k = 0
+    for line, layer, batch, ids in _read_lines(path):
+        k = k or len(ids)
+        if len(ids) != k:
+            raise FormatError(f"row {line}: {len(ids)} expert ids, {k} before", where=str(path))
+        batches.setdefault(batch, {}).setdefault(layer, array("H")).extend(ids)
+    if not batches:
+        raise FormatError("holds no row of picks", where=str(path), hint="leave the file out")
+    layers = sorted(next(iter(batches.values())))
+    requests = []
+    for batch, by_layer in batches.items():
+        tokens = {layer: len(ids) // k for layer, ids in by_layer.items()}
+        if sorted(tokens) != layers or len(set(tokens.values())) != 1:
+            odd = next((i for i in tokens if tokens[i] != tokens[layers[0]]), None) if layers[0] in tokens else None
+            what = (
+                "other layers than the first batch"
+                if odd is None
+                else f"{tokens[odd]} tokens in layer {odd}, {tokens[layers[0]]} in layer {layers[0]}"
+            )
+            raise FormatError(f"batch {batch}: {what}", where=str(path), hint="the file may be cut off: copy it again")
+        columns = [np.frombuffer(by_layer[layer], np.uint16).reshape(-1, k) for layer in layers]
+        requests.append(np.stack(columns, axis=1).astype(np.int64))
+    return layers, requests
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, int, int, list[int]]]:
+    """(line number, layer, batch, ids) of each line."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise FormatError(f"more than the {MAX_FILE_BYTES} bytes that moeplan reads", where=str(path))
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = csv.reader(file)
+            if next(lines, None) != HEADER:
+                raise FormatError(f"does not begin with {','.join(HEADER)}", where=str(path))
+            for fields in lines:
+                yield lines.line_num, *_read_fields(fields, lines.line_num, path)
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
+    except UnicodeDecodeError:
+        raise FormatError("is not UTF-8 text", where=str(path), hint="it may be cut off: copy it again") from None
+    except csv.Error as error:
+        raise FormatError(f"is not CSV ({error})", where=str(path)) from None
+
+
+def _read_fields(fields: list[str], line: int, path: Path) -> tuple[int, int, list[int]]:
+    try:
+        layer, batch, _, text = fields
+        if not (text.startswith("[") and text.endswith("]")):
+            raise ValueError
+        ids = [int(item) for item in text[1:-1].split(",")]
+        if int(layer) < 0 or min(ids) < 0 or max(ids) > MAX_ID:
+            raise ValueError
+        return int(layer), int(batch), ids
+    except ValueError:
+        raise FormatError(
+            f"row {line} is not layer, batch, token and a list of expert ids",
+            where=str(path),
+            hint="the file may be cut off: copy it again",
+        ) from None

@@ -1,0 +1,369 @@
+"""Importer of dumps of SGLang's ExpertDistributionRecorder (0.5.23, srt/eplb/expert_distribution.py).
+
+`stat` and `per_pass` are counts: they become a counts profile. `per_token` has a row per token but no request ids: its
+requests are rebuilt (`rebuild.py`) or it is refused, and `counts=True` counts it. Its ids are physical slots, mapped
+back with `last_physical_to_logical_map`; its width is always 8, padded with -1. `input_ids` are not looked at, nor is
+`misc_objects`, one list that all records share, so that every record shows the last pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import FormatError, UsageError
+from moeplan.importers.engine_counts import same_tokens
+from moeplan.importers.routed_experts import check_picks
+from moeplan.importers.sglang_requests import COUNTS_MEND, Pass, rebuild
+from moeplan.io.jsonl import whole
+from moeplan.io.npz import source_files
+from moeplan.io.torch import integers, load_pt
+from moeplan.model.facts import ModelFacts
+from moeplan.model.overrides import ModelExtras, Progress, domain_of, silent
+from moeplan.trace.counts import CountsProfile, make_counts, write_counts
+from moeplan.trace.format import layers_kept
+from moeplan.trace.reader import Trace, open_trace
+from moeplan.trace.writer import TraceWriter
+from moeplan.types import MAX_EXPERTS
+
+__all__ = ["import_recorder"]
+
+EXTEND, DECODE, IDLE = 1, 2, 4  # srt/model_executor/forward_batch_info.py, ForwardMode
+
+#: Picks of one expert in one pass; what may be added up without overflow.
+MAX_COUNT = 2**40
+
+REBALANCED = "ids were mapped back with the last expert map: a rebalance during the recording would make them wrong"
+REBUILT = "requests were rebuilt from positions and the order in the batch; a retracted request counts as two"
+
+Int64Array = npt.NDArray[np.int64]
+Picks = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class _Dump:
+    """One rank's file with records; `slots` int64 [hidden layers, P], the logical expert in each physical slot."""
+
+    path: Path
+    records: list[dict[str, Any]]
+    slots: Int64Array
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.slots.max()) + 1
+
+
+def import_recorder(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    facts: ModelFacts | None = None,
+    extras: ModelExtras | None = None,
+    counts: bool = False,
+    stage: str = "unknown",
+    domain: str | None = None,
+    without_layers: Sequence[int] = (),
+    progress: Progress = silent,
+) -> Trace | CountsProfile:
+    """Turn the dumps of one recording, a file per rank, into a trace (`per_token`) or a counts profile.
+
+    Args:
+        counts: make a counts profile of `per_token` as well.
+        stage: what a counts profile counted, where the dump does not say it.
+
+    Raises:
+        UsageError: torch is missing; options for a trace on a dump of counts.
+        FormatError: a file that is cut off or no dump, ranks that do not belong together, requests that cannot be
+            rebuilt.
+    """
+    files, facts, extras = source_files(sources, ".pt"), facts or ModelFacts(), extras or ModelExtras()
+    loaded = [(path, load_pt(path)) for path in files]
+    kinds = {_kind(data, path) for path, data in loaded}
+    if len(kinds) > 1:
+        raise FormatError(f"dumps of {' and '.join(sorted(kinds))}", where=str(files[0].parent), hint="give one kind")
+    kind = kinds.pop()
+    if kind != "per_token" and (domain is not None or without_layers):
+        raise UsageError(
+            f"a {kind} dump is counts without requests: --domain and --without-layers have no meaning",
+            where=str(files[0]),
+        )
+    if kind == "stat":
+        return write_counts(_count_stat(loaded, extras.name or "", facts, stage), out)
+    dumps = [_dump(data, path) for path, data in loaded]
+    _check_ranks(dumps)
+    if kind == "per_pass":
+        return write_counts(_count_passes(dumps, extras.name or "", facts, stage), out)
+    ranks = [_read_tokens(dump) for dump in dumps]
+    if counts:
+        return write_counts(_count_tokens(dumps, ranks, extras.name or ""), out)
+    return _write_requests(dumps, ranks, out, facts, extras, domain, without_layers, progress)
+
+
+def _kind(data: dict[str, Any], path: Path) -> str:
+    if "logical_count" in data:
+        return "stat"
+    records = data.get("records")
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        raise FormatError(
+            "is no dump of SGLang's expert recorder: it has no logical_count and no records", where=str(path)
+        )
+    return "per_token" if "topk_ids_of_layer" in records[0] else "per_pass"
+
+
+def _dump(data: dict[str, Any], path: Path) -> _Dump:
+    slots = integers(data.get("last_physical_to_logical_map"), 2, "last_physical_to_logical_map", str(path))
+    if not slots.size or int(slots.min()) < 0 or int(slots.max()) >= MAX_EXPERTS:
+        raise FormatError("last_physical_to_logical_map holds no expert, or ids out of range", where=str(path))
+    experts = np.arange(int(slots.max()) + 1)
+    for layer, row in enumerate(slots):
+        if not np.isin(experts, row).all():
+            missing = int(experts[~np.isin(experts, row)][0])
+            raise FormatError(
+                f"last_physical_to_logical_map, layer {layer}: expert {missing} has no slot", where=str(path)
+            )
+    return _Dump(path, data["records"], slots)
+
+
+def _check_ranks(dumps: Sequence[_Dump]) -> None:
+    """Files of one recording: one per rank, with the same map."""
+    seen: dict[int, Path] = {}
+    for dump in dumps:
+        ranks = {whole(record.get("rank"), "rank", str(dump.path)) for record in dump.records}
+        rank = ranks.pop()
+        if ranks or rank is None:
+            raise FormatError("its records are not of one rank", where=str(dump.path))
+        if rank in seen:
+            raise FormatError(
+                f"is of rank {rank}, as is {seen[rank].name}",
+                where=str(dump.path),
+                hint="import one recording at a time",
+            )
+        seen[rank] = dump.path
+        if dump.slots.shape != dumps[0].slots.shape or (dump.slots != dumps[0].slots).any():
+            raise FormatError(
+                f"has another expert map than {dumps[0].path.name}",
+                where=str(dump.path),
+                hint="give the ranks of one recording, without a rebalance in between",
+            )
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------
+
+
+def _count_stat(
+    loaded: Sequence[tuple[Path, dict[str, Any]]], name: str, facts: ModelFacts, stage: str
+) -> CountsProfile:
+    if len(loaded) > 1:
+        raise UsageError(
+            f"{len(loaded)} stat dumps are {len(loaded)} recordings: rank 0 writes one for all ranks",
+            hint="import them into counts profiles of their own",
+        )
+    path, data = loaded[0]
+    passes = integers(data["logical_count"], 3, "logical_count", f"{path}")
+    if facts.num_experts is not None and passes.shape[2] != facts.num_experts:
+        raise FormatError(f"counts {passes.shape[2]} experts, expected {facts.num_experts}", where=str(path))
+    if passes.size and not (int(passes.min()) >= 0 and int(passes.max()) < MAX_COUNT):
+        raise FormatError("logical_count holds a count that is negative or too large", where=str(path))
+    notes = []
+    if len(passes) and passes.any(axis=(1, 2)).all():
+        notes.append(
+            f"all {len(passes)} passes of the buffer are used: if it was full, earlier ones (such as prefill) are lost"
+        )
+    source = {"import": "sglang-recorder", "kind": "stat", "file": path.name, "passes": len(passes), "notes": notes}
+    totals = passes.sum(axis=0)
+    return make_counts(totals, where=str(path), source=source, name=name, top_k=facts.top_k, stage=stage)
+
+
+def _count_passes(dumps: Sequence[_Dump], name: str, facts: ModelFacts, stage: str) -> CountsProfile:
+    per_rank = []
+    for dump in dumps:
+        physical = np.zeros(dump.slots.shape, np.int64)
+        for number, record in enumerate(dump.records):
+            where = f"{dump.path}, record {number}"
+            found = integers(record.get("global_physical_count"), 2, "global_physical_count", where)
+            if found.shape != physical.shape or (found < 0).any() or (found >= MAX_COUNT).any():
+                raise FormatError(
+                    f"global_physical_count {list(found.shape)} is not counts of {list(physical.shape)} slots",
+                    where=where,
+                )
+            physical += found
+        per_rank.append(_to_logical(physical, dump))
+    return _profile(dumps, per_rank, "per_pass", name, facts.top_k, stage)
+
+
+def _count_tokens(
+    dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]], name: str
+) -> CountsProfile:
+    per_rank, modes = [], set()
+    for dump, (passes, picks, moe_layers) in zip(dumps, ranks, strict=True):
+        totals = np.zeros((len(dump.slots), dump.num_experts), np.int64)
+        for column, layer in enumerate(moe_layers):
+            totals[layer] = np.bincount(picks[:, column].reshape(-1), minlength=dump.num_experts)
+        per_rank.append(totals)
+        modes |= {"decode" if step.lengths is None else "prefill" for step in passes}
+    stage = modes.pop() if len(modes) == 1 else "mixed"
+    return _profile(dumps, per_rank, "per_token", name, ranks[0][1].shape[2], stage)
+
+
+def _profile(
+    dumps: Sequence[_Dump], per_rank: Sequence[Int64Array], kind: str, name: str, top_k: int | None, stage: str
+) -> CountsProfile:
+    notes = [REBALANCED]
+    if len(dumps) > 1 and all((own == per_rank[0]).all() for own in per_rank):
+        notes.append(same_tokens(len(dumps)))
+    passes = max(len(dump.records) for dump in dumps)
+    source = {"import": "sglang-recorder", "kind": kind, "files": len(dumps), "passes": passes, "notes": notes}
+    totals = np.sum(per_rank, axis=0)
+    return make_counts(totals, where=str(dumps[0].path), source=source, name=name, top_k=top_k, stage=stage)
+
+
+def _to_logical(physical: Int64Array, dump: _Dump) -> Int64Array:
+    """Counts of slots [L, P] as counts of experts [L, E]; an expert's copies add up."""
+    logical = np.zeros((len(physical), dump.num_experts), np.int64)
+    for layer, slots in enumerate(dump.slots):
+        np.add.at(logical[layer], slots, physical[layer])
+    return logical
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _read_tokens(dump: _Dump) -> tuple[list[Pass], Picks, tuple[int, ...]]:
+    """(passes, logical picks int32 [rows, MoE layers, k] in their order, MoE layers) of one rank."""
+    passes: list[Pass] = []
+    blocks: list[npt.NDArray[np.int32]] = []
+    moe_layers: tuple[int, ...] | None = None
+    k = 0
+    for number, record in enumerate(dump.records):
+        where = f"{dump.path}, record {number}"
+        step = _read_pass(record, where)
+        if not len(step.positions):
+            continue
+        ids = integers(record.get("topk_ids_of_layer"), 3, "topk_ids_of_layer", where)
+        if ids.shape[:2] != (len(dump.slots), len(step.positions)):
+            raise FormatError(
+                f"topk_ids_of_layer {list(ids.shape)} does not fit {len(dump.slots)} layers and"
+                f" {len(step.positions)} tokens",
+                where=where,
+            )
+        if moe_layers is None:
+            moe_layers = tuple(int(i) for i in np.flatnonzero((ids != -1).any(axis=(1, 2))))
+            k = int((ids != -1).sum(axis=2).max())
+            if not moe_layers:
+                raise FormatError("no layer has a pick", where=where, hint="check how it was recorded")
+        blocks.append(_logical_picks(ids, moe_layers, k, dump.slots, where))
+        passes.append(step)
+    if moe_layers is None:
+        raise FormatError("holds no token", where=str(dump.path), hint="record while requests run")
+    return passes, np.concatenate(blocks), moe_layers
+
+
+def _read_pass(record: dict[str, Any], where: str) -> Pass:
+    if record.get("gatherer_key", "primary") != "primary":
+        raise FormatError(
+            "was recorded with two-batch overlap: a pass is split in two", where=where, hint="record without it"
+        )
+    mode = record.get("forward_mode")
+    positions = integers(record.get("positions"), 1, "positions", where)
+    if (positions < 0).any() or (positions >= 2**31).any():
+        raise FormatError("positions are out of range", where=where)
+    if mode == EXTEND:
+        return Pass(positions, integers(record.get("extend_seq_lens"), 1, "extend_seq_lens", where), where)
+    if mode == DECODE:
+        return Pass(positions, None, where)
+    if mode == IDLE:
+        return Pass(positions[:0], None, where)
+    raise FormatError(
+        f"forward_mode {str(mode)[:20]} is neither extend (1) nor decode (2)",
+        where=where,
+        hint="record without mixed chunks and speculative decoding, or use stat mode",
+    )
+
+
+def _logical_picks(
+    ids: Int64Array, moe_layers: Sequence[int], k: int, slots: Int64Array, where: str
+) -> npt.NDArray[np.int32]:
+    """Logical picks int32 [tokens, MoE layers, k] of one pass's physical ids [layers, tokens, 8], -1 being padding."""
+    used = (ids != -1).sum(axis=2)
+    expected = np.zeros(len(ids), np.int64)
+    expected[list(moe_layers)] = k
+    odd = np.argwhere(used != expected[:, None])
+    if len(odd) or (ids[list(moe_layers), :, :k] == -1).any():
+        layer, token = odd[0] if len(odd) else (moe_layers[0], 0)
+        raise FormatError(
+            f"layer {layer}, token {token}: {used[layer, token]} picks, expected {expected[layer]}",
+            where=where,
+        )
+    picks = np.empty((ids.shape[1], len(moe_layers), k), np.int32)
+    for column, layer in enumerate(moe_layers):
+        physical = ids[layer, :, :k]
+        if int(physical.min()) < 0 or int(physical.max()) >= slots.shape[1]:
+            raise FormatError(
+                f"layer {layer}: a slot is outside 0..{slots.shape[1] - 1}",
+                where=where,
+                hint="fused shared experts are not supported: record with --disable-shared-experts-fusion",
+            )
+        picks[:, column] = slots[layer][physical]
+    return picks
+
+
+def _write_requests(
+    dumps: Sequence[_Dump],
+    ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]],
+    out: Path,
+    facts: ModelFacts,
+    extras: ModelExtras,
+    domain: str | None,
+    without_layers: Sequence[int],
+    progress: Progress,
+) -> Trace:
+    _refuse_same_tokens(dumps, ranks)
+    experts, (_, first, moe_layers) = dumps[0].num_experts, ranks[0]
+    for label, found, known in (
+        ("experts", experts, facts.num_experts),
+        ("picks per token", first.shape[2], facts.top_k),
+    ):
+        if known is not None and known != found:
+            raise FormatError(f"has {found} {label}, but the config or a flag says {known}", where=str(dumps[0].path))
+    owners = [rebuild(passes) for passes, _, _ in ranks]
+    stored = facts.add_to(extras).shape(
+        name="", num_experts=experts, top_k=first.shape[2], layer_ids=moe_layers, where=str(dumps[0].path)
+    )
+    shape, keep = layers_kept(stored, without_layers)
+    source = {"import": "sglang-recorder", "kind": "per_token", "files": len(dumps), "notes": [REBUILT, REBALANCED]}
+    with TraceWriter(out, shape, source=source) as writer:
+        for done, (dump, (passes, picks, layers), owner) in enumerate(zip(dumps, ranks, owners, strict=True)):
+            if layers != moe_layers or picks.shape[2] != shape.top_k:
+                raise FormatError(f"has other MoE layers or another k than {dumps[0].path.name}", where=str(dump.path))
+            positions = np.concatenate([step.positions for step in passes])
+            order = np.argsort(owner.request, kind="stable")  # a request's rows, in the order of the passes
+            ends = np.cumsum(np.bincount(owner.request, minlength=len(owner.prefill)))
+            for request, rows in enumerate(np.split(order, ends[:-1])):
+                where = f"{dump.path}, request {request}"
+                checked = check_picks(picks[rows], range(len(layers)), experts, where, layer_ids=layers)
+                writer.add(
+                    checked if keep is None else checked[:, keep],
+                    prefill=int(owner.prefill[request]),
+                    domain=domain_of(dump.path) if domain is None else domain,
+                    positions=positions[rows],
+                    where=where,
+                )
+            progress(done + 1, len(dumps), dump.path.name)
+    return open_trace(out)
+
+
+def _refuse_same_tokens(dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]]) -> None:
+    """Without data-parallel attention every rank records every token: imported together they would be there twice."""
+    first = ranks[0][1]
+    for dump, (_, picks, _) in zip(dumps[1:], ranks[1:], strict=True):
+        if picks.shape == first.shape and (picks == first).all():
+            raise FormatError(
+                f"holds the same tokens as {dumps[0].path.name} (attention without data parallelism)",
+                where=str(dump.path),
+                hint=f"give the file of one rank only; {COUNTS_MEND}",
+            )

@@ -1,0 +1,1 @@
+"""Bounded, safe readers of files from elsewhere, and atomic writers."""

@@ -1,0 +1,1 @@
+"""Models by their dimensions: one description, the reader of config.json, the catalogue."""

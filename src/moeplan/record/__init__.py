@@ -1,0 +1,1 @@
+"""Live recording: Transformers hooks, vLLM and SGLang servers."""

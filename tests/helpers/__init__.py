@@ -1,0 +1,8 @@
+"""What several test files need: fake servers, engines' files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+#: The root of the checkout.
+ROOT = Path(__file__).parents[2]

@@ -1,0 +1,180 @@
+"""Sweeps: which layouts are possible, which set-ups no other beats, and the verb."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeplan.cli.app import run
+from moeplan.errors import PlanError, UsageError
+from moeplan.model.spec import model
+from moeplan.perf.hardware import hardware
+from moeplan.perf.memory import check_parallel, largest_batch
+from moeplan.perf.serving import Layout, cost
+from moeplan.perf.sweep import (
+    TILE,
+    Choice,
+    Point,
+    best_within,
+    bound_shares,
+    node_parts,
+    parallels,
+    pareto,
+    precision_of,
+    sweep,
+    with_overlap,
+)
+
+H100, H200 = hardware("H100"), hardware("H200")
+DEEPSEEK, LLAMA = model("DeepSeek-V3"), model("Llama-3.1-70B")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(["DeepSeek-V3", "Llama-3.1-70B", "Mixtral-8x7B", "gpt-oss-120b", "Qwen3-30B-A3B"]),
+    gpus=st.sampled_from([1, 2, 4, 6, 8, 16, 24, 32, 72, 96, 512]),
+    per_node=st.sampled_from([4, 8, 72]),
+)
+def test_every_layout_is_possible(name: str, gpus: int, per_node: int) -> None:
+    """All accelerators are used, the engine's rules hold, nothing is listed twice, and a step can be timed."""
+    spec = model(name)
+    try:
+        found = parallels(spec, gpus, per_node)
+    except PlanError:
+        return
+    assert len(found) == len(set(found))
+    precision = precision_of(spec, "bf16", None, "bf16")
+    for parallel in found:
+        check_parallel(spec, parallel)
+        assert parallel.gpus == gpus
+        assert parallel.tp <= per_node or parallel.tp % per_node == 0
+        if spec.moe:
+            assert spec.moe.width / parallel.moe_tp >= TILE and parallel.redundant <= spec.moe.experts
+    for parallel in found[::7]:
+        layout = Layout(spec, H100, parallel, precision, gpus_per_node=per_node)
+        assert float(layout.decode(4, 1000).seconds) > 0
+        assert float(layout.prefill(1, 1000).seconds) > 0
+
+
+def test_the_layouts_that_are_served() -> None:
+    """DeepSeek's own decode layout, with its 32 redundant slots, and tensor parallelism of a dense model are there."""
+    assert any((p.dp, p.ep, p.redundant) == (72, 72, 32) for p in parallels(DEEPSEEK, 72, 8))
+    assert {(p.tp, p.pp) for p in parallels(LLAMA, 8, 8) if p.dp == 1} == {(8, 1), (4, 2), (2, 4), (1, 8)}
+    assert {p.ep for p in parallels(DEEPSEEK, 8, 8) if p.tp == 8} == {1, 8}
+    assert [p.tp for p in parallels(LLAMA, 8, 8, Choice(tp=(2,), pp=(1,)))] == [2]
+    assert node_parts(72) == [1, 2, 4, 8, 16, 32, 64, 72] and node_parts(8) == [1, 2, 4, 8] and node_parts(1) == [1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "choice", "text"),
+    [
+        (8, Choice(tp=(3,)), "tp 3 x pp 1 does not divide 8 GPUs"),
+        (8, Choice(pp=(81,)), "pp 81 does not divide 8 GPUs"),
+        (16, Choice(tp=(16,), ep=(3,)), "ep 3 does not divide tp x dp = 16"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_named(gpus: int, choice: Choice, text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        parallels(DEEPSEEK, gpus, 8, choice)
+
+
+def test_points_are_estimates() -> None:
+    """Each set-up's figures are those of its step, and what does not fit is counted, not shown."""
+    precision = precision_of(DEEPSEEK, None, None, "bf16")
+    batches, counts = (1, 16, 256), (8, 16)
+    found = sweep(DEEPSEEK, [(H200, counts)], precision, batches=batches, contexts=(4096,), choice=Choice(pp=(1,)))
+    layouts = [p for gpus in counts for p in parallels(DEEPSEEK, gpus, 8, Choice(pp=(1,)))]
+    assert len(found.points) + found.unfit == len(layouts) * len(batches)
+    for p in found.points:
+        assert p.batch <= largest_batch(DEEPSEEK, H200, p.layout.parallel, precision, context=4096)
+        step = p.layout.decode(p.batch, 4096)
+        assert p.tpot_s == float(step.seconds)
+        assert p.per_gpu_s == pytest.approx(p.batch * p.layout.parallel.dp / p.tpot_s / p.layout.parallel.gpus)
+        assert (p.usd, p.kwh) == pytest.approx(cost(H200, p.per_gpu_s))
+        assert sum(bound_shares(step).values()) == pytest.approx(1) and p.bound == next(iter(bound_shares(step)))
+
+
+def test_overlap_is_tried_where_it_can_be() -> None:
+    precision = precision_of(DEEPSEEK, None, None, "bf16")
+    found = sweep(DEEPSEEK, [(H200, [16])], precision, batches=(1, 64), contexts=(4096,), overlap=True)
+    both = [p for p in found.points if p.layout.overlap]
+    assert both and all(with_overlap(p.layout) and p.batch == 64 for p in both)
+    assert sweep(
+        LLAMA, [(H200, [8])], precision_of(LLAMA, None, None, "bf16"), batches=(1,), contexts=(9,), overlap=True
+    )
+
+
+def test_prices_can_be_given() -> None:
+    precision = precision_of(LLAMA, None, None, "bf16")
+    one, other = (
+        sweep(LLAMA, [(H200, [8])], precision, batches=(8,), contexts=(1000,), usd_per_hour=u, watts=w).points[0]
+        for u, w in ((1.0, 100.0), (2.0, 300.0))
+    )
+    assert other.usd == pytest.approx(2 * one.usd) and other.kwh == pytest.approx(3 * one.kwh)
+
+
+def test_too_many_set_ups_are_refused() -> None:
+    with pytest.raises(UsageError, match="set-ups are more than"):
+        sweep(
+            LLAMA, [(H200, [8])], precision_of(LLAMA, None, None, "bf16"), batches=range(1, 4000), contexts=range(1, 90)
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20))
+def test_pareto_against_all_pairs(pairs: list[tuple[int, int]]) -> None:
+    layout = Layout(LLAMA, H100, parallels(LLAMA, 8, 8)[0], precision_of(LLAMA, None, None, "bf16"))
+    points = [Point(layout, 1, 1, t, y, "memory", 0.0, 0.0) for t, y in pairs]
+    front = pareto(points)
+    beaten = {
+        (t, y) for t, y in pairs for u, z in pairs if u <= t and z >= y and (u, z) != (t, y)
+    }  # at least as good on both, and better on one
+    assert [(p.tpot_s, p.per_gpu_s) for p in front] == sorted(set(pairs) - beaten)
+    best = best_within(points, 5)
+    assert (best is None) == all(t > 5 for t, _ in pairs)
+    assert best is None or best.per_gpu_s == max(y for t, y in pairs if t <= 5)
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, data = tmp_path / "sweep.html", tmp_path / "sweep.json"
+    flags = ["--hardware", "H100,H200", "--nodes", "1,2", "--batch", "1,64", "--context", "1000,4096", "--overlap"]
+    assert run(["sweep", "--model", "gpt-oss-20b", *flags, "-o", str(page), "--json", str(data)]) == 0
+    text, facts = capsys.readouterr().out, json.loads(data.read_text())
+    assert "routing: uniform" in text and text.count("Pareto front at") == 2 and "within 50 ms" in text
+    assert facts["set_ups"] == len(facts["points"]) and facts["model"] == "gpt-oss-20b"
+    front = [p for p in facts["points"] if p["pareto"] and p["context"] == 4096]
+    assert front and max(front, key=lambda p: p["tokens_per_s_per_gpu"]) == max(front, key=lambda p: p["tpot_ms"])
+    html = page.read_text()
+    assert html.count("<figure>") >= 8 and "TPOT against the skew of expert load" in html and "http:" not in html
+
+
+def test_a_dense_model_has_no_skew(tmp_path: Path) -> None:
+    page = tmp_path / "sweep.html"
+    assert run(["sweep", "--model", "Llama-3.1-8B", "--hardware", "H100", "--batch", "1,8", "-o", str(page)]) == 0
+    assert "skew" not in page.read_text() and "uniform" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--hardware", "H1000"], 'unknown hardware "H1000"'),
+        (["--hardware", "H100", "--batch", "0,1"], '--batch "0,1" is not a list of numbers'),
+        (["--hardware", "H100", "--gpus", "x"], '--gpus "x" is not a list'),
+        (["--hardware", "H100", "--tp", "7"], "tp 7"),
+        (["--hardware", "H100", "--gpus", "1"], "fits none of the"),
+        (["--hardware", "H100,H200", "--watts", "5"], "--watts is of one kind of hardware"),
+        (["--hardware", "H100", "--usd-per-hour", "-1"], "--usd-per-hour -1 is negative"),
+        (["--hardware", "H100", "--tpot", "0"], "--tpot 0 is not above 0"),
+        (["--hardware", "H100", "--gpus-per-node", "0"], "--gpus-per-node must be at least 1"),
+        (["--hardware", "H100", "--weights", "fp5"], 'unknown dtype "fp5"'),
+        (["--hardware", "H100", "-o", "/nowhere/x.html"], "/nowhere"),
+    ],
+)
+def test_bad_input_gets_one_line(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sweep", "--model", "DeepSeek-V3", *flags]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
