@@ -13,7 +13,8 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
-from moeplan.planning.bounds import (
+
+from exact_bounds import (
     Bound,
     best_joint,
     best_nodes,
@@ -22,7 +23,6 @@ from moeplan.planning.bounds import (
     nodes_holding,
     use_by_node,
 )
-
 from moeplan import open_trace
 from moeplan.cluster import Cluster, Dispatch, request_messages
 from moeplan.planning import Options, Problem, RequestSet, Result, read_requests, solve

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import ROOT
-from moeplan.planning.strategies.moeplan import PARTS
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import results_bars
 import results_settings
 import strategies
+from helpers import ROOT
+from moeplan.planning.strategies.moeplan import PARTS
 from results_settings import SOURCES, Setting, cannot, gpus_per_node, present
 
 SMALL = ["--sets", "embedded", "--nodes", "4", "--redundant", "1", "--modes", "pick", "--folds", "2", "--steps", "5"]

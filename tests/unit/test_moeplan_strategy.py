@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from moeplan.planning.bounds import best_placement
 from test_strategies import problem
 
 import moeplan
+from exact_bounds import best_placement
 from moeplan._kernels import local_search
 from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, request_messages, routes
 from moeplan.planning import Options, read_requests, solve

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT
 from moeplan.cluster import Cluster, Dispatch, message_bytes, token_messages
 from moeplan.errors import UsageError
 from moeplan.perf.collectives import (
@@ -130,7 +128,6 @@ def test_directions_are_two() -> None:
 @pytest.mark.parametrize("way", ["dispatch", "combine"])
 def test_measured_deepep_is_met(shared: Path, way: str) -> None:
     """The check part: rows that no fit saw."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import time_tables
 
     for make, median, worst in ((time_tables.low_latency_table, 0.08, 0.20), (time_tables.normal_table, 0.15, 1.0)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import ROOT
 from moeplan.errors import FormatError, UsageError
 from moeplan.perf.attention import (
     Heads,
@@ -209,7 +207,6 @@ def test_constants_that_cannot_be_read(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_measured_kernels_are_met(shared: Path, table: str, args: tuple[str, ...], bar: float) -> None:
     """The check part, H200: rows that no fit saw."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import time_tables
 
     measured = getattr(time_tables, table)("h200", *args)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helpers import ROOT
 from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Dispatch, Home, step_messages
 from moeplan.embedded import MODEL
@@ -132,7 +130,6 @@ def test_timing_knows_nothing_of_the_replay() -> None:
 
 def test_the_benchmark_of_the_time_objective_times_as_compare_does() -> None:
     """benchmarks/time_objective.py at load 1 and today's links; faster links, or one fast network, take no longer."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import time_objective
 
     place = time_objective.Place("gpt-oss-20b", 2, 16)
