@@ -189,7 +189,7 @@ def version() -> str:
     """Twelve digits that change with the code that figures rest on."""
     package = ROOT / "src" / "moeplan"
     files = [package / "cluster.py", package / "types.py", package / "importers" / "arrays.py", Path(__file__)]
-    files += [package / "perf" / "memory.py", package / "perf" / "data" / "models.json"]
+    files += [package / "perf" / "memory.py", package / "model" / "data" / "models.json"]
     for room in ("_kernels", "trace", "planning", "replay"):
         files += sorted((package / room).rglob("*.py"))
     total = hashlib.sha256()

@@ -20,7 +20,8 @@ from moeplan.errors import FormatError, MoeplanError, OutputError, UsageError
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.expert_selection import import_expert_selection
 from moeplan.importers.moe_beyond import import_moe_beyond
-from moeplan.model.overrides import ModelExtras, domain_of
+from moeplan.importers.sources import domain_of
+from moeplan.model.overrides import ModelExtras
 from moeplan.trace import open_trace
 
 REAL = ("maverick-mmlu", "gpt-oss-20b", "deepseek-v2-lite-chat", "mixtral-8x7b-long-context")

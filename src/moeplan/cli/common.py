@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moeplan.errors import UsageError
+from moeplan.progress import Progress
 
 __all__ = [
     "Aggregate",
@@ -42,9 +43,6 @@ Aggregate = Annotated[
     int | None,
     typer.Option("--aggregate", metavar="N", help="Store no token rows, only sums over N requests of a domain."),
 ]
-
-#: progress(done, total, note): called by long work; does nothing in a pipe.
-Progress = Callable[[int, int, str], None]
 
 
 def echo(text: str = "") -> None:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError
 from moeplan.io.npz import Npz, open_npz
-from moeplan.model.overrides import ModelExtras, Progress, silent
+from moeplan.model.overrides import ModelExtras
+from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN, layers_kept
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.writer import TraceWriter

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, UsageError
+from moeplan.importers.sources import domain_of
 from moeplan.io.files import read_json
 from moeplan.io.npz import source_files
-from moeplan.model.overrides import ModelExtras, Progress, domain_of, silent
+from moeplan.model.overrides import ModelExtras
+from moeplan.progress import Progress, silent
 from moeplan.trace.format import layers_kept
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.writer import TraceWriter

@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError
 from moeplan.importers.routed_experts import check_picks
+from moeplan.importers.sources import domain_of
 from moeplan.io.jsonl import json_lines, whole
 from moeplan.io.npz import source_files
 from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras, Progress, domain_of, silent
+from moeplan.model.overrides import ModelExtras
+from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN, layer_spans, layers_kept
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.writer import TraceWriter

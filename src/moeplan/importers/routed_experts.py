@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, UsageError
+from moeplan.importers.sources import domain_of
 from moeplan.io.npz import _read_header, source_files
 from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras, Progress, domain_of
+from moeplan.model.overrides import ModelExtras
+from moeplan.progress import Progress
 from moeplan.trace.format import UNKNOWN, layer_spans, layers_kept
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.writer import TraceWriter

@@ -20,11 +20,13 @@ from moeplan.errors import FormatError, UsageError
 from moeplan.importers.engine_counts import same_tokens
 from moeplan.importers.routed_experts import check_picks
 from moeplan.importers.sglang_requests import COUNTS_MEND, Pass, rebuild
+from moeplan.importers.sources import domain_of
 from moeplan.io.jsonl import whole
 from moeplan.io.npz import source_files
 from moeplan.io.torch import integers, load_pt
 from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras, Progress, domain_of, silent
+from moeplan.model.overrides import ModelExtras
+from moeplan.progress import Progress, silent
 from moeplan.trace.counts import CountsProfile, make_counts, write_counts
 from moeplan.trace.format import layers_kept
 from moeplan.trace.reader import Trace, open_trace

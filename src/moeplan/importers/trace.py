@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeplan.model.overrides import Progress, silent
+from moeplan.progress import Progress, silent
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.retention import RetentionPolicy
 

@@ -26,7 +26,8 @@ from moeplan.importers.routed_experts import (
 )
 from moeplan.io.jsonl import json_objects, whole
 from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras, Progress, silent
+from moeplan.model.overrides import ModelExtras
+from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
 

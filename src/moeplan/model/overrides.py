@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from moeplan.errors import FormatError
 from moeplan.types import ModelShape
 
-__all__ = ["ModelExtras", "Progress", "domain_of", "silent"]
-
-#: progress(done, total, note): called after each request or file.
-Progress = Callable[[int, int, str], None]
-
-
-def silent(done: int, total: int, note: str) -> None:
-    """The progress of work that nobody watches."""
+__all__ = ["ModelExtras"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +45,3 @@ class ModelExtras:
             )
         except FormatError as error:
             raise FormatError(error.what, where=error.where or where, hint=error.hint) from None
-
-
-def domain_of(path: Path) -> str:
-    """A file's label: its name up to the trailing number, so `anatomy-100.json` is `anatomy`."""
-    stem = path.stem.removesuffix("_data")
-    return stem.rstrip("0123456789").rstrip("-_") or stem

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,10 @@ from moeplan.profile.map import RequestMap, request_map
 from moeplan.profile.phases import Phases, phases
 from moeplan.profile.privacy import Privacy, privacy
 from moeplan.profile.similarity import Similarity, similarity
+from moeplan.progress import Progress
 from moeplan.trace import UNKNOWN, Trace
 
 __all__ = ["Profile", "profile"]
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

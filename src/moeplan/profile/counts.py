@@ -6,7 +6,6 @@ Everything that is kept has a size that is known before the pass, so memory does
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from moeplan._kernels.counting import count_ranges
 from moeplan.errors import UsageError
+from moeplan.progress import Progress
 from moeplan.trace import Requests, Rows, Trace
 from moeplan.trace.stages import Stages
 from moeplan.types import ModelShape, expert_dtype
@@ -21,7 +21,6 @@ from moeplan.types import ModelShape, expert_dtype
 __all__ = ["DECODE", "OTHER", "PREFILL", "STAGES", "WITHOUT_ROWS", "Counts", "Reservoir", "count", "stratified"]
 
 Int64Array = npt.NDArray[np.int64]
-Progress = Callable[[int, int, str], None]
 
 #: Rows that are neither: unknown phases, and rows that `signature_tokens` leaves out.
 STAGES = ("prefill", "decode", "other")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeplan.errors import FormatError, UsageError
-from moeplan.model.overrides import domain_of
+from moeplan.importers.sources import domain_of
 
 __all__ = ["Prompt", "prompts_digest", "read_prompts"]
 

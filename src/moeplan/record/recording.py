@@ -11,7 +11,7 @@ from typing import Any
 
 from moeplan.errors import FormatError, OutputError, UsageError
 from moeplan.io.files import check_folder
-from moeplan.model.overrides import Progress
+from moeplan.progress import Progress
 from moeplan.record.prompts import MAX_NEW_TOKENS, Prompt
 from moeplan.trace.format import REQUESTS_NAME
 from moeplan.trace.reader import open_trace

@@ -21,7 +21,8 @@ import numpy as np
 from moeplan.errors import FormatError, ServerError, UsageError
 from moeplan.importers.routed_experts import EngineResponse, Layout
 from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras, Progress, silent
+from moeplan.model.overrides import ModelExtras
+from moeplan.progress import Progress, silent
 from moeplan.record.http_client import Server
 from moeplan.record.prompts import Prompt, prompts_digest
 from moeplan.record.recording import (

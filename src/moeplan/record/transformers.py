@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, MoeplanError, UsageError
-from moeplan.model.overrides import Progress, silent
+from moeplan.progress import Progress, silent
 from moeplan.record.prompts import Prompt, prompts_digest
 from moeplan.record.recording import (
     Meter,

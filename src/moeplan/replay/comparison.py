@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +14,7 @@ from moeplan.planning import Options, Problem, RequestSet, Result, solve
 from moeplan.planning.assignment import equal_groups, random_groups
 from moeplan.planning.router import ClusterRouter, LocalityRouter
 from moeplan.planning.strategies import find
+from moeplan.progress import Progress
 from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
 from moeplan.replay.table import Comparison, Measured, tabulate
@@ -25,7 +25,6 @@ from moeplan.types import ModelShape
 __all__ = ["Row", "Setup", "check_shape", "compare", "replay", "rows_of", "strategy_names"]
 
 Int64Array = npt.NDArray[np.int64]
-Progress = Callable[[int, int, str], None]
 
 #: Strategies that are also shown with their placement's own signature routing, so that a gain splits into two.
 _ALSO_ROUTED = ("linear", "eplb")

@@ -9,7 +9,6 @@ not count. Fresh plans see only half of the new requests: the verdict is about w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from moeplan.planning import Options, RequestSet, solve
 from moeplan.planning.problem import GUARD
 from moeplan.planning.store import StoredPlan
 from moeplan.planning.strategies import available
+from moeplan.progress import Progress
 from moeplan.replay.comparison import Row, Setup, fit_problem, folds_of, group_test, measure, rng_of
 from moeplan.replay.split import blocks, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import change, less_than
@@ -31,7 +31,6 @@ from moeplan.replay.table import Comparison, Measured, tabulate
 __all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "drift", "drift_setup", "options_of", "signature_tokens_of"]
 
 FloatArray = npt.NDArray[np.float64]
-Progress = Callable[[int, int, str], None]
 
 #: Names of the rows beside `linear`; the second shows how much of the old plan is its router.
 OLD, OLD_RANDOM, FRESH = "stored plan", "stored plan/none", "planned anew"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from moeplan._kernels.sampling import alias_tables, mix64, sample_picks
 from moeplan.errors import UsageError
-from moeplan.model.overrides import Progress, silent
+from moeplan.progress import Progress, silent
 from moeplan.synthetic.presets import Preset, find_preset
 from moeplan.trace.format import Requests, Rows, layer_spans
 from moeplan.trace.reader import Trace, open_trace
