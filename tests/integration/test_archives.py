@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fake_server import Fake, serve
+from helpers.fake_server import Fake, serve
 from moeplan import load_plan, open_trace
-from moeplan.capture.counts_file import read_counts
 from moeplan.cli.app import run
-from moeplan.engines.plugins.asked import Asked
+from moeplan.engines.plugins.settings import PluginSettings
+from moeplan.trace.counts import read_counts
 
 OLD = Path(__file__).parents[1] / "data" / "archives" / "0.1.0"
 EXPECTED = json.loads((OLD / "expected.json").read_text(encoding="utf-8"))
@@ -74,8 +74,9 @@ def test_a_trace(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["trace-sums", "trace-columns", "trace-cut-off"])
-def test_a_trace_on_the_command_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    shown, expected = answered(capsys, "profile", OLD / name)["trace"], EXPECTED["traces"][name]
+def test_a_trace_on_the_command_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = ["-o", tmp_path / "page.html"]
+    shown, expected = answered(capsys, "profile", OLD / name, *page)["trace"], EXPECTED["traces"][name]
     assert (shown["requests"], shown["tokens"]) == (len(expected["rows"]), sum(expected["rows"]))
     assert shown["checksum"] == expected["checksum"] and shown["complete"] == expected["complete"]
 
@@ -144,7 +145,7 @@ def test_a_placement_file(engine: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("file", ["vllm.json", "plan-moeplan"])
 def test_the_plug_in_reads(file: str) -> None:
-    placement = Asked(str(OLD / file), "plan", "MOEPLAN_VLLM").placement
+    placement = PluginSettings(str(OLD / file), "plan", "MOEPLAN_VLLM").placement
     assert placement is not None
     assert np.array_equal(placement.physical_to_logical, load_plan(OLD / "plan-moeplan").result.placement.slots)
 
