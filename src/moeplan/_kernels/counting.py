@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from moeplan._kernels.compiled import compiled
 
 __all__ = ["count_pairs", "count_pairs_reference", "count_ranges", "count_ranges_reference"]
 
@@ -40,7 +41,7 @@ def count_ranges(
         _count_by_layer(experts, starts, stops, keys, out)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _count_flat(
     picks: Experts,
     starts: npt.NDArray[np.int64],
@@ -73,7 +74,7 @@ def _count_flat(
                 counters[base[c] + np.uint64(row[c])] += one
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _count_by_layer(
     experts: Experts,
     starts: npt.NDArray[np.int64],
@@ -113,7 +114,7 @@ def count_ranges_reference(
             out[key, layer] += np.bincount(picks, minlength=out.shape[2]).astype(np.uint32)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def count_pairs(
     experts: Experts,
     starts: npt.NDArray[np.int64],

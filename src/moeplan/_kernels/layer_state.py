@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from moeplan._kernels.compiled import compiled
 
 __all__ = [
     "BY_GPU",
@@ -79,7 +80,7 @@ class Scratch(NamedTuple):
     marked: Bool  # [U], units that are looked at
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def cost(layer: Layer, e: int, leaves: int, enters: int) -> float:
     """Messages that expert e costs, the other picks of each token staying where they are."""
     count = layer.copies[e] - (leaves >= 0) + (enters >= 0)
@@ -101,7 +102,7 @@ def cost(layer: Layer, e: int, leaves: int, enters: int) -> float:
     return total
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def trace(
     layer: Layer, row: npt.NDArray[np.unsignedinteger], home: int, seen: Int, units: Int, zero: Int, rest: Float,
     share: Float, marked: Bool,
@@ -143,7 +144,7 @@ def trace(
     return found
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def mark(layer: Layer, s: Scratch, a: int, b: int, here: int, there: int) -> None:
     """Mark the units that copies of a and b are on, or move to: what tokens send to others stays (a -1: mark all)."""
     s.marked[:] = a < 0
@@ -157,7 +158,7 @@ def mark(layer: Layer, s: Scratch, a: int, b: int, here: int, there: int) -> Non
             s.marked[layer.unit[layer.where[b, i]]] = True
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _holds(row: npt.NDArray[np.unsignedinteger], e: int) -> bool:
     found = False
     for j in range(row.size):
@@ -165,7 +166,7 @@ def _holds(row: npt.NDArray[np.unsignedinteger], e: int) -> bool:
     return found
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _sent(layer: Layer, rows: Rows, s: Scratch, r: int, weight: float) -> float:
     """Messages of one row to marked units; with a weight, what its picks share goes into `layer.shared` as often."""
     row, home, total = rows.experts[r], rows.home[r], 0.0
@@ -183,7 +184,7 @@ def _sent(layer: Layer, rows: Rows, s: Scratch, r: int, weight: float) -> float:
     return total
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def rows_of(layer: Layer, rows: Rows, s: Scratch, a: int, b: int, weight: float) -> float:
     """Messages to marked units of the rows that hold expert a or b (-1: of all rows).
 
@@ -202,7 +203,7 @@ def rows_of(layer: Layer, rows: Rows, s: Scratch, a: int, b: int, weight: float)
     return total
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def rows_of_both(layer: Layer, rows: Rows, s: Scratch, a: int, b: int) -> float:
     """Messages to marked units of the rows that hold both experts."""
     if rows.starts[a + 1] - rows.starts[a] > rows.starts[b + 1] - rows.starts[b]:
@@ -214,7 +215,7 @@ def rows_of_both(layer: Layer, rows: Rows, s: Scratch, a: int, b: int) -> float:
     return total
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def put(layer: Layer, e: int, leaves: int, enters: int) -> None:
     """Move, add (leaves -1) or take away (enters -1) a copy."""
     if leaves >= 0:
@@ -233,7 +234,7 @@ def put(layer: Layer, e: int, leaves: int, enters: int) -> None:
         layer.at[layer.node[enters], e] += 1
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def fill(layer: Layer) -> None:
     """Copies, as the slots have them."""
     none = np.int64(NONE)
@@ -241,7 +242,7 @@ def fill(layer: Layer) -> None:
         put(layer, layer.slots[x], none, layer.gpu[x])
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def sent_by_home(layer: Layer, rows: Rows, s: Scratch, request: Int, out: Float) -> None:
     """Add to `out` [n, N] what each request's rows would send from each home."""
     for r in range(rows.home.size):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from moeplan._kernels.compiled import compiled
 from moeplan._kernels.layer_state import Layer
 
 __all__ = ["Weights", "dear_move", "dearer", "load_penalty", "paid", "weigh"]
@@ -16,7 +16,7 @@ Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def power(ratio: float) -> float:
     square = ratio * ratio
     fourth = square * square
@@ -24,7 +24,7 @@ def power(ratio: float) -> float:
     return eighth * eighth
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def slope_of(load: Float, price: float, out: Float) -> float:
     """What one more pick on each unit costs, at the tangent, is put into `out`.
 
@@ -57,7 +57,7 @@ class Weights(NamedTuple):
     by_node: Float  # [N], and by how much nodes; else 0
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def weigh(layer: Layer, w: Weights) -> None:
     """Fill the weights for the state as it is."""
     w.gpu[:] = 0.0
@@ -93,7 +93,7 @@ def weigh(layer: Layer, w: Weights) -> None:
     w.power[2] = paid(w, 0.0, 0.0)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def paid(w: Weights, node: float, gpu: float) -> float:
     """The price of load, `node` and `gpu` being added to the sums of powers."""
     uneven_node = ((w.power[0] + node) / w.node.size) ** 0.0625
@@ -101,7 +101,7 @@ def paid(w: Weights, node: float, gpu: float) -> float:
     return float(w.price[0] * uneven_node + w.price[1] * uneven_gpu)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def load_penalty(
     own: float, slopes: float, rest: float, count: int, change: int, use_out: float, slope_out: float, use_in: float,
     slope_in: float,
@@ -122,7 +122,7 @@ def load_penalty(
     return float(own + slopes * rest / (count + change) - before)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def dear_move(layer: Layer, w: Weights, e: int, leaves: int, enters: int) -> float:
     """The same of a copy of expert e that leaves a GPU, enters another, or both (-1: none)."""
     tally, use_out, use_in, slope_out, slope_in = w.tally, 0.0, 0.0, 0.0, 0.0
@@ -139,7 +139,7 @@ def dear_move(layer: Layer, w: Weights, e: int, leaves: int, enters: int) -> flo
     )
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def shift(layer: Layer, w: Weights, e: int, leaves: int, enters: int, found: int) -> int:
     """Put the loads that a change of expert e's copies makes into `trial`, and their GPUs into `touched`."""
     rest, count = w.tally[2, e], layer.copies[e]
@@ -168,7 +168,7 @@ def shift(layer: Layer, w: Weights, e: int, leaves: int, enters: int, found: int
     return found
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def dearer(layer: Layer, w: Weights, a: int, b: int, here: int, there: int) -> float:
     """What the price of load rises by when a copy of expert a goes from GPU `here` to `there`, and one of b back (-1:
     a is dropped, b is new). Only the GPUs that serve the two are looked at: the mean stays what it is."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from moeplan._kernels.compiled import compiled
 from moeplan._kernels.layer_state import (
     BY_GPU,
     BY_NODE,
@@ -42,7 +42,7 @@ Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def leave(layer: Layer, moves: Moves, w: Weights, scale: float, x: int, out: Float) -> float:
     """Gain, at the tangent, of moving slot x's copy to each GPU (`out` [P]); returns that of losing it."""
     none = np.int64(NONE)
@@ -62,7 +62,7 @@ def leave(layer: Layer, moves: Moves, w: Weights, scale: float, x: int, out: Flo
     return float(scale * moves.lose[x] - dear_move(layer, w, a, here, none) - (near[here, a] if near.size else 0.0))
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def enter(layer: Layer, moves: Moves, w: Weights, scale: float, here: int, spare: bool, others: Float) -> None:
     """Gain, at the tangent, of each slot's copy coming to GPU `here`, and of a new copy of each expert: [S + E]."""
     use, node, slope, tally, copies, near = layer.use, layer.node, w.slope, w.tally, layer.copies, layer.near
@@ -86,7 +86,7 @@ def enter(layer: Layer, moves: Moves, w: Weights, scale: float, here: int, spare
                 others[slots.size + b] += near[here, b]
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _allowed(layer: Layer, a: int, b: int, here: int, there: int) -> bool:
     """Whether a copy of a may go from GPU `here` to `there`, and one of b the other way (-1: dropped, new)."""
     if a == b or layer.on[here, b]:
@@ -100,7 +100,7 @@ def _allowed(layer: Layer, a: int, b: int, here: int, there: int) -> bool:
     return not (layer.nearest and home != away and (layer.at[away, a] or layer.at[home, b]))
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _exactly(
     layer: Layer, rows: Rows | None, s: Scratch | None, moves: Moves, w: Weights, scale: float, x: int, y: int, b: int,
     gain: float, best: float,
@@ -127,7 +127,7 @@ def _exactly(
     return float(gain + scale * layer.credit * more)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _apply(
     layer: Layer, rows: Rows | None, s: Scratch | None, moves: Moves, w: Weights, x: int, y: int, b: int
 ) -> None:
@@ -151,7 +151,7 @@ def _apply(
     weigh(layer, w)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _search(
     layer: Layer,
     rows: Rows | None,
@@ -226,7 +226,7 @@ def _search(
     return float(_worth(layer, rows, s, scale) - w.power[2])
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _worth(layer: Layer, rows: Rows | None, s: Scratch | None, scale: float) -> float:
     """Value of the layer but for its load."""
     none = np.int64(NONE)

@@ -8,9 +8,10 @@ Mode codes: 0 `pick`, 1 `gpu`, 2 `node`, 3 `allgather`.
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from moeplan._kernels.compiled import compiled
 
 __all__ = [
     "KNUTH",
@@ -27,7 +28,7 @@ KNUTH = 2654435769
 _PICK, _GPU, _NODE, _ALLGATHER = 0, 1, 2, 3
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def step_messages(
     experts: npt.NDArray[np.unsignedinteger],
     rows: npt.NDArray[np.int64],
@@ -113,7 +114,7 @@ def step_messages(
 STEP_VALUES = 6
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def summarise_step(
     links: npt.NDArray[np.int32],
     picks: npt.NDArray[np.int32],
@@ -192,14 +193,14 @@ def summarise_step_reference(
     ]
 
 
-@nb.njit(cache=True, nogil=True)
+@compiled
 def _gcd(a: int, b: int) -> int:
     while b:
         a, b = b, a % b
     return a
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def request_messages(
     experts: npt.NDArray[np.unsignedinteger],
     starts: npt.NDArray[np.int64],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from moeplan._kernels.compiled import compiled
 from moeplan._kernels.layer_state import NONE, Layer, cost
 
 __all__ = ["Moves", "look_at", "look_from", "look_to"]
@@ -26,7 +26,7 @@ class Moves(NamedTuple):
     gain: Float
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _moved(layer: Layer, moves: Moves, s: int, p: int, now: float) -> float:
     """What moving slot s's copy to place p saves; `now` is what its expert costs as it is."""
     own = layer.gpu[s]
@@ -36,7 +36,7 @@ def _moved(layer: Layer, moves: Moves, s: int, p: int, now: float) -> float:
     return float(now - cost(layer, layer.slots[s], own, first))
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def look_from(layer: Layer, moves: Moves, s: int) -> None:
     """Look up what a slot's copy would save at each place, and lost."""
     none, e = np.int64(NONE), layer.slots[s]
@@ -47,14 +47,14 @@ def look_from(layer: Layer, moves: Moves, s: int) -> None:
         moves.lose[s] = now - cost(layer, e, layer.gpu[s], none)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _look_new(layer: Layer, moves: Moves, e: int, p: int, now: float) -> None:
     """Look up what a new copy of an expert would save at a place."""
     step = layer.node.size // moves.move.shape[1]
     moves.gain[e, p] = now - cost(layer, e, np.int64(NONE), p * step)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def look_to(layer: Layer, moves: Moves, p: int, spare: bool) -> None:
     """Look up what every slot's copy, and a new one of every expert, would save at a place."""
     none = np.int64(NONE)
@@ -67,7 +67,7 @@ def look_to(layer: Layer, moves: Moves, p: int, spare: bool) -> None:
         moves.move[s, p] = _moved(layer, moves, s, p, now[layer.slots[s]])
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def look_at(layer: Layer, moves: Moves, e: int, spare: bool) -> None:
     """Look up all that one expert's copies would save."""
     none = np.int64(NONE)

@@ -14,6 +14,8 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from moeplan._kernels.compiled import compiled
+
 __all__ = ["alias_tables", "mix64", "sample_picks", "sample_picks_reference"]
 
 UInt64Array = npt.NDArray[np.uint64]
@@ -39,14 +41,14 @@ def mix64(values: UInt64Array) -> UInt64Array:
         return values ^ (values >> _U31)
 
 
-@nb.njit(cache=True, nogil=True, inline="always")
+@nb.njit(inline="always")
 def _mix(value: Any) -> Any:
     value = (value ^ (value >> _U30)) * _MIX_A
     value = (value ^ (value >> _U27)) * _MIX_B
     return value ^ (value >> _U31)
 
 
-@nb.njit(cache=True, nogil=True)
+@compiled
 def alias_tables(weights: npt.NDArray[np.float64], groups: int, out: npt.NDArray[np.uint32]) -> None:
     """Walker's alias table of every routing group (Vose's construction).
 
@@ -93,7 +95,7 @@ def alias_tables(weights: npt.NDArray[np.float64], groups: int, out: npt.NDArray
                 out[x, first + s] = np.uint32(np.int64(top) << _ALIAS_BITS | s)
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def sample_picks(
     keys: UInt64Array,
     table: npt.NDArray[np.int64],

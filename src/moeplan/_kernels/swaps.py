@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from moeplan._kernels.compiled import compiled
 
 __all__ = ["swap_partition"]
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def swap_partition(weight: npt.NDArray[np.float64], part: npt.NDArray[np.int64], parts: int, sweeps: int) -> float:
     """Swap pairs of nodes of different parts while the weight inside the parts rises.
 

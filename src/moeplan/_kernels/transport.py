@@ -8,16 +8,17 @@ path. The reference that tests hold it to is `scipy.optimize.linear_sum_assignme
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
+
+from moeplan._kernels.compiled import compiled
 
 __all__ = ["transport"]
 
 _FAR = np.int64(1) << 62
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _cheapest(cost: npt.NDArray[np.int64], prices: npt.NDArray[np.int64], group: npt.NDArray[np.int64]) -> None:
     for r in range(cost.shape[0]):
         best = 0
@@ -27,7 +28,7 @@ def _cheapest(cost: npt.NDArray[np.int64], prices: npt.NDArray[np.int64], group:
         group[r] = best
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def _refresh(
     cost: npt.NDArray[np.int64],
     members: npt.NDArray[np.int64],
@@ -47,7 +48,7 @@ def _refresh(
                 move[a, b], mover[a, b] = delta, r
 
 
-@nb.njit(cache=True, nogil=True, boundscheck=False)
+@compiled
 def transport(cost: npt.NDArray[np.int64], rounds: int) -> npt.NDArray[np.int64]:
     """Least-cost groups of floor(n / D) or ceil(n / D) requests.
 
