@@ -1,4 +1,4 @@
-"""Sections of docs/results.md: what signatures are worth, and what each part of the method is."""
+"""Sections of docs/results/strategies.md: what signatures are worth, and what each part of the method is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections of `docs/accuracy.md` on steps and serving: published figures, serving points, EPLB's gains, speed.
+"""Sections of `docs/results/accuracy.md` on steps and serving: published figures, serving points, EPLB's gains, speed.
 
 Nothing here is fitted. `time_accuracy.py` prints these sections with its own.
 """

@@ -1,6 +1,6 @@
-"""Reprint the whole table of strategies on unseen requests into docs/results.md, with the bars set for `moeplan`.
+"""Reprint the whole table of strategies on unseen requests into docs/results/strategies.md, with the bars set for `moeplan`.
 
-    python benchmarks/strategies.py --write            # everything, into docs/results.md
+    python benchmarks/strategies.py --write            # everything, into docs/results/strategies.md
     python benchmarks/strategies.py --only-bars        # the bars alone, printed
     python benchmarks/strategies.py --sets embedded    # a part, printed
 
@@ -20,7 +20,7 @@ from results_bars import Bar, bar_row, bars_of, load_bars_of, load_row, settings
 from results_page import bars_section, page
 from results_settings import ABLATED, KEY, PARTS, REAL, ROOT, SOURCES, TIMES, ablations, present, run, table
 
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "results" / "strategies.md"
 CACHE = Path(tempfile.gettempdir()) / "moeplan-strategies"
 NODES, FOLDS, STEPS = (8, 4), 4, 200
 
@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--folds", type=int, default=FOLDS, help="splits of each set")
     out.add_argument("--steps", type=int, default=STEPS, help="replayed steps a split")
     out.add_argument("--only-bars", action="store_true", help="the bars alone")
-    out.add_argument("--write", action="store_true", help="write docs/results.md; needs every set, node, copy and mode")
+    out.add_argument(
+        "--write", action="store_true", help="write docs/results/strategies.md; needs every set, node, copy and mode"
+    )
     out.add_argument("--cache", type=Path, default=CACHE, help="folder of the figures of finished settings")
     return out
 

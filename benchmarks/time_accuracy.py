@@ -1,4 +1,4 @@
-"""Errors of the time model against measured kernel times: fit part, check part, misses. Writes `docs/accuracy.md`.
+"""Errors of the time model against measured kernel times: fit part, check part, misses. Writes `docs/results/accuracy.md`.
 
     python benchmarks/time_accuracy.py
 
@@ -24,7 +24,7 @@ from moeplan.perf.constants import FILE, Constants, constants
 from moeplan.perf.hardware import hardware
 from time_report import SCORES, Row, percent, scores, signed
 
-PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "accuracy.md"
 Mask = Callable[[tf.Columns], np.ndarray]
 
 BIG = 4096

@@ -1,7 +1,7 @@
 """What `moeplan --objective time` is worth: step times of every strategy on unseen requests, by the links' bandwidth.
 
     python benchmarks/time_objective.py                          # gpt-oss-20b and maverick-mmlu, printed
-    python benchmarks/time_objective.py --write                  # into docs/time-objective.md
+    python benchmarks/time_objective.py --write                  # into docs/results/planning-for-latency.md
     python benchmarks/time_objective.py --sets gpt-oss-20b --folds 1 --steps 20 --loads 1
 
 Each plan is made on one half of a set's requests. Steps of the other half are drawn and counted once per plan, as
@@ -37,7 +37,7 @@ from moeplan.replay.statistics import Figure, change
 from moeplan.replay.timing import CONTEXT, StepTimes, Timing, parallel_of
 from results_settings import REAL, ROOT, SOURCES, present, requests_of
 
-PAGE = ROOT / "docs" / "time-objective.md"
+PAGE = ROOT / "docs" / "results" / "planning-for-latency.md"
 Array = np.ndarray
 DRAWS = 1000
 OBJECTIVES = ("bytes", "balance")
@@ -344,7 +344,7 @@ paired 95 % intervals over steps: plus is slower than `time`, and bold where `ti
 inside and between nodes, against H100's; latencies stay. *One domain*: all GPUs on one fast network, as in an NVL72
 rack, with the groups and the choice of replicas as on nodes. *As replayed*: as many requests a group as the set's test
 half gives. *At full load*: 128, the routing of each counted several times as independent requests. `time` makes several
-plans and takes the one whose steps on the fit requests cost least ([method.md](method.md)): its member is named.
+plans and takes the one whose steps on the fit requests cost least ([method.md](../concepts/method.md)): its member is named.
 Locality is `moeplan` with the objective `bytes`, balance that with `balance`."""
 
 
@@ -364,7 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--folds", type=int, default=4)
     flags.add_argument("--steps", type=int, default=100, help="steps timed in each fold")
     flags.add_argument("--loads", type=int, choices=(1, 2), default=2, help="1: only as replayed")
-    flags.add_argument("--write", action="store_true", help="write docs/time-objective.md; needs both sets")
+    flags.add_argument(
+        "--write", action="store_true", help="write docs/results/planning-for-latency.md; needs both sets"
+    )
     given = flags.parse_args(arguments)
     wanted = given.sets.split(",")
     if unknown := [name for name in wanted if name not in PLACES]:

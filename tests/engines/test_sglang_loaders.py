@@ -235,7 +235,7 @@ def test_the_plug_in_places_by_the_plan(answers: Any) -> None:
         for where in copies_at(placement):
             np.testing.assert_array_equal(theirs[where], rule.slot[where])
         assert uneven(theirs, placement) <= 1  # the file's deal is not even; the plug-in's is
-    print("\n".join(["", *ranks[0]["log"]]))  # docs/plugins.md shows it
+    print("\n".join(["", *ranks[0]["log"]]))  # docs/guides/plugins.md shows it
     assert "applied from the start, in 4 of 6 layers" in ranks[0]["log"][0]
     assert all(rank["log"] == [] for rank in ranks[1:])
 

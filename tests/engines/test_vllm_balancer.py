@@ -96,7 +96,7 @@ def test_vllm_moves_weights_to_where_the_plan_has_them(served: dict[str, Any]) -
         for slots in rank["slots"]:
             np.testing.assert_array_equal(slots, placement.physical_to_logical)
         assert rank["weights"] == [True, True]
-    print("\n".join(["", *served["plan"][0]["log"]]))  # docs/plugins.md shows it
+    print("\n".join(["", *served["plan"][0]["log"]]))  # docs/guides/plugins.md shows it
     assert "0 of 72 slots change" in served["plan"][0]["log"][-1]
     assert all(rank["log"] == [] for rank in served["plan"][1:])
 

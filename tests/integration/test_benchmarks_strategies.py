@@ -119,7 +119,7 @@ def test_every_set_and_bar_is_known() -> None:
 
 
 def test_the_documents_name_every_part_and_have_their_picture() -> None:
-    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts" / "method.md").read_text(encoding="utf-8")
     for part in PARTS:
         assert f"| `{part}` |" in text
     assert (ROOT / "docs" / "images" / "method.png").stat().st_size < 300_000

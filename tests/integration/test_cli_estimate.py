@@ -56,7 +56,7 @@ def test_nine_nodes_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_page_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "estimate.md").read_text(encoding="utf-8")
     block = page.split("```console\n")[1].split("```")[0]
     command, shown = block.split("\n", 1)
     assert run(command.removeprefix("$ moeplan ").split()) == 0
@@ -260,7 +260,7 @@ def test_the_pages(plans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_the_page_shows_what_it_prints_with_a_plan(
     plans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "estimate.md").read_text(encoding="utf-8")
     plan, command, shown = page.split("```console\n")[2].split("```")[0].split("\n", 2)
     assert plan == "$ moeplan plan embedded --nodes 4 --gpus-per-node 2 --redundant 8 --strategy eplb -o eplb"
     monkeypatch.chdir(plans)

@@ -24,7 +24,7 @@ def test_the_model_is_the_frozen_one() -> None:
     weights = MODEL / "model.safetensors"
     assert weights.stat().st_size <= 12 * MIB
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == FROZEN
-    assert FROZEN in (ROOT / "docs" / "embedded.md").read_text()
+    assert FROZEN in (ROOT / "docs" / "concepts" / "demo-model.md").read_text()
 
 
 def test_the_trace_is_small_and_recorded_from_that_model() -> None:
@@ -65,7 +65,7 @@ def test_specialises_and_foretells_beyond_the_nulls(found: dict[str, Any]) -> No
         assert all(pair["differs"] for pair in found["similarity"][stage]["pairs"])
     gain = found["predictability"]["advantage"]
     assert min(gain[null]["ci95"][0] for null in ("other_request", "global_popularity")) > 0
-    # What a domain as a whole activates foretells as much as the own prompt does (docs/embedded.md says so).
+    # What a domain as a whole activates foretells as much as the own prompt does (docs/concepts/demo-model.md says so).
     assert abs(gain["domain_popularity"]["value"]) < 0.02
 
 

@@ -436,7 +436,7 @@ def test_real_counts_are_balanced_on_counts_of_another_run(
 
 
 def test_ranks_that_deal_by_themselves_are_a_little_less_even(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/export.md: SGLang's ranks deal far copies each by itself; here every one draws by chance."""
+    """docs/guides/export.md: SGLang's ranks deal far copies each by itself; here every one draws by chance."""
     folder = shared / "traces" / "sglang_logical_count"
     fit, other = (
         np.array(json.loads((folder / f"decode_{name}.json").read_text())["logical_count"])[3:]

@@ -1,4 +1,4 @@
-"""docs/export.md and docs/engines/: every console block of theirs is run, and its output held to what the page shows.
+"""docs/guides/export.md and docs/engines/: every console block of theirs is run, and its output held to what the page shows.
 
 `python tests/test_export_docs.py` writes the blocks' outputs into the pages again.
 """
@@ -22,7 +22,7 @@ from helpers import ROOT
 from moeplan.cli.app import run
 
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "export.md", *sorted((DOCS / "engines").glob("*.md"))]
+PAGES = [DOCS / "guides" / "export.md", *sorted((DOCS / "guides" / "engines").glob("*.md"))]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -184,8 +184,8 @@ def test_published_counts(name: str) -> None:
 
 
 def test_only_coarse_counts_are_let_off(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those held to their last digit are those, and only those, that docs/catalogue.md lists with their reasons."""
-    page = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
+    """Those held to their last digit are those, and only those, that docs/reference/catalogue.md lists with their reasons."""
+    page = (ROOT / "docs" / "reference" / "catalogue.md").read_text(encoding="utf-8")
     code, shown = page.split("$ python - <<'END'\n")[1].split("```")[0].split("END\n")
     exec(code, {})
     assert capsys.readouterr().out == shown
@@ -279,7 +279,7 @@ def test_every_family_is_tried() -> None:
 def test_the_embedded_model(tmp_path: Path) -> None:
     spec = model(ROOT / "src" / "moeplan" / "embedded" / "model")
     assert spec.tied and spec.moe is not None and spec.moe.experts == 32
-    assert parameters(spec).total == pytest.approx(6.0e6, rel=0.01)  # docs/embedded.md
+    assert parameters(spec).total == pytest.approx(6.0e6, rel=0.01)  # docs/concepts/demo-model.md
 
 
 def test_layers_by_config(tmp_path: Path) -> None:

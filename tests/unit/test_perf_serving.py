@@ -100,9 +100,11 @@ def test_impossible_loads(load: dict[str, float], line: str) -> None:
 
 
 def test_measured_servers(shared: Path) -> None:
-    """H200, one worker of 8, DeepSeek-V3 on SGLang (InferenceX): no more error than docs/accuracy.md tells."""
+    """H200, one worker of 8, DeepSeek-V3 on SGLang (InferenceX): no more error than docs/results/accuracy.md tells."""
     if not (shared / "measured" / "published_targets.csv").is_file():
         pytest.skip("../shared/measured is not on this machine")
     said = {4: 10.3, 8: 12.5, 16: 16.6, 32: 23.3, 64: 33.0}  # published_targets.csv, inferencex-h200-tp8-1k
     errors = sorted(abs(1e3 * aggregated(DEEPSEEK, CHAT, b, mixed=False).tpot_s / ms - 1) for b, ms in said.items())
-    assert errors[2] < 0.30  # SGLang's own kernels are quicker than those fitted: docs/accuracy.md shows by how much
+    assert (
+        errors[2] < 0.30
+    )  # SGLang's own kernels are quicker than those fitted: docs/results/accuracy.md shows by how much

@@ -205,8 +205,8 @@ def test_bad_input_gets_one_line(
 
 
 def test_the_docs_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    """The quick ones of the examples in docs/sizing.md."""
-    page = (ROOT / "docs" / "sizing.md").read_text(encoding="utf-8")
+    """The quick ones of the examples in docs/guides/size-a-cluster.md."""
+    page = (ROOT / "docs" / "guides" / "size-a-cluster.md").read_text(encoding="utf-8")
     blocks = [block.split("```")[0].split("\n", 1) for block in page.split("```console\n")[1:]]
     quick = ("--use-case summarise", "--use-case chat", "Llama-3.1-70B --use-case all")
     shown = {command: text for command, text in blocks if "size" in command and any(q in command for q in quick)}

@@ -328,7 +328,7 @@ def test_what_cannot_be_gets_one_line(parallel: Parallel, more: dict[str, object
 
 
 def test_one_warm_estimate_is_quick() -> None:
-    """The bar of 2 ms is docs/accuracy.md's; here only what a loaded machine cannot miss."""
+    """The bar of 2 ms is docs/results/accuracy.md's; here only what a loaded machine cannot miss."""
     decode_step(DEEPSEEK, H100, EP72, FP8, 128, 4000, overlap=True)
     start = time.perf_counter()
     for _ in range(20):

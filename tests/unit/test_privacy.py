@@ -195,7 +195,7 @@ def test_maverick_before_and_after(shared: Path, tmp_path: Path) -> None:
     before = privacy(count(full), np.arange(23))
     link = before.link
     assert isinstance(link, Link)
-    assert link.by_routing[0] > 0.9 and link.by_routing[3] < 0.6 and link.by_text[3] > 0.95  # docs/profile.md
+    assert link.by_routing[0] > 0.9 and link.by_routing[3] < 0.6 and link.by_text[3] > 0.95  # docs/guides/profile.md
     after = measured_sums(import_trace(full, tmp_path / "sums", RetentionPolicy(aggregate=8)))
     assert isinstance(after.link, Skipped)
 
