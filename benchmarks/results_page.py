@@ -93,8 +93,8 @@ def _head(setting: Setting, results: Results) -> str:
 Every strategy on requests that its plan never saw: {setting.folds} splits, one half to fit and the other to measure,
 equal groups, {setting.steps} replayed steps a split ({sets}). Figures are changes against
 `linear` on the same slots, less is better; [95 % intervals] are of paired differences. What each figure means:
-[metrics.md](../reference/metrics.md); what each strategy does: [strategies.md](../concepts/strategies.md); how `moeplan` works:
-[method.md](../concepts/method.md). All of this page is printed by one [command](#reprint).
+[metrics.md](../reference/metrics.md); what each strategy does: [strategies.md](../concepts/strategies.md);
+how `moeplan` works: [method.md](../concepts/method.md). All of this page is printed by one [command](#reprint).
 
 A figure **counts** when groups are equal and the busiest node's load in a step is at most 1.05 x `linear`'s. Those that
 do not count carry {OVER}.

@@ -1,6 +1,7 @@
-"""The settings of docs/results/strategies.md, and their figures: which sets, clusters, copies and modes, each run once and kept.
+"""The settings of docs/results/strategies.md and their figures: sets, clusters, replicas, modes; each run once and kept.
 
-Real sets are read from ../shared/traces. A setting is a comparison as `moeplan compare` makes it (docs/reference/metrics.md).
+Real sets are read from ../shared/traces. A setting is a comparison as `moeplan compare` makes it
+(docs/reference/metrics.md).
 """
 
 from __future__ import annotations

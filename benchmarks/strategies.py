@@ -1,4 +1,4 @@
-"""Reprint the whole table of strategies on unseen requests into docs/results/strategies.md, with the bars set for `moeplan`.
+"""Reproduce the table of strategies on held-out requests, docs/results/strategies.md, with the targets of `moeplan`.
 
     python benchmarks/strategies.py --write            # everything, into docs/results/strategies.md
     python benchmarks/strategies.py --only-bars        # the bars alone, printed
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--steps", type=int, default=STEPS, help="replayed steps a split")
     out.add_argument("--only-bars", action="store_true", help="the bars alone")
     out.add_argument(
-        "--write", action="store_true", help="write docs/results/strategies.md; needs every set, node, copy and mode"
+        "--write", action="store_true", help="write the page; needs every set, node, replica and mode"
     )
     out.add_argument("--cache", type=Path, default=CACHE, help="folder of the figures of finished settings")
     return out

@@ -1,4 +1,4 @@
-"""Errors of the time model against measured kernel times: fit part, check part, misses. Writes `docs/results/accuracy.md`.
+"""Errors of the time model against measured kernel times: fit, check, misses. Writes `docs/results/accuracy.md`.
 
     python benchmarks/time_accuracy.py
 

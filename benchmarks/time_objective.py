@@ -344,7 +344,8 @@ paired 95 % intervals over steps: plus is slower than `time`, and bold where `ti
 inside and between nodes, against H100's; latencies stay. *One domain*: all GPUs on one fast network, as in an NVL72
 rack, with the groups and the choice of replicas as on nodes. *As replayed*: as many requests a group as the set's test
 half gives. *At full load*: 128, the routing of each counted several times as independent requests. `time` makes several
-plans and takes the one whose steps on the fit requests cost least ([method.md](../concepts/method.md)): its member is named.
+plans and takes the one whose steps on the fit requests cost least ([method.md](../concepts/method.md)): its member is
+named.
 Locality is `moeplan` with the objective `bytes`, balance that with `balance`."""
 
 
@@ -365,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--steps", type=int, default=100, help="steps timed in each fold")
     flags.add_argument("--loads", type=int, choices=(1, 2), default=2, help="1: only as replayed")
     flags.add_argument(
-        "--write", action="store_true", help="write docs/results/planning-for-latency.md; needs both sets"
+        "--write", action="store_true", help="write the page; needs both sets"
     )
     given = flags.parse_args(arguments)
     wanted = given.sets.split(",")

@@ -1,4 +1,4 @@
-"""docs/guides/export.md and docs/engines/: every console block of theirs is run, and its output held to what the page shows.
+"""docs/guides/export.md and docs/guides/engines/: every console block is run, and its output compared with the page.
 
 `python tests/test_export_docs.py` writes the blocks' outputs into the pages again.
 """

@@ -184,7 +184,7 @@ def test_published_counts(name: str) -> None:
 
 
 def test_only_coarse_counts_are_let_off(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those held to their last digit are those, and only those, that docs/reference/catalogue.md lists with their reasons."""
+    """Those held to their last digit are those, and only those, that the catalogue page lists with their reasons."""
     page = (ROOT / "docs" / "reference" / "catalogue.md").read_text(encoding="utf-8")
     code, shown = page.split("$ python - <<'END'\n")[1].split("```")[0].split("END\n")
     exec(code, {})

@@ -107,4 +107,4 @@ def test_measured_servers(shared: Path) -> None:
     errors = sorted(abs(1e3 * aggregated(DEEPSEEK, CHAT, b, mixed=False).tpot_s / ms - 1) for b, ms in said.items())
     assert (
         errors[2] < 0.30
-    )  # SGLang's own kernels are quicker than those fitted: docs/results/accuracy.md shows by how much
+    )  # SGLang's own kernels are quicker than those fitted: see docs/results/accuracy.md
