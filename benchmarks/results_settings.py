@@ -1,4 +1,4 @@
-"""The settings of docs/results/strategies.md and their figures: sets, clusters, replicas, modes; each run once and kept.
+"""The settings of docs/results/strategies.md and their figures: sets, clusters, replicas and modes, each run once.
 
 Real sets are read from ../shared/traces. A setting is a comparison as `moeplan compare` makes it
 (docs/reference/metrics.md).
