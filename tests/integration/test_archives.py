@@ -106,7 +106,7 @@ def test_a_plan_scores_what_it_scored(name: str, capsys: pytest.CaptureFixture[s
     assert (plan.rule.value, plan.dispatch.value) == (expected["replica_rule"], expected["dispatch"])
     rows = answered(capsys, "replay", OLD / "trace", "--plan", OLD / name, "--steps", "10")["strategies"]
     for row, figures in ((expected["strategy"], expected["replay"]), ("linear", expected["linear"])):
-        assert {key: rows[row][key]["value"] for key in figures} == pytest.approx(figures, rel=1e-9)
+        assert {key: rows[row][key]["value"] for key in figures} == pytest.approx(figures, rel=1e-6)
 
 
 def test_a_plan_made_from_first_tokens_is_held_to_new_traffic(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +129,7 @@ def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source in ("counts", "logical-count.json"):
         out = ["--engine", "sglang", *MODEL, "-o", tmp_path / f"{Path(source).stem}.json"]
         made = answered(capsys, "export", OLD / source, *place, *out)
-        assert made["load_ratio"]["linear"] == pytest.approx(EXPECTED["linear_load_ratio"], rel=1e-9)
+        assert made["load_ratio"]["linear"] == pytest.approx(EXPECTED["linear_load_ratio"], rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", PLACEMENTS)
@@ -153,6 +153,6 @@ def test_the_plug_in_reads(file: str) -> None:
 def test_hardware_and_model_files(capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--hardware-file", OLD / "hardware.json", "--model", OLD / "model.json"]
     shown, expected = answered(capsys, "estimate", "--hardware", "Mine", *files), EXPECTED["estimate"]
-    assert shown["memory"]["weights_gb"] == pytest.approx(expected["weights_gb"], rel=1e-9)
+    assert shown["memory"]["weights_gb"] == pytest.approx(expected["weights_gb"], rel=1e-6)
     assert shown["usd_per_gpu_hour"] == expected["usd_per_gpu_hour"] and shown["parallel"]["gpus"] == expected["gpus"]
     assert answered(capsys, "estimate", "--hardware", "H100", *files)["usd_per_gpu_hour"] == 1.8

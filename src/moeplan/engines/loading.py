@@ -12,6 +12,7 @@ import numpy as np
 
 from moeplan.engines.report import Report, show
 from moeplan.errors import FormatError
+from moeplan.io.paths import check_input
 from moeplan.io.torch import integers, load_pt
 
 __all__ = ["CUT_OFF", "TwiceError", "load_json", "load_npy", "load_tensors", "load_text"]
@@ -29,7 +30,7 @@ def load_text(report: Report, max_bytes: int = MAX_BYTES) -> str | None:
     """The file's text; None with a finding where it is too large or not text."""
     path = report.path
     try:
-        size = path.stat().st_size
+        size = check_input(path)
         data = b"" if size > max_bytes else path.read_bytes()
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
@@ -81,6 +82,7 @@ def load_tensors(report: Report, key: str) -> tuple[list[Any], list[list[int]]] 
     """(keys, table) of a .pt that holds a dict, loaded with weights_only; None with a finding."""
     if not report.path.exists():
         raise FormatError("does not exist", where=str(report.path), hint="check the path")
+    check_input(report.path)
     try:
         data = load_pt(report.path)
         if key not in data:
@@ -100,7 +102,7 @@ def load_npy(report: Report) -> Any:
     """The rows of a .npy of whole numbers, as lists; None with a finding."""
     path = report.path
     try:
-        if path.stat().st_size > 8 * MAX_BYTES:
+        if check_input(path) > 8 * MAX_BYTES:
             report.fault("", "is larger than any placement", "check the file")
             return None
         array = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: a header that lies about its size fails here

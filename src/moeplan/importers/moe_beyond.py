@@ -17,6 +17,7 @@ import numpy.typing as npt
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.sources import domain_of
 from moeplan.io.npz import source_files
+from moeplan.io.paths import check_input
 from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import layers_kept
@@ -111,7 +112,7 @@ def _read_file(path: Path) -> tuple[list[int], list[Int64Array]]:
 def _read_lines(path: Path) -> Iterator[tuple[int, int, int, list[int]]]:
     """(line number, layer, batch, ids) of each line."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if check_input(path) > MAX_FILE_BYTES:
             raise FormatError(f"more than the {MAX_FILE_BYTES} bytes that moeplan reads", where=str(path))
         with path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.errors import FormatError, UsageError
+from moeplan.io.paths import open_input
 
 __all__ = ["Fields", "find_name", "plain_name", "read_object"]
 
@@ -37,7 +38,7 @@ def plain_name(name: str) -> str:
 def read_object(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
     """A JSON file that holds one object, read whole only if it is small; never evaluated."""
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             raw = file.read(max_bytes + 1)
         if len(raw) > max_bytes:
             raise FormatError(f"is larger than the {max_bytes} bytes that moeplan reads", where=str(path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.errors import FormatError, OutputError
+from moeplan.io.paths import check_input, kind_of_special, open_input
 
 __all__ = ["atomic_path", "cannot_write", "check_folder", "check_place", "read_json", "sha256", "write_json"]
 
@@ -22,7 +23,7 @@ MAX_JSON_BYTES = 256 * 1024 * 1024
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file; a bomb (huge, or nested without end), a cut-off or a binary file is one clear line."""
     try:
-        size = path.stat().st_size
+        size = check_input(path)
         if size > max_bytes:
             raise FormatError(f"{size} bytes of JSON are more than the {max_bytes} that moeplan reads", where=str(path))
         text = path.read_text(encoding="utf-8")
@@ -46,7 +47,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=str(path)) from None
@@ -63,12 +64,14 @@ def check_place(path: str | Path) -> None:
     """Refuse a place that a file cannot be written to, before the work is done rather than after it.
 
     Raises:
-        OutputError: the folder is missing or not writable, or the path is a folder.
+        OutputError: the folder is missing or not writable, or the path is a folder, a pipe, a socket or a device.
     """
     place = Path(path)
     why = None
     if place.is_dir():
         why = "it is a folder"
+    elif kind := kind_of_special(place):  # writing ends with a rename, which would put a file in its place
+        why = f"it is {kind}"
     elif not place.parent.is_dir():
         why = "its folder does not exist"
     elif not os.access(place.parent, os.W_OK):

@@ -9,6 +9,7 @@ from typing import Any
 
 from moeplan.errors import FormatError
 from moeplan.io.files import MAX_JSON_BYTES, read_json
+from moeplan.io.paths import open_input
 
 __all__ = ["json_lines", "json_objects", "whole"]
 
@@ -22,7 +23,7 @@ def json_lines(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Iterator[tuple
         FormatError: a line that is not whole JSON, too long, or not UTF-8; a file that cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             number = 0
             while line := file.readline(max_bytes + 1):
                 number += 1

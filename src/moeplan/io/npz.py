@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError
+from moeplan.io.paths import check_input
 
 __all__ = ["ArrayStream", "Npz", "open_npz", "source_files"]
 
@@ -113,6 +114,7 @@ class Npz:
 def open_npz(path: Path) -> Iterator[Npz]:
     """Open an .npz; a file that is no whole zip is one clear line."""
     with _reading(str(path)):
+        check_input(path)
         archive = zipfile.ZipFile(path)
     with archive:
         yield Npz(archive, path)

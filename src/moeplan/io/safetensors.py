@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError
+from moeplan.io.paths import check_input
 
 __all__ = ["read_integer_vectors"]
 
@@ -27,7 +28,7 @@ def read_integer_vectors(path: Path) -> dict[str, npt.NDArray[np.int64]]:
     """{name: int64 [n]} of every tensor; a file with anything but vectors of int32 or int64 is refused."""
     where = str(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if check_input(path) > MAX_FILE_BYTES:
             raise FormatError(f"more than the {MAX_FILE_BYTES} bytes that moeplan reads", where=where)
         data = path.read_bytes()
     except OSError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, UsageError
+from moeplan.io.paths import check_input
 
 __all__ = ["integers", "load_pt"]
 
@@ -34,6 +35,7 @@ def load_pt(path: Path) -> dict[str, Any]:
             hint="pip install 'moeplan[transformers]', or torch alone",
         ) from None
     try:
+        check_input(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from moeplan import __version__
 from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, routes
 from moeplan.errors import FormatError, MoeplanError, OutputError
 from moeplan.io.files import cannot_write, read_json, write_json
+from moeplan.io.paths import check_input
 from moeplan.planning.problem import Problem
 from moeplan.planning.router import ClusterRouter, LinearRouter, LocalityRouter
 from moeplan.planning.solver import Result
@@ -217,7 +218,7 @@ def _router(
 def _array(root: Path, name: str, sums: dict[str, Any], dimensions: int) -> npt.NDArray[Any]:
     path = root / f"{name}.npy"
     try:
-        if path.stat().st_size > _MAX_ARRAY_BYTES:
+        if check_input(path) > _MAX_ARRAY_BYTES:
             raise FormatError("is larger than any plan", where=str(path))
         array = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: a header that lies about its size fails here
         array = np.array(array)

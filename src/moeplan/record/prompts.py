@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.sources import domain_of
+from moeplan.io.paths import open_input
 
 __all__ = ["Prompt", "prompts_digest", "read_prompts"]
 
@@ -237,7 +238,7 @@ def _lines(path: Path, *, whole: bool = False) -> Iterator[tuple[int, bytes]]:
     """(number, line) of a file, gzip or plain; `whole` gives blocks instead. Never more than the bounds above."""
     read, most = 0, MAX_ROW_BYTES * (4 if whole else 1)
     try:
-        with path.open("rb") as plain:
+        with open_input(path) as plain:
             file: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
             number = 0
             while line := file.read(1 << 20) if whole else file.readline(most + 1):

@@ -8,6 +8,7 @@ from typing import Any
 
 from moeplan import embedded
 from moeplan.errors import UsageError
+from moeplan.io.paths import check_input
 from moeplan.record.transformers_routers import Router, find_routers
 from moeplan.types import ModelShape
 
@@ -85,6 +86,8 @@ def load_model(
     transformers.utils.logging.disable_progress_bar()
     common = {"local_files_only": not allow_download, "trust_remote_code": False}
     try:
+        for file in Path(source).iterdir() if Path(source).is_dir() else ():
+            check_input(file)
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **common)
         reader = transformers.AutoTokenizer.from_pretrained(source, **common) if tokenizer else None

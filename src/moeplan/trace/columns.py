@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError
+from moeplan.io.paths import check_input
 from moeplan.trace.format import PHASES, UNKNOWN, part_schema
 from moeplan.types import ModelShape
 
@@ -76,6 +77,7 @@ def read_columns(path: Path, names: list[str], *, at_most: int, optional: Sequen
     import pyarrow.parquet as pq
 
     try:
+        check_input(path)
         footer = pq.read_metadata(path)
         if footer.num_rows > at_most:
             raise FormatError(f"declares {footer.num_rows} rows, at most {at_most} belong there", where=str(path))

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from moeplan.errors import FormatError, MoeplanError, OutputError
 from moeplan.io.files import atomic_path, read_json, write_json
 from moeplan.io.npz import _read_header
+from moeplan.io.paths import check_input
 from moeplan.trace.format import layer_spans
 from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS
 
@@ -234,7 +235,7 @@ def read_counts(path: Path) -> CountsProfile:
 def _read_array(path: Path) -> Counts:
     """uint64 [L, E], read only after its header and the file's size agree."""
     try:
-        if path.stat().st_size > 8 * MAX_CELLS + 65536:
+        if check_input(path) > 8 * MAX_CELLS + 65536:
             raise FormatError(f"is larger than any counts of {MAX_CELLS} cells", where=str(path))
         data = path.read_bytes()
     except OSError as error:
