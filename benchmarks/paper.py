@@ -73,6 +73,7 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
 def workloads() -> Iterator[tuple[str, str, RequestSet]]:
     """(label, published, requests); the real set only where it is."""
     from moeplan.importers.arrays import import_arrays
+    from moeplan.importers.options import ImportOptions
     from moeplan.synthetic.generator import generate
 
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,7 @@ def workloads() -> Iterator[tuple[str, str, RequestSet]]:
         trace = generate("llama-4-maverick", root / "maverick", requests=REQUESTS, seed=0)
         yield "Maverick preset, 24 layers (synthetic)", "paper down to 0.80", read_requests(trace)
         if REAL.is_file():
-            trace = import_arrays(REAL, root / "real", without_layers=(45,))
+            trace = import_arrays(REAL, root / "real", ImportOptions(without_layers=(45,)))
             yield "maverick-mmlu, 23 layers (real)", "paper down to 0.80", read_requests(trace)
 
 

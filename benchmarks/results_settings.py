@@ -20,6 +20,7 @@ from moeplan import embedded, open_trace
 from moeplan.cluster import Cluster, Dispatch, check_slots
 from moeplan.errors import PlanError
 from moeplan.importers.arrays import import_arrays
+from moeplan.importers.options import ImportOptions
 from moeplan.model.overrides import ModelExtras
 from moeplan.model.spec import model
 from moeplan.perf.memory import model_shape
@@ -132,7 +133,9 @@ def requests_of(name: str) -> RequestSet:
         hidden=shape.hidden, expert_bytes=shape.expert_bytes, kv_bytes_per_token=shape.kv_bytes_per_token
     )
     with tempfile.TemporaryDirectory() as folder:
-        trace = import_arrays(source.path, Path(folder) / "t", extras=extras, without_layers=source.without_layers)
+        trace = import_arrays(
+            source.path, Path(folder) / "t", ImportOptions(extras=extras, without_layers=tuple(source.without_layers))
+        )
         return read_requests(trace, signature_tokens=source.signature_tokens)
 
 

@@ -124,7 +124,7 @@ def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts, expected = read_counts(OLD / "counts"), EXPECTED["counts"]
     assert digest(counts.counts.astype("<u8")) == expected["sha256"]
     assert (int(counts.counts.sum()), list(counts.layer_ids)) == (expected["picks"], expected["layer_ids"])
-    assert (counts.name, counts.top_k, counts.stage) == ("small", 4, "decode")
+    assert (counts.name, counts.top_k, counts.phase) == ("small", 4, "decode")
     place = ["--nodes", "2", "--gpus-per-node", "4", "--redundant", "8"]
     for source in ("counts", "logical-count.json"):
         out = ["--engine", "sglang", *MODEL, "-o", tmp_path / f"{Path(source).stem}.json"]

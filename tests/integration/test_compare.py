@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, token_messages
 from moeplan.errors import PlanError, UsageError
 from moeplan.importers.arrays import import_arrays
+from moeplan.importers.options import ImportOptions
 from moeplan.planning import Options, RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.router import LocalityRouter
@@ -321,7 +322,7 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
     for name, (_, tokens, _) in SETS.items():
         without = (45,) if name == "maverick-mmlu" else ()
         place = tmp_path_factory.mktemp(name) / "t"
-        trace = import_arrays(shared / "traces" / f"{name}.npz", place, without_layers=without)
+        trace = import_arrays(shared / "traces" / f"{name}.npz", place, ImportOptions(without_layers=tuple(without)))
         out[name] = read_requests(trace, signature_tokens=tokens)
     return out
 

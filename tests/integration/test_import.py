@@ -20,11 +20,18 @@ from moeplan.errors import FormatError, MoeplanError, OutputError, UsageError
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.expert_selection import import_expert_selection
 from moeplan.importers.moe_beyond import import_moe_beyond
+from moeplan.importers.options import ImportOptions
 from moeplan.importers.sources import domain_of
+from moeplan.model.facts import model_facts
 from moeplan.model.overrides import ModelExtras
 from moeplan.trace import open_trace
 
 REAL = ("maverick-mmlu", "gpt-oss-20b", "deepseek-v2-lite-chat", "mixtral-8x7b-long-context")
+
+
+def experts(count: int, **options: Any) -> ImportOptions:
+    """Options for sources that do not hold the number of experts."""
+    return ImportOptions(facts=model_facts(num_experts=count), **options)
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -63,18 +70,18 @@ def test_real_arrays_come_in_whole(shared: Path, tmp_path: Path, name: str) -> N
 
 def test_a_layer_is_left_out_at_import(shared: Path, tmp_path: Path) -> None:
     source = shared / "traces" / "maverick-mmlu.npz"
-    trace = import_arrays(source, tmp_path / "t", without_layers=[45])
+    trace = import_arrays(source, tmp_path / "t", ImportOptions(without_layers=(45,)))
     with np.load(source) as npz:
         np.testing.assert_array_equal(trace.load().experts, npz["experts"][:, npz["layer_ids"] != 45])
     assert trace.shape.num_layers == 23 and 45 not in trace.shape.layer_ids
     with pytest.raises(UsageError, match="--without-layers 46: the trace has no such layer"):
-        import_arrays(source, tmp_path / "u", without_layers=[46])
+        import_arrays(source, tmp_path / "u", ImportOptions(without_layers=(46,)))
     assert not (tmp_path / "u").exists()
 
 
 def test_phases_and_extras(tmp_path: Path) -> None:
     extras = ModelExtras(name="mine", hidden=64, expert_bytes=10, kv_bytes_per_token=20, routing_groups=4)
-    trace = import_arrays(save(tmp_path / "a.npz"), tmp_path / "t", extras=extras)
+    trace = import_arrays(save(tmp_path / "a.npz"), tmp_path / "t", ImportOptions(extras=extras))
     assert (trace.shape.name, trace.shape.hidden, trace.shape.routing_groups) == ("mine", 64, 4)
     assert trace.requests.decode.tolist() == [2, 3, 0] and trace.requests.prefill.tolist() == [2, 0, -1]
     assert trace.source == {"import": "arrays", "file": "a.npz"}
@@ -90,7 +97,7 @@ def test_what_may_be_absent(tmp_path: Path) -> None:
     [
         (
             {"request_offsets": np.array([0, 7, 4, 12])},
-            "request_offsets: go back at request 1: 7 to 4; offsets must rise",
+            "request_offsets: decrease at request 1: 7 to 4; offsets must increase",
         ),
         ({"request_offsets": np.array([0, 4, 4, 12])}, "request_offsets: leave no row at request 1"),
         ({"request_offsets": np.array([0, 4, 7, 11])}, "run from 0 to 11, but the file has rows 0 to 12"),
@@ -167,7 +174,7 @@ def put(path: Path, value: Any) -> Path:
 
 def test_real_json_equals_the_arrays_made_from_it(shared: Path, tmp_path: Path) -> None:
     folder = shared / "traces" / "formats" / "expert_selection_json"
-    trace = import_expert_selection([folder], tmp_path / "t", num_experts=128)
+    trace = import_expert_selection([folder], tmp_path / "t", experts(128))
     assert trace.requests.domains == ("anatomy",) and len(trace.requests) == 3
     with np.load(shared / "traces" / "maverick-mmlu.npz") as npz:
         known = {tuple(row) for row in npz["experts"].reshape(len(npz["experts"]), -1)}
@@ -179,11 +186,11 @@ def test_real_json_equals_the_arrays_made_from_it(shared: Path, tmp_path: Path) 
 def test_json_rows_and_phases(tmp_path: Path) -> None:
     for name in ("req-10.json", "req-9.json"):
         put(tmp_path / name, steps())
-    trace = import_expert_selection([tmp_path], tmp_path / "t", num_experts=8, without_layers=[3])
+    trace = import_expert_selection([tmp_path], tmp_path / "t", experts(8, without_layers=(3,)))
     assert trace.shape.layer_ids == (1,) and trace.requests.prefill.tolist() == [2, 2]
     assert trace.load().experts[:4, 0].tolist() == [[1, 2], [3, 4], [0, 1], [4, 5]]
     empty = [{"0": None, "1": [], "3": []}, *steps()[1:]]
-    again = import_expert_selection([put(tmp_path / "e-1.json", empty)], tmp_path / "u", num_experts=8, domain="mine")
+    again = import_expert_selection([put(tmp_path / "e-1.json", empty)], tmp_path / "u", experts(8, domain="mine"))
     assert again.requests.prefill.tolist() == [0] and again.requests.domains == ("mine",)
 
 
@@ -221,7 +228,7 @@ def changed(step: int, layer: str, value: Any) -> list[dict[str, Any]]:
 def test_bad_json(tmp_path: Path, content: Any, message: str) -> None:
     put(tmp_path / "a-1.json", content)
     with pytest.raises(FormatError, match=message):
-        import_expert_selection([tmp_path / "a-1.json"], tmp_path / "t", num_experts=8)
+        import_expert_selection([tmp_path / "a-1.json"], tmp_path / "t", experts(8))
     assert not (tmp_path / "t").exists()
 
 
@@ -229,7 +236,7 @@ def test_json_files_of_different_models(tmp_path: Path) -> None:
     put(tmp_path / "a-1.json", steps())
     put(tmp_path / "a-2.json", [{"1": [[1, 2]]}])
     with pytest.raises(FormatError, match=r"a-2.json: 1 MoE layers and top-2, but a-1.json has 2 layers and top-2"):
-        import_expert_selection([tmp_path], tmp_path / "t", num_experts=8)
+        import_expert_selection([tmp_path], tmp_path / "t", experts(8))
     assert not (tmp_path / "t").exists()
 
 
@@ -237,7 +244,7 @@ def test_a_huge_json_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "big.json").open("wb") as file:
         file.truncate(1 << 40)  # sparse
     with pytest.raises(FormatError, match="bytes of JSON are more than"):
-        import_expert_selection([tmp_path / "big.json"], tmp_path / "t", num_experts=8)
+        import_expert_selection([tmp_path / "big.json"], tmp_path / "t", experts(8))
 
 
 # --- MoE-Beyond CSV -------------------------------------------------------------------------------------------------
@@ -255,7 +262,7 @@ Layer ID,Batch Number,Token,Activated Expert IDs
 
 def test_real_csv(shared: Path, tmp_path: Path) -> None:
     folder = shared / "traces" / "formats" / "moe_beyond_csv"
-    trace = import_moe_beyond([folder], tmp_path / "t", num_experts=64)
+    trace = import_moe_beyond([folder], tmp_path / "t", experts(64))
     assert (trace.shape.num_layers, trace.shape.top_k, len(trace.requests)) == (26, 6, 3)
     assert trace.requests.prefill.tolist() == [12, 12, 12] == trace.requests.rows.tolist()
     first = (folder / "prompt_622_data.csv").read_text(encoding="utf-8").splitlines()[1]
@@ -264,7 +271,7 @@ def test_real_csv(shared: Path, tmp_path: Path) -> None:
 
 
 def test_each_batch_is_a_request(tmp_path: Path) -> None:
-    trace = import_moe_beyond([put(tmp_path / "prompt_7_data.csv", CSV)], tmp_path / "t", num_experts=8)
+    trace = import_moe_beyond([put(tmp_path / "prompt_7_data.csv", CSV)], tmp_path / "t", experts(8))
     assert trace.requests.rows.tolist() == [2, 1] and trace.requests.domains == ("prompt",)
     assert trace.load().experts.tolist() == [[[1, 2], [5, 6]], [[3, 4], [7, 0]], [[0, 1], [2, 3]]]
 
@@ -290,7 +297,7 @@ def test_each_batch_is_a_request(tmp_path: Path) -> None:
 def test_bad_csv(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
     put(tmp_path / "a.csv", change(CSV))
     with pytest.raises(FormatError, match=message):
-        import_moe_beyond([tmp_path / "a.csv"], tmp_path / "t", num_experts=8)
+        import_moe_beyond([tmp_path / "a.csv"], tmp_path / "t", experts(8))
     assert not (tmp_path / "t").exists()
 
 
@@ -298,18 +305,18 @@ def test_bad_csv(tmp_path: Path, change: Callable[[str], str], message: str) -> 
 
 
 def test_num_experts_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the JSON does not say .*; give --num-experts"):
-        import_expert_selection([put(tmp_path / "a-1.json", steps())], tmp_path / "t", num_experts=None)
-    with pytest.raises(UsageError, match=r"the CSV does not say .*; give --num-experts"):
-        import_moe_beyond([put(tmp_path / "a.csv", CSV)], tmp_path / "t", num_experts=None)
+    with pytest.raises(UsageError, match=r"the recording does not say .*; give --num-experts"):
+        import_expert_selection([put(tmp_path / "a-1.json", steps())], tmp_path / "t")
+    with pytest.raises(UsageError, match=r"the recording does not say .*; give --num-experts"):
+        import_moe_beyond([put(tmp_path / "a.csv", CSV)], tmp_path / "t")
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match="nope: does not exist"):
-        import_expert_selection([tmp_path / "nope"], tmp_path / "t", num_experts=8)
+        import_expert_selection([tmp_path / "nope"], tmp_path / "t", experts(8))
     with pytest.raises(FormatError, match=r"empty: holds no .csv file"):
-        import_moe_beyond([tmp_path / "empty"], tmp_path / "t", num_experts=8)
+        import_moe_beyond([tmp_path / "empty"], tmp_path / "t", experts(8))
     for source in (tmp_path / "nope", tmp_path / "empty"):
         with pytest.raises(FormatError, match=r"does not exist|cannot be read"):
             import_arrays(source, tmp_path / "t")
@@ -362,12 +369,12 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from moeplan.cli.app import run
 from moeplan.trace.writer import TraceWriter
-add = TraceWriter.add
+add = TraceWriter.add_request
 def slow(self, *args, **kwargs):
     add(self, *args, **kwargs)
     print(len(self) - 1, flush=True)
     time.sleep(0.05)
-TraceWriter.add = slow
+TraceWriter.add_request = slow
 sys.exit(run(["import", "arrays", *sys.argv[1:]]))
 """
 

@@ -14,9 +14,11 @@ import pytest
 from helpers.engine_files import refused_when_cut, save
 from moeplan.cli.app import run
 from moeplan.errors import FormatError, OutputError, UsageError
-from moeplan.importers.engine_counts import import_logical_count, import_tensorrt_llm
-from moeplan.importers.sglang_recorder import import_recorder
+from moeplan.importers.logical_count import import_logical_count
+from moeplan.importers.options import ImportOptions
+from moeplan.importers.sglang_recorder import import_sglang_recorder
 from moeplan.importers.sglang_requests import Pass, rebuild
+from moeplan.importers.tensorrt_llm import import_tensorrt_llm
 from moeplan.trace.counts import CountsProfile, make_counts, read_counts, write_counts
 from moeplan.trace.reader import Trace
 
@@ -37,27 +39,27 @@ def recorder_truth(engines: Path) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["stat_inf", "per_pass", "per_token"])
 def test_recorder_counts_agree_with_each_other(engines: Path, tmp_path: Path, kind: str) -> None:
     truth = recorder_truth(engines)
-    made = import_recorder([dump(engines, kind)], tmp_path / "c", counts=True)
+    made = import_sglang_recorder([dump(engines, kind)], tmp_path / "c", counts=True)
     assert isinstance(made, CountsProfile)
     np.testing.assert_array_equal(made.counts, truth[1:])
-    assert made.layer_ids == (1, 2) and made.stage == ("mixed" if kind == "per_token" else "unknown")
+    assert made.layer_ids == (1, 2) and made.phase == ("mixed" if kind == "per_token" else "unknown")
 
 
 def test_recorder_stat_says_when_its_buffer_was_full(engines: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the recorder writes torch files")
-    made = import_recorder([dump(engines, "stat")], tmp_path / "c", stage="decode")
-    assert isinstance(made, CountsProfile) and made.counts.sum() == 32 and made.stage == "decode"
+    made = import_sglang_recorder([dump(engines, "stat")], tmp_path / "c", phase="decode")
+    assert isinstance(made, CountsProfile) and made.counts.sum() == 32 and made.phase == "decode"
     assert any("earlier ones (such as prefill) are lost" in note for note in made.source["notes"])
     with pytest.raises(UsageError, match="2 stat dumps are 2 recordings"):
-        import_recorder([dump(engines, "stat"), dump(engines, "stat_inf")], tmp_path / "d")
+        import_sglang_recorder([dump(engines, "stat"), dump(engines, "stat_inf")], tmp_path / "d")
     with pytest.raises(UsageError, match="a stat dump is counts without requests"):
-        import_recorder([dump(engines, "stat")], tmp_path / "d", domain="chat")
+        import_sglang_recorder([dump(engines, "stat")], tmp_path / "d", ImportOptions(domain="chat"))
 
 
 def test_recorder_per_token_that_has_no_requests_is_refused(engines: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the recorder writes torch files")
     with pytest.raises(FormatError, match=r"record 1: decode tokens at position 0 continue no request .* --counts"):
-        import_recorder([dump(engines, "per_token")], tmp_path / "t")
+        import_sglang_recorder([dump(engines, "per_token")], tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 
@@ -65,7 +67,7 @@ def test_recorder_per_token_that_has_no_requests_is_refused(engines: Path, tmp_p
 def test_recorder_dumps_cut_off(engines: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("torch", reason="the recorder writes torch files")
     whole, path, out = dump(engines, kind).read_bytes(), tmp_path / "x.pt", tmp_path / "c"
-    refused_when_cut(whole, path, out, lambda: import_recorder([path], out, counts=True), step=61)
+    refused_when_cut(whole, path, out, lambda: import_sglang_recorder([path], out, counts=True), step=61)
 
 
 def records(physical: np.ndarray | None = None, **changes: Any) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def save_pt(path: Path, data: Any) -> Path:
 def test_recorder_requests_are_rebuilt(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the recorder writes torch files")
     data = records()
-    trace = import_recorder([save_pt(tmp_path / "chat-1.pt", data)], tmp_path / "t")
+    trace = import_sglang_recorder([save_pt(tmp_path / "chat-1.pt", data)], tmp_path / "t")
     assert isinstance(trace, Trace)
     assert trace.requests.rows.tolist() == [5, 5] and trace.requests.prefill.tolist() == [3, 2]
     assert (trace.shape.num_experts, trace.shape.top_k, trace.shape.layer_ids) == (4, 2, (1, 2))
@@ -162,7 +164,7 @@ def test_bad_recorder_dumps(tmp_path: Path, change: Callable[[dict[str, Any]], A
     data = records()
     change(data)
     with pytest.raises(FormatError, match=message):
-        import_recorder([save_pt(tmp_path / "x.pt", data)], tmp_path / "t")
+        import_sglang_recorder([save_pt(tmp_path / "x.pt", data)], tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 
@@ -174,14 +176,14 @@ def test_recorder_ranks(tmp_path: Path) -> None:
         record["rank"] = 1
     second = save_pt(tmp_path / "r1.pt", data)
     with pytest.raises(FormatError, match=r"r1.pt: holds the same tokens as r0.pt"):
-        import_recorder([first, second], tmp_path / "t")
+        import_sglang_recorder([first, second], tmp_path / "t")
     with pytest.raises(FormatError, match=r"is of rank 0, as is r0.pt"):
-        import_recorder([first, first], tmp_path / "t")
-    made = import_recorder([first, second], tmp_path / "c", counts=True)
+        import_sglang_recorder([first, first], tmp_path / "t")
+    made = import_sglang_recorder([first, second], tmp_path / "c", counts=True)
     assert any("2 times too large" in note for note in made.source["notes"])
     for record in data["records"]:
         record["topk_ids_of_layer"][1:, :, 0] = 2
-    trace = import_recorder([first, save_pt(tmp_path / "r1.pt", data)], tmp_path / "t")
+    trace = import_sglang_recorder([first, save_pt(tmp_path / "r1.pt", data)], tmp_path / "t")
     assert isinstance(trace, Trace) and len(trace.requests) == 4
 
 
@@ -191,17 +193,17 @@ def test_a_tensor_that_unfolds_is_not_unfolded(tmp_path: Path) -> None:
     path = save_pt(tmp_path / "x.pt", {"logical_count": bomb})
     assert path.stat().st_size < 10_000
     with pytest.raises(FormatError, match="logical_count declares more than it stores"):
-        import_recorder([path], tmp_path / "t")
+        import_sglang_recorder([path], tmp_path / "t")
     huge = save_pt(tmp_path / "y.pt", {"logical_count": torch.full((2, 1, 1), 2**62)})
     with pytest.raises(FormatError, match="a count that is negative or too large"):
-        import_recorder([huge], tmp_path / "t")
+        import_sglang_recorder([huge], tmp_path / "t")
 
 
 def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the recorder writes torch files")
     path = save_pt(tmp_path / "x.pt", {"records": [Path("boo")]})
     with pytest.raises(FormatError, match=r"is not a whole \.pt file of tensors and plain values"):
-        import_recorder([path], tmp_path / "t")
+        import_sglang_recorder([path], tmp_path / "t")
 
 
 # --- requests from passes ---------------------------------------------------------------------------------------------
@@ -244,10 +246,10 @@ def test_rebuild_never_guesses(passes: list[Pass], message: str) -> None:
 
 def test_logical_count_files(shared: Path, tmp_path: Path) -> None:
     for number, path in enumerate(sorted((shared / "traces" / "sglang_logical_count").glob("*.json"))):
-        made = import_logical_count(path, tmp_path / str(number), stage=path.stem.split("_")[0])
+        made = import_logical_count(path, tmp_path / str(number), phase=path.stem.split("_")[0])
         truth = np.array(json.loads(path.read_text())["logical_count"])
         np.testing.assert_array_equal(made.counts, truth[3:])
-        assert made.layer_ids == tuple(range(3, 61)) and made.stage in ("prefill", "decode")
+        assert made.layer_ids == tuple(range(3, 61)) and made.phase in ("prefill", "decode")
 
 
 def test_logical_count_cut_off(shared: Path, tmp_path: Path) -> None:
@@ -355,14 +357,14 @@ def test_bad_tensorrt_llm_ranks(tmp_path: Path, header: Any, data: bytes, messag
 
 def profile() -> CountsProfile:
     totals = np.array([[0, 0, 0], [1, 2, 3], [4, 0, 2]])
-    return make_counts(totals, where="here", source={"import": "test"}, name="tiny", top_k=2, stage="decode")
+    return make_counts(totals, where="here", source={"import": "test"}, name="tiny", top_k=2, phase="decode")
 
 
 def test_a_counts_profile_comes_back_as_it_was(tmp_path: Path) -> None:
     made = write_counts(profile(), tmp_path / "c")
     again = read_counts(tmp_path / "c")
     np.testing.assert_array_equal(again.counts, [[1, 2, 3], [4, 0, 2]])
-    assert (again.name, again.top_k, again.stage, again.layer_ids) == ("tiny", 2, "decode", (1, 2))
+    assert (again.name, again.top_k, again.phase, again.layer_ids) == ("tiny", 2, "decode", (1, 2))
     assert again.counts.dtype == np.uint64 and again.checksum == made.checksum and again.path == tmp_path / "c"
     assert again.source["notes"] == ["layers without a pick, left out as dense: 0"]
     with pytest.raises(OutputError, match="already exists"):
@@ -375,7 +377,7 @@ def test_a_counts_profile_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"format": "moeplan-trace"}, "is not a moeplan-counts file"),
         ({"version": 2}, "version 2 is not 1; use a newer moeplan"),
         ({"model": None}, "has no model or no source"),
-        ({"stage": "noon"}, "stage 'noon' is none of prefill, decode, mixed, unknown"),
+        ({"stage": "noon"}, "phase 'noon' is not one of prefill, decode, mixed, unknown"),
         ({"checksum": "0"}, "checksum differs from counts.json"),
         ({"model": {"layer_ids": [1, 2], "num_layers": 2, "num_experts": 4}}, "are not of the shape in counts.json"),
         ({"model": {"layer_ids": [2, 1], "num_layers": 2, "num_experts": 3}}, "do not rise"),

@@ -11,9 +11,10 @@ import pytest
 from helpers.engine_files import refused_when_cut, same, save
 from moeplan.errors import FormatError
 from moeplan.importers.megatron import import_megatron
+from moeplan.importers.options import ImportOptions
 from moeplan.model.facts import model_facts
 
-E8 = model_facts(num_experts=8)
+E8 = ImportOptions(facts=model_facts(num_experts=8))
 
 
 def line(layer: int, indices: Any, *, step: int = 0, **changes: Any) -> dict[str, Any]:
@@ -31,7 +32,9 @@ def line(layer: int, indices: Any, *, step: int = 0, **changes: Any) -> dict[str
 
 
 def test_megatron_file(engines: Path, tmp_path: Path) -> None:
-    trace = import_megatron([engines / "router_trace_rank0.jsonl"], tmp_path / "t", facts=model_facts(num_experts=4))
+    trace = import_megatron(
+        [engines / "router_trace_rank0.jsonl"], tmp_path / "t", ImportOptions(facts=model_facts(num_experts=4))
+    )
     same(trace, np.array([[[0, 3], [0, 3]], [[1, 2], [1, 2]]]), (2, 3))
     assert trace.requests.prefill.tolist() == [-1] and "no request ids" in trace.source["notes"][0]
 
@@ -44,14 +47,14 @@ def test_megatron_file_cut_off(engines: Path, tmp_path: Path) -> None:
         tmp_path / "r.jsonl",
         tmp_path / "t",
     )
-    refused_when_cut(whole, path, out, lambda: import_megatron([path], out, facts=facts))
+    refused_when_cut(whole, path, out, lambda: import_megatron([path], out, ImportOptions(facts=facts)))
 
 
 def test_megatron_steps_are_pseudo_requests(tmp_path: Path) -> None:
     first, second = [[0, 3], [1, 2]], [[4, 5]]
     lines = [line(2, first), line(1, first), line(0, first, block="mtp")]
     lines += [line(1, [], step=1), line(2, [], step=1), line(1, second, step=2), line(2, second, step=2)]
-    trace = import_megatron([save(tmp_path / "router_trace_rank0.jsonl", *lines)], tmp_path / "t", facts=E8)
+    trace = import_megatron([save(tmp_path / "router_trace_rank0.jsonl", *lines)], tmp_path / "t", E8)
     assert trace.requests.rows.tolist() == [2, 1] and trace.shape.layer_ids == (1, 2)
     assert any("lines of block mtp were left out" in note for note in trace.source["notes"])
 
@@ -80,5 +83,5 @@ def test_megatron_steps_are_pseudo_requests(tmp_path: Path) -> None:
 )
 def test_bad_megatron_traces(tmp_path: Path, lines: list[Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        import_megatron([save(tmp_path / "r.jsonl", *lines)], tmp_path / "t", facts=E8)
+        import_megatron([save(tmp_path / "r.jsonl", *lines)], tmp_path / "t", E8)
     assert not (tmp_path / "t").exists()

@@ -11,10 +11,11 @@ import pytest
 
 from helpers.engine_files import changed, picks, raw64, refused_when_cut, same, save
 from moeplan.errors import FormatError, UsageError
+from moeplan.importers.options import ImportOptions
 from moeplan.importers.sglang_responses import import_sglang
 from moeplan.model.facts import model_facts
 
-SGLANG = model_facts(num_experts=8, num_layers=3, top_k=2)
+SGLANG = ImportOptions(facts=model_facts(num_experts=8, num_layers=3, top_k=2))
 
 
 def sglang(text: Any = None, *, prompt: Any = 3, completion: Any = 3) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def sglang(text: Any = None, *, prompt: Any = 3, completion: Any = 3) -> dict[st
 def test_sglang_file_is_the_known_truth(engines: Path, tmp_path: Path) -> None:
     truth = np.load(engines / "routed_experts_truth.npy")
     facts = model_facts(num_experts=8, num_layers=4, top_k=2)
-    trace = import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", facts=facts)
+    trace = import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", ImportOptions(facts=facts))
     same(trace, truth[:, 1:], (1, 2, 3))
     assert trace.requests.prefill.tolist() == [5]
 
@@ -34,27 +35,27 @@ def test_sglang_file_is_the_known_truth(engines: Path, tmp_path: Path) -> None:
 def test_sglang_file_cut_off(engines: Path, tmp_path: Path) -> None:
     facts = model_facts(num_experts=8, num_layers=4, top_k=2)
     whole, path, out = (engines / "sglang_generate_response.json").read_bytes(), tmp_path / "r.json", tmp_path / "t"
-    refused_when_cut(whole, path, out, lambda: import_sglang([path], out, facts=facts))
+    refused_when_cut(whole, path, out, lambda: import_sglang([path], out, ImportOptions(facts=facts)))
 
 
 def test_sglang_wrong_shape_of_the_right_size_is_noticed(engines: Path, tmp_path: Path) -> None:
     facts = model_facts(num_experts=8, num_layers=2, top_k=4)
     with pytest.raises(FormatError, match="is picked twice; the shape or the model is another one"):
-        import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", facts=facts)
+        import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", ImportOptions(facts=facts))
     assert not (tmp_path / "t").exists()
 
 
 def test_the_rank_that_served_is_kept_where_the_engine_names_it(tmp_path: Path) -> None:
     silent = sglang()
     silent["meta_info"]["dp_rank"] = None
-    import_sglang([save(tmp_path / "r.jsonl", sglang(), silent)], tmp_path / "t", facts=SGLANG)
+    import_sglang([save(tmp_path / "r.jsonl", sglang(), silent)], tmp_path / "t", SGLANG)
     assert pq.read_table(tmp_path / "t" / "requests.parquet")["dp_rank"].to_pylist() == [1, None]
-    import_sglang([save(tmp_path / "s.json", silent)], tmp_path / "u", facts=SGLANG)
+    import_sglang([save(tmp_path / "s.json", silent)], tmp_path / "u", SGLANG)
     assert "dp_rank" not in pq.read_schema(tmp_path / "u" / "requests.parquet").names
     for rank in (-1, "0", 2**31):
         silent["meta_info"]["dp_rank"] = rank
         with pytest.raises(FormatError, match="rank"):
-            import_sglang([save(tmp_path / "b.json", silent)], tmp_path / "v", facts=SGLANG)
+            import_sglang([save(tmp_path / "b.json", silent)], tmp_path / "v", SGLANG)
 
 
 def test_sglang_openai_form(tmp_path: Path) -> None:
@@ -64,24 +65,24 @@ def test_sglang_openai_form(tmp_path: Path) -> None:
         "usage": {"prompt_tokens": 3, "completion_tokens": 3},
         "sglext": {"routed_experts": raw64(picks(5))},
     }
-    trace = import_sglang([save(tmp_path / "r.json", response)], tmp_path / "t", facts=SGLANG)
+    trace = import_sglang([save(tmp_path / "r.json", response)], tmp_path / "t", SGLANG)
     same(trace, picks(5)[:, 1:], (1, 2))
     assert trace.shape.name == "m" and trace.requests.prefill.tolist() == [3]
     several = response | {"choices": [{}, {}]}
-    trace = import_sglang([save(tmp_path / "s.json", several)], tmp_path / "u", facts=SGLANG)
+    trace = import_sglang([save(tmp_path / "s.json", several)], tmp_path / "u", SGLANG)
     assert trace.requests.prefill.tolist() == [-1]
     assert "a response of several choices carries the picks of one only" in trace.source["notes"]
 
 
 def test_sglang_start_length_and_builds_that_ignore_it(tmp_path: Path) -> None:
     obeyed = save(tmp_path / "a.json", sglang(raw64(picks(5)[2:])))
-    assert import_sglang([obeyed], tmp_path / "t", facts=SGLANG, start=2).requests.prefill.tolist() == [1]
+    assert import_sglang([obeyed], tmp_path / "t", SGLANG, start=2).requests.prefill.tolist() == [1]
     with pytest.raises(FormatError, match=r"3 rows, but 3 prompt and 3 completion tokens make 5"):
-        import_sglang([obeyed], tmp_path / "u", facts=SGLANG)
-    ignored = import_sglang([save(tmp_path / "b.json", sglang())], tmp_path / "v", facts=SGLANG, start=2)
+        import_sglang([obeyed], tmp_path / "u", SGLANG)
+    ignored = import_sglang([save(tmp_path / "b.json", sglang())], tmp_path / "v", SGLANG, start=2)
     assert ignored.requests.prefill.tolist() == [3] and "ignored the start length" in ignored.source["notes"][0]
     with pytest.raises(FormatError, match=r"4 rows, .* make 3"):
-        import_sglang([save(tmp_path / "c.json", sglang(raw64(picks(4))))], tmp_path / "w", facts=SGLANG, start=2)
+        import_sglang([save(tmp_path / "c.json", sglang(raw64(picks(4))))], tmp_path / "w", SGLANG, start=2)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,12 @@ def test_sglang_start_length_and_builds_that_ignore_it(tmp_path: Path) -> None:
 )
 def test_bad_sglang_responses(tmp_path: Path, response: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        import_sglang([save(tmp_path / "r.json", response)], tmp_path / "t", facts=SGLANG)
+        import_sglang([save(tmp_path / "r.json", response)], tmp_path / "t", SGLANG)
     assert not (tmp_path / "t").exists()
 
 
 def test_sglang_needs_a_shape(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="SGLang sends picks without their shape; give --config"):
-        import_sglang([save(tmp_path / "r.json", sglang())], tmp_path / "t", facts=model_facts(num_experts=8))
+        import_sglang(
+            [save(tmp_path / "r.json", sglang())], tmp_path / "t", ImportOptions(facts=model_facts(num_experts=8))
+        )

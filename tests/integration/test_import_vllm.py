@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import pytest
 
 from helpers.engine_files import changed, picks, refused_when_cut, same, save
 from moeplan.errors import FormatError, UsageError
+from moeplan.importers.options import ImportOptions
 from moeplan.importers.vllm_responses import import_vllm
 from moeplan.model.facts import ModelFacts, model_facts
 from moeplan.model.overrides import ModelExtras
 
-E8 = model_facts(num_experts=8)
+E8 = ImportOptions(facts=model_facts(num_experts=8))
 
 
 def npy64(array: np.ndarray, **kwargs: Any) -> str:
@@ -39,14 +41,14 @@ def vllm(ids: np.ndarray | None = None, *, prompt: Any = 3, completion: Any = 3,
 
 def test_vllm_file_is_the_known_truth(engines: Path, tmp_path: Path) -> None:
     truth = np.load(engines / "routed_experts_truth.npy")
-    trace = import_vllm([engines / "vllm_completion_response.json"], tmp_path / "t", facts=E8)
+    trace = import_vllm([engines / "vllm_completion_response.json"], tmp_path / "t", E8)
     same(trace, truth[:, 1:], (1, 2, 3))
     assert trace.requests.prefill.tolist() == [5] and trace.shape.name == "m"
 
 
 def test_vllm_file_cut_off(engines: Path, tmp_path: Path) -> None:
     whole, path, out = (engines / "vllm_completion_response.json").read_bytes(), tmp_path / "r.json", tmp_path / "t"
-    refused_when_cut(whole, path, out, lambda: import_vllm([path], out, facts=E8))
+    refused_when_cut(whole, path, out, lambda: import_vllm([path], out, E8))
 
 
 def test_vllm_lines_lists_and_folders(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_vllm_lines_lists_and_folders(tmp_path: Path) -> None:
     save(tmp_path / "in" / "chat-1.jsonl", *answers)
     (tmp_path / "list.json").write_text(json.dumps(answers, indent=1))
     for number, source in enumerate([tmp_path / "in", tmp_path / "list.json"]):
-        trace = import_vllm([source], tmp_path / f"t{number}", facts=E8)
+        trace = import_vllm([source], tmp_path / f"t{number}", E8)
         same(trace, np.concatenate([first, second])[:, 1:], (1, 2))
         assert trace.requests.rows.tolist() == [5, 9] and trace.requests.prefill.tolist() == [3, 3]
     assert trace.requests.domains == ("list",)
@@ -67,7 +69,7 @@ def test_vllm_raw_form_and_start(tmp_path: Path) -> None:
     raw = {"data": base64.b64encode(ids[2:].astype("<u2").tobytes()).decode(), "shape": [3, 3, 2], "dtype": "uint16"}
     response = vllm(ids) | {"nvext": {"routed_experts": {**raw, "start": 2}}}
     response["choices"] = [{"index": 0, "message": {}}]
-    trace = import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", facts=E8)
+    trace = import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", E8)
     same(trace, ids[2:, 1:], (1, 2))
     assert trace.requests.prefill.tolist() == [1]
     assert pq.read_table(tmp_path / "t" / "part-00000.parquet")["position"].to_pylist() == [2, 3, 4]
@@ -76,15 +78,15 @@ def test_vllm_raw_form_and_start(tmp_path: Path) -> None:
 def test_vllm_start_of_the_npy_form_comes_from_a_flag(tmp_path: Path) -> None:
     path = save(tmp_path / "r.json", vllm(picks(5)[2:]))
     with pytest.raises(FormatError, match=r"3 rows, but 3 prompt and 3 completion tokens make 5 .*: --start 2"):
-        import_vllm([path], tmp_path / "t", facts=E8)
-    assert import_vllm([path], tmp_path / "t", facts=E8, start=2).requests.prefill.tolist() == [1]
+        import_vllm([path], tmp_path / "t", E8)
+    assert import_vllm([path], tmp_path / "t", E8, start=2).requests.prefill.tolist() == [1]
     with pytest.raises(FormatError, match="a start of 4 lies behind the prompt's 3 tokens"):
-        import_vllm([path], tmp_path / "u", facts=E8, start=4)
+        import_vllm([path], tmp_path / "u", E8, start=4)
 
 
 def test_vllm_phases(tmp_path: Path) -> None:
     def prefill(name: str, response: dict[str, Any]) -> list[int]:
-        trace = import_vllm([save(tmp_path / f"{name}.json", response)], tmp_path / name, facts=E8)
+        trace = import_vllm([save(tmp_path / f"{name}.json", response)], tmp_path / name, E8)
         return trace.requests.prefill.tolist()
 
     two = vllm(picks(5)) | {"choices": vllm(picks(5))["choices"] + vllm(picks(4))["choices"]}
@@ -103,30 +105,30 @@ def test_top_1_needs_to_know_its_dense_layers(tmp_path: Path) -> None:
     ids = picks(5, k=1)
     path = save(tmp_path / "r.json", vllm(ids))
     with pytest.raises(UsageError, match="with top-1, a dense layer's zeros cannot be told from expert 0"):
-        import_vllm([path], tmp_path / "t", facts=E8)
-    same(import_vllm([path], tmp_path / "t", facts=E8, dense_layers=[0]), ids[:, 1:], (1, 2))
-    same(import_vllm([path], tmp_path / "u", facts=E8, dense_layers=[]), ids, (0, 1, 2))
+        import_vllm([path], tmp_path / "t", E8)
+    same(import_vllm([path], tmp_path / "t", replace(E8, dense_layers=(0,))), ids[:, 1:], (1, 2))
+    same(import_vllm([path], tmp_path / "u", replace(E8, dense_layers=())), ids, (0, 1, 2))
     config = save(tmp_path / "c.json", {"num_experts": 8, "num_hidden_layers": 3, "first_k_dense_replace": 1})
-    same(import_vllm([path], tmp_path / "v", facts=model_facts(config)), ids[:, 1:], (1, 2))
+    same(import_vllm([path], tmp_path / "v", ImportOptions(facts=model_facts(config))), ids[:, 1:], (1, 2))
 
 
 def test_the_number_of_experts_is_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not say how many experts a layer has; give --num-experts"):
-        import_vllm([save(tmp_path / "r.json", vllm())], tmp_path / "t", facts=ModelFacts())
+        import_vllm([save(tmp_path / "r.json", vllm())], tmp_path / "t", ImportOptions(facts=ModelFacts()))
 
 
 def test_what_a_config_adds(tmp_path: Path) -> None:
     facts = ModelFacts(num_experts=8, hidden=64, routing_groups=4)
     path = save(tmp_path / "r.json", vllm())
-    shape = import_vllm([path], tmp_path / "t", facts=facts, without_layers=[2]).shape
+    shape = import_vllm([path], tmp_path / "t", ImportOptions(facts, without_layers=(2,))).shape
     assert (shape.hidden, shape.routing_groups, shape.layer_ids) == (64, 4, (1,))
     extras = ModelExtras(name="mine", hidden=32, routing_groups=2)
-    shape = import_vllm([path], tmp_path / "u", facts=facts, extras=extras).shape
+    shape = import_vllm([path], tmp_path / "u", ImportOptions(facts, extras)).shape
     assert (shape.name, shape.hidden, shape.routing_groups) == ("mine", 32, 2)
 
 
 def test_no_text_comes_into_a_trace(tmp_path: Path) -> None:
-    import_vllm([save(tmp_path / "r.json", vllm())], tmp_path / "t", facts=E8)
+    import_vllm([save(tmp_path / "r.json", vllm())], tmp_path / "t", E8)
     assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "t").iterdir())
 
 
@@ -175,37 +177,45 @@ def objects() -> str:
         ),
         (vllm(prompt=-1), "usage.prompt_tokens is '-1', not a whole number"),
         (vllm(prompt=9, completion=None), "5 rows are fewer than the prompt's 9"),
-        (vllm(picks(0), prompt=1, completion=0), "holds no answer with a row"),
+        (vllm(picks(0), prompt=1, completion=0), "holds no response with a row"),
         (7, "r.json, line 1: is no object"),
     ],
 )
 def test_bad_vllm_responses(tmp_path: Path, response: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", facts=E8)
+        import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", E8)
     assert not (tmp_path / "t").exists()
 
 
 def test_a_signed_minus_one_is_out_of_range(tmp_path: Path) -> None:
     response = vllm(routed_experts=npy64(changed(1, 2, [-1, 2])))
     with pytest.raises(FormatError, match=r"row 1, layer 2: expert -1 is outside 0\.\.7"):
-        import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", facts=E8)
+        import_vllm([save(tmp_path / "r.json", response)], tmp_path / "t", E8)
 
 
 @pytest.mark.parametrize(
-    ("second", "facts", "message"),
+    ("second", "options", "message"),
     [
-        (vllm(picks(5, layers=4)), E8, "line 2, choice 0: 4 layers, top-2, but the first answer has 3 and top-2"),
+        (vllm(picks(5, layers=4)), E8, "line 2, choice 0: 4 layers, top-2, but the first response has 3 and top-2"),
         (vllm(picks(5, k=3)), E8, "3 layers, top-3"),
         (vllm(picks(5, dense=0)), E8, "row 0: layer 0 has picks, but is dense .*were taken to be 1-2"),
-        (vllm(), model_facts(num_experts=8, num_layers=4), "3 hidden layers, but the config or a flag says 4"),
-        (vllm(), model_facts(num_experts=8, top_k=4), "2 picks per token, but the config or a flag says 4"),
+        (
+            vllm(),
+            ImportOptions(facts=model_facts(num_experts=8, num_layers=4)),
+            "3 hidden layers, but the config or a flag says 4",
+        ),
+        (
+            vllm(),
+            ImportOptions(facts=model_facts(num_experts=8, top_k=4)),
+            "2 picks per token, but the config or a flag says 4",
+        ),
     ],
 )
 def test_responses_that_do_not_belong_together(
-    tmp_path: Path, second: dict[str, Any], facts: ModelFacts, message: str
+    tmp_path: Path, second: dict[str, Any], options: ImportOptions, message: str
 ) -> None:
     with pytest.raises(FormatError, match=message):
-        import_vllm([save(tmp_path / "r.jsonl", vllm(), second)], tmp_path / "t", facts=facts)
+        import_vllm([save(tmp_path / "r.jsonl", vllm(), second)], tmp_path / "t", options)
     assert not (tmp_path / "t").exists()
 
 
@@ -213,12 +223,12 @@ def test_responses_that_do_not_belong_together(
 def test_files_that_are_no_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "r.json").write_bytes(content)
     with pytest.raises(FormatError, match=r"r\.json"):
-        import_vllm([tmp_path / "r.json"], tmp_path / "t", facts=E8)
+        import_vllm([tmp_path / "r.json"], tmp_path / "t", E8)
 
 
 def test_a_later_line_that_is_cut_off_names_itself(tmp_path: Path) -> None:
     path = save(tmp_path / "r.jsonl", vllm(), vllm())
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(FormatError, match=r"r.jsonl, line 2: is not whole JSON .*; the file may be cut off"):
-        import_vllm([path], tmp_path / "t", facts=E8)
+        import_vllm([path], tmp_path / "t", E8)
     assert not (tmp_path / "t").exists()

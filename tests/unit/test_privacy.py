@@ -12,6 +12,7 @@ import pytest
 
 from moeplan.cli.app import run
 from moeplan.errors import MoeplanError
+from moeplan.importers.options import ImportOptions
 from moeplan.importers.trace import import_trace
 from moeplan.planning import Options, Problem, read_requests, solve
 from moeplan.profile import Skipped, profile
@@ -121,7 +122,7 @@ def test_wilson_by_hand() -> None:
 
 def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     full = make(tmp_path / "full", domains="aab", own=False)
-    sums = import_trace(full, tmp_path / "sums", RetentionPolicy(aggregate=4))
+    sums = import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=4)))
     assert (len(sums.requests), sums.left_over) == (22, 2)
     whole, less = count(full), count(sums)
     np.testing.assert_array_equal(less.prefill[0], whole.prefill[[0, 1, 3, 4]].sum(axis=0))
@@ -157,7 +158,7 @@ def problem_of(requests: Any) -> Problem:
 
 def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = make(tmp_path / "full", requests=40)
-    import_trace(full, tmp_path / "sums", RetentionPolicy(aggregate=3))
+    import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=3)))
     trace, plan, where = str(tmp_path / "sums"), str(tmp_path / "plan"), ["--nodes", "2", "--gpus-per-node", "2"]
     assert run(["profile", trace, "-o", str(tmp_path / "page.html")]) == 0
     assert "What the stored rows give away" in capsys.readouterr().out
@@ -191,12 +192,16 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
 def test_maverick_before_and_after(shared: Path, tmp_path: Path) -> None:
     from moeplan.importers.arrays import import_arrays
 
-    full = import_arrays(shared / "traces" / "maverick-mmlu.npz", tmp_path / "full", without_layers=[45])
+    full = import_arrays(
+        shared / "traces" / "maverick-mmlu.npz", tmp_path / "full", ImportOptions(without_layers=(45,))
+    )
     before = privacy(count(full), np.arange(23))
     link = before.link
     assert isinstance(link, Link)
     assert link.by_routing[0] > 0.9 and link.by_routing[3] < 0.6 and link.by_text[3] > 0.95  # docs/guides/profile.md
-    after = measured_sums(import_trace(full, tmp_path / "sums", RetentionPolicy(aggregate=8)))
+    after = measured_sums(
+        import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=8)))
+    )
     assert isinstance(after.link, Skipped)
 
 

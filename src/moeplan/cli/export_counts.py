@@ -54,7 +54,7 @@ def from_counts(
     best, linear = found[1], found[0]
     layers, experts = counts.counts.shape
     lines = [
-        f"{source}: {layers} layers x {experts} experts, {int(counts.counts.sum())} picks ({counts.stage}); on {nodes} "
+        f"{source}: {layers} layers x {experts} experts, {int(counts.counts.sum())} picks ({counts.phase}); on {nodes} "
         f"nodes x {gpus_per_node} GPUs, {redundant} redundant slots, copies chosen as {engine} does ({rule.value})"
     ]
     lines += [f"note: {note}" for note in counts.source.get("notes", ())]
@@ -92,7 +92,7 @@ def from_counts(
 
 def _read(source: str) -> CountsProfile:
     """Counts from a JSON of SGLang's, or from a counts profile; layers without a pick are left out as dense."""
-    from moeplan.importers.engine_counts import read_logical_count
+    from moeplan.importers.logical_count import read_logical_count
     from moeplan.trace.counts import read_counts
 
     path = Path(source)

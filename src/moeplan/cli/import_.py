@@ -58,13 +58,14 @@ def arrays(
 ) -> None:
     """An .npz with experts, request_offsets, prefill_lengths, domain, layer_ids, num_experts."""
     from moeplan.importers.arrays import import_arrays
+    from moeplan.importers.options import ImportOptions
     from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    dropped = parse_layers(without_layers)
+    options = ImportOptions(extras=extras, without_layers=parse_layers(without_layers))
     with progress("importing requests") as tick:
-        trace = import_arrays(source, output, extras=extras, without_layers=dropped, progress=tick)
+        trace = import_arrays(source, output, options, progress=tick)
     _report(trace, json)
 
 
@@ -84,21 +85,16 @@ def expert_selection(
 ) -> None:
     """JSON files, one request each: a list of steps, each a map from layer to [tokens][k]."""
     from moeplan.importers.expert_selection import import_expert_selection
+    from moeplan.importers.options import ImportOptions
+    from moeplan.model.facts import model_facts
     from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
+    facts = model_facts(num_experts=num_experts)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    dropped = parse_layers(without_layers)
+    options = ImportOptions(facts, extras, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing files") as tick:
-        trace = import_expert_selection(
-            sources,
-            output,
-            num_experts=num_experts,
-            extras=extras,
-            domain=domain,
-            without_layers=dropped,
-            progress=tick,
-        )
+        trace = import_expert_selection(sources, output, options, progress=tick)
     _report(trace, json)
 
 
@@ -118,21 +114,16 @@ def moe_beyond(
 ) -> None:
     """CSV files of prompts: Layer ID, Batch Number, Token, Activated Expert IDs (the token's text is dropped)."""
     from moeplan.importers.moe_beyond import import_moe_beyond
+    from moeplan.importers.options import ImportOptions
+    from moeplan.model.facts import model_facts
     from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
+    facts = model_facts(num_experts=num_experts)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    dropped = parse_layers(without_layers)
+    options = ImportOptions(facts, extras, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing files") as tick:
-        trace = import_moe_beyond(
-            sources,
-            output,
-            num_experts=num_experts,
-            extras=extras,
-            domain=domain,
-            without_layers=dropped,
-            progress=tick,
-        )
+        trace = import_moe_beyond(sources, output, options, progress=tick)
     _report(trace, json)
 
 
@@ -146,16 +137,19 @@ def of_trace(
     without_layers: WithoutLayers = "",
     json: JsonOption = None,
 ) -> None:
-    """A trace into one that gives less away: without short requests, or sums in place of token rows."""
+    """A trace into one that leaks less: without short requests, or sums in place of token rows."""
+    from moeplan.importers.options import ImportOptions
     from moeplan.importers.trace import import_trace
-    from moeplan.trace import open_trace
     from moeplan.trace.retention import RetentionPolicy
 
     claim_stdout(json)
-    keep = RetentionPolicy(min_tokens, aggregate)
-    opened = open_trace(source, without_layers=parse_layers(without_layers))
+    options = ImportOptions(
+        domain=domain,
+        without_layers=parse_layers(without_layers),
+        retention=RetentionPolicy(min_tokens, aggregate),
+    )
     with progress("copying requests") as tick:
-        made = import_trace(opened, output, keep, domain=domain, progress=tick)
+        made = import_trace(source, output, options, progress=tick)
     _report(made, json)
 
 

@@ -71,6 +71,7 @@ def vllm(
     json: JsonOption = None,
 ) -> None:
     """Stored responses of vLLM with routed_experts, JSON or JSONL."""
+    from moeplan.importers.options import ImportOptions
     from moeplan.importers.vllm_responses import import_vllm
     from moeplan.model.overrides import ModelExtras
 
@@ -78,19 +79,9 @@ def vllm(
     dense = dense_layers_of(dense_layers)
     facts = _facts(config, num_experts, dense_layers=dense)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    dropped = parse_layers(without_layers)
+    options = ImportOptions(facts, extras, dense, domain, parse_layers(without_layers))
     with progress("importing responses") as tick:
-        trace = import_vllm(
-            sources,
-            output,
-            facts=facts,
-            extras=extras,
-            start=start,
-            dense_layers=dense,
-            domain=domain,
-            without_layers=dropped,
-            progress=tick,
-        )
+        trace = import_vllm(sources, output, options, start=start, progress=tick)
     _report_trace(trace, json)
 
 
@@ -113,6 +104,7 @@ def sglang(
     json: JsonOption = None,
 ) -> None:
     """Stored responses of SGLang with routed_experts, JSON or JSONL."""
+    from moeplan.importers.options import ImportOptions
     from moeplan.importers.sglang_responses import import_sglang
     from moeplan.model.overrides import ModelExtras
 
@@ -120,19 +112,9 @@ def sglang(
     dense = dense_layers_of(dense_layers)
     facts = _facts(config, num_experts, num_layers, top_k, dense)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    dropped = parse_layers(without_layers)
+    options = ImportOptions(facts, extras, dense, domain, parse_layers(without_layers))
     with progress("importing responses") as tick:
-        trace = import_sglang(
-            sources,
-            output,
-            facts=facts,
-            extras=extras,
-            start=start,
-            dense_layers=dense,
-            domain=domain,
-            without_layers=dropped,
-            progress=tick,
-        )
+        trace = import_sglang(sources, output, options, start=start, progress=tick)
     _report_trace(trace, json)
 
 
@@ -154,25 +136,16 @@ def sglang_recorder(
     json: JsonOption = None,
 ) -> None:
     """Dumps (.pt) of SGLang's expert recorder: stat and per_pass become counts, per_token a trace if it can."""
-    from moeplan.importers.sglang_recorder import import_recorder
+    from moeplan.importers.options import ImportOptions
+    from moeplan.importers.sglang_recorder import import_sglang_recorder
     from moeplan.model.overrides import ModelExtras
     from moeplan.trace.counts import CountsProfile
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    dropped = parse_layers(without_layers)
+    options = ImportOptions(_facts(config), extras, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing dumps") as tick:
-        made = import_recorder(
-            sources,
-            output,
-            facts=_facts(config),
-            extras=extras,
-            counts=counts,
-            stage=_stage(stage),
-            domain=domain,
-            without_layers=dropped,
-            progress=tick,
-        )
+        made = import_sglang_recorder(sources, output, options, counts=counts, phase=_stage(stage), progress=tick)
     if isinstance(made, CountsProfile):
         _report_counts(made, json)
     else:
@@ -195,15 +168,15 @@ def megatron(
 ) -> None:
     """Router traces (.jsonl) of Megatron-LM; a step becomes a pseudo-request."""
     from moeplan.importers.megatron import import_megatron
+    from moeplan.importers.options import ImportOptions
     from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
     extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
     facts, dropped = _facts(config, num_experts), parse_layers(without_layers)
+    options = ImportOptions(facts, extras, domain=domain, without_layers=dropped)
     with progress("importing files") as tick:
-        trace = import_megatron(
-            sources, output, facts=facts, extras=extras, domain=domain, without_layers=dropped, progress=tick
-        )
+        trace = import_megatron(sources, output, options, progress=tick)
     _report_trace(trace, json)
 
 
@@ -215,10 +188,13 @@ def tensorrt_llm(
     json: JsonOption = None,
 ) -> None:
     """Expert statistics of TensorRT-LLM: counts, not a trace."""
-    from moeplan.importers.engine_counts import import_tensorrt_llm
+    from moeplan.importers.options import ImportOptions
+    from moeplan.importers.tensorrt_llm import import_tensorrt_llm
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
-    _report_counts(import_tensorrt_llm(folder, output, stage=_stage(stage), name=name), json)
+    options = ImportOptions(extras=ModelExtras(name))
+    _report_counts(import_tensorrt_llm(folder, output, options, phase=_stage(stage)), json)
 
 
 def logical_count(
@@ -230,10 +206,13 @@ def logical_count(
     json: JsonOption = None,
 ) -> None:
     """SGLang's logical_count JSON: counts, not a trace."""
-    from moeplan.importers.engine_counts import import_logical_count
+    from moeplan.importers.logical_count import import_logical_count
+    from moeplan.importers.options import ImportOptions
+    from moeplan.model.overrides import ModelExtras
 
     claim_stdout(json)
-    _report_counts(import_logical_count(source, output, stage=_stage(stage), name=name, top_k=top_k), json)
+    options = ImportOptions(_facts(None, top_k=top_k), ModelExtras(name))
+    _report_counts(import_logical_count(source, output, options, phase=_stage(stage)), json)
 
 
 def counts_summary(profile: CountsProfile) -> dict[str, Any]:
@@ -248,7 +227,7 @@ def counts_summary(profile: CountsProfile) -> dict[str, Any]:
         "layer_ids": list(profile.layer_ids),
         "experts": profile.counts.shape[1],
         "top_k": profile.top_k,
-        "stage": profile.stage,
+        "stage": profile.phase,
         "picks": int(profile.counts.sum()),
         "imbalance": [float(factor) for factor in factors],
         "mean_imbalance": float(factors.mean()),
@@ -281,10 +260,10 @@ def dense_layers_of(text: str | None) -> tuple[int, ...] | None:
 
 
 def _stage(text: str) -> str:
-    from moeplan.trace.counts import STAGES
+    from moeplan.trace.counts import COUNTED_PHASES
 
-    if text not in STAGES:
-        raise UsageError(f"--stage {text!r} is no stage", hint=f"choose one of {', '.join(STAGES)}")
+    if text not in COUNTED_PHASES:
+        raise UsageError(f"--stage {text!r} is no stage", hint=f"choose one of {', '.join(COUNTED_PHASES)}")
     return text
 
 

@@ -7,19 +7,18 @@ Arrays: `experts` unsigned [T, L, k] (a request's prefill rows before its decode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError
+from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.io.npz import Npz, open_npz
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
-from moeplan.trace.format import UNKNOWN, layers_kept
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.writer import TraceWriter
+from moeplan.trace.format import UNKNOWN, Request
+from moeplan.trace.reader import Trace
 
 __all__ = ["import_arrays"]
 
@@ -27,21 +26,16 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def import_arrays(
-    source: Path,
-    out: Path,
-    *,
-    extras: ModelExtras | None = None,
-    without_layers: Sequence[int] = (),
-    progress: Progress = silent,
+    source: Path, out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
 ) -> Trace:
     """Turn an .npz into a trace, one request in memory at a time.
 
     Raises:
-        FormatError: a cut-off or ill-formed file, offsets that go back, an id >= num_experts.
-        UsageError: a layer in `without_layers` that the file does not have.
+        FormatError: a truncated or malformed file, offsets that decrease, an id >= num_experts.
+        UsageError: a layer to leave out that the file does not have.
         OutputError: `out` exists or cannot be written.
     """
-    extras = extras or ModelExtras()
+    options = options or ImportOptions()
     with open_npz(source) as npz, npz.stream("experts", kinds="iu", ndim=3) as experts:
         tokens, layers, top_k = experts.shape
         offsets = _read_offsets(npz, tokens)
@@ -50,30 +44,27 @@ def import_arrays(
         layer_ids = npz.small("layer_ids", kinds="iu", ndim=1) if "layer_ids" in npz.names else np.arange(layers)
         if len(layer_ids) != layers:
             raise FormatError(f"{len(layer_ids)} layer_ids for {layers} layers of experts", where=str(source))
-        stored = extras.shape(
+        shape = options.shape(
             name=str(npz.small("model", kinds="U", ndim=0)) if "model" in npz.names else source.stem,
             num_experts=int(npz.small("num_experts", kinds="iu", ndim=0)),
             top_k=top_k,
             layer_ids=[int(i) for i in layer_ids],
             where=str(source),
         )
-        shape, keep = layers_kept(stored, without_layers)
-        with TraceWriter(out, shape, source={"import": "arrays", "file": source.name}) as writer:
-            for request, (rows, length) in enumerate(zip(np.diff(offsets), prefill, strict=True)):
-                picks = experts.take(int(rows))
-                writer.add(
-                    picks if keep is None else picks[:, keep],
-                    prefill=int(length),
-                    domain=str(domains[request]),
-                    where=f"{source}, request {request} (from row {offsets[request]})",
-                )
-                progress(request + 1, len(prefill), str(domains[request]))
+
+        def requests() -> Iterator[Request]:
+            for number, (rows, length) in enumerate(zip(np.diff(offsets), prefill, strict=True)):
+                domain = str(domains[number]) if options.domain is None else options.domain
+                where = f"{source}, request {number} (from row {offsets[number]})"
+                yield Request(experts.take(int(rows)), int(length), domain, where=where)
+                progress(number + 1, len(prefill), domain)
             experts.finish()
-    return open_trace(out)
+
+        return write_trace(out, shape, requests(), options, {"import": "arrays", "file": source.name})
 
 
 def _read_offsets(npz: Npz, tokens: int) -> Int64Array:
-    """int64 [R + 1], rising from 0 to the number of rows."""
+    """int64 [R + 1], increasing from 0 to the number of rows."""
     where = f"{npz.path}, array request_offsets"
     offsets = npz.small("request_offsets", kinds="iu", ndim=1).astype(np.int64)
     if len(offsets) < 2 or tokens == 0:
@@ -83,11 +74,11 @@ def _read_offsets(npz: Npz, tokens: int) -> Int64Array:
     falling = np.diff(offsets) < 1
     if falling.any():
         request = int(np.argmax(falling))
-        what = "go back" if offsets[request + 1] < offsets[request] else "leave no row"
+        what = "decrease" if offsets[request + 1] < offsets[request] else "leave no row"
         raise FormatError(
             f"{what} at request {request}: {offsets[request]} to {offsets[request + 1]}",
             where=where,
-            hint="offsets must rise",
+            hint="offsets must increase",
         )
     return offsets
 

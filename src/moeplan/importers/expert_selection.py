@@ -6,22 +6,21 @@ text) to [tokens][k] expert ids, or to null where the layer is dense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.errors import FormatError, UsageError
-from moeplan.importers.sources import domain_of
+from moeplan.errors import FormatError
+from moeplan.importers.options import ImportOptions, write_trace
+from moeplan.importers.sources import source_files
 from moeplan.io.files import read_json
-from moeplan.io.npz import source_files
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
-from moeplan.trace.format import layers_kept
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.writer import TraceWriter
+from moeplan.trace.format import Request
+from moeplan.trace.reader import Trace
 
 __all__ = ["import_expert_selection"]
 
@@ -32,37 +31,24 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def import_expert_selection(
-    sources: Sequence[Path],
-    out: Path,
-    *,
-    num_experts: int | None,
-    extras: ModelExtras | None = None,
-    domain: str | None = None,
-    without_layers: Sequence[int] = (),
-    progress: Progress = silent,
+    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
 ) -> Trace:
     """Turn JSON files (or folders of them), one request each, into a trace.
 
-    Args:
-        num_experts: E; the files do not say it.
-        domain: the label of every request; by default the file's name up to its trailing number.
+    The files do not hold the number of experts: `options` must.
 
     Raises:
-        UsageError: no `num_experts`, or a layer in `without_layers` that is not there.
-        FormatError: a file that is cut off, nested without end, ragged, or differs from the first in layers or k.
+        UsageError: no number of experts, or a layer to leave out that is not there.
+        FormatError: a file that is truncated, nested too deeply, ragged, or differs from the first in layers or k.
     """
-    if num_experts is None:
-        raise UsageError("the JSON does not say how many experts a layer has", hint="give --num-experts, e.g. 128")
-    extras = extras or ModelExtras()
+    options = options or ImportOptions()
     files = source_files(sources, ".json")
-    layers, first, prefill = _read_request(files[0])
-    stored = extras.shape(name="", num_experts=num_experts, top_k=first.shape[2], layer_ids=layers, where=str(files[0]))
-    shape, keep = layers_kept(stored, without_layers)
-    with TraceWriter(out, shape, source={"import": "expert-selection", "files": len(files)}) as writer:
-        for done, path in enumerate(files):
-            found, picks = layers, first
-            if done:
-                found, picks, prefill = _read_request(path)
+    first = layers, picks, _ = _read_request(files[0])
+    shape = options.shape(top_k=picks.shape[2], layer_ids=layers, where=str(files[0]))
+
+    def requests() -> Iterator[Request]:
+        for done, (path, item) in enumerate(zip(files, chain([first], map(_read_request, files[1:])), strict=True)):
+            found, picks, prefill = item
             if found != layers or picks.shape[2] != shape.top_k:
                 raise FormatError(
                     f"{len(found)} MoE layers and top-{picks.shape[2]}, but {files[0].name} has"
@@ -70,14 +56,10 @@ def import_expert_selection(
                     where=str(path),
                     hint="import different models into different traces",
                 )
-            writer.add(
-                picks if keep is None else picks[:, keep],
-                prefill=prefill,
-                domain=domain_of(path) if domain is None else domain,
-                where=str(path),
-            )
+            yield Request(picks, prefill, options.label(path), where=str(path))
             progress(done + 1, len(files), path.name)
-    return open_trace(out)
+
+    return write_trace(out, shape, requests(), options, {"import": "expert-selection", "files": len(files)})
 
 
 def _read_request(path: Path) -> tuple[list[int], Int64Array, int]:

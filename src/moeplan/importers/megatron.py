@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError
+from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
-from moeplan.importers.sources import domain_of
+from moeplan.importers.sources import source_files
 from moeplan.io.jsonl import json_lines, whole
-from moeplan.io.npz import source_files
-from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
-from moeplan.trace.format import UNKNOWN, layer_spans, layers_kept
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.writer import TraceWriter
+from moeplan.trace.format import UNKNOWN, Request, layer_spans
+from moeplan.trace.reader import Trace
 
 __all__ = ["import_megatron"]
 
 #: One line holds one layer's picks of one step: a million tokens of top-8 are below this.
 MAX_LINE_BYTES = 64 * 1024 * 1024
 
-PSEUDO = (
+PSEUDO_REQUESTS = (
     "Megatron records no request ids: each step of each rank is one pseudo-request of unknown phase, so that groups,"
     " signatures and phases mean nothing on this trace; load and co-activation do"
 )
@@ -50,61 +48,44 @@ class _Step:
 
 
 def import_megatron(
-    sources: Sequence[Path],
-    out: Path,
-    *,
-    facts: ModelFacts,
-    extras: ModelExtras | None = None,
-    domain: str | None = None,
-    without_layers: Sequence[int] = (),
-    progress: Progress = silent,
+    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
 ) -> Trace:
     """Turn router traces, one file per rank, into a trace of pseudo-requests.
 
-    Args:
-        facts: the number of experts at least; k and, from a config, the number of layers are checked against it.
+    `options` must give the number of experts; k and, from a config, the number of layers are checked against it.
 
     Raises:
         UsageError: no number of experts.
-        FormatError: a line that is cut off or ragged, a step without a layer that others have, steps of another k.
+        FormatError: a line that is truncated or ragged, a step without a layer that others have, steps of another k.
     """
-    files = source_files(sources, ".jsonl")
+    options = options or ImportOptions()
+    files, facts = source_files(sources, ".jsonl"), options.facts
     num_experts = facts.need_experts(str(files[0]))
-    notes: dict[str, None] = {PSEUDO: None}
+    notes: dict[str, None] = {PSEUDO_REQUESTS: None}
     steps = _all_steps(files, notes)
     first = next(steps, None)
     if first is None:
         raise FormatError("holds no decoder line", where=str(files[0]), hint="check how it was recorded")
-    layers, picks = sorted(first[1].layers), _stack(first[1], sorted(first[1].layers), facts.top_k)
+    layers = sorted(first[1].layers)
+    top_k = _stack(first[1], layers, facts.top_k).shape[2]
     if facts.moe_layers is not None and len(layers) != len(facts.moe_layers):
         raise FormatError(
             f"has {len(layers)} decoder layers, the config {len(facts.moe_layers)} MoE layers",
             where=first[1].where,
-            hint="the file may be cut off; for one pipeline stage, give --num-experts instead of --config",
+            hint="the file may be truncated; for one pipeline stage, give --num-experts instead of --config",
         )
-    stored = facts.add_to(extras or ModelExtras()).shape(
-        name="", num_experts=num_experts, top_k=picks.shape[2], layer_ids=layers, where=str(files[0])
-    )
-    shape, keep = layers_kept(stored, without_layers)
+    shape = options.shape(top_k=top_k, layer_ids=layers, where=str(files[0]))
     source: dict[str, Any] = {"import": "megatron", "files": len(files), "notes": []}
-    with TraceWriter(out, shape, source=source) as writer:
-        for index, step in _chain(first, steps):
-            block = _stack(step, layers, shape.top_k)
-            checked = check_picks(block, range(len(layers)), num_experts, step.where, layer_ids=layers)
-            writer.add(
-                checked if keep is None else checked[:, keep],
-                prefill=UNKNOWN,
-                domain=domain_of(files[index]) if domain is None else domain,
-                where=step.where,
-            )
+
+    def requests() -> Iterator[Request]:
+        for index, step in chain([first], steps):
+            block = _stack(step, layers, top_k)
+            picks = check_picks(block, range(len(layers)), num_experts, step.where, layer_ids=layers)
+            yield Request(picks, UNKNOWN, options.label(files[index]), where=step.where)
             progress(index + 1, len(files), files[index].name)
         source["notes"] += list(notes)
-    return open_trace(out)
 
-
-def _chain(first: tuple[int, _Step], rest: Iterator[tuple[int, _Step]]) -> Iterator[tuple[int, _Step]]:
-    yield first
-    yield from rest
+    return write_trace(out, shape, requests(), options, source)
 
 
 def _all_steps(files: Sequence[Path], notes: dict[str, None]) -> Iterator[tuple[int, _Step]]:

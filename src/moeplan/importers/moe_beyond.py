@@ -9,20 +9,19 @@ from __future__ import annotations
 import csv
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.errors import FormatError, UsageError
-from moeplan.importers.sources import domain_of
-from moeplan.io.npz import source_files
+from moeplan.errors import FormatError
+from moeplan.importers.options import ImportOptions, write_trace
+from moeplan.importers.sources import source_files
 from moeplan.io.paths import check_input
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
-from moeplan.trace.format import layers_kept
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.writer import TraceWriter
+from moeplan.trace.format import Request
+from moeplan.trace.reader import Trace
 
 __all__ = ["import_moe_beyond"]
 
@@ -36,49 +35,34 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def import_moe_beyond(
-    sources: Sequence[Path],
-    out: Path,
-    *,
-    num_experts: int | None,
-    extras: ModelExtras | None = None,
-    domain: str | None = None,
-    without_layers: Sequence[int] = (),
-    progress: Progress = silent,
+    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
 ) -> Trace:
-    """Turn CSV files (or folders of them) into a trace; the arguments are those of `import_expert_selection`.
+    """Turn CSV files (or folders of them) into a trace; the files do not hold the number of experts: `options` must.
 
     Raises:
-        UsageError: no `num_experts`, or a layer in `without_layers` that is not there.
-        FormatError: a file that is cut off, ragged, or differs from the first in layers or k.
+        UsageError: no number of experts, or a layer to leave out that is not there.
+        FormatError: a file that is truncated, ragged, or differs from the first in layers or k.
     """
-    if num_experts is None:
-        raise UsageError("the CSV does not say how many experts a layer has", hint="give --num-experts, e.g. 64")
-    extras = extras or ModelExtras()
+    options = options or ImportOptions()
     files = source_files(sources, ".csv")
-    layers, first = _read_file(files[0])
-    stored = extras.shape(
-        name="", num_experts=num_experts, top_k=first[0].shape[2], layer_ids=layers, where=str(files[0])
-    )
-    shape, keep = layers_kept(stored, without_layers)
-    with TraceWriter(out, shape, source={"import": "moe-beyond", "files": len(files)}) as writer:
-        for done, path in enumerate(files):
-            found, requests = _read_file(path) if done else (layers, first)
-            if found != layers or requests[0].shape[2] != shape.top_k:
+    first = layers, picks = _read_file(files[0])
+    shape = options.shape(top_k=picks[0].shape[2], layer_ids=layers, where=str(files[0]))
+
+    def requests() -> Iterator[Request]:
+        for done, (path, item) in enumerate(zip(files, chain([first], map(_read_file, files[1:])), strict=True)):
+            found, batches = item
+            if found != layers or batches[0].shape[2] != shape.top_k:
                 raise FormatError(
-                    f"{len(found)} layers and top-{requests[0].shape[2]}, but {files[0].name} has"
+                    f"{len(found)} layers and top-{batches[0].shape[2]}, but {files[0].name} has"
                     f" {len(layers)} layers and top-{shape.top_k}",
                     where=str(path),
-                    hint="the file may be cut off, or be of another model",
+                    hint="the file may be truncated, or of another model",
                 )
-            for picks in requests:
-                writer.add(
-                    picks if keep is None else picks[:, keep],
-                    prefill=len(picks),
-                    domain=domain_of(path) if domain is None else domain,
-                    where=str(path),
-                )
+            for picks in batches:
+                yield Request(picks, len(picks), options.label(path), where=str(path))
             progress(done + 1, len(files), path.name)
-    return open_trace(out)
+
+    return write_trace(out, shape, requests(), options, {"import": "moe-beyond", "files": len(files)})
 
 
 def _read_file(path: Path) -> tuple[list[int], list[Int64Array]]:

@@ -11,6 +11,7 @@ import binascii
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,25 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, UsageError
-from moeplan.importers.sources import domain_of
-from moeplan.io.npz import _read_header, source_files
+from moeplan.importers.options import ImportOptions, write_trace
+from moeplan.io.npz import read_npy_header
 from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress
-from moeplan.trace.format import UNKNOWN, layer_spans, layers_kept
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.writer import TraceWriter
+from moeplan.trace.format import UNKNOWN, Request, layer_spans
+from moeplan.trace.reader import Trace
 from moeplan.types import MAX_K, MAX_LAYERS, ModelShape
 
 __all__ = [
     "EngineResponse",
-    "Layout",
     "Picks",
+    "ResponseLayout",
     "check_picks",
     "decode_npy",
     "decode_raw",
     "from_base64",
-    "moe_layers_of",
+    "infer_moe_layers",
     "place_rows",
-    "response_files",
-    "write_answers",
+    "write_responses",
 ]
 
 Picks = npt.NDArray[np.integer[Any]]
@@ -69,15 +67,6 @@ class EngineResponse:
     dp_rank: int | None = None
 
 
-def response_files(sources: Sequence[Path]) -> list[Path]:
-    """The files named, and the .json or, where there are some, .jsonl files of the folders named."""
-    found: list[Path] = []
-    for source in sources:
-        lines = source.is_dir() and any(path.suffix.lower() == ".jsonl" for path in source.iterdir())
-        found += source_files([source], ".jsonl" if lines else ".json")
-    return found
-
-
 def from_base64(text: Any, where: str) -> bytes:
     """Decode base64 text strictly: a character outside its alphabet is an error, not skipped."""
     if not isinstance(text, str):
@@ -91,7 +80,7 @@ def from_base64(text: Any, where: str) -> bytes:
 def decode_npy(data: bytes, where: str) -> Picks:
     """Integers [rows, layers, k] of a .npy file in memory; pickled objects are refused, as is a header that lies."""
     file = io.BytesIO(data)
-    shape, dtype = _read_header(file, where)
+    shape, dtype = read_npy_header(file, where)
     return decode_raw(data[file.tell() :], shape, dtype, where)
 
 
@@ -132,7 +121,7 @@ def place_rows(
     if completion is None:
         if rows < prompt - asked:
             raise FormatError(
-                f"{rows} rows are fewer than the prompt's {prompt - asked}", where=where, hint=_start_mend(rows, prompt)
+                f"{rows} rows are fewer than the prompt's {prompt - asked}", where=where, hint=_start_hint(rows, prompt)
             )
         return prompt - asked, asked
     expected = max(prompt + completion - 1, 0)
@@ -145,18 +134,20 @@ def place_rows(
             f"{rows} rows, but {prompt} prompt and {completion} completion tokens make {expected - asked}"
             f" (the last sampled token has none{f', and the first {asked} were not asked for' if asked else ''})",
             where=where,
-            hint=_start_mend(rows, expected),
+            hint=_start_hint(rows, expected),
         )
     return min(prompt - start, rows), start
 
 
-def _start_mend(rows: int, expected: int) -> str:
+def _start_hint(rows: int, expected: int) -> str:
     if rows < expected:
         return f"if the request asked for a start length, give it: --start {expected - rows}; else record it again"
     return "check that the response is of this model and whole"
 
 
-def moe_layers_of(picks: Picks, facts: ModelFacts, dense_layers: Sequence[int] | None, where: str) -> tuple[int, ...]:
+def infer_moe_layers(
+    picks: Picks, facts: ModelFacts, dense_layers: Sequence[int] | None, where: str
+) -> tuple[int, ...]:
     """The MoE layers of a recording, from its first answer: flag or config first, else the rows that are all zeros.
 
     k > 1 identical ids are no top-k row, so zeros mean a dense layer. With k = 1, expert 0 looks the same: then only a
@@ -230,95 +221,77 @@ def check_picks(
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the first answer of a recording says all of them look.
+class ResponseLayout:
+    """The shape that the first response of a recording has, and all others must have.
 
     Attributes:
         shape: the model; its layers are those with experts.
-        form: (hidden layers, k) of every answer.
+        picks: (hidden layers, k) of every response.
     """
 
     shape: ModelShape
-    form: tuple[int, int]
+    picks: tuple[int, int]
 
     @classmethod
-    def of(
-        cls, first: EngineResponse, facts: ModelFacts, extras: ModelExtras, dense_layers: Sequence[int] | None
-    ) -> Layout:
-        """Raises UsageError or FormatError where flags, config and answer leave something open or contradict."""
-        num_experts = facts.need_experts(first.where)
+    def infer(cls, first: EngineResponse, options: ImportOptions) -> ResponseLayout:
+        """Raises UsageError or FormatError where flags, config and response leave something open or contradict."""
+        options.facts.need_experts(first.where)
         _, layers, k = first.picks.shape
-        shape = facts.add_to(extras).shape(
-            name=first.model,
-            num_experts=num_experts,
-            top_k=k,
-            layer_ids=moe_layers_of(first.picks, facts, dense_layers, first.where),
-            where=first.where,
-        )
+        moe_layers = infer_moe_layers(first.picks, options.facts, options.dense_layers, first.where)
+        shape = options.shape(top_k=k, layer_ids=moe_layers, where=first.where, name=first.model)
         return cls(shape, (layers, k))
 
-    def picks_of(self, answer: EngineResponse) -> Picks:
-        """Integers [rows, L, k] of an answer, dense layers dropped; raises FormatError where it looks otherwise."""
-        if answer.picks.shape[1:] != self.form:
+    def moe_picks(self, response: EngineResponse) -> Picks:
+        """Integers [rows, L, k] of a response, dense layers dropped; raises FormatError where its shape differs."""
+        if response.picks.shape[1:] != self.picks:
             raise FormatError(
-                f"{answer.picks.shape[1]} layers, top-{answer.picks.shape[2]}, but the first answer has"
-                f" {self.form[0]} and top-{self.form[1]}",
-                where=answer.where,
+                f"{response.picks.shape[1]} layers, top-{response.picks.shape[2]}, but the first response has"
+                f" {self.picks[0]} and top-{self.picks[1]}",
+                where=response.where,
                 hint="record different models into different traces",
             )
-        return check_picks(answer.picks, self.shape.layer_ids, self.shape.num_experts, answer.where)
+        return check_picks(response.picks, self.shape.layer_ids, self.shape.num_experts, response.where)
 
 
-def write_answers(
+def write_responses(
     files: Sequence[Path],
-    answers: Iterable[tuple[int, EngineResponse]],
+    responses: Iterable[tuple[int, EngineResponse]],
     out: Path,
-    *,
-    facts: ModelFacts,
-    extras: ModelExtras,
+    options: ImportOptions,
     source: dict[str, Any],
     notes: dict[str, None],
-    dense_layers: Sequence[int] | None,
-    domain: str | None,
-    without_layers: Sequence[int],
     progress: Progress,
 ) -> Trace:
-    """Write answers, (index into `files`, answer) each, as the requests of a trace; `source` gains the notes."""
-    stream = _with_rows(iter(answers), notes)
+    """Write responses, (index into `files`, response) each, as the requests of a trace, and the notes as its source."""
+    stream = _with_rows(responses, notes)
     first = next(stream, None)
     if first is None:
-        raise FormatError("holds no answer with a row", where=str(files[0]), hint="check how it was recorded")
-    layout = Layout.of(first[1], facts, extras, dense_layers)
-    shape, keep = layers_kept(layout.shape, without_layers)
-    source = {**source, "notes": []}
-    with TraceWriter(out, shape, source=source) as writer:
-        for index, answer in _chain(first, stream):
-            picks = layout.picks_of(answer)
-            writer.add(
-                picks if keep is None else picks[:, keep],
-                prefill=answer.prefill,
-                domain=domain_of(files[index]) if domain is None else domain,
-                positions=np.arange(answer.start, answer.start + len(picks)),
-                dp_rank=answer.dp_rank,
-                where=answer.where,
+        raise FormatError("holds no response with a row", where=str(files[0]), hint="check how it was recorded")
+    layout = ResponseLayout.infer(first[1], options)
+    source["notes"] = []
+
+    def requests() -> Iterator[Request]:
+        for index, response in chain([first], stream):
+            picks = layout.moe_picks(response)
+            yield Request(
+                picks,
+                response.prefill,
+                options.label(files[index]),
+                positions=np.arange(response.start, response.start + len(picks)),
+                dp_rank=response.dp_rank,
+                where=response.where,
             )
             progress(index + 1, len(files), files[index].name)
         source["notes"] += list(notes)
-    return open_trace(out)
+
+    return write_trace(out, layout.shape, requests(), options, source)
 
 
 def _with_rows(
-    answers: Iterator[tuple[int, EngineResponse]], notes: dict[str, None]
+    responses: Iterable[tuple[int, EngineResponse]], notes: dict[str, None]
 ) -> Iterator[tuple[int, EngineResponse]]:
-    for index, answer in answers:
-        if len(answer.picks):
-            yield index, answer
+    for index, response in responses:
+        if len(response.picks):
+            yield index, response
         else:
-            notes["answers without a row (their start length leaves none) were left out"] = None
-
-
-def _chain(
-    first: tuple[int, EngineResponse], rest: Iterator[tuple[int, EngineResponse]]
-) -> Iterator[tuple[int, EngineResponse]]:
-    yield first
-    yield from rest
+            notes["responses without a row (their start length leaves none) were left out"] = None

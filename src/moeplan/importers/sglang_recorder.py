@@ -1,14 +1,14 @@
 """Importer of dumps of SGLang's ExpertDistributionRecorder (0.5.23, srt/eplb/expert_distribution.py).
 
 `stat` and `per_pass` are counts: they become a counts profile. `per_token` has a row per token but no request ids: its
-requests are rebuilt (`rebuild.py`) or it is refused, and `counts=True` counts it. Its ids are physical slots, mapped
-back with `last_physical_to_logical_map`; its width is always 8, padded with -1. `input_ids` are not looked at, nor is
+requests are rebuilt (`sglang_requests.py`) or it is refused, and `counts=True` counts it. Its ids are physical slots,
+mapped back with `last_physical_to_logical_map`; its width is always 8, padded with -1. `input_ids` is not read, nor is
 `misc_objects`, one list that all records share, so that every record shows the last pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, UsageError
-from moeplan.importers.engine_counts import same_tokens
+from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
-from moeplan.importers.sglang_requests import COUNTS_MEND, Pass, rebuild
-from moeplan.importers.sources import domain_of
+from moeplan.importers.sglang_requests import COUNTS_HINT, Pass, rebuild
+from moeplan.importers.sources import source_files
 from moeplan.io.jsonl import whole
-from moeplan.io.npz import source_files
 from moeplan.io.torch import integers, load_pt
-from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
-from moeplan.trace.counts import CountsProfile, make_counts, write_counts
-from moeplan.trace.format import layers_kept
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.writer import TraceWriter
+from moeplan.trace.counts import CountsProfile, equal_ranks_notes, make_counts, write_counts
+from moeplan.trace.format import Request
+from moeplan.trace.reader import Trace
 from moeplan.types import MAX_EXPERTS
 
-__all__ = ["import_recorder"]
+__all__ = ["import_sglang_recorder"]
 
 EXTEND, DECODE, IDLE = 1, 2, 4  # srt/model_executor/forward_batch_info.py, ForwardMode
 
@@ -60,50 +56,47 @@ class _Dump:
         return int(self.slots.max()) + 1
 
 
-def import_recorder(
+def import_sglang_recorder(
     sources: Sequence[Path],
     out: Path,
+    options: ImportOptions | None = None,
     *,
-    facts: ModelFacts | None = None,
-    extras: ModelExtras | None = None,
     counts: bool = False,
-    stage: str = "unknown",
-    domain: str | None = None,
-    without_layers: Sequence[int] = (),
+    phase: str = "unknown",
     progress: Progress = silent,
 ) -> Trace | CountsProfile:
     """Turn the dumps of one recording, a file per rank, into a trace (`per_token`) or a counts profile.
 
     Args:
         counts: make a counts profile of `per_token` as well.
-        stage: what a counts profile counted, where the dump does not say it.
+        phase: what was counted, where the dump does not say it.
 
     Raises:
         UsageError: torch is missing; options for a trace on a dump of counts.
-        FormatError: a file that is cut off or no dump, ranks that do not belong together, requests that cannot be
+        FormatError: a file that is truncated or no dump, ranks that do not belong together, requests that cannot be
             rebuilt.
     """
-    files, facts, extras = source_files(sources, ".pt"), facts or ModelFacts(), extras or ModelExtras()
+    files, options = source_files(sources, ".pt"), options or ImportOptions()
     loaded = [(path, load_pt(path)) for path in files]
     kinds = {_kind(data, path) for path, data in loaded}
     if len(kinds) > 1:
         raise FormatError(f"dumps of {' and '.join(sorted(kinds))}", where=str(files[0].parent), hint="give one kind")
     kind = kinds.pop()
-    if kind != "per_token" and (domain is not None or without_layers):
+    if kind != "per_token" and (options.domain is not None or options.without_layers):
         raise UsageError(
             f"a {kind} dump is counts without requests: --domain and --without-layers have no meaning",
             where=str(files[0]),
         )
     if kind == "stat":
-        return write_counts(_count_stat(loaded, extras.name or "", facts, stage), out)
+        return write_counts(_count_stat(loaded, options, phase), out)
     dumps = [_dump(data, path) for path, data in loaded]
     _check_ranks(dumps)
     if kind == "per_pass":
-        return write_counts(_count_passes(dumps, extras.name or "", facts, stage), out)
+        return write_counts(_count_passes(dumps, options, phase), out)
     ranks = [_read_tokens(dump) for dump in dumps]
     if counts:
-        return write_counts(_count_tokens(dumps, ranks, extras.name or ""), out)
-    return _write_requests(dumps, ranks, out, facts, extras, domain, without_layers, progress)
+        return write_counts(_count_tokens(dumps, ranks, options), out)
+    return _write_requests(dumps, ranks, out, options, progress)
 
 
 def _kind(data: dict[str, Any], path: Path) -> str:
@@ -157,9 +150,7 @@ def _check_ranks(dumps: Sequence[_Dump]) -> None:
 # --- counts ---------------------------------------------------------------------------------------------------------
 
 
-def _count_stat(
-    loaded: Sequence[tuple[Path, dict[str, Any]]], name: str, facts: ModelFacts, stage: str
-) -> CountsProfile:
+def _count_stat(loaded: Sequence[tuple[Path, dict[str, Any]]], options: ImportOptions, phase: str) -> CountsProfile:
     if len(loaded) > 1:
         raise UsageError(
             f"{len(loaded)} stat dumps are {len(loaded)} recordings: rank 0 writes one for all ranks",
@@ -167,8 +158,9 @@ def _count_stat(
         )
     path, data = loaded[0]
     passes = integers(data["logical_count"], 3, "logical_count", f"{path}")
-    if facts.num_experts is not None and passes.shape[2] != facts.num_experts:
-        raise FormatError(f"counts {passes.shape[2]} experts, expected {facts.num_experts}", where=str(path))
+    expected = options.facts.num_experts
+    if expected is not None and passes.shape[2] != expected:
+        raise FormatError(f"counts {passes.shape[2]} experts, expected {expected}", where=str(path))
     if passes.size and not (int(passes.min()) >= 0 and int(passes.max()) < MAX_COUNT):
         raise FormatError("logical_count holds a count that is negative or too large", where=str(path))
     notes = []
@@ -177,11 +169,11 @@ def _count_stat(
             f"all {len(passes)} passes of the buffer are used: if it was full, earlier ones (such as prefill) are lost"
         )
     source = {"import": "sglang-recorder", "kind": "stat", "file": path.name, "passes": len(passes), "notes": notes}
-    totals = passes.sum(axis=0)
-    return make_counts(totals, where=str(path), source=source, name=name, top_k=facts.top_k, stage=stage)
+    name, top_k = options.extras.name or "", options.facts.top_k
+    return make_counts(passes.sum(axis=0), where=str(path), source=source, name=name, top_k=top_k, phase=phase)
 
 
-def _count_passes(dumps: Sequence[_Dump], name: str, facts: ModelFacts, stage: str) -> CountsProfile:
+def _count_passes(dumps: Sequence[_Dump], options: ImportOptions, phase: str) -> CountsProfile:
     per_rank = []
     for dump in dumps:
         physical = np.zeros(dump.slots.shape, np.int64)
@@ -195,11 +187,11 @@ def _count_passes(dumps: Sequence[_Dump], name: str, facts: ModelFacts, stage: s
                 )
             physical += found
         per_rank.append(_to_logical(physical, dump))
-    return _profile(dumps, per_rank, "per_pass", name, facts.top_k, stage)
+    return _profile(dumps, per_rank, "per_pass", options, options.facts.top_k, phase)
 
 
 def _count_tokens(
-    dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]], name: str
+    dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]], options: ImportOptions
 ) -> CountsProfile:
     per_rank, modes = [], set()
     for dump, (passes, picks, moe_layers) in zip(dumps, ranks, strict=True):
@@ -208,20 +200,23 @@ def _count_tokens(
             totals[layer] = np.bincount(picks[:, column].reshape(-1), minlength=dump.num_experts)
         per_rank.append(totals)
         modes |= {"decode" if step.lengths is None else "prefill" for step in passes}
-    stage = modes.pop() if len(modes) == 1 else "mixed"
-    return _profile(dumps, per_rank, "per_token", name, ranks[0][1].shape[2], stage)
+    phase = modes.pop() if len(modes) == 1 else "mixed"
+    return _profile(dumps, per_rank, "per_token", options, ranks[0][1].shape[2], phase)
 
 
 def _profile(
-    dumps: Sequence[_Dump], per_rank: Sequence[Int64Array], kind: str, name: str, top_k: int | None, stage: str
+    dumps: Sequence[_Dump],
+    per_rank: Sequence[Int64Array],
+    kind: str,
+    options: ImportOptions,
+    top_k: int | None,
+    phase: str,
 ) -> CountsProfile:
-    notes = [REBALANCED]
-    if len(dumps) > 1 and all((own == per_rank[0]).all() for own in per_rank):
-        notes.append(same_tokens(len(dumps)))
+    notes = [REBALANCED, *equal_ranks_notes(per_rank)]
     passes = max(len(dump.records) for dump in dumps)
     source = {"import": "sglang-recorder", "kind": kind, "files": len(dumps), "passes": passes, "notes": notes}
-    totals = np.sum(per_rank, axis=0)
-    return make_counts(totals, where=str(dumps[0].path), source=source, name=name, top_k=top_k, stage=stage)
+    totals, where, name = np.sum(per_rank, axis=0), str(dumps[0].path), options.extras.name or ""
+    return make_counts(totals, where=where, source=source, name=name, top_k=top_k, phase=phase)
 
 
 def _to_logical(physical: Int64Array, dump: _Dump) -> Int64Array:
@@ -318,29 +313,19 @@ def _write_requests(
     dumps: Sequence[_Dump],
     ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]],
     out: Path,
-    facts: ModelFacts,
-    extras: ModelExtras,
-    domain: str | None,
-    without_layers: Sequence[int],
+    options: ImportOptions,
     progress: Progress,
 ) -> Trace:
     _refuse_same_tokens(dumps, ranks)
     experts, (_, first, moe_layers) = dumps[0].num_experts, ranks[0]
-    for label, found, known in (
-        ("experts", experts, facts.num_experts),
-        ("picks per token", first.shape[2], facts.top_k),
-    ):
-        if known is not None and known != found:
-            raise FormatError(f"has {found} {label}, but the config or a flag says {known}", where=str(dumps[0].path))
+    top_k = first.shape[2]
+    shape = options.shape(num_experts=experts, top_k=top_k, layer_ids=moe_layers, where=str(dumps[0].path))
     owners = [rebuild(passes) for passes, _, _ in ranks]
-    stored = facts.add_to(extras).shape(
-        name="", num_experts=experts, top_k=first.shape[2], layer_ids=moe_layers, where=str(dumps[0].path)
-    )
-    shape, keep = layers_kept(stored, without_layers)
     source = {"import": "sglang-recorder", "kind": "per_token", "files": len(dumps), "notes": [REBUILT, REBALANCED]}
-    with TraceWriter(out, shape, source=source) as writer:
+
+    def requests() -> Iterator[Request]:
         for done, (dump, (passes, picks, layers), owner) in enumerate(zip(dumps, ranks, owners, strict=True)):
-            if layers != moe_layers or picks.shape[2] != shape.top_k:
+            if layers != moe_layers or picks.shape[2] != top_k:
                 raise FormatError(f"has other MoE layers or another k than {dumps[0].path.name}", where=str(dump.path))
             positions = np.concatenate([step.positions for step in passes])
             order = np.argsort(owner.request, kind="stable")  # a request's rows, in the order of the passes
@@ -348,15 +333,11 @@ def _write_requests(
             for request, rows in enumerate(np.split(order, ends[:-1])):
                 where = f"{dump.path}, request {request}"
                 checked = check_picks(picks[rows], range(len(layers)), experts, where, layer_ids=layers)
-                writer.add(
-                    checked if keep is None else checked[:, keep],
-                    prefill=int(owner.prefill[request]),
-                    domain=domain_of(dump.path) if domain is None else domain,
-                    positions=positions[rows],
-                    where=where,
-                )
+                prefill, domain = int(owner.prefill[request]), options.label(dump.path)
+                yield Request(checked, prefill, domain, positions=positions[rows], where=where)
             progress(done + 1, len(dumps), dump.path.name)
-    return open_trace(out)
+
+    return write_trace(out, shape, requests(), options, source)
 
 
 def _refuse_same_tokens(dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]]) -> None:
@@ -367,5 +348,5 @@ def _refuse_same_tokens(dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass]
             raise FormatError(
                 f"holds the same tokens as {dumps[0].path.name} (attention without data parallelism)",
                 where=str(dump.path),
-                hint=f"give the file of one rank only; {COUNTS_MEND}",
+                hint=f"give the file of one rank only; {COUNTS_HINT}",
             )

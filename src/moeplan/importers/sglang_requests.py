@@ -21,7 +21,7 @@ __all__ = ["Owners", "Pass", "rebuild"]
 
 Int64Array = npt.NDArray[np.int64]
 
-COUNTS_MEND = "its counts can still be had: --counts"
+COUNTS_HINT = "its counts can still be imported: --counts"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _starts(step: Pass) -> Int64Array:
     first = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     starts = positions[first]
     if (positions != np.repeat(starts - first, lengths) + np.arange(len(positions))).any():
-        raise FormatError("positions inside a prompt are not consecutive", where=step.where, hint=COUNTS_MEND)
+        raise FormatError("positions inside a prompt are not consecutive", where=step.where, hint=COUNTS_HINT)
     return starts
 
 
@@ -102,7 +102,7 @@ def _refuse_chunks(live: Int64Array, starts: Int64Array, step: Pass) -> None:
             f"prompt tokens from position {unclear[0]} may continue a chunked prompt or follow a cached prefix:"
             " the record holds no request ids",
             where=step.where,
-            hint=f"record with --chunked-prefill-size -1 and --disable-radix-cache; {COUNTS_MEND}",
+            hint=f"record with --chunked-prefill-size -1 and --disable-radix-cache; {COUNTS_HINT}",
         )
 
 
@@ -121,7 +121,7 @@ def _match(waiting: Int64Array, step: Pass) -> Int64Array:
         raise FormatError(
             f"decode tokens {what} continue no request of this recording: their prompt or an earlier step is missing",
             where=step.where,
-            hint=f"start the recording before the first request and stop it after the last; {COUNTS_MEND}",
+            hint=f"start the recording before the first request and stop it after the last; {COUNTS_HINT}",
         )
     right = _leftmost(waiting[::-1], positions[::-1])
     assert right is not None  # a choice from the left exists
@@ -131,7 +131,7 @@ def _match(waiting: Int64Array, step: Pass) -> Int64Array:
             f"the decode token at position {positions[token]} may belong to several requests of the same length:"
             " the record holds no request ids",
             where=step.where,
-            hint=f"record per request with --enable-return-routed-experts; {COUNTS_MEND}",
+            hint=f"record per request with --enable-return-routed-experts; {COUNTS_HINT}",
         )
     return left
 

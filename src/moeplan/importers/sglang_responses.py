@@ -14,23 +14,22 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import FormatError, UsageError
+from moeplan.importers.options import ImportOptions
 from moeplan.importers.routed_experts import (
     EngineResponse,
     Picks,
     decode_raw,
     from_base64,
     place_rows,
-    response_files,
-    write_answers,
+    write_responses,
 )
+from moeplan.importers.sources import response_files
 from moeplan.io.jsonl import json_objects, whole
-from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
 
-__all__ = ["decode_routed_experts", "import_sglang", "read_response"]
+__all__ = ["decode_routed_experts", "import_sglang", "picks_shape", "read_response"]
 
 _ASK = 'start the server with --enable-return-routed-experts (requests must carry "return_routed_experts": true)'
 _UNKNOWN_PHASES = "some responses do not say how long the prompt was: their phases are unknown"
@@ -39,46 +38,43 @@ _UNKNOWN_PHASES = "some responses do not say how long the prompt was: their phas
 def import_sglang(
     sources: Sequence[Path],
     out: Path,
+    options: ImportOptions | None = None,
     *,
-    facts: ModelFacts,
-    extras: ModelExtras | None = None,
     start: int = 0,
-    dense_layers: Sequence[int] | None = None,
-    domain: str | None = None,
-    without_layers: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Trace:
     """Turn stored responses, JSON or JSON lines, into a trace, one request each.
 
+    `options` must give experts, hidden layers and k: the responses hold none of them.
+
     Args:
-        facts: experts, hidden layers and k, all three: the responses say none of them.
-        start: `routed_experts_start_len` of the requests; the responses do not say it.
-        dense_layers: hidden layers without experts; needed for top-1 without a config.
+        start: `routed_experts_start_len` of the requests; the responses do not hold it.
 
     Raises:
         UsageError: a part of the shape is not known; top-1 without knowledge of dense layers.
-        FormatError: a response that is cut off, has no picks, or whose rows do not fit its own counts of tokens.
+        FormatError: a response that is truncated, has no picks, or whose rows do not fit its own counts of tokens.
     """
-    if facts.num_layers is None or facts.top_k is None:
+    options = options or ImportOptions()
+    form = picks_shape(options)
+    files, notes = response_files(sources), dict[str, None]()
+    source: dict[str, Any] = {"import": "sglang", "files": len(files)}
+    return write_responses(files, _read(files, form, start, notes), out, options, source, notes, progress)
+
+
+def picks_shape(options: ImportOptions, where: str | None = None) -> tuple[int, int]:
+    """(hidden layers, k), which SGLang's responses do not hold.
+
+    Raises:
+        UsageError: one of them is not known.
+    """
+    layers, top_k = options.facts.num_layers, options.facts.top_k
+    if layers is None or top_k is None:
         raise UsageError(
             "SGLang sends picks without their shape",
-            hint="give --config config.json, or --num-layers (dense ones included) and --top-k",
+            where=where,
+            hint="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
         )
-    files = response_files(sources)
-    notes: dict[str, None] = {}
-    return write_answers(
-        files,
-        _read(files, (facts.num_layers, facts.top_k), start, notes),
-        out,
-        facts=facts,
-        extras=extras or ModelExtras(),
-        source={"import": "sglang", "files": len(files)},
-        notes=notes,
-        dense_layers=dense_layers,
-        domain=domain,
-        without_layers=without_layers,
-        progress=progress,
-    )
+    return layers, top_k
 
 
 def decode_routed_experts(text: Any, layers: int, top_k: int, where: str) -> Picks:

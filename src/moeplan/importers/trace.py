@@ -1,54 +1,58 @@
-"""From a trace to one that gives less away."""
+"""From a trace to one that leaks less: fewer requests, fewer layers, or sums in place of token rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.progress import Progress, silent
+from moeplan.trace.format import Request
 from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.retention import RetentionPolicy
 
 __all__ = ["import_trace"]
 
 
 def import_trace(
-    trace: Trace, out: Path, keep: RetentionPolicy, *, domain: str | None = None, progress: Progress = silent
+    source: str | Path, out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
 ) -> Trace:
-    """Copy a trace, less what `keep` leaves out; one part is in memory at a time.
-
-    Args:
-        trace: with token rows; layers that it was opened without are left out for good.
-        domain: one label for all requests; None leaves each its own.
-        progress: called after each request.
+    """Copy a trace with token rows, less what `options` leaves out; one part is in memory at a time.
 
     Raises:
-        UsageError: the trace is of sums already, or no domain has as many requests as a sum takes.
-        FormatError: a part that is not what it should be, or no request that is long enough.
+        UsageError: the trace is aggregated already, or no domain has as many requests as a sum takes.
+        FormatError: a part that is damaged, or no request that is long enough.
         OutputError: `out` exists or cannot be written.
     """
-    requests = trace.requests
-    labels = [requests.domains[d] if domain is None else domain for d in requests.domain]
-    keep.check(labels)
-    weights = trace.has_weights and keep.aggregate is None
+    options = options or ImportOptions()
+    trace = open_trace(source, without_layers=options.without_layers)
+    table, aggregate = trace.requests, options.retention.aggregate
+    labels = [table.domains[d] if options.domain is None else options.domain for d in table.domain]
+    options.retention.check(labels)
+    weights = trace.has_weights and aggregate is None
     parts = trace.parts(weights=weights, positions=True)
-    source = {"import": "trace", "of": trace.source, **keep.source()}
+    described: dict[str, Any] = {"import": "trace", "of": trace.source}
     if not trace.complete:
-        source["notes"] = ["of a recording that was cut off"]
-    with keep.writer(out, trace.shape, source=source, synthetic=trace.synthetic, weights=weights) as writer:
+        described["notes"] = ["of a recording that was interrupted"]
+
+    def requests() -> Iterator[Request]:
         for rows in parts:
             for number, (start, stop) in enumerate(pairwise(rows.offsets), rows.first):
-                arrival, rank = requests.arrival[number], int(requests.dp_rank[number])
-                writer.add(
+                arrival, rank = table.arrival[number], int(table.dp_rank[number])
+                yield Request(
                     rows.experts[start:stop],
-                    prefill=int(requests.prefill[number]),
-                    domain=labels[number],
+                    int(table.prefill[number]),
+                    labels[number],
                     arrival=None if np.isnan(arrival) else float(arrival),
                     positions=None if rows.positions is None else rows.positions[start:stop],
                     weights=None if rows.weights is None else rows.weights[start:stop],
                     dp_rank=None if rank < 0 else rank,
                 )
-                progress(number + 1, len(requests), labels[number])
-    return open_trace(out)
+                progress(number + 1, len(table), labels[number])
+
+    copied = replace(options, without_layers=())
+    return write_trace(out, trace.shape, requests(), copied, described, synthetic=trace.synthetic, weights=weights)

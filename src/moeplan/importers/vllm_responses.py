@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import FormatError
+from moeplan.importers.options import ImportOptions
 from moeplan.importers.routed_experts import (
     EngineResponse,
     Picks,
@@ -21,12 +22,10 @@ from moeplan.importers.routed_experts import (
     decode_raw,
     from_base64,
     place_rows,
-    response_files,
-    write_answers,
+    write_responses,
 )
+from moeplan.importers.sources import response_files
 from moeplan.io.jsonl import json_objects, whole
-from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
@@ -40,41 +39,25 @@ _UNKNOWN_PHASES = "some responses do not say how long a choice's prompt was: its
 def import_vllm(
     sources: Sequence[Path],
     out: Path,
+    options: ImportOptions | None = None,
     *,
-    facts: ModelFacts,
-    extras: ModelExtras | None = None,
     start: int = 0,
-    dense_layers: Sequence[int] | None = None,
-    domain: str | None = None,
-    without_layers: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Trace:
     """Turn stored responses, JSON or JSON lines, into a trace; every choice is a request.
 
+    `options` must give the number of experts; layers and k are checked against it.
+
     Args:
-        facts: the number of experts at least; layers and k are checked against it.
-        start: `routed_experts_prompt_start` of the requests; the .npy form does not say it.
-        dense_layers: hidden layers without experts; needed for top-1 without a config.
+        start: `routed_experts_prompt_start` of the requests; the .npy form does not hold it.
 
     Raises:
         UsageError: no number of experts; top-1 without knowledge of dense layers.
-        FormatError: a response that is cut off, has no picks, or whose rows do not fit its own counts of tokens.
+        FormatError: a response that is truncated, has no picks, or whose rows do not fit its own counts of tokens.
     """
-    files = response_files(sources)
-    notes: dict[str, None] = {}
-    return write_answers(
-        files,
-        _read(files, start, notes),
-        out,
-        facts=facts,
-        extras=extras or ModelExtras(),
-        source={"import": "vllm", "files": len(files)},
-        notes=notes,
-        dense_layers=dense_layers,
-        domain=domain,
-        without_layers=without_layers,
-        progress=progress,
-    )
+    files, notes = response_files(sources), dict[str, None]()
+    source: dict[str, Any] = {"import": "vllm", "files": len(files)}
+    return write_responses(files, _read(files, start, notes), out, options or ImportOptions(), source, notes, progress)
 
 
 def decode_routed_experts(value: Any, where: str) -> tuple[Picks, int | None]:

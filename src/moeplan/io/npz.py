@@ -7,11 +7,10 @@ objects are refused, and the one large array is streamed, so that a zip bomb can
 from __future__ import annotations
 
 import contextlib
-import re
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from moeplan.errors import FormatError
 from moeplan.io.paths import check_input
 
-__all__ = ["ArrayStream", "Npz", "open_npz", "source_files"]
+__all__ = ["ArrayStream", "Npz", "open_npz", "read_npy_header"]
 
 #: Largest array that is read whole (offsets, lengths, labels), and largest block of a streamed one, in bytes.
 MAX_SMALL_BYTES = 256 * 1024 * 1024
@@ -99,7 +98,7 @@ class Npz:
         with _reading(where):
             file = self._archive.open(f"{name}.npy")
         with file:
-            shape, dtype = _read_header(file, where)
+            shape, dtype = read_npy_header(file, where)
             if dtype.kind not in kinds or len(shape) != ndim:
                 raise FormatError(
                     f"is {dtype} of {len(shape)} dimensions, expected {_kind_names(kinds)} of {ndim}", where=where
@@ -132,8 +131,12 @@ def _reading(where: str) -> Iterator[None]:
         raise FormatError(f"is not a whole .npz ({str(error)[:100]})", where=where, hint=_CUT_OFF) from None
 
 
-def _read_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of a .npy; NumPy's parser evaluates literals only, and its length is bounded here."""
+def read_npy_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of the .npy that a file is at; NumPy's parser evaluates literals only, and its length is bounded.
+
+    Raises:
+        FormatError: no header, one that is truncated, or an array of objects or in column order.
+    """
     with _reading(where):
         try:
             version = np.lib.format.read_magic(file)
@@ -153,24 +156,3 @@ def _read_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype
 
 def _kind_names(kinds: str) -> str:
     return {"iu": "whole numbers", "U": "text"}.get(kinds, kinds)
-
-
-def source_files(sources: Sequence[Path], suffix: str) -> list[Path]:
-    """The files named, and those with `suffix` in the folders named; in the order of the numbers in their names."""
-    found: list[Path] = []
-    for source in sources:
-        if source.is_dir():
-            inside = [path for path in source.iterdir() if path.suffix.lower() == suffix and path.is_file()]
-            if not inside:
-                raise FormatError(f"holds no {suffix} file", where=str(source), hint="check the folder")
-            found += sorted(inside, key=_natural)
-        elif source.exists():
-            found.append(source)
-        else:
-            raise FormatError("does not exist", where=str(source), hint="check the path")
-    return found
-
-
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key under which req-9 comes before req-10."""
-    return [(0, int(t), "") if t.isascii() and t.isdigit() else (1, 0, t) for t in re.split(r"([0-9]+)", path.name)]

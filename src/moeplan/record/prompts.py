@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeplan.errors import FormatError, UsageError
-from moeplan.importers.sources import domain_of
+from moeplan.importers.sources import domain_of, natural_order
 from moeplan.io.paths import open_input
 
 __all__ = ["Prompt", "prompts_digest", "read_prompts"]
@@ -131,12 +130,7 @@ def _inside(folder: Path) -> list[Path]:
         raise FormatError(f"cannot be read ({error.strerror})", where=str(folder), hint="check the path") from None
     folders = [p for p in names if p.is_dir()]
     files = [p for p in names if _is_prompts(p)]
-    return sorted(folders) + sorted(files, key=_natural)
-
-
-def _natural(path: Path) -> str:
-    """Sort key under which 9.txt comes before 10.txt."""
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(12), path.name)
+    return sorted(folders) + sorted(files, key=natural_order)
 
 
 def _is_prompts(path: Path) -> bool:

@@ -19,7 +19,8 @@ from typing import Any, Protocol, TypeGuard, TypeVar
 import numpy as np
 
 from moeplan.errors import FormatError, ServerError, UsageError
-from moeplan.importers.routed_experts import EngineResponse, Layout
+from moeplan.importers.options import ImportOptions
+from moeplan.importers.routed_experts import EngineResponse, ResponseLayout
 from moeplan.model.facts import ModelFacts
 from moeplan.model.overrides import ModelExtras
 from moeplan.progress import Progress, silent
@@ -146,7 +147,8 @@ def record_served(
 
     extras = extras or ModelExtras()
     named = replace(extras, name=_plain_name(model) if extras.name is None else extras.name)
-    layout = Layout.of(ask(0, new=1), facts, named, dense_layers)
+    known = ImportOptions(facts, named, None if dense_layers is None else tuple(dense_layers))
+    layout = ResponseLayout.infer(ask(0, new=1), known)
     source = {**engine.source, **_source(model, prompts, options), **keep.source()}
     begun = resume and (out / JSON_NAME).exists()
     if begun and finished(out, source, layout.shape):
@@ -167,7 +169,7 @@ def record_served(
             for number, answer in zip(numbers, answers, strict=True):
                 prompt = prompts[number]
                 writer.add(
-                    layout.picks_of(answer),
+                    layout.moe_picks(answer),
                     prefill=answer.prefill,
                     domain=prompt.domain,
                     arrival=prompt.arrival,

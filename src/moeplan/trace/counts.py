@@ -9,6 +9,7 @@ trace would add exactly that.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256 as digest
 from pathlib import Path
@@ -19,17 +20,25 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError, MoeplanError, OutputError
 from moeplan.io.files import atomic_path, read_json, write_json
-from moeplan.io.npz import _read_header
+from moeplan.io.npz import read_npy_header
 from moeplan.io.paths import check_input
 from moeplan.trace.format import layer_spans
 from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS
 
-__all__ = ["STAGES", "WITHOUT_REQUESTS", "CountsProfile", "make_counts", "read_counts", "write_counts"]
+__all__ = [
+    "COUNTED_PHASES",
+    "WITHOUT_REQUESTS",
+    "CountsProfile",
+    "equal_ranks_notes",
+    "make_counts",
+    "read_counts",
+    "write_counts",
+]
 
 FORMAT, VERSION = "moeplan-counts", 1
 JSON_NAME, ARRAY_NAME = "counts.json", "counts.npy"
-#: Which rows were counted: one phase, both, or nobody knows.
-STAGES = ("prefill", "decode", "mixed", "unknown")
+#: Which rows were counted: those of one phase, of both, or not known.
+COUNTED_PHASES = ("prefill", "decode", "mixed", "unknown")
 #: Far above any model (DeepSeek-V3: 15 Ki), far below what would exhaust memory.
 MAX_CELLS = 16 * 1024 * 1024
 
@@ -51,7 +60,7 @@ class CountsProfile:
         layer_ids: the model's own index of each layer, rising, length L.
         name: the model's name, or "".
         top_k: k, None when unknown.
-        stage: one of `STAGES`.
+        phase: one of `COUNTED_PHASES`.
         source: how it came about, plain values; `notes` in it are lines for the reader.
         path: where it lies.
     """
@@ -60,7 +69,7 @@ class CountsProfile:
     layer_ids: tuple[int, ...]
     name: str = ""
     top_k: int | None = None
-    stage: str = "unknown"
+    phase: str = "unknown"
     source: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
 
@@ -70,8 +79,8 @@ class CountsProfile:
             b <= a for a, b in zip(self.layer_ids, self.layer_ids[1:], strict=False)
         ):
             raise FormatError(f"{len(self.layer_ids)} layer ids for {layers} layers, or they do not rise")
-        if self.stage not in STAGES:
-            raise FormatError(f"stage {self.stage[:20]!r} is none of {', '.join(STAGES)}")
+        if self.phase not in COUNTED_PHASES:
+            raise FormatError(f"phase {self.phase[:20]!r} is not one of {', '.join(COUNTED_PHASES)}")
         if self.top_k is not None and not 1 <= self.top_k <= min(experts, MAX_K):
             raise FormatError(f"top-{self.top_k} of {experts} experts is impossible")
         empty = np.flatnonzero(~self.counts.any(axis=1))
@@ -84,6 +93,14 @@ class CountsProfile:
         return digest(np.ascontiguousarray(self.counts, "<u8").tobytes()).hexdigest()
 
 
+def equal_ranks_notes(per_rank: Sequence[npt.NDArray[np.int64]]) -> list[str]:
+    """A warning where several ranks counted the same: without data-parallel attention each rank counts all tokens."""
+    ranks = len(per_rank)
+    if ranks < 2 or not all(np.array_equal(own, per_rank[0]) for own in per_rank):
+        return []
+    return [f"all {ranks} ranks counted the same: likely the same tokens, so that totals are {ranks} times too large"]
+
+
 def make_counts(
     totals: npt.NDArray[Any],
     *,
@@ -92,7 +109,7 @@ def make_counts(
     layer_ids: tuple[int, ...] | None = None,
     name: str = "",
     top_k: int | None = None,
-    stage: str = "unknown",
+    phase: str = "unknown",
 ) -> CountsProfile:
     """A profile from totals [hidden layers, E], dense layers (all zeros) left out and what looks odd noted.
 
@@ -129,7 +146,7 @@ def make_counts(
             layer_ids=tuple(ids[i] for i in used),
             name=name,
             top_k=top_k,
-            stage=stage,
+            phase=phase,
             source={**source, "notes": notes},
         )
     except FormatError as error:
@@ -179,7 +196,7 @@ def _description(profile: CountsProfile) -> dict[str, Any]:
             "top_k": profile.top_k,
             "layer_ids": list(profile.layer_ids),
         },
-        "stage": profile.stage,
+        "stage": profile.phase,
         "source": profile.source,
         "picks": int(profile.counts.sum()),
         "checksum": profile.checksum,
@@ -217,7 +234,7 @@ def read_counts(path: Path) -> CountsProfile:
             layer_ids=tuple(ids),
             name=str(model.get("name", "")),
             top_k=top_k,
-            stage=str(data.get("stage")),
+            phase=str(data.get("stage")),
             source=source,
             path=path,
         )
@@ -241,7 +258,7 @@ def _read_array(path: Path) -> Counts:
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
     file = io.BytesIO(data)
-    shape, dtype = _read_header(file, str(path))
+    shape, dtype = read_npy_header(file, str(path))
     if dtype != np.dtype("<u8") or len(shape) != 2:
         raise FormatError(f"is {dtype} of {len(shape)} dimensions, expected uint64 of 2", where=str(path))
     if len(data) - file.tell() != 8 * shape[0] * shape[1]:

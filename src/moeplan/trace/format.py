@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ __all__ = [
     "REQUESTS_NAME",
     "UNKNOWN",
     "VERSION",
+    "Request",
     "Requests",
     "Rows",
     "layer_spans",
@@ -41,6 +42,32 @@ PHASES = ("prefill", "decode", "unknown")
 UNKNOWN = -1
 
 Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, as it is added to a trace.
+
+    Attributes:
+        experts: integers [rows, L, k], prefill rows first.
+        prefill: how many rows are prefill; `UNKNOWN` (-1) where phases are not known.
+        domain: a label; at most 200 characters.
+        arrival: seconds since any fixed moment.
+        positions: integers [rows], each token's index in its sequence; None for 0, 1, .. (tokens of a cached prefix are
+            absent from a trace, so that the first row may have another index).
+        weights: gate weights, floats [rows, L, k]; None where the trace does not store them.
+        dp_rank: the data-parallel rank that served it, 0 .. 2**31 - 1; None where unknown.
+        where: what an error calls this request (a file and row).
+    """
+
+    experts: npt.NDArray[np.integer[Any]]
+    prefill: int
+    domain: str = ""
+    arrival: float | None = None
+    positions: npt.NDArray[np.integer[Any]] | None = None
+    weights: npt.NDArray[np.floating[Any]] | None = None
+    dp_rank: int | None = None
+    where: str | None = None
 
 
 @dataclass(frozen=True)

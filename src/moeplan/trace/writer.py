@@ -20,7 +20,7 @@ import numpy.typing as npt
 from moeplan.errors import FormatError, MoeplanError, OutputError
 from moeplan.io.files import atomic_path, sha256, write_json
 from moeplan.trace.columns import token_table
-from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, VERSION
+from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, VERSION, Request
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.resume import Recorded, read_recorded, token_items
 from moeplan.types import ModelShape, expert_dtype
@@ -163,22 +163,17 @@ class TraceWriter:
         dp_rank: int | None = None,
         where: str | None = None,
     ) -> None:
-        """Take in one request; fewer than `min_tokens` rows are checked and dropped.
+        """`add_request(Request(...))`."""
+        self.add_request(Request(experts, prefill, domain, arrival, positions, weights, dp_rank, where))
 
-        Args:
-            experts: integers [rows, L, k], prefill rows first.
-            prefill: how many rows are prefill; `UNKNOWN` (-1) when nobody knows.
-            domain: a label; at most 200 characters.
-            arrival: seconds since any fixed moment.
-            positions: integers [rows], each token's index in its sequence; 0, 1, .. when not given (prefix-cached
-                tokens are absent from a trace, so a recorder that knows better says so).
-            weights: floats [rows, L, k]; needed exactly when the writer stores weights.
-            dp_rank: the data-parallel rank that served it, 0 .. 2**31 - 1, where the engine says so.
-            where: what an error should call this request (a file and row).
+    def add_request(self, request: Request) -> None:
+        """Add one request; one of fewer than `min_tokens` rows is checked and dropped.
 
         Raises:
             FormatError: wrong shape, an id outside 0 .. E - 1, lengths that do not fit.
         """
+        experts, prefill, domain, weights = request.experts, request.prefill, request.domain, request.weights
+        positions, dp_rank, where = request.positions, request.dp_rank, request.where
         where = where or f"request {len(self._rows)}"
         layers, k, count = self.shape.num_layers, self.shape.top_k, self.shape.num_experts
         if experts.ndim != 3 or experts.shape[1:] != (layers, k):
@@ -209,7 +204,9 @@ class TraceWriter:
         if rows < self.min_tokens:
             self._drop(domain)
         else:
-            self._keep(experts.astype(expert_dtype(count)), prefill, domain, arrival, dp_rank, positions, weights)
+            self._keep(
+                experts.astype(expert_dtype(count)), prefill, domain, request.arrival, dp_rank, positions, weights
+            )
 
     def _drop(self, domain: str) -> None:
         self.dropped += 1

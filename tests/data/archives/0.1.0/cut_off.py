@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fake_server import Fake, serve  # tests/fake_server.py of version 0.1.0
+
 from moeplan.cli.app import run
 
 HERE = Path(__file__).parent

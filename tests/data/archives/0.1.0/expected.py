@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from moeplan.plan.store import load_plan
 
 from moeplan.cli.app import run
-from moeplan.plan.store import load_plan
 from moeplan.trace import open_trace
 
 HERE = Path(__file__).parent

@@ -1,4 +1,8 @@
-"""Importers of counts without requests: SGLang's `logical_count` JSON, and TensorRT-LLM's statistics."""
+"""Importer of TensorRT-LLM's expert statistics: counts without requests.
+
+A folder with `meta_info.json` and one `rank{r}.safetensors` per EP rank, with keys "{iteration}_{layer}", int64 [E]
+each (EXPERT_STATISTIC_PATH; tensorrt_llm/_torch/.../expert_statistic.py as of 0fccc5b9).
+"""
 
 from __future__ import annotations
 
@@ -10,67 +14,24 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError
+from moeplan.importers.options import ImportOptions
 from moeplan.io.files import read_json
 from moeplan.io.jsonl import whole
 from moeplan.io.safetensors import read_integer_vectors
-from moeplan.trace.counts import MAX_CELLS, CountsProfile, make_counts, write_counts
+from moeplan.trace.counts import CountsProfile, equal_ranks_notes, make_counts, write_counts
 
-__all__ = ["import_logical_count", "import_tensorrt_llm", "read_logical_count", "same_tokens"]
-
-#: A thousand passes of DeepSeek-V3; parsed JSON takes many times its size in memory.
-MAX_JSON_BYTES = 64 * 1024 * 1024
+__all__ = ["import_tensorrt_llm"]
 
 Int64Array = npt.NDArray[np.int64]
 
 
-def import_logical_count(
-    path: Path, out: Path, *, stage: str = "unknown", name: str | None = None, top_k: int | None = None
+def import_tensorrt_llm(
+    folder: Path, out: Path, options: ImportOptions | None = None, *, phase: str = "unknown"
 ) -> CountsProfile:
-    """`read_logical_count`, written as a counts profile."""
-    return write_counts(read_logical_count(path, stage=stage, name=name, top_k=top_k), out)
-
-
-def read_logical_count(
-    path: Path, *, stage: str = "unknown", name: str | None = None, top_k: int | None = None
-) -> CountsProfile:
-    """SGLang's JSON {"logical_count": [L, E] or [steps, L, E]}, all hidden layers, as counts.
-
-    The same object that `--init-expert-location` takes (SGLang 0.5.23 `srt/eplb/expert_location.py`); dense layers are
-    rows of zeros. What was counted (prefill or decode) it does not say.
+    """A folder of statistics into a counts profile: sums over iterations and ranks.
 
     Raises:
-        FormatError: cut off, ragged, negative, not whole, or nothing counted.
-    """
-    data = read_json(path, max_bytes=MAX_JSON_BYTES)
-    value = data.get("logical_count") if isinstance(data, dict) else None
-    if not isinstance(value, list):
-        raise FormatError('has no list "logical_count"', where=str(path))
-    try:
-        totals = np.array(value)
-    except (ValueError, OverflowError):
-        totals = np.array("")
-    if totals.dtype.kind not in "iuf" or totals.ndim not in (2, 3) or totals.size > MAX_CELLS:
-        raise FormatError(
-            "logical_count is not a table of counts, [layers, experts] or [steps, layers, experts]", where=str(path)
-        )
-    source: dict[str, Any] = {"import": "logical-count", "file": path.name}
-    if totals.ndim == 3:
-        source["steps"] = len(totals)
-        if (totals < 0).any():
-            raise FormatError("holds a negative count", where=str(path))
-        totals = totals.astype(np.float64).sum(axis=0)  # exact below 2**53, and more is refused
-    source["hidden_layers"] = len(totals)
-    return make_counts(totals, where=str(path), source=source, name=name or "", top_k=top_k, stage=stage)
-
-
-def import_tensorrt_llm(folder: Path, out: Path, *, stage: str = "unknown", name: str | None = None) -> CountsProfile:
-    """A folder of TensorRT-LLM statistics into a counts profile: sums over iterations and ranks.
-
-    `meta_info.json` and `rank{r}.safetensors` with keys "{iteration}_{layer}", int64 [E] each, one file per EP rank
-    (EXPERT_STATISTIC_PATH; tensorrt_llm/_torch/.../expert_statistic.py as of 0fccc5b9).
-
-    Raises:
-        FormatError: a rank missing or cut off, ranks that differ in iterations or layers, another number of experts.
+        FormatError: a rank missing or truncated, ranks that differ in iterations or layers, another number of experts.
     """
     meta_path = folder / "meta_info.json"
     meta = read_json(meta_path, max_bytes=1024 * 1024)
@@ -94,28 +55,22 @@ def import_tensorrt_llm(folder: Path, out: Path, *, stage: str = "unknown", name
             own[layers.index(layer)] += counts
         per_rank.append(own)
         totals += own
-    notes = [same_tokens(len(ranks))] if len(ranks) > 1 and all((own == per_rank[0]).all() for own in per_rank) else []
     source: dict[str, Any] = {
         "import": "tensorrt-llm",
         "files": len(files),
         "iterations": [iterations[0], iterations[-1]],
-        "notes": notes,
+        "notes": equal_ranks_notes(per_rank),
     }
     profile = make_counts(
         totals,
         where=str(folder),
         source=source,
         layer_ids=tuple(layers),
-        name=name or "",
+        name=(options or ImportOptions()).extras.name or "",
         top_k=top_k,
-        stage=stage,
+        phase=phase,
     )
     return write_counts(profile, out)
-
-
-def same_tokens(ranks: int) -> str:
-    """The note on ranks whose counts are equal: without data-parallel attention each rank counts all tokens."""
-    return f"all {ranks} ranks counted the same: likely the same tokens, so that totals are {ranks} times too large"
 
 
 def _rank_files(folder: Path) -> list[Path]:
