@@ -21,8 +21,8 @@ from moeplan.perf.constants import Constants, Engine, Generation, constants
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.routing import popular
-from moeplan.perf.serving import Layout
 from moeplan.perf.step import Step
+from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning.strategies.eplb import rebalance
 from time_report import SCORES, Row, percent, scores, signed
 
@@ -53,10 +53,8 @@ ONLINE_BATCH, PREFILL_TOKENS = 88, 16384
 def target_step(name: str, row: dict[str, str], c: Constants | None = None) -> tuple[Step, float]:
     """(the model's step, tokens of it on one GPU) for a published set-up."""
     machine, gpus, redundant, balanced, _ = TARGETS[name]
-    at = Layout(
-        DEEPSEEK, hardware(machine), Parallel(dp=gpus, ep=gpus, redundant=redundant), FP8, overlap=True,
-        gpus_per_node=8, balanced=balanced, c=c,
-    )  # fmt: skip
+    options = StepOptions(overlap=True, gpus_per_node=8, balanced=balanced, constants=c)
+    at = StepModel(DEEPSEEK, hardware(machine), Parallel(dp=gpus, ep=gpus, redundant=redundant), FP8, options)
     context = int(float(row["context"]))
     if row["phase"] == "prefill":
         return at.prefill(PREFILL_TOKENS / context, context), PREFILL_TOKENS
@@ -228,7 +226,7 @@ def implied_share(row: dict[str, str]) -> float:
     return batch * (prompt + output) * 2 * parameters(model(row["model"])).active / life / rate
 
 
-def _tables() -> Iterator[st.ExpectedLoad]:
+def _tables() -> Iterator[st.ServingTable]:
     for system in ("h100_sxm", "h200_sxm", "b200_sxm", "b300_sxm", "gb200", "gb300"):
         for kind, split in (("moe", False), ("moe", True), ("dense", False)):
             table = st.served(system, kind, split)
@@ -273,7 +271,7 @@ def eplb_step(name: str, slots: str, overlap: bool, scale: float = 1.0) -> tuple
     assert DEEPSEEK.moe is not None
     routing = popular(DEEPSEEK.moe, load, place, tokens * gpus, gpus, mode=mode, nodes=nodes, slots_per_gpu=held)
     parallel = Parallel(dp=gpus, ep=gpus, redundant=32)  # as to memory and slots; the loads are those given
-    at = Layout(DEEPSEEK, hardware("h100"), parallel, FP8, overlap=overlap)
+    at = StepModel(DEEPSEEK, hardware("h100"), parallel, FP8, StepOptions(overlap=overlap))
     step = at.decode(256, 2000, routing=routing) if decode else at.prefill(tokens / context, context, routing=routing)
     return float(np.mean(step.seconds)), routing.load_ratio
 
@@ -313,8 +311,9 @@ def eplb() -> list[Row]:
 
 def speed() -> list[Row]:
     """One warm estimate: the best of 5 means of 20."""
-    decode = Layout(DEEPSEEK, hardware("h100"), Parallel(dp=72, ep=72, redundant=32), FP8, overlap=True)
-    llama = Layout(model("Llama-3.1-70B"), hardware("h100"), Parallel(tp=8), FP8)
+    parallel, overlap = Parallel(dp=72, ep=72, redundant=32), StepOptions(overlap=True)
+    decode = StepModel(DEEPSEEK, hardware("h100"), parallel, FP8, overlap)
+    llama = StepModel(model("Llama-3.1-70B"), hardware("h100"), Parallel(tp=8), FP8)
     cases = {
         "DeepSeek-V3 decode, EP 72, two-batch overlap": lambda: decode.decode(128, 4000),
         "DeepSeek-V3 prefill, EP 72, two-batch overlap": lambda: decode.prefill(4, 4096),

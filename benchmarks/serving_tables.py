@@ -21,7 +21,8 @@ from moeplan.model.spec import model
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision
-from moeplan.perf.serving import Layout, Load, Serving, aggregated, disaggregated
+from moeplan.perf.serving import ServingFigures, aggregated, disaggregated
+from moeplan.perf.step_model import StepModel, StepOptions, Workload
 from time_tables import Columns, Table, read
 
 FILES = ("serving_points.csv", "serving_points_dense.csv")
@@ -34,7 +35,7 @@ USABLE = 0.97
 
 
 @dataclass(frozen=True)
-class ExpectedLoad(Table):
+class ServingTable(Table):
     """Serving points of one accelerator; `seconds` is the measured time per output token."""
 
     @property
@@ -43,13 +44,13 @@ class ExpectedLoad(Table):
 
 
 @cache
-def served(system: str, kind: str, experts_split: bool = False) -> ExpectedLoad:
+def served(system: str, kind: str, experts_split: bool = False) -> ServingTable:
     """Points of a system (as the files call it), `moe` or `dense`; those with ep > 1 where `experts_split`."""
     file = FILES[kind == "dense"]
     rows = {name: np.array(["" if v is None else v for v in column.tolist()]) for name, column in strings(file).items()}
     rows["model"] = np.array([NAMES.get(path, path.split("/")[1]) for path in rows["model_path"]])
     ep = np.array([layout(row)[3] for row in each(rows)])
-    table = ExpectedLoad(
+    table = ServingTable(
         "serving", system.split("_")[0], rows, _number(rows["silicon_tpot_ms"]) * 1e-3, ("model",), predict
     )
     return table.where((rows["system"] == system) & ((ep > 1) == experts_split))  # type: ignore[return-value]
@@ -91,15 +92,16 @@ def dtype(row: dict[str, str]) -> str:
     return "bf16" if row["precision"] == "bf16" else DTYPES[mode]
 
 
-def serving(row: dict[str, str], hardware: Hardware, c: Constants) -> Serving:
+def serving(row: dict[str, str], hardware: Hardware, c: Constants) -> ServingFigures:
     """What the model says about a row."""
     spec = model(row["model"])
     tp, dp, _, ep, batch = layout(row)
     wide = dtype(row)
     matrices = "bf16" if wide == "fp4" and spec.attention.kind == "mla" else wide
     kv = "fp8" if row["backend"] == "trtllm" and wide != "bf16" and spec.moe is None else "bf16"
-    at = Layout(spec, hardware, Parallel(tp=tp, dp=dp, ep=ep if spec.moe else 1), Precision(matrices, wide, kv), c=c)
-    load = Load(int(row["isl"]), int(row["osl"]))
+    parallel = Parallel(tp=tp, dp=dp, ep=ep if spec.moe else 1)
+    at = StepModel(spec, hardware, parallel, Precision(matrices, wide, kv), StepOptions(constants=c))
+    load = Workload(int(row["isl"]), int(row["osl"]))
     if row["mode"] == "disagg":
         return disaggregated(at, at, load, batch, usable=USABLE)
     return aggregated(at, load, batch, mixed=row["backend"] != "sglang", usable=USABLE)

@@ -11,8 +11,10 @@ import time
 
 from moeplan.model.spec import model
 from moeplan.perf.hardware import hardware, hardware_names
-from moeplan.perf.sizing import USE_CASES, size
-from moeplan.perf.sweep import precision_of, sweep
+from moeplan.perf.memory import Precision
+from moeplan.perf.sizing import smallest_cluster
+from moeplan.perf.sweep import SweepSettings, sweep
+from moeplan.perf.use_cases import USE_CASES
 
 SETUPS, BAR_S = 1000, 5.0
 MODELS = ("Llama-3.1-70B", "DeepSeek-V3", "MoE-100T")
@@ -22,12 +24,9 @@ def bench() -> list[tuple[str, str]]:
     """(label, result): seconds per 1,000 set-ups and per use case on all hardware of the catalogue."""
     found = []
     spec = model("DeepSeek-V3")
-    machines = [(hardware(name), (16, 32, 72)) for name in ("H100", "H200")]
+    settings = SweepSettings(gpus=(16, 32, 72), batches=(1, 4, 16, 32, 64, 128, 256), overlap=True)
     start = time.perf_counter()
-    swept = sweep(
-        spec, machines, precision_of(spec, None, None, "bf16"), batches=(1, 4, 16, 32, 64, 128, 256), contexts=(4096,),
-        overlap=True,
-    )  # fmt: skip
+    swept = sweep(spec, "H100,H200", settings)
     each = (time.perf_counter() - start) / len(swept.points)
     verdict = "reached" if each * SETUPS <= BAR_S else "MISSED"
     found.append(
@@ -38,11 +37,11 @@ def bench() -> list[tuple[str, str]]:
     )
     for name in MODELS:
         spec = model(name)
-        precision = precision_of(spec, "fp8" if name == "MoE-100T" else None, None, "bf16")
+        precision = Precision.choose(spec, "fp8" if name == "MoE-100T" else None)
         start = time.perf_counter()
         for case in USE_CASES.values():
             for machine in hardware_names():
-                size(spec, hardware(machine), case, precision)
+                smallest_cluster(spec, hardware(machine), case, precision)
         seconds = (time.perf_counter() - start) / len(USE_CASES)
         found.append((f"size, {name}, a use case on {len(hardware_names())} kinds of hardware", f"{seconds:.1f} s"))
     return found

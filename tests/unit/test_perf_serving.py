@@ -11,12 +11,13 @@ from moeplan.errors import UsageError
 from moeplan.model.spec import model
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
-from moeplan.perf.serving import Layout, Load, aggregated, cost, disaggregated, prefill_seconds
+from moeplan.perf.serving import aggregated, cost, disaggregated, prefill_seconds
+from moeplan.perf.step_model import StepModel, Workload
 
 H200 = hardware("H200")
-LLAMA = Layout(model("Llama-3.1-70B"), H200, Parallel(tp=8), Precision("fp8"))
-DEEPSEEK = Layout(model("DeepSeek-V3"), H200, Parallel(tp=8), Precision("fp8"))
-CHAT = Load(1024, 1024)
+LLAMA = StepModel(model("Llama-3.1-70B"), H200, Parallel(tp=8), Precision("fp8"))
+DEEPSEEK = StepModel(model("DeepSeek-V3"), H200, Parallel(tp=8), Precision("fp8"))
+CHAT = Workload(1024, 1024)
 
 
 def test_aggregated_serving_shares_its_time() -> None:
@@ -26,7 +27,7 @@ def test_aggregated_serving_shares_its_time() -> None:
     assert busy.tpot_s > float(busy.decode.seconds)
     assert busy.output_per_s > 10 * alone.output_per_s
     assert busy.total_per_s == pytest.approx(2 * busy.output_per_s)
-    longer = aggregated(LLAMA, Load(8192, 1024), 64)
+    longer = aggregated(LLAMA, Workload(8192, 1024), 64)
     assert longer.tpot_s > busy.tpot_s and longer.prefill_share > busy.prefill_share
     assert 0 < busy.prefill_share < 1
 
@@ -38,7 +39,7 @@ def test_mixed_steps_cost_less() -> None:
 
 def test_requests_that_do_not_fit_wait() -> None:
     one = replace(LLAMA, parallel=Parallel(tp=1))
-    load = Load(1024, 8192)
+    load = Workload(1024, 8192)
     few, many = aggregated(one, load, 8), aggregated(one, load, 256)
     assert few.running == 8 and many.running < 64
     assert many.ttft_s > 10 * few.ttft_s
@@ -55,11 +56,11 @@ def test_chunks_add_up_to_a_prompt() -> None:
 
 
 def test_disaggregated_serving_keeps_tokens_apart_from_prefills() -> None:
-    together = aggregated(LLAMA, Load(8192, 1024), 32)
-    apart = disaggregated(LLAMA, LLAMA, Load(8192, 1024), 32, prefill_workers=2)
+    together = aggregated(LLAMA, Workload(8192, 1024), 32)
+    apart = disaggregated(LLAMA, LLAMA, Workload(8192, 1024), 32, prefill_workers=2)
     assert apart.tpot_s < together.tpot_s and apart.gpus == 24
     assert apart.tpot_s == pytest.approx(float(apart.decode.seconds))
-    starved = disaggregated(LLAMA, LLAMA, Load(8192, 64), 64)  # one prefill worker cannot feed it
+    starved = disaggregated(LLAMA, LLAMA, Workload(8192, 64), 64)  # one prefill worker cannot feed it
     assert starved.output_per_s * starved.gpus == pytest.approx(64 / prefill_seconds(LLAMA, 8192))
 
 
@@ -72,7 +73,7 @@ def test_speculation_pays_by_acceptance() -> None:
 
 
 def test_beams_share_their_prompt() -> None:
-    load = Load(8000, 200)
+    load = Workload(8000, 200)
     one, four = (aggregated(LLAMA, replace(load, beams=b), 16) for b in (1, 4))
     assert float(one.decode.seconds) < float(four.decode.seconds) < 2 * float(one.decode.seconds)
     assert four.decode.exposed("beam reorder") > 0
@@ -82,7 +83,7 @@ def test_beams_share_their_prompt() -> None:
 
 def test_cost_of_tokens() -> None:
     """1,000 tokens a second: a million take 1,000 seconds."""
-    usd, kwh = cost(H200, 1000.0, usd_per_hour=3.6)
+    usd, kwh = cost(H200.priced(3.6), 1000.0)
     assert usd == pytest.approx(1.0) and kwh == pytest.approx(0.7 * 1000 / 3600)
     assert cost(H200, 1000.0)[0] == pytest.approx(H200.usd_per_hour / 3.6)
 
@@ -96,7 +97,7 @@ def test_cost_of_tokens() -> None:
 )
 def test_impossible_loads(load: dict[str, float], line: str) -> None:
     with pytest.raises(UsageError, match=line):
-        Load(**load)  # type: ignore[arg-type]
+        Workload(**load)  # type: ignore[arg-type]
 
 
 def test_measured_servers(shared: Path) -> None:

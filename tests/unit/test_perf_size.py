@@ -14,9 +14,11 @@ from moeplan.model.spec import model
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.sensitivity import KNOBS, changed, elasticities, improvements, needs
-from moeplan.perf.serving import Layout, Load, aggregated, holds
-from moeplan.perf.sizing import USE_CASES, UseCase, cluster_sizes, size
+from moeplan.perf.serving import aggregated, holds
+from moeplan.perf.sizing import SizingSettings, cluster_sizes, smallest_cluster
+from moeplan.perf.step_model import StepModel, StepOptions, Workload
 from moeplan.perf.sweep import parallels, with_overlap
+from moeplan.perf.use_cases import USE_CASES, UseCase
 
 LLAMA, DEEPSEEK = model("Llama-3.1-70B"), model("DeepSeek-V3")
 H100, H200, GB200 = hardware("H100"), hardware("H200"), hardware("GB200")
@@ -41,67 +43,71 @@ def test_the_smallest_is_found(name: str, case: str) -> None:
     """Every layout of every smaller size, one by one, misses the limits or the memory."""
     spec, use = model(name), USE_CASES[case]
     precision = Precision.of_checkpoint(spec)
-    answer = size(spec, H200, use, precision)
-    assert answer.meets and answer.layout is not None and answer.serving is not None and answer.full is not None
-    gpus = answer.layout.parallel.gpus
+    answer = smallest_cluster(spec, H200, use, precision)
+    assert answer.meets and answer.step_model is not None and answer.serving is not None and answer.full is not None
+    gpus = answer.step_model.parallel.gpus
     assert use.miss(answer.serving) <= 1 and use.miss(answer.full) <= 1
-    assert answer.each <= answer.most <= holds(answer.layout, use.load)
+    assert answer.batch <= answer.max_batch <= holds(answer.step_model, use.workload)
     for fewer in (n for n in cluster_sizes(8, gpus) if n < gpus):
         for parallel in parallels(spec, fewer, 8):
-            layout = Layout(spec, H200, parallel, precision, gpus_per_node=8)
+            layout = StepModel(spec, H200, parallel, precision, StepOptions(gpus_per_node=8))
             for overlap in (False, True) if with_overlap(layout) else (False,):
-                tried = replace(layout, overlap=overlap)
-                assert holds(tried, use.load) < 1 or use.miss(aggregated(tried, use.load, 1)) > 1
+                tried = replace(layout, options=replace(layout.options, overlap=overlap))
+                assert holds(tried, use.workload) < 1 or use.miss(aggregated(tried, use.workload, 1)) > 1
     assert answer.smaller == max(n for n in cluster_sizes(8, gpus) if n < gpus) and answer.why
 
 
 def test_full_is_as_full_as_it_gets() -> None:
-    answer = size(LLAMA, GB200, USE_CASES["qa"], Precision("bf16"))
-    assert answer.layout is not None and answer.limited == "TPOT"
-    assert USE_CASES["qa"].miss(aggregated(answer.layout, answer.case.load, answer.most)) <= 1
-    assert USE_CASES["qa"].miss(aggregated(answer.layout, answer.case.load, answer.most + 1)) > 1
+    answer = smallest_cluster(LLAMA, GB200, USE_CASES["qa"], Precision("bf16"))
+    assert answer.step_model is not None and answer.limited_by == "TPOT"
+    assert USE_CASES["qa"].miss(aggregated(answer.step_model, answer.case.workload, answer.max_batch)) <= 1
+    assert USE_CASES["qa"].miss(aggregated(answer.step_model, answer.case.workload, answer.max_batch + 1)) > 1
 
 
 def test_more_requests_need_more() -> None:
     loose = UseCase("own", 2000, 500, 1, 2.0, 0.05, "")
-    few, many = (size(LLAMA, H100, loose, FP8, requests=n) for n in (1, 400))
-    assert few.layout is not None and many.layout is not None
-    assert few.layout.parallel.gpus < many.layout.parallel.gpus
-    assert many.each * many.layout.parallel.dp >= 400
+    few, many = (smallest_cluster(LLAMA, H100, loose, FP8, SizingSettings(n)) for n in (1, 400))
+    assert few.step_model is not None and many.step_model is not None
+    assert few.step_model.parallel.gpus < many.step_model.parallel.gpus
+    assert many.batch * many.step_model.parallel.dp >= 400
 
 
 def test_memory_stops_what_does_not_fit() -> None:
-    answer = size(model("MoE-100T"), hardware("TPU-v5e"), USE_CASES["qa"], FP8, most=1024)
-    assert not answer.meets and answer.layout is None and answer.why.startswith("memory: ") and answer.short > 5
-    answer = size(DEEPSEEK, H200, USE_CASES["summarise"], FP8)
+    answer = smallest_cluster(
+        model("MoE-100T"), hardware("TPU-v5e"), USE_CASES["qa"], FP8, SizingSettings(max_gpus=1024)
+    )
+    assert (
+        not answer.meets and answer.step_model is None and answer.why.startswith("memory: ") and answer.memory_ratio > 5
+    )
+    answer = smallest_cluster(DEEPSEEK, H200, USE_CASES["summarise"], FP8)
     assert answer.smaller == 4 and answer.why.startswith("memory: ")
 
 
 def test_a_near_miss_says_so() -> None:
-    answer = size(DEEPSEEK, H200, replace(USE_CASES["qa"], tpot_s=0.0105), FP8, most=64)
-    assert not answer.meets and answer.layout is not None and answer.close
+    answer = smallest_cluster(DEEPSEEK, H200, replace(USE_CASES["qa"], tpot_s=0.0105), FP8, SizingSettings(max_gpus=64))
+    assert not answer.meets and answer.step_model is not None and answer.close
     assert answer.full is None and 1 < answer.miss < 1.15
 
 
 SETUPS = [
-    Layout(LLAMA, H100, Parallel(tp=8), Precision("bf16")),
-    Layout(DEEPSEEK, H200, Parallel(dp=16, ep=16), FP8),
-    Layout(DEEPSEEK, H100, Parallel(tp=8, pp=2), FP8),
-    Layout(DEEPSEEK, GB200, Parallel(dp=32, ep=32), FP8, overlap=True),
+    StepModel(LLAMA, H100, Parallel(tp=8), Precision("bf16")),
+    StepModel(DEEPSEEK, H200, Parallel(dp=16, ep=16), FP8),
+    StepModel(DEEPSEEK, H100, Parallel(tp=8, pp=2), FP8),
+    StepModel(DEEPSEEK, GB200, Parallel(dp=32, ep=32), FP8, StepOptions(overlap=True)),
 ]
 
 
 @pytest.mark.parametrize("layout", SETUPS)
-def test_elasticities_add_up(layout: Layout) -> None:
+def test_elasticities_add_up(layout: StepModel) -> None:
     """Everything twice as quick makes a step twice as quick: rates and times add up to one."""
-    table = elasticities(layout, Load(4000, 500), 4)
+    table = elasticities(layout, Workload(4000, 500), 4)
     assert list(table) == list(KNOBS)
     for what in ("ttft", "tpot"):
         worse = sum(table[knob][what] for knob in ("scale_up_latency", "scale_out_latency", "overhead"))
         better = sum(row[what] for row in table.values()) - worse
         assert worse - better == pytest.approx(1, abs=0.03)
         assert all(table[knob][what] <= 1e-9 for knob in ("flops", "memory_bandwidth", "scale_up_bandwidth"))
-    held = [holds(changed(layout, "capacity", by), Load(4000, 500)) for by in (1.0, 1.02)]
+    held = [holds(changed(layout, "capacity", by), Workload(4000, 500)) for by in (1.0, 1.02)]
     assert table["capacity"]["requests"] == pytest.approx((held[1] / held[0] - 1) / 0.02, rel=0.1)
     assert table["capacity"]["ttft"] == table["capacity"]["tpot"] == 0
 
@@ -109,12 +115,12 @@ def test_elasticities_add_up(layout: Layout) -> None:
 def test_improvements_are_just_enough() -> None:
     layout, use = SETUPS[0], UseCase("own", 4000, 500, 1, 0.25, 0.0095, "")
     within = [lambda serving: use.miss(serving) <= 1]
-    found = improvements(layout, use.load, 4, within[0])
-    assert use.miss(aggregated(layout, use.load, 4)) > 1
+    found = improvements(layout, use.workload, 4, within[0])
+    assert use.miss(aggregated(layout, use.workload, 4)) > 1
     factor = found["memory_bandwidth"]
     assert factor is not None and factor > 1.01
     for by, enough in ((factor, True), (factor / 1.02, False)):
-        assert (use.miss(aggregated(changed(layout, "memory_bandwidth", by), use.load, 4)) <= 1) is enough
+        assert (use.miss(aggregated(changed(layout, "memory_bandwidth", by), use.workload, 4)) <= 1) is enough
     assert found["hardware"] is not None and found["hardware"] <= factor
     assert found["all"] is not None and found["all"] <= found["hardware"] * 1.01
     alone, _, everything = needs(found)
@@ -178,14 +184,14 @@ def test_drafts_shorten_tokens(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ([], "the use is not known"),
-        (["--prompt", "100"], "the use is not known"),
-        (["--use-case", "qa", "--ttft", "-1"], "--ttft -1 is not above 0"),
-        (["--use-case", "qa", "--requests", "0"], "--requests and --max-gpus must be at least 1"),
+        ([], "no use case given"),
+        (["--prompt", "100"], "no use case given"),
+        (["--use-case", "qa", "--ttft", "-1"], "ttft -1 is not above 0"),
+        (["--use-case", "qa", "--requests", "0"], "requests and max_gpus must be at least 1"),
         (["--use-case", "qa", "--mtp", "1"], "no module for multi-token prediction"),
         (["--use-case", "qa", "--hardware", "H100,nothing"], 'unknown hardware "nothing"'),
         (["--use-case", "qa", "--kv", "fp4"], "no attention kernel is modelled for fp4"),
-        (["--use-case", "qa", "--usd-per-hour", "2"], "--usd-per-hour is of one kind of hardware"),
+        (["--use-case", "qa", "--usd-per-hour", "2"], "a price is of one kind of hardware"),
         (["--use-case", "nothing"], "nothing"),
         (["--use-case", "qa", "--model", "Llama-9"], 'unknown model "Llama-9"; near it: '),
         (["--use-case", "qa", "--model", "{config}"], "config.json: num_hidden_layers is missing; add it"),

@@ -13,18 +13,19 @@ from moeplan.cli.app import run
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.spec import model
 from moeplan.perf.hardware import hardware
-from moeplan.perf.memory import check_parallel, largest_batch
-from moeplan.perf.serving import Layout, cost
+from moeplan.perf.memory import Precision, check_parallel, largest_batch
+from moeplan.perf.serving import cost
+from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.perf.sweep import (
     TILE,
-    Choice,
+    LayoutChoice,
     Point,
+    SweepSettings,
     best_within,
     bound_shares,
     node_parts,
     parallels,
     pareto,
-    precision_of,
     sweep,
     with_overlap,
 )
@@ -47,7 +48,7 @@ def test_every_layout_is_possible(name: str, gpus: int, per_node: int) -> None:
     except PlanError:
         return
     assert len(found) == len(set(found))
-    precision = precision_of(spec, "bf16", None, "bf16")
+    precision = Precision.choose(spec, "bf16", None, "bf16")
     for parallel in found:
         check_parallel(spec, parallel)
         assert parallel.gpus == gpus
@@ -55,7 +56,7 @@ def test_every_layout_is_possible(name: str, gpus: int, per_node: int) -> None:
         if spec.moe:
             assert spec.moe.width / parallel.moe_tp >= TILE and parallel.redundant <= spec.moe.experts
     for parallel in found[::7]:
-        layout = Layout(spec, H100, parallel, precision, gpus_per_node=per_node)
+        layout = StepModel(spec, H100, parallel, precision, StepOptions(gpus_per_node=per_node))
         assert float(layout.decode(4, 1000).seconds) > 0
         assert float(layout.prefill(1, 1000).seconds) > 0
 
@@ -65,69 +66,61 @@ def test_the_layouts_that_are_served() -> None:
     assert any((p.dp, p.ep, p.redundant) == (72, 72, 32) for p in parallels(DEEPSEEK, 72, 8))
     assert {(p.tp, p.pp) for p in parallels(LLAMA, 8, 8) if p.dp == 1} == {(8, 1), (4, 2), (2, 4), (1, 8)}
     assert {p.ep for p in parallels(DEEPSEEK, 8, 8) if p.tp == 8} == {1, 8}
-    assert [p.tp for p in parallels(LLAMA, 8, 8, Choice(tp=(2,), pp=(1,)))] == [2]
+    assert [p.tp for p in parallels(LLAMA, 8, 8, LayoutChoice(tp=(2,), pp=(1,)))] == [2]
     assert node_parts(72) == [1, 2, 4, 8, 16, 32, 64, 72] and node_parts(8) == [1, 2, 4, 8] and node_parts(1) == [1]
 
 
 @pytest.mark.parametrize(
     ("gpus", "choice", "text"),
     [
-        (8, Choice(tp=(3,)), "tp 3 x pp 1 does not divide 8 GPUs"),
-        (8, Choice(pp=(81,)), "pp 81 does not divide 8 GPUs"),
-        (16, Choice(tp=(16,), ep=(3,)), "ep 3 does not divide tp x dp = 16"),
+        (8, LayoutChoice(tp=(3,)), "tp 3 x pp 1 does not divide 8 GPUs"),
+        (8, LayoutChoice(pp=(81,)), "pp 81 does not divide 8 GPUs"),
+        (16, LayoutChoice(tp=(16,), ep=(3,)), "ep 3 does not divide tp x dp = 16"),
     ],
 )
-def test_a_layout_that_cannot_be_is_named(gpus: int, choice: Choice, text: str) -> None:
+def test_a_layout_that_cannot_be_is_named(gpus: int, choice: LayoutChoice, text: str) -> None:
     with pytest.raises(PlanError, match=text):
         parallels(DEEPSEEK, gpus, 8, choice)
 
 
 def test_points_are_estimates() -> None:
     """Each set-up's figures are those of its step, and what does not fit is counted, not shown."""
-    precision = precision_of(DEEPSEEK, None, None, "bf16")
+    precision = Precision.choose(DEEPSEEK, None, None, "bf16")
     batches, counts = (1, 16, 256), (8, 16)
-    found = sweep(DEEPSEEK, [(H200, counts)], precision, batches=batches, contexts=(4096,), choice=Choice(pp=(1,)))
-    layouts = [p for gpus in counts for p in parallels(DEEPSEEK, gpus, 8, Choice(pp=(1,)))]
+    found = sweep(DEEPSEEK, H200, SweepSettings(gpus=counts, batches=batches, choice=LayoutChoice(pp=(1,))))
+    layouts = [p for gpus in counts for p in parallels(DEEPSEEK, gpus, 8, LayoutChoice(pp=(1,)))]
     assert len(found.points) + found.unfit == len(layouts) * len(batches)
     for p in found.points:
-        assert p.batch <= largest_batch(DEEPSEEK, H200, p.layout.parallel, precision, context=4096)
-        step = p.layout.decode(p.batch, 4096)
+        assert p.batch <= largest_batch(DEEPSEEK, H200, p.step_model.parallel, precision, context=4096)
+        step = p.step_model.decode(p.batch, 4096)
         assert p.tpot_s == float(step.seconds)
-        assert p.per_gpu_s == pytest.approx(p.batch * p.layout.parallel.dp / p.tpot_s / p.layout.parallel.gpus)
+        assert p.per_gpu_s == pytest.approx(p.batch * p.step_model.parallel.dp / p.tpot_s / p.step_model.parallel.gpus)
         assert (p.usd, p.kwh) == pytest.approx(cost(H200, p.per_gpu_s))
         assert sum(bound_shares(step).values()) == pytest.approx(1) and p.bound == next(iter(bound_shares(step)))
 
 
 def test_overlap_is_tried_where_it_can_be() -> None:
-    precision = precision_of(DEEPSEEK, None, None, "bf16")
-    found = sweep(DEEPSEEK, [(H200, [16])], precision, batches=(1, 64), contexts=(4096,), overlap=True)
-    both = [p for p in found.points if p.layout.overlap]
-    assert both and all(with_overlap(p.layout) and p.batch == 64 for p in both)
-    assert sweep(
-        LLAMA, [(H200, [8])], precision_of(LLAMA, None, None, "bf16"), batches=(1,), contexts=(9,), overlap=True
-    )
+    found = sweep(DEEPSEEK, H200, SweepSettings(gpus=(16,), batches=(1, 64), overlap=True))
+    both = [p for p in found.points if p.step_model.options.overlap]
+    assert both and all(with_overlap(p.step_model) and p.batch == 64 for p in both)
+    assert sweep(LLAMA, H200, SweepSettings(gpus=(8,), batches=(1,), contexts=(9,), overlap=True)).points
 
 
 def test_prices_can_be_given() -> None:
-    precision = precision_of(LLAMA, None, None, "bf16")
-    one, other = (
-        sweep(LLAMA, [(H200, [8])], precision, batches=(8,), contexts=(1000,), usd_per_hour=u, watts=w).points[0]
-        for u, w in ((1.0, 100.0), (2.0, 300.0))
-    )
+    once = SweepSettings(gpus=(8,), batches=(8,), contexts=(1000,))
+    one, other = (sweep(LLAMA, H200.priced(u, w), once).points[0] for u, w in ((1.0, 100.0), (2.0, 300.0)))
     assert other.usd == pytest.approx(2 * one.usd) and other.kwh == pytest.approx(3 * one.kwh)
 
 
 def test_too_many_set_ups_are_refused() -> None:
     with pytest.raises(UsageError, match="set-ups are more than"):
-        sweep(
-            LLAMA, [(H200, [8])], precision_of(LLAMA, None, None, "bf16"), batches=range(1, 4000), contexts=range(1, 90)
-        )
+        sweep(LLAMA, H200, SweepSettings(gpus=(8,), batches=tuple(range(1, 4000)), contexts=tuple(range(1, 90))))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20))
 def test_pareto_against_all_pairs(pairs: list[tuple[int, int]]) -> None:
-    layout = Layout(LLAMA, H100, parallels(LLAMA, 8, 8)[0], precision_of(LLAMA, None, None, "bf16"))
+    layout = StepModel(LLAMA, H100, parallels(LLAMA, 8, 8)[0], Precision.choose(LLAMA, None, None, "bf16"))
     points = [Point(layout, 1, 1, t, y, "memory", 0.0, 0.0) for t, y in pairs]
     front = pareto(points)
     beaten = {
@@ -166,10 +159,10 @@ def test_a_dense_model_has_no_skew(tmp_path: Path) -> None:
         (["--hardware", "H100", "--gpus", "x"], '--gpus "x" is not a list'),
         (["--hardware", "H100", "--tp", "7"], "tp 7"),
         (["--hardware", "H100", "--gpus", "1"], "fits none of the"),
-        (["--hardware", "H100,H200", "--watts", "5"], "--watts is of one kind of hardware"),
-        (["--hardware", "H100", "--usd-per-hour", "-1"], "--usd-per-hour -1 is negative"),
-        (["--hardware", "H100", "--tpot", "0"], "--tpot 0 is not above 0"),
-        (["--hardware", "H100", "--gpus-per-node", "0"], "--gpus-per-node must be at least 1"),
+        (["--hardware", "H100,H200", "--watts", "5"], "a power is of one kind of hardware"),
+        (["--hardware", "H100", "--usd-per-hour", "-1"], "a price of -1 is negative"),
+        (["--hardware", "H100", "--tpot", "0"], "tpot 0 is not above 0"),
+        (["--hardware", "H100", "--gpus-per-node", "0"], "gpus_per_node must be at least 1"),
         (["--hardware", "H100", "--weights", "fp5"], 'unknown dtype "fp5"'),
         (["--hardware", "H100", "-o", "/nowhere/x.html"], "/nowhere"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,15 +19,10 @@ from moeplan.cli.common import (
     given,
     parse_layers,
 )  # fmt: skip
-from moeplan.cli.estimate_text import facts_of, lines_of
+from moeplan.cli.estimate_text import lines_of
 from moeplan.cli.options import DispatchChoice, Seed, SignatureTokens
-from moeplan.cli.real import read_real
+from moeplan.cli.real import estimate_real
 from moeplan.errors import UsageError
-
-if TYPE_CHECKING:
-    from moeplan.model.spec import ModelSpec
-    from moeplan.perf.memory import Parallel
-    from moeplan.perf.serving import Layout
 
 
 class StepPhase(StrEnum):
@@ -100,50 +95,35 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         check_places(output)
         from moeplan.cluster import Dispatch
-        from moeplan.model.spec import model as find_model
-        from moeplan.perf import hardware as machines
-        from moeplan.perf.serving import Layout, Load
-        from moeplan.perf.sweep import precision_of
+        from moeplan.perf.estimate import EstimateSettings
+        from moeplan.perf.estimate import estimate as run
+        from moeplan.perf.hardware import hardware as find_hardware
 
-        machine = machines.hardware(hardware, hardware_file)
-        mode = Dispatch(dispatch.value) if dispatch else None
-        real = None
+        machine = find_hardware(hardware, hardware_file).priced(usd_per_hour)
+        settings = EstimateSettings(
+            phase.value, tp, pp, dp, ep, weights, experts, kv, Dispatch(dispatch.value) if dispatch else None, overlap,
+            balanced, skew, mtp, accepted,
+        )  # fmt: skip
         if trace is not None or plan is not None:
             own = [flag for flag in _OF_THE_PLAN if given(ctx, flag)]
-            real = read_real(
-                trace, plan, machine, model, mode, context, given=own, without_layers=parse_layers(without_layers),
-                signature_tokens=signature_tokens,
+            found = estimate_real(
+                trace, plan, machine, model, settings, batch=batch, context=context, given=own,
+                without_layers=parse_layers(without_layers), signature_tokens=signature_tokens, seed=seed,
             )  # fmt: skip
-            spec, parallel, per_node = real.spec, real.parallel, real.stored.cluster.gpus_per_node
-            mode = mode or real.stored.dispatch
         elif model is None:
             raise UsageError("--model is missing", hint="give a name of the catalogue, or a config.json")
         else:
-            spec, per_node = find_model(model), gpus_per_node or machine.scale_up_size
-            if nodes < 1 or per_node < 1:
-                raise UsageError("--nodes and --gpus-per-node must be at least 1")
-            gpus = nodes * per_node if gpus_per_node or nodes > 1 else None
-            parallel = _parallel(spec, gpus, tp, pp, dp, ep, redundant, per_node)
-        if context < 1 or (batch is not None and batch < 1):
-            raise UsageError("--batch and --context must be at least 1")
-        layout = Layout(
-            spec, machine, parallel, precision_of(spec, weights, experts, kv), mode, overlap, per_node, balanced, skew
-        )  # fmt: skip
-        _check_ranges(layout, phase, mtp, usd_per_hour)
-        load = Load(context, 1, drafts=mtp, accepted=o.accepted_of(mtp, accepted))
-        if real is not None:
-            steps = real.steps(layout, context, batch, seed)
-            facts = facts_of(layout, load, steps.live, context, False, usd_per_hour, steps.routing)
-            facts |= {"routing": "real", "real": real.facts(steps, layout, context)}
-        else:
-            facts = facts_of(layout, load, batch or 128, context, phase is StepPhase.prefill, usd_per_hour)
-        for line in lines_of(layout, facts, per_node):
+            found = run(
+                model, machine, nodes=nodes, gpus_per_node=gpus_per_node, redundant=redundant,
+                batch=128 if batch is None else batch, context=context, settings=settings,
+            )  # fmt: skip
+        for line in lines_of(found):
             echo(line)
-        emit_json(json, facts)
+        emit_json(json, found.to_dict())
         if output is not None:
             from moeplan.report.perf_estimate import write_estimate_page
 
-            write_estimate_page(Path(output), layout, load, facts, steps.routing if real else None)
+            write_estimate_page(Path(output), found)
             echo(f"wrote {output}")
 
 
@@ -151,40 +131,3 @@ def register(app: typer.Typer) -> None:
 _OF_THE_PLAN = (
     "nodes", "gpus_per_node", "tp", "pp", "dp", "ep", "redundant", "skew", "balanced", "mtp", "accepted", "phase",
 )  # fmt: skip
-
-
-def _parallel(
-    spec: ModelSpec, gpus: int | None, tp: int, pp: int, dp: int | None, ep: int | None, redundant: int, per_node: int
-) -> Parallel:
-    """What was asked for, the rest filled in: all accelerators are used."""
-    from moeplan.perf.memory import Parallel, check_parallel
-
-    if min(tp, pp, dp or 1, ep or 1) < 1:
-        raise UsageError("--tp, --pp, --dp and --ep must be at least 1")
-    if gpus is None:
-        gpus = per_node if dp is None and spec.moe is not None else tp * pp * (dp or 1)
-    if dp is None:
-        if gpus % (tp * pp):
-            raise UsageError(f"tp {tp} x pp {pp} does not divide the {gpus} GPUs", hint="choose tp and pp that do")
-        dp = gpus // (tp * pp)
-    if tp * dp * pp != gpus:
-        raise UsageError(
-            f"tp {tp} x dp {dp} x pp {pp} = {tp * dp * pp} GPUs, but there are {gpus}",
-            hint=f"make their product {gpus}, or leave --dp out",
-        )
-    parallel = Parallel(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
-    check_parallel(spec, parallel)
-    return parallel
-
-
-def _check_ranges(layout: Layout, phase: StepPhase, mtp: int, usd_per_hour: float | None) -> None:
-    shared = layout.parallel.ep
-    if not layout.skew >= 1:
-        raise UsageError(f"--skew {layout.skew:g} is below 1", hint="it is the busiest GPU's load over the mean")
-    if layout.skew > 1 and layout.skew > shared:
-        raise UsageError(f"--skew {layout.skew:g} is more than the {shared} GPUs that share the experts")
-    if layout.skew > 1 and layout.balanced:
-        raise UsageError("--skew and --balanced exclude each other")
-    if mtp < 0 or (mtp and phase is StepPhase.prefill):
-        raise UsageError("--mtp is of decode, and at least 0")
-    o.check_price("--usd-per-hour", usd_per_hour)

@@ -1,98 +1,24 @@
-"""What `moeplan estimate` says: the figures of one set-up as JSON, and the same as text."""
+"""What `moeplan estimate` says, as text."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moeplan.cli import perf_options as o
-
 if TYPE_CHECKING:
-    from moeplan.perf.routing import Routing
-    from moeplan.perf.serving import Layout, Load
-    from moeplan.perf.step import Step
+    from moeplan.perf.estimate import Estimate
 
 
-def facts_of(
-    layout: Layout, load: Load, batch: int, context: int, prefill: bool, usd_per_hour: float | None,
-    routing: Routing | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that the text says, as JSON; of several steps, their means.
-
-    Args:
-        batch: requests of each data-parallel rank. routing: of counted steps; None: uniform.
-    """
-    from moeplan.perf.memory import largest_batch, memory
-    from moeplan.perf.serving import cost
-
-    p, mtp = layout.parallel, load.drafts > 0
-    step = (layout.prefill(batch, context) if prefill else layout.decode(batch, context, load, routing)).mean()
-    seconds = float(step.seconds)
-    yields = context if prefill else load.accepted
-    per_gpu = batch * p.dp * yields / seconds / p.gpus
-    usd, kwh = cost(layout.hardware, per_gpu, usd_per_hour=usd_per_hour)
-    rows = batch * context if prefill else batch * (load.drafts + 1)
-    used = memory(
-        layout.spec, layout.hardware, p, layout.precision, batch=batch, context=context, prefill_tokens=rows, mtp=mtp
-    )
-    return {
-        "model": layout.spec.name,
-        "hardware": layout.hardware.name,
-        "phase": "prefill" if prefill else "decode",
-        "parallel": {"tp": p.tp, "dp": p.dp, "ep": p.ep, "pp": p.pp, "gpus": p.gpus, "redundant": p.redundant},
-        "precision": {name: getattr(layout.precision, name) for name in ("weights", "experts", "kv")},
-        "dispatch": step.mode.value if step.mode else None,
-        "overlap": layout.overlap,
-        "routing": step.routing,
-        "load_ratio": step.load_ratio,
-        "batch": batch,
-        "context": context,
-        "step_ms": 1e3 * seconds,
-        "idle_share": float(step.idle_share),
-        "operators": _operators(step),
-        "tokens_per_step": yields,
-        "tokens_per_s_per_gpu": per_gpu,
-        "tpot_ms": None if prefill else 1e3 * seconds / load.accepted,
-        "ttft_ms": 1e3 * seconds if prefill else None,
-        "usd_per_million_tokens": usd,
-        "kwh_per_million_tokens": kwh,
-        "usd_per_gpu_hour": layout.hardware.usd_per_hour if usd_per_hour is None else usd_per_hour,
-        "memory": {
-            "weights_gb": sum(used.weights.values()) / 1e9,
-            "kv_gb": used.kv / 1e9,
-            "activations_gb": used.activations / 1e9,
-            "usable_gb": used.usable / 1e9,
-            "fits": used.fits,
-            "largest_batch": largest_batch(
-                layout.spec, layout.hardware, p, layout.precision, context=context, mtp=mtp,
-                prefill_tokens=rows if prefill else 0,
-            ),
-        },
-    }  # fmt: skip
-
-
-def _operators(step: Step) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": op.name,
-            "ms": 1e3 * float(op.seconds),
-            "hidden_ms": 1e3 * float(op.hidden),
-            "exposed_ms": 1e3 * float(op.exposed),
-            "bound": op.bound,
-        }
-        for op in step.operators
-    ]
-
-
-def lines_of(layout: Layout, facts: dict[str, Any], per_node: int) -> list[str]:
-    """The same for people."""
-    p, memory = facts["parallel"], facts["memory"]
+def lines_of(found: Estimate) -> list[str]:
+    """One step for people."""
+    facts, layout = found.to_dict(), found.step_model
+    p, memory, per_node = facts["parallel"], facts["memory"], layout.gpus_per_node
     spec = layout.spec
     ways = ", ".join(f"{name} {p[name]}" for name in ("tp", "dp", "ep", "pp") if p[name] > 1) or "one GPU"
     held = f"{facts['context']:,} tokens {'each to prefill' if facts['phase'] == 'prefill' else 'of context'}"
     nodes = -(-p["gpus"] // per_node)
     where = f"{p['gpus']} x {layout.hardware.name}" + (f" ({nodes} nodes of {per_node})" if nodes > 1 else "")
     lines = [
-        f"{spec.name}, {facts['phase']} on {where}: {ways}; {o.dtypes(spec, layout.precision)}",
+        f"{spec.name}, {facts['phase']} on {where}: {ways}; {layout.precision.describe(spec)}",
         f"{facts['batch']} requests"
         + (f" on each of {p['dp']} data-parallel ranks" if p["dp"] > 1 else "")
         + f", {held}",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from moeplan.errors import FormatError
+from moeplan.errors import FormatError, UsageError
 from moeplan.io.catalogue import Fields, find_name, plain_name, read_object
 
-__all__ = ["Hardware", "Link", "hardware", "hardware_names"]
+__all__ = ["Hardware", "Link", "hardware", "hardware_list", "hardware_names"]
 
 DATA = Path(__file__).parent / "data"
 
@@ -53,6 +54,19 @@ class Hardware:
     usd_per_hour: float
     sources: dict[str, str]
 
+    def priced(self, usd_per_hour: float | None = None, watts: float | None = None) -> Hardware:
+        """The same at another price or board power; None: as it is.
+
+        Raises:
+            UsageError: a negative one.
+        """
+        price = self.usd_per_hour if usd_per_hour is None else usd_per_hour
+        power = self.watts if watts is None else watts
+        for name, value in (("price", price), ("power", power)):
+            if not value >= 0:
+                raise UsageError(f"a {name} of {value:g} is negative")
+        return replace(self, usd_per_hour=price, watts=power)
+
 
 #: The fields that an entry must give: all of Hardware's but its name (the entry's key) and the sources (a user's own).
 REQUIRED = tuple(field.name for field in fields(Hardware) if field.name not in ("name", "sources"))
@@ -74,6 +88,23 @@ def hardware(name: str, extra: Path | None = None) -> Hardware:
     entries, where = _entries(extra)
     key = find_name(name, {key: entry.get("aliases", []) for key, entry in entries.items()}, "hardware")
     return _hardware(key, entries[key], where.get(key, str(DATA / "hardware.json")))
+
+
+def hardware_list(
+    names: str | Sequence[str], file: Path | None = None, usd_per_hour: float | None = None, watts: float | None = None
+) -> list[Hardware]:
+    """Several accelerators: names, or "A,B", or "all"; each once.
+
+    Raises:
+        UsageError: an unknown name; a price or power where there are several. FormatError: as in `hardware`.
+    """
+    if isinstance(names, str):
+        names = hardware_names(file) if names.strip().lower() == "all" else names.split(",")
+    found = list({each.name: each for each in (hardware(name.strip(), file) for name in names)}.values())
+    if len(found) > 1 and (usd_per_hour, watts) != (None, None):
+        what = "a power" if usd_per_hour is None else "a price"
+        raise UsageError(f"{what} is of one kind of hardware, but {len(found)} are given", hint="use a hardware file")
+    return [each.priced(usd_per_hour, watts) for each in found]
 
 
 def hardware_names(extra: Path | None = None) -> tuple[str, ...]:

@@ -81,6 +81,25 @@ class Precision:
             )
         return cls(weights=spec.checkpoint[0], experts=spec.checkpoint[1])
 
+    @classmethod
+    def choose(
+        cls, spec: ModelSpec, weights: str | None = None, experts: str | None = None, kv: str = "bf16"
+    ) -> Precision:
+        """The dtypes asked for, else the checkpoint's.
+
+        Raises:
+            UsageError: an unknown dtype, or none given for a model whose checkpoint is not known.
+        """
+        if weights is not None:
+            return cls(weights=weights, experts=experts, kv=kv)
+        known = cls.of_checkpoint(spec)
+        return cls(weights=known.weights, experts=experts or known.experts, kv=kv)
+
+    def describe(self, spec: ModelSpec) -> str:
+        """In words: "fp8 weights, bf16 KV cache"; experts only where they have another dtype."""
+        own = spec.moe is not None and self.experts not in (None, self.weights)
+        return f"{self.weights} weights{f', {self.experts} experts' * own}, {self.kv} KV cache"
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -106,6 +125,31 @@ class Parallel:
     @property
     def moe_tp(self) -> int:
         return self.tp * self.dp // self.ep
+
+    @classmethod
+    def fill(
+        cls, spec: ModelSpec, gpus: int, *, tp: int = 1, pp: int = 1, dp: int | None = None, ep: int | None = None,
+        redundant: int = 0,
+    ) -> Parallel:  # fmt: skip
+        """What was asked for, the rest filled in so that all `gpus` are used; experts over all ranks of a stage.
+
+        Raises:
+            PlanError: a layout that is impossible. UsageError: a count below 1, or a product other than `gpus`.
+        """
+        if min(tp, pp, dp or 1, ep or 1) < 1:
+            raise UsageError("tp, pp, dp and ep must be at least 1")
+        if dp is None:
+            if gpus % (tp * pp):
+                raise UsageError(f"tp {tp} x pp {pp} does not divide the {gpus} GPUs", hint="choose tp and pp that do")
+            dp = gpus // (tp * pp)
+        if tp * dp * pp != gpus:
+            raise UsageError(
+                f"tp {tp} x dp {dp} x pp {pp} = {tp * dp * pp} GPUs, but there are {gpus}",
+                hint=f"make their product {gpus}, or leave dp out",
+            )
+        parallel = cls(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
+        check_parallel(spec, parallel)
+        return parallel
 
 
 def check_parallel(spec: ModelSpec, parallel: Parallel) -> None:

@@ -12,7 +12,8 @@ from dataclasses import fields, replace
 from functools import partial
 
 from moeplan.perf.constants import Constants, constants
-from moeplan.perf.serving import Layout, Load, Serving, aggregated, used
+from moeplan.perf.serving import ServingFigures, aggregated, used
+from moeplan.perf.step_model import StepModel, Workload
 
 __all__ = ["KNOBS", "MOST", "changed", "elasticities", "improvements", "needs"]
 
@@ -33,12 +34,14 @@ KNOBS = {
 _WORSE = ("scale_up_latency", "scale_out_latency", "overhead")
 
 
-def changed(layout: Layout, knob: str, factor: float) -> Layout:
+def changed(model: StepModel, knob: str, factor: float) -> StepModel:
     """The layout on hardware (or, for `overhead`, with kernels and an engine) of which one thing is `factor` x what it
     was."""
-    h = layout.hardware
+    h = model.hardware
     if knob == "overhead":
-        return replace(layout, c=_slower(layout.c or constants(), factor))
+        return replace(
+            model, options=replace(model.options, constants=_slower(model.options.constants or constants(), factor))
+        )
     if knob == "flops":
         h = replace(h, flops={dtype: rate * factor for dtype, rate in h.flops.items()})
     elif knob == "memory_bandwidth":
@@ -49,7 +52,7 @@ def changed(layout: Layout, knob: str, factor: float) -> Layout:
         level, what = ("scale_up" if "up" in knob else "scale_out"), "latency_s" if "lat" in knob else "bytes_per_s"
         link = getattr(h, level)
         h = replace(h, **{level: replace(link, **{what: getattr(link, what) * factor})})
-    return replace(layout, hardware=h)
+    return replace(model, hardware=h)
 
 
 def _slower(c: Constants, factor: float) -> Constants:
@@ -66,7 +69,7 @@ def _slower(c: Constants, factor: float) -> Constants:
     return Constants(**groups)
 
 
-def elasticities(layout: Layout, load: Load, each: int, step: float = 0.05) -> dict[str, dict[str, float]]:
+def elasticities(model: StepModel, workload: Workload, each: int, step: float = 0.05) -> dict[str, dict[str, float]]:
     """{knob: {ttft, tpot, requests: per cent of change for one per cent more of the knob}}.
 
     Of the times, central differences of the logarithms over +-`step`. `requests`: how many the memory holds. Capacity
@@ -76,22 +79,24 @@ def elasticities(layout: Layout, load: Load, each: int, step: float = 0.05) -> d
     for knob in KNOBS:
         out[knob] = {"ttft": 0.0, "tpot": 0.0, "requests": 0.0}
         if knob == "capacity":
-            out[knob]["requests"] = _by_capacity(layout, load)
+            out[knob]["requests"] = _by_capacity(model, workload)
             continue
-        more, less = (aggregated(changed(layout, knob, by), load, each) for by in (1 + step, 1 / (1 + step)))
+        more, less = (aggregated(changed(model, knob, by), workload, each) for by in (1 + step, 1 / (1 + step)))
         width = 2 * math.log(1 + step)
         out[knob]["ttft"] = math.log(more.ttft_s / less.ttft_s) / width
         out[knob]["tpot"] = math.log(more.tpot_s / less.tpot_s) / width
     return out
 
 
-def _by_capacity(layout: Layout, load: Load) -> float:
+def _by_capacity(model: StepModel, workload: Workload) -> float:
     """Usable memory over what weights and one prefill step leave of it."""
-    alone = used(layout, load, 0)
+    alone = used(model, workload, 0)
     return alone.usable / (alone.usable - alone.used)
 
 
-def improvements(layout: Layout, load: Load, each: int, within: Callable[[Serving], bool]) -> dict[str, float | None]:
+def improvements(
+    model: StepModel, workload: Workload, each: int, within: Callable[[ServingFigures], bool]
+) -> dict[str, float | None]:
     """{knob: by how much it alone would have to be better for this layout to be `within`; None: not by MOST}.
 
     Better is more, but less of a latency or an overhead. `hardware`: everything but `overhead` at once; `all`:
@@ -102,10 +107,10 @@ def improvements(layout: Layout, load: Load, each: int, within: Callable[[Servin
     groups["all"] = (*physical, "overhead")
 
     def meets(knobs: tuple[str, ...], factor: float) -> bool:
-        better = layout
+        better = model
         for knob in knobs:
             better = changed(better, knob, 1 / factor if knob in _WORSE else factor)
-        return within(aggregated(better, load, each))
+        return within(aggregated(better, workload, each))
 
     return {name: _least(partial(meets, knobs)) for name, knobs in groups.items()}
 

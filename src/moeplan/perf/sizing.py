@@ -8,17 +8,26 @@ own for each need at least as many.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from moeplan.errors import PlanError, UsageError
+from moeplan.frames import data_frame
 from moeplan.model.spec import ModelSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import USABLE, Memory, Parallel, Precision, weight_bytes
-from moeplan.perf.serving import CHUNK, Layout, Load, Serving, aggregated, cost, holds, used
-from moeplan.perf.sweep import bound_shares, layouts, node_parts
+from moeplan.perf.named import find_model, list_hardware
+from moeplan.perf.sensitivity import elasticities, improvements
+from moeplan.perf.serving import CHUNK, ServingFigures, aggregated, cost, holds, used
+from moeplan.perf.step_model import StepModel
+from moeplan.perf.sweep import SweepSettings, bound_shares, node_parts, step_models
+from moeplan.perf.use_cases import UseCase, find_use_cases
+from moeplan.progress import Progress
 
-__all__ = ["CLOSE", "USE_CASES", "SizingResult", "UseCase", "cluster_sizes", "size"]
+__all__ = ["CLOSE", "Sizing", "SizingResult", "SizingSettings", "cluster_sizes", "size", "smallest_cluster"]
 
 #: Of clusters that all miss, a larger one is nearer where it misses by this much less.
 WORTH = 0.98
@@ -29,81 +38,93 @@ CLOSE = 1.15
 
 
 @dataclass(frozen=True)
-class UseCase:
-    """Lengths in tokens, beams, and limits in seconds; source: where the limits are from.
-
-    drafts, accepted: speculation by the model's own module, as in `moeplan.perf.serving.Load`.
-    """
-
-    name: str
-    prompt: int
-    output: int
-    beams: int
-    ttft_s: float
-    tpot_s: float
-    source: str
-    drafts: int = 0
-    accepted: float = 1.0
-
-    @property
-    def load(self) -> Load:
-        return Load(self.prompt, self.output, self.beams, self.drafts, self.accepted)
-
-    def miss(self, serving: Serving) -> float:
-        """How far over its limits, as a factor; 1 or less: within."""
-        return max(serving.ttft_s / self.ttft_s, serving.tpot_s / self.tpot_s)
-
-
-_GENZ = "limits as in GenZ's repository, Paper charts/variables.py, commit 12bd09fd"
-#: Lengths and beams: the paper's use cases. Limits: those that the charts of its section 7 were drawn with, in its
-#: repository (abhibambhaniya/GenZ-LLM-Analyzer); chat has other lengths there (3000 / 1000), with the same limits.
-USE_CASES = {
-    case.name: case
-    for case in (
-        UseCase("qa", 1000, 200, 4, 0.2, 0.010, _GENZ),
-        UseCase("summarise", 15000, 1000, 4, 2.0, 0.020, _GENZ),
-        UseCase("chat", 2048, 128, 2, 0.2, 0.010, _GENZ),
-        UseCase("code", 20000, 50, 4, 5.0, 0.020, _GENZ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class SizingResult:
-    """The answer for one piece of hardware.
+class SizingSettings:
+    """What a cluster must serve, and how large it may be.
 
     Attributes:
-        meets: within the limits. If not, `layout` is the nearest miss, or None where the model fits nowhere.
+        requests: that it must serve at a time. max_gpus: accelerators at most.
+        gpus_per_node: accelerators that the fast network joins; None: the hardware's.
+        weights, experts, kv: dtypes of matrices, routed experts and KV cache; None: the checkpoint's.
+        sensitivity: results include how their times respond to each part of the hardware.
+
+    Raises:
+        UsageError: fewer than one request, accelerator, or accelerator of a node.
+    """
+
+    requests: int = 1
+    max_gpus: int = 8192
+    gpus_per_node: int | None = None
+    weights: str | None = None
+    experts: str | None = None
+    kv: str = "bf16"
+    sensitivity: bool = False
+
+    def __post_init__(self) -> None:
+        if self.requests < 1 or self.max_gpus < 1:
+            raise UsageError("requests and max_gpus must be at least 1")
+        if self.gpus_per_node is not None and self.gpus_per_node < 1:
+            raise UsageError("gpus_per_node must be at least 1")
+
+
+@dataclass(frozen=True, repr=False)
+class SizingResult:
+    """The smallest cluster of one piece of hardware for one use case.
+
+    Attributes:
+        meets: within the limits. If not, `step_model` is the nearest miss, or None where the model fits nowhere.
         tried: accelerators of the largest cluster tried.
-        layout: how the cluster is used. each: requests of a data-parallel rank that were asked for.
+        step_model: how the cluster is used. batch: requests of a data-parallel rank that were asked for.
         serving: at that load. miss: how far over the limits that is, as a factor.
-        full, most: at the most requests of a rank that memory and limits allow, and that many; None and 0 where the
-            limits are missed. limited: what keeps `most` from being more: TTFT, TPOT or memory.
+        full, max_batch: at the most requests of a rank that memory and limits allow, and that many; None and 0 where
+            the limits are missed. limited_by: what keeps `max_batch` from being more: TTFT, TPOT or memory.
         usd, kwh: per million output tokens, at `full`.
         smaller: accelerators of the next smaller cluster (0: there is none). why, smaller_miss: what stops it, and by
             what factor (infinity: memory).
         bounds: of the decode step and of the prefill at `serving`, share of time by what bounds it.
-        short: how much of a GPU's usable memory the model would take at best, where it fits nowhere; else 1.
+        memory_ratio: how much of a GPU's usable memory the model would take at best, where it fits nowhere; else 1.
     """
 
     hardware: Hardware
     case: UseCase
     meets: bool
     tried: int
-    layout: Layout | None = None
-    each: int = 1
-    serving: Serving | None = None
+    step_model: StepModel | None = None
+    batch: int = 1
+    serving: ServingFigures | None = None
     miss: float = math.inf
-    full: Serving | None = None
-    most: int = 0
-    limited: str = ""
+    full: ServingFigures | None = None
+    max_batch: int = 0
+    limited_by: str = ""
     usd: float = 0.0
     kwh: float = 0.0
     smaller: int = 0
     why: str = ""
     smaller_miss: float = math.inf
     bounds: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    short: float = 1.0
+    memory_ratio: float = 1.0
+
+    def __repr__(self) -> str:
+        where = f"{self.case.name} on {self.hardware.name}"
+        if self.step_model is None or self.serving is None:
+            return f"{where}: does not fit {self.tried:,} GPUs ({self.why})"
+        found = f"{self.gpus:,} GPUs ({self.layout})"
+        times = f"TTFT {1e3 * self.serving.ttft_s:,.0f} ms, TPOT {1e3 * self.serving.tpot_s:.1f} ms"
+        return f"{where}: {found}, {times}" if self.meets else f"{where}: missed; nearest {found}, {times}"
+
+    @property
+    def gpus(self) -> int:
+        """Accelerators of the cluster, or of the nearest miss; 0 where there is none."""
+        return self.step_model.parallel.gpus if self.step_model else 0
+
+    @property
+    def layout(self) -> str:
+        """How they are used, in words."""
+        return self.step_model.layout if self.step_model else ""
+
+    @property
+    def max_requests(self) -> int:
+        """Requests at a time that the whole cluster can serve within memory and limits; 0 where they are missed."""
+        return self.max_batch * self.step_model.parallel.dp if self.step_model else 0
 
     @property
     def close(self) -> bool:
@@ -112,6 +133,144 @@ class SizingResult:
             return self.miss > 1 / CLOSE or self.smaller_miss < CLOSE
         return self.miss < CLOSE
 
+    @cached_property
+    def would_need(self) -> dict[str, float | None]:
+        """Where the limits are missed, by how much each part of the hardware would have to be better; else empty.
+
+        See `moeplan.perf.sensitivity.improvements`.
+        """
+        if self.meets or self.step_model is None:
+            return {}
+        return improvements(self.step_model, self.case.workload, self.batch, lambda found: self.case.miss(found) <= 1)
+
+    @cached_property
+    def elasticities(self) -> dict[str, dict[str, float]]:
+        """How TTFT and TPOT respond to each part of the hardware; empty where the model fits nowhere.
+
+        See `moeplan.perf.sensitivity.elasticities`.
+        """
+        return {} if self.step_model is None else elasticities(self.step_model, self.case.workload, self.batch)
+
+    def to_dict(self, sensitivity: bool = False) -> dict[str, Any]:
+        """Plain values for JSON."""
+        out: dict[str, Any] = {"meets": self.meets, "within_model_error": self.close, "largest_tried": self.tried}
+        if self.step_model is None or self.serving is None:
+            return out | {"nearest": None, "why": self.why, "memory_needed_over_usable": self.memory_ratio}
+        out |= {
+            "cluster" if self.meets else "nearest": self.step_model.to_dict(),
+            "ttft_ms": 1e3 * self.serving.ttft_s,
+            "tpot_ms": 1e3 * self.serving.tpot_s,
+            "requests": self.batch * self.step_model.parallel.dp,
+            "bound_ttft": self.bounds[1],
+            "bound_tpot": self.bounds[0],
+        }
+        if self.full is not None:
+            out |= {
+                "most_requests": self.max_requests,
+                "most_requests_limited_by": self.limited_by,
+                "tokens_per_s_per_gpu": self.full.output_per_s,
+                "usd_per_million_tokens": self.usd,
+                "kwh_per_million_tokens": self.kwh,
+                "smaller": {"gpus": self.smaller, "why": self.why} if self.smaller else None,
+            }
+        if not self.meets:
+            out["would_need"] = self.would_need
+        if sensitivity:
+            out["elasticities"] = self.elasticities
+        return out
+
+
+@dataclass(frozen=True, repr=False)
+class Sizing:
+    """The smallest cluster of each piece of hardware for each use case.
+
+    Attributes:
+        spec, settings, precision: what was asked. cases: the use cases.
+        results: case by case, each hardware in the order given.
+    """
+
+    spec: ModelSpec
+    settings: SizingSettings
+    precision: Precision
+    cases: tuple[UseCase, ...]
+    results: tuple[SizingResult, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"Sizing of {self.spec.name}", *(f"  {result!r}" for result in self.results)])
+
+    def of(self, case: UseCase) -> list[SizingResult]:
+        """The results of one use case."""
+        return [result for result in self.results if result.case is case]
+
+    @property
+    def met(self) -> bool:
+        """Whether some hardware keeps the limits of each use case."""
+        return all(any(result.meets for result in self.of(case)) for case in self.cases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "model": self.spec.name,
+            "requests": self.settings.requests,
+            "max_gpus": self.settings.max_gpus,
+            "use_cases": {
+                case.name: {
+                    "case": case.to_dict(),
+                    "hardware": {r.hardware.name: r.to_dict(self.settings.sensitivity) for r in self.of(case)},
+                }
+                for case in self.cases
+            },
+        }
+
+    def to_pandas(self) -> Any:
+        """A pandas data frame, one row per use case and hardware."""
+        return data_frame([{"use_case": r.case.name, "hardware": r.hardware.name, **r.to_dict()} for r in self.results])
+
+
+def size(
+    model: str | Path | ModelSpec,
+    hardware: str | Hardware | Sequence[str | Hardware],
+    use_cases: str | UseCase | Sequence[UseCase],
+    settings: SizingSettings = SizingSettings(),
+    progress: Progress | None = None,
+) -> Sizing:
+    """Find the smallest cluster that keeps the limits of a use, for each use case and each piece of hardware.
+
+    Args:
+        model: a name of the catalogue, the path of a config.json, or a description.
+        hardware: names of the catalogue ("H100,H200", or "all"), or descriptions.
+        use_cases: a name of `USE_CASES`, "all", or descriptions.
+        progress: called with each size that is tried.
+
+    Raises:
+        UsageError: an unknown name; a dtype that no kernel is modelled for; drafts of a model that makes none.
+        FormatError: a file that does not describe a model.
+
+    Example:
+        >>> from moeplan.perf.sizing import size
+        >>> size("Llama-3.1-70B", "H200", "chat").results[0].gpus
+        8
+    """
+    spec, machines = find_model(model), list_hardware(hardware)
+    if isinstance(use_cases, UseCase):
+        use_cases = [use_cases]
+    cases = tuple(find_use_cases(use_cases) if isinstance(use_cases, str) else use_cases)
+    if any(case.drafts for case in cases) and not spec.mtp_layers:
+        raise UsageError(f"{spec.name} has no module for multi-token prediction", hint="ask for no draft tokens")
+    precision = Precision.choose(spec, settings.weights, settings.experts, settings.kv)
+    for case in cases:
+        _ = case.workload  # refuses what is impossible, before any work
+    asked = [(case, machine) for case in cases for machine in machines]
+    results: list[SizingResult] = []
+    for done, (case, machine) in enumerate(asked):
+
+        def report(gpus: int, done: int = done, what: str = f"{case.name}, {machine.name}") -> None:
+            if progress:
+                progress(done, len(asked), f"{what} x {gpus}")
+
+        results.append(smallest_cluster(spec, machine, case, precision, settings, report))
+    return Sizing(spec, settings, precision, cases, tuple(results))
+
 
 def cluster_sizes(per_node: int, most: int) -> list[int]:
     """Counts of accelerators to try: parts of a node, then nodes by 1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24 ..."""
@@ -119,63 +278,48 @@ def cluster_sizes(per_node: int, most: int) -> list[int]:
     return [n for n in sorted({*node_parts(per_node), *(n * per_node for n in nodes)}) if n <= most]
 
 
-def size(
-    spec: ModelSpec, hardware: Hardware, case: UseCase, precision: Precision, *, requests: int = 1, most: int = 8192,
-    gpus_per_node: int | None = None, usd_per_hour: float | None = None, watts: float | None = None,
+def smallest_cluster(
+    spec: ModelSpec,
+    hardware: Hardware,
+    case: UseCase,
+    precision: Precision,
+    settings: SizingSettings = SizingSettings(),
     report: Callable[[int], None] = lambda gpus: None,
-) -> SizingResult:  # fmt: skip
-    """The smallest cluster that serves `requests` at a time within the limits; of its layouts, the one that can then
-    serve most tokens.
+) -> SizingResult:
+    """The smallest cluster that serves the requests within the limits; of its layouts, the one that can then serve
+    most tokens.
 
     Args:
-        most: accelerators at most. gpus_per_node: that the fast network joins (default: the hardware's).
-        usd_per_hour, watts: of one accelerator, instead of the catalogue's.
         report: called with each size that is tried.
 
     Raises:
-        UsageError: fewer than one request or accelerator; a dtype that no kernel is modelled for.
+        UsageError: a dtype that no kernel is modelled for.
     """
-    if requests < 1 or most < 1:
-        raise UsageError("requests and accelerators must be at least 1")
-    per_node = gpus_per_node or hardware.scale_up_size
-    before, nearest, short = _Tried(0), _NOTHING, math.inf
+    search = _Search(spec, hardware, case, precision, settings)
+    before, nearest, memory_ratio = _Tried(0), _NOTHING, math.inf
     weights = float(weight_bytes(spec, Parallel(), precision, mtp=case.drafts > 0).sum())
-    for gpus in cluster_sizes(per_node, most):
-        if nearest.layout and gpus > BEYOND * nearest.layout.parallel.gpus:
+    for gpus in cluster_sizes(search.per_node, settings.max_gpus):
+        if nearest.model and gpus > BEYOND * nearest.model.parallel.gpus:
             break
         report(gpus)
         usable = hardware.memory_bytes * USABLE
         if weights > gpus * usable:  # however they are spread
-            before = _Tried(gpus, why=_memory_text(weights / gpus, usable), short=weights / gpus / usable)
-            short = min(short, before.short)
+            before = _Tried(gpus, why=_memory_text(weights / gpus, usable), memory_ratio=weights / gpus / usable)
+            memory_ratio = min(memory_ratio, before.memory_ratio)
             continue
-        tried = _try(spec, hardware, gpus, per_node, precision, case, requests, max(nearest.miss, 1.0))
+        tried = search.attempt(gpus, max(nearest.miss, 1.0))
         if tried.met:
             if before.gpus and not before.why:  # all its layouts were worse than a smaller cluster's
-                before = _try(spec, hardware, before.gpus, per_node, precision, case, requests)
-            answer = _answer(case, tried, usd_per_hour, watts)
-            return replace(answer, smaller=before.gpus, why=before.why, smaller_miss=before.nearest.miss)
+                before = search.attempt(before.gpus)
+            return search.answer(tried, before)
         if tried.nearest.miss < WORTH * nearest.miss:
             nearest = tried.nearest
-        short, before = min(short, tried.short), tried
-    if nearest.layout is None or nearest.serving is None:
-        return SizingResult(hardware, case, False, before.gpus, short=short, why=before.why)
+        memory_ratio, before = min(memory_ratio, tried.memory_ratio), tried
+    if nearest.model is None or nearest.serving is None:
+        return SizingResult(hardware, case, False, before.gpus, memory_ratio=memory_ratio, why=before.why)
     return SizingResult(
-        hardware, case, False, before.gpus, nearest.layout, nearest.each, nearest.serving, nearest.miss,
-        bounds=_bounds(nearest.layout, nearest.serving, case),
-    )  # fmt: skip
-
-
-def _answer(case: UseCase, tried: _Tried, usd_per_hour: float | None, watts: float | None) -> SizingResult:
-    """Of the layouts within the limits, the one that gives most when it is full."""
-    filled = ((good, *_fill(case, good)) for good in tried.met)
-    good, full, most, limited = max(filled, key=lambda item: item[1].output_per_s)
-    layout, serving = good.layout, good.serving
-    assert layout is not None and serving is not None
-    usd, kwh = cost(layout.hardware, full.output_per_s, usd_per_hour=usd_per_hour, watts=watts)
-    return SizingResult(
-        layout.hardware, case, True, tried.gpus, layout, good.each, serving, good.miss, full, most, limited, usd, kwh,
-        bounds=_bounds(layout, serving, case),
+        hardware, case, False, before.gpus, nearest.model, nearest.batch, nearest.serving, nearest.miss,
+        bounds=_bounds(nearest.model, nearest.serving, case),
     )  # fmt: skip
 
 
@@ -188,9 +332,9 @@ class _Candidate:
     """A layout, requests of a rank, what they get, and how far that is over the limits."""
 
     miss: float
-    layout: Layout | None = None
-    each: int = 1
-    serving: Serving | None = None
+    model: StepModel | None = None
+    batch: int = 1
+    serving: ServingFigures | None = None
 
 
 _NOTHING = _Candidate(math.inf)
@@ -198,56 +342,78 @@ _NOTHING = _Candidate(math.inf)
 
 @dataclass(frozen=True)
 class _Tried:
-    """All layouts of one size: those within the limits, the nearest, what stops it; short: as in `SizingResult`."""
+    """All layouts of one size: those within the limits, the nearest, what stops it; memory_ratio: as in the result."""
 
     gpus: int
     met: tuple[_Candidate, ...] = ()
     nearest: _Candidate = _NOTHING
     why: str = ""
-    short: float = math.inf
+    memory_ratio: float = math.inf
 
 
-def _try(
-    spec: ModelSpec, hardware: Hardware, gpus: int, per_node: int, precision: Precision, case: UseCase, requests: int,
-    bound: float = math.inf,
-) -> _Tried:  # fmt: skip
-    """Layouts whose TPOT misses by more than `bound` are passed over."""
-    met: list[_Candidate] = []
-    nearest, least, passed = _NOTHING, None, False
-    for layout in _layouts(spec, hardware, gpus, per_node, precision, requests):
-        each = -(-requests // layout.parallel.dp)
-        if each > holds(layout, case.load):
-            need = used(layout, case.load, each)
-            least = need if least is None or need.used < least.used else least
-            continue
-        if layout.overlap and not _halves(layout, case, each):
-            continue
-        step = float(layout.decode(each, case.load.context, case.load).seconds)
-        if step / case.accepted / case.tpot_s > min(bound, max(1.0, nearest.miss)):  # prefill only adds to it
-            passed = True
-            continue
-        serving = aggregated(layout, case.load, each)
-        found = _Candidate(case.miss(serving), layout, each, serving)
-        nearest = min(nearest, found, key=lambda candidate: candidate.miss)
-        if found.miss <= 1:
-            met.append(found)
-    short = least.used / least.usable if least else math.inf
-    why = "" if passed and nearest is _NOTHING else _why(case, nearest.serving, least)
-    return _Tried(gpus, tuple(met), nearest, why, short)
+@dataclass(frozen=True)
+class _Search:
+    """What stays the same from one size of cluster to the next."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    case: UseCase
+    precision: Precision
+    settings: SizingSettings
+
+    @property
+    def per_node(self) -> int:
+        return self.settings.gpus_per_node or self.hardware.scale_up_size
+
+    def attempt(self, gpus: int, bound: float = math.inf) -> _Tried:
+        """All layouts of one size; those whose TPOT misses by more than `bound` are passed over."""
+        case, workload = self.case, self.case.workload
+        met: list[_Candidate] = []
+        nearest, least, passed = _NOTHING, None, False
+        for model in self._layouts(gpus):
+            batch = -(-self.settings.requests // model.parallel.dp)
+            if batch > holds(model, workload):
+                need = used(model, workload, batch)
+                least = need if least is None or need.used < least.used else least
+                continue
+            if model.options.overlap and not _halves(model, case, batch):
+                continue
+            step = float(model.decode(batch, workload.context, workload).seconds)
+            if step / case.accepted / case.tpot_s > min(bound, max(1.0, nearest.miss)):  # prefill only adds to it
+                passed = True
+                continue
+            serving = aggregated(model, workload, batch)
+            found = _Candidate(case.miss(serving), model, batch, serving)
+            nearest = min(nearest, found, key=lambda candidate: candidate.miss)
+            if found.miss <= 1:
+                met.append(found)
+        memory_ratio = least.used / least.usable if least else math.inf
+        why = "" if passed and nearest is _NOTHING else _why(case, nearest.serving, least)
+        return _Tried(gpus, tuple(met), nearest, why, memory_ratio)
+
+    def _layouts(self, gpus: int) -> list[StepModel]:
+        """Layouts worth trying. More data-parallel ranks than requests serve only experts; in a dense model, nobody."""
+        swept = SweepSettings(gpus_per_node=self.per_node, overlap=True)
+        try:
+            possible = step_models(self.spec, self.hardware, gpus, self.precision, swept)
+        except PlanError:
+            return []
+        return [model for model in possible if self.spec.moe or model.parallel.dp <= self.settings.requests]
+
+    def answer(self, tried: _Tried, before: _Tried) -> SizingResult:
+        """Of the layouts within the limits, the one that gives most when it is full."""
+        filled = ((good, *_fill(self.case, good)) for good in tried.met)
+        good, full, most, limited = max(filled, key=lambda item: item[1].output_per_s)
+        model, serving = good.model, good.serving
+        assert model is not None and serving is not None
+        usd, kwh = cost(model.hardware, full.output_per_s)
+        return SizingResult(
+            model.hardware, self.case, True, tried.gpus, model, good.batch, serving, good.miss, full, most, limited,
+            usd, kwh, before.gpus, before.why, before.nearest.miss, _bounds(model, serving, self.case),
+        )  # fmt: skip
 
 
-def _layouts(
-    spec: ModelSpec, hardware: Hardware, gpus: int, per_node: int, precision: Precision, requests: int
-) -> list[Layout]:
-    """Layouts worth trying. More data-parallel ranks than requests serve only experts; in a dense model, nobody."""
-    try:
-        possible = layouts(spec, hardware, gpus, precision, gpus_per_node=per_node, overlap=True)
-    except PlanError:
-        return []
-    return [layout for layout in possible if spec.moe or layout.parallel.dp <= requests]
-
-
-def _why(case: UseCase, serving: Serving | None, least: Memory | None) -> str:
+def _why(case: UseCase, serving: ServingFigures | None, least: Memory | None) -> str:
     """What stops a size: the limits that its nearest layout misses, or memory."""
     if serving is None:
         if least is None:
@@ -261,20 +427,19 @@ def _memory_text(used: float, usable: float) -> str:
     return f"memory: {used / 1e9:,.0f} of {usable / 1e9:,.0f} GB a GPU"
 
 
-def _bounds(layout: Layout, serving: Serving, case: UseCase) -> tuple[dict[str, float], dict[str, float]]:
-    return bound_shares(serving.decode), bound_shares(layout.prefill(1, min(case.prompt, CHUNK)))
+def _bounds(model: StepModel, serving: ServingFigures, case: UseCase) -> tuple[dict[str, float], dict[str, float]]:
+    return bound_shares(serving.decode), bound_shares(model.prefill(1, min(case.prompt, CHUNK)))
 
 
-def _fill(case: UseCase, good: _Candidate) -> tuple[Serving, int, str]:
+def _fill(case: UseCase, good: _Candidate) -> tuple[ServingFigures, int, str]:
     """(what the layout gives with the most requests of a rank, that many, what keeps it from more)."""
-    layout, best = good.layout, good.serving
-    assert layout is not None and best is not None
-    room = holds(layout, case.load)
-    most, over = good.each, room + 1
+    model, best = good.model, good.serving
+    assert model is not None and best is not None
+    most, over = good.batch, holds(model, case.workload) + 1
     reason = "memory"
     while over - most > 1:
         middle = min(2 * most, (most + over) // 2)
-        serving = aggregated(layout, case.load, middle)
+        serving = aggregated(model, case.workload, middle)
         if case.miss(serving) <= 1:
             most, best = middle, serving
         else:
@@ -282,6 +447,6 @@ def _fill(case: UseCase, good: _Candidate) -> tuple[Serving, int, str]:
     return best, most, reason
 
 
-def _halves(layout: Layout, case: UseCase, running: int) -> bool:
+def _halves(model: StepModel, case: UseCase, running: int) -> bool:
     """Whether each micro-batch of a pipeline has two tokens to halve."""
-    return running * case.beams * (case.drafts + 1) >= 2 * layout.parallel.pp
+    return running * case.beams * (case.drafts + 1) >= 2 * model.parallel.pp

@@ -6,23 +6,40 @@ step. Prefill is left out, as it is where prefill has workers of its own; `moepl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
+from moeplan.frames import data_frame
 from moeplan.model.spec import ModelSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision, check_parallel, largest_batch
-from moeplan.perf.serving import Layout, cost
+from moeplan.perf.named import find_model, list_hardware
+from moeplan.perf.serving import cost
 from moeplan.perf.setup import default_mode
 from moeplan.perf.step import Step
+from moeplan.perf.step_model import StepModel, StepOptions
+from moeplan.progress import Progress
 
 __all__ = [
-    "Choice", "Point", "Sweep", "best_within", "bound_shares", "layouts", "node_parts", "parallels", "pareto",
-    "precision_of", "sweep", "thinned", "ways", "where", "with_overlap",
-]  # fmt: skip
+    "LayoutChoice",
+    "Point",
+    "Sweep",
+    "SweepSettings",
+    "best_within",
+    "bound_shares",
+    "node_parts",
+    "parallels",
+    "pareto",
+    "step_models",
+    "sweep",
+    "thinned",
+    "with_overlap",
+]
 
 #: Columns of the narrowest part of an expert that a grouped product is worth calling for.
 TILE = 64
@@ -31,12 +48,60 @@ MOST_SETUPS = 200_000
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the user fixed of the ways to spread a model; None: all that are possible."""
+class LayoutChoice:
+    """Which ways to spread a model to try; None: all that are possible."""
 
     tp: tuple[int, ...] | None = None
     pp: tuple[int, ...] | None = None
     ep: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What a sweep varies.
+
+    Attributes:
+        nodes: numbers of nodes; 1 stands for parts of a node, too. gpus: numbers of accelerators instead; None: nodes.
+        gpus_per_node: accelerators that the fast network joins; None: the hardware's.
+        choice: tensor- and pipeline-parallel ranks and expert ranks to try.
+        batches: requests of each data-parallel rank. contexts: tokens that each holds.
+        overlap: also each set-up with two-batch overlap, where that is possible.
+        tpot_ms: the limit for the best set-up.
+        weights, experts, kv: dtypes of matrices, routed experts and KV cache; None: the checkpoint's.
+
+    Raises:
+        UsageError: a list without numbers, or with one below 1; a limit that is not above 0.
+    """
+
+    nodes: tuple[int, ...] = (1,)
+    gpus: tuple[int, ...] | None = None
+    gpus_per_node: int | None = None
+    choice: LayoutChoice = LayoutChoice()
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    contexts: tuple[int, ...] = (4096,)
+    overlap: bool = False
+    tpot_ms: float = 50.0
+    weights: str | None = None
+    experts: str | None = None
+    kv: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus", "batches", "contexts"):
+            values = getattr(self, name)
+            if values is not None and (not values or min(values) < 1):
+                raise UsageError(f"{name} must be numbers of at least 1")
+        if not self.tpot_ms > 0:
+            raise UsageError(f"tpot {self.tpot_ms:g} is not above 0", hint="give milliseconds")
+        if self.gpus_per_node is not None and self.gpus_per_node < 1:
+            raise UsageError("gpus_per_node must be at least 1")
+
+    def counts(self, hardware: Hardware) -> tuple[int, ...]:
+        """Numbers of accelerators to try of this hardware."""
+        if self.gpus is not None:
+            return self.gpus
+        per_node = self.gpus_per_node or hardware.scale_up_size
+        parts = node_parts(per_node) if 1 in self.nodes else []
+        return tuple(sorted({*parts, *(n * per_node for n in self.nodes)}))
 
 
 @dataclass(frozen=True)
@@ -49,7 +114,7 @@ class Point:
         bound: what most of the step waits for. usd, kwh: per million output tokens.
     """
 
-    layout: Layout
+    step_model: StepModel
     batch: int
     context: int
     tpot_s: float
@@ -58,28 +123,90 @@ class Point:
     usd: float
     kwh: float
 
+    def __str__(self) -> str:
+        """In words: "72 x H100-SXM (dp 72 ep 72, 128 requests a rank)"."""
+        held = f"{self.batch:,} request{'s' * (self.batch > 1)} a rank"
+        return f"{self.gpus} x {self.hardware.name} ({self.layout}, {held})"
 
-@dataclass(frozen=True)
+    @property
+    def hardware(self) -> Hardware:
+        return self.step_model.hardware
+
+    @property
+    def gpus(self) -> int:
+        return self.step_model.parallel.gpus
+
+    @property
+    def layout(self) -> str:
+        return self.step_model.layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            **self.step_model.to_dict(),
+            "batch": self.batch,
+            "context": self.context,
+            "tpot_ms": 1e3 * self.tpot_s,
+            "tokens_per_s_per_gpu": self.per_gpu_s,
+            "bound": self.bound,
+            "usd_per_million_tokens": self.usd,
+            "kwh_per_million_tokens": self.kwh,
+        }
+
+
+@dataclass(frozen=True, repr=False)
 class Sweep:
-    """All set-ups that fit the memory, in the order tried; unfit: how many did not fit."""
+    """All set-ups of a model that fit the memory.
 
+    Attributes:
+        spec, settings, precision: what was swept.
+        points: in the order tried. unfit: how many set-ups did not fit.
+    """
+
+    spec: ModelSpec
+    settings: SweepSettings
+    precision: Precision
     points: tuple[Point, ...]
     unfit: int
 
+    def __repr__(self) -> str:
+        lines = [f"Sweep of {self.spec.name}: {len(self.points):,} set-ups, {self.unfit:,} more do not fit"]
+        for context in self.settings.contexts:
+            best = self.best(context)
+            found = f"{best.per_gpu_s:,.0f} tokens/s a GPU on {best}" if best else "none"
+            lines.append(f"  {context:,} tokens of context, within {self.settings.tpot_ms:g} ms: {found}")
+        return "\n".join(lines)
 
-def precision_of(spec: ModelSpec, weights: str | None, experts: str | None, kv: str) -> Precision:
-    """The dtypes asked for, else the checkpoint's.
+    def at(self, context: int) -> list[Point]:
+        """The set-ups of one context."""
+        return [point for point in self.points if point.context == context]
 
-    Raises:
-        UsageError: an unknown dtype, or none given for a model whose checkpoint is not known.
-    """
-    if weights is not None:
-        return Precision(weights=weights, experts=experts, kv=kv)
-    known = Precision.of_checkpoint(spec)
-    return Precision(weights=known.weights, experts=experts or known.experts, kv=kv)
+    def best(self, context: int) -> Point | None:
+        """Of one context, the set-up of most tokens per accelerator within the limit; None: there is none."""
+        return best_within(self.at(context), self.settings.tpot_ms / 1e3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        contexts = self.settings.contexts
+        fronts = {id(p) for context in contexts for p in pareto(self.at(context))}
+        best = {context: self.best(context) for context in contexts}
+        return {
+            "model": self.spec.name,
+            "phase": "decode",
+            "routing": "uniform" if self.spec.moe else None,
+            "set_ups": len(self.points),
+            "do_not_fit": self.unfit,
+            "tpot_limit_ms": self.settings.tpot_ms,
+            "best": {str(context): p.to_dict() | {"pareto": True} if p else None for context, p in best.items()},
+            "points": [p.to_dict() | {"pareto": id(p) in fronts} for p in self.points],
+        }
+
+    def to_pandas(self) -> Any:
+        """A pandas data frame, one row per set-up."""
+        return data_frame(self.to_dict()["points"])
 
 
-def parallels(spec: ModelSpec, gpus: int, per_node: int, choice: Choice = Choice()) -> list[Parallel]:
+def parallels(spec: ModelSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()) -> list[Parallel]:
     """All layouts of a model on `gpus` accelerators in nodes of `per_node`.
 
     Neither stages nor tensor-parallel groups straddle nodes or leave one half filled. Experts are spread over all ranks
@@ -145,74 +272,83 @@ def _expert_ranks(spec: ModelSpec, stage: int, tp: int) -> list[int]:
     return [whole, 1] if stage == tp and whole > 1 else [whole]
 
 
-def with_overlap(layout: Layout) -> bool:
+def with_overlap(model: StepModel) -> bool:
     """Whether two-batch overlap has messages to hide."""
-    return default_mode(layout.spec, layout.parallel, prefill=False) is Dispatch.PICK
+    return default_mode(model.spec, model.parallel, prefill=False) is Dispatch.PICK
 
 
 def sweep(
-    spec: ModelSpec, machines: Sequence[tuple[Hardware, Sequence[int]]], precision: Precision, *,
-    batches: Sequence[int], contexts: Sequence[int], choice: Choice = Choice(), gpus_per_node: int | None = None,
-    overlap: bool = False, usd_per_hour: float | None = None, watts: float | None = None,
-    report: Callable[[int, int, str], None] = lambda done, total, note: None,
-) -> Sweep:  # fmt: skip
-    """Every set-up of every machine, count of accelerators, layout, context and batch.
+    model: str | Path | ModelSpec,
+    hardware: str | Hardware | Sequence[str | Hardware],
+    settings: SweepSettings = SweepSettings(),
+    progress: Progress | None = None,
+) -> Sweep:
+    """Estimate every set-up: hardware, number of accelerators, layout, context and batch.
 
     Args:
-        machines: hardware, and how many accelerators of it to try.
-        batches: requests of a data-parallel rank. contexts: tokens that each of them holds.
-        overlap: also each set-up with two-batch overlap, where that is possible.
-        gpus_per_node: accelerators that the fast network joins (default: the hardware's).
-        usd_per_hour, watts: of one accelerator, instead of the catalogue's.
+        model: a name of the catalogue, the path of a config.json, or a description.
+        hardware: names of the catalogue ("H100,H200", or "all"), or descriptions.
+        progress: called with each layout that is done.
 
     Raises:
-        PlanError: not one count that a layout fits. UsageError: more set-ups than `MOST_SETUPS`.
+        PlanError: no count that a layout fits. UsageError: an unknown name; nothing fits the memory; too many set-ups.
+        FormatError: a file that does not describe a model.
+
+    Example:
+        >>> from moeplan.perf.sweep import SweepSettings, sweep
+        >>> found = sweep("gpt-oss-20b", "H100", SweepSettings(gpus=(1, 2), batches=(1, 64)))
+        >>> len(found.points)
+        10
     """
-    tried: list[Layout] = []
+    spec = find_model(model)
+    precision = Precision.choose(spec, settings.weights, settings.experts, settings.kv)
+    tried: list[StepModel] = []
     refused = None
-    for hardware, counts in machines:
-        for gpus in counts:
+    for each in list_hardware(hardware):
+        for gpus in settings.counts(each):
             try:
-                tried += layouts(
-                    spec, hardware, gpus, precision, choice, gpus_per_node=gpus_per_node, overlap=overlap
-                )  # fmt: skip
+                tried += step_models(spec, each, gpus, precision, settings)
             except PlanError as error:
                 refused = error
     if not tried and refused:
         raise refused
-    total = len(tried) * len(contexts) * len(batches)
+    total = len(tried) * len(settings.contexts) * len(settings.batches)
     if total > MOST_SETUPS:
         raise UsageError(f"{total:,} set-ups are more than {MOST_SETUPS:,}", hint="ask for fewer counts or batches")
     points, unfit = [], 0
-    for done, layout in enumerate(tried):
-        for context in contexts:
-            most = largest_batch(spec, layout.hardware, layout.parallel, precision, context=context)
-            fits = [batch for batch in batches if batch <= most]
-            unfit += len(batches) - len(fits)
-            least = 2 * layout.parallel.pp if layout.overlap else 1  # each of a stage's micro-batches is halved
-            points += [_point(layout, batch, context, usd_per_hour, watts) for batch in fits if batch >= least]
-        report(done + 1, len(tried), layout.hardware.name)
-    return Sweep(tuple(points), unfit)
+    for done, step_model in enumerate(tried):
+        for context in settings.contexts:
+            most = largest_batch(spec, step_model.hardware, step_model.parallel, precision, context=context)
+            fits = [batch for batch in settings.batches if batch <= most]
+            unfit += len(settings.batches) - len(fits)
+            least = 2 * step_model.parallel.pp if step_model.options.overlap else 1  # micro-batches are halved
+            points += [_point(step_model, batch, context) for batch in fits if batch >= least]
+        if progress:
+            progress(done + 1, len(tried), step_model.hardware.name)
+    if not points:
+        raise UsageError(f"{spec.name} fits none of the {unfit} set-ups", hint="use more GPUs, or smaller dtypes")
+    return Sweep(spec, settings, precision, tuple(points), unfit)
 
 
-def layouts(
-    spec: ModelSpec, hardware: Hardware, gpus: int, precision: Precision, choice: Choice = Choice(), *,
-    gpus_per_node: int | None = None, overlap: bool = False,
-) -> list[Layout]:  # fmt: skip
-    """`parallels` as layouts; with `overlap`, each also with two-batch overlap, where that is possible."""
-    per_node, found = gpus_per_node or hardware.scale_up_size, []
-    for parallel in parallels(spec, gpus, per_node, choice):
-        layout = Layout(spec, hardware, parallel, precision, gpus_per_node=per_node)
-        found += [layout, replace(layout, overlap=True)] if overlap and with_overlap(layout) else [layout]
+def step_models(
+    spec: ModelSpec, hardware: Hardware, gpus: int, precision: Precision, settings: SweepSettings
+) -> list[StepModel]:
+    """`parallels` as step models; with `overlap`, each also with two-batch overlap, where that is possible."""
+    per_node, found = settings.gpus_per_node or hardware.scale_up_size, []
+    for parallel in parallels(spec, gpus, per_node, settings.choice):
+        model = StepModel(spec, hardware, parallel, precision, StepOptions(gpus_per_node=per_node))
+        found.append(model)
+        if settings.overlap and with_overlap(model):
+            found.append(replace(model, options=replace(model.options, overlap=True)))
     return found
 
 
-def _point(layout: Layout, batch: int, context: int, usd_per_hour: float | None, watts: float | None) -> Point:
-    step = layout.decode(batch, context)
+def _point(model: StepModel, batch: int, context: int) -> Point:
+    step = model.decode(batch, context)
     seconds = float(step.seconds)
-    each = batch * layout.parallel.dp / seconds / layout.parallel.gpus
-    usd, kwh = cost(layout.hardware, each, usd_per_hour=usd_per_hour, watts=watts)
-    return Point(layout, batch, context, seconds, each, next(iter(bound_shares(step))), usd, kwh)
+    each = batch * model.parallel.dp / seconds / model.parallel.gpus
+    usd, kwh = cost(model.hardware, each)
+    return Point(model, batch, context, seconds, each, next(iter(bound_shares(step))), usd, kwh)
 
 
 def bound_shares(step: Step) -> dict[str, float]:
@@ -246,16 +382,3 @@ def thinned(front: Sequence[Point], most: int) -> list[Point]:
 def best_within(points: Sequence[Point], tpot_s: float) -> Point | None:
     """The one of most tokens per accelerator within a TPOT."""
     return max((p for p in points if p.tpot_s <= tpot_s), key=lambda p: p.per_gpu_s, default=None)
-
-
-def ways(layout: Layout) -> str:
-    """How a layout spreads a model, in words: "dp 72 ep 72 overlap"."""
-    p = layout.parallel
-    text = " ".join(f"{name} {getattr(p, name)}" for name in ("tp", "dp", "ep", "pp") if getattr(p, name) > 1)
-    return (text or "one GPU") + (" overlap" if layout.overlap else "")
-
-
-def where(p: Point) -> str:
-    """A set-up in words: "72 x H100-SXM (dp 72 ep 72, 128 requests a rank)"."""
-    held = f"{p.batch:,} request{'s' * (p.batch > 1)} a rank"
-    return f"{p.layout.parallel.gpus} x {p.layout.hardware.name} ({ways(p.layout)}, {held})"

@@ -222,12 +222,14 @@ def timing_of(
     return timing
 
 
-def model_of(shape: ModelShape, name: str | None = None) -> ModelSpec:
-    """The model of a trace: by `name`, or, where that is None, as the trace calls it.
+def model_of(shape: ModelShape, name: str | ModelSpec | None = None) -> ModelSpec:
+    """The model of a trace: by `name`, or, where that is None, as the trace calls it; a description as it is.
 
     Raises:
         UsageError: not in the catalogue. FormatError: a file that does not describe a model.
     """
+    if isinstance(name, ModelSpec):
+        return name
     place = named(name or shape.name, MODEL)
     try:
         spec = model(place)

@@ -16,16 +16,21 @@ import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.errors import UsageError
+from moeplan.model.spec import ModelSpec
 from moeplan.perf.collectives import Messages
+from moeplan.perf.estimate import Estimate, EstimateSettings, MeasuredRouting, estimate_step
+from moeplan.perf.hardware import Hardware
+from moeplan.perf.named import find_hardware
 from moeplan.perf.routing import Routing
+from moeplan.perf.step_model import StepModel
 from moeplan.planning.requests import RequestSet
 from moeplan.planning.store import StoredPlan
 from moeplan.replay.comparison import Setup, group_test
 from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import draw_steps, live_requests
-from moeplan.replay.timing import StepTimes, Timing, routing_of
+from moeplan.replay.timing import CONTEXT, StepTimes, Timing, model_of, parallel_of, routing_of
 
-__all__ = ["TraceRouting", "real_routing"]
+__all__ = ["TraceRouting", "estimate_plan", "real_routing"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,72 @@ class _Counter(Timing):
         self.counted.append(routing_of(cluster, self.spec, links, picks, touched, self.redundant))
         nothing = np.zeros(len(picks))
         return StepTimes(nothing, nothing)
+
+
+def estimate_plan(
+    stored: StoredPlan,
+    requests: RequestSet,
+    hardware: str | Hardware,
+    *,
+    model: str | ModelSpec | None = None,
+    batch: int | None = None,
+    context: int = CONTEXT,
+    settings: EstimateSettings | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate a decode step of a plan's cluster, with the routing that the requests of a trace have under the plan.
+
+    Args:
+        model: a name of the catalogue, the path of a config.json, or a description; None: the trace's own.
+        batch: requests of each group in a step; None: as many as a replay takes, at most 128.
+        context: tokens that each holds. settings: as for `moeplan.perf.estimate.estimate`, without a layout.
+
+    Raises:
+        UsageError: a model that is not the trace's; settings that the plan answers; more requests than a group has.
+        PlanError: too few requests for the plan's groups.
+    """
+    spec, machine = model_of(requests.shape, model), find_hardware(hardware)
+    settings = settings or EstimateSettings()
+    mode = settings.dispatch or stored.dispatch
+    settings = dataclasses.replace(settings, dispatch=mode)
+    timing = Timing(spec, machine, context)
+    timing.check(requests.shape, stored.cluster, mode)
+    parallel = parallel_of(stored.cluster, spec, stored.redundant)
+    step_model = settings.step_model(spec, machine, parallel, stored.cluster.gpus_per_node)
+    steps = real_routing(requests, stored, timing, mode, live=batch, seed=seed)
+    found = estimate_step(step_model, steps.live, context, settings, steps.routing)
+    return dataclasses.replace(found, measured=_measured(step_model, steps, requests, stored, context))
+
+
+def _measured(
+    model: StepModel, steps: TraceRouting, requests: RequestSet, stored: StoredPlan, context: int
+) -> MeasuredRouting:
+    """What the routing did, beside uniform routing."""
+    moe, cluster = model.spec.moe, stored.cluster
+    assert moe is not None
+    ms = 1e3 * np.asarray(model.decode(steps.live, context, routing=steps.routing).seconds)
+    ms = ms if ms.ndim == 1 else ms.mean(axis=1)
+    flat = model.decode(steps.live, context)
+    per_gpu = (moe.experts + stored.redundant) / cluster.num_gpus
+    missed = (1 - moe.top_k / (moe.experts + stored.redundant)) ** (steps.live * cluster.num_groups)
+    uniform = {
+        "step_ms": 1e3 * float(flat.seconds),
+        "load_ratio": flat.load_ratio,
+        "local_share": 1 / cluster.nodes,
+        "experts_per_gpu": per_gpu * (1 - missed),
+    }
+    notes = []
+    if requests.shape.num_layers < len(moe.layers):
+        notes.append(
+            f"the trace gives {requests.shape.num_layers} of {model.spec.name}'s {len(moe.layers)} MoE layers; their "
+            "mean stands for all"
+        )
+    return MeasuredRouting(
+        trace="", plan="", strategy=stored.result.strategy, fitted_on_this_trace=False, steps=steps.steps,
+        local_share=steps.local_share, experts_per_gpu=steps.experts_per_gpu, load_ratio=steps.routing.load_ratio,
+        step_ms_p5=float(np.quantile(ms, 0.05)), step_ms_p95=float(np.quantile(ms, 0.95)), uniform=uniform,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def real_routing(

@@ -6,31 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeplan.perf.routing import Routing
-from moeplan.perf.serving import Layout, Load
-from moeplan.perf.sweep import ways
+from moeplan.perf.estimate import Estimate
+from moeplan.perf.step_model import StepModel
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.report.perf_sections import ERROR, UNIFORM, can_skew, skew_section, skewed, time_section
 
 __all__ = ["estimate_html", "write_estimate_page"]
 
 
-def write_estimate_page(
-    path: Path, layout: Layout, load: Load, facts: Mapping[str, Any], routing: Routing | None = None
-) -> None:
+def write_estimate_page(path: Path, found: Estimate) -> None:
     """Write the page of one set-up, whole or not at all."""
-    write_page(path, estimate_html(layout, load, facts, routing))
+    write_page(path, estimate_html(found))
 
 
-def estimate_html(layout: Layout, load: Load, facts: Mapping[str, Any], routing: Routing | None = None) -> str:
-    """The whole page as HTML.
-
-    Args:
-        facts: the JSON of `moeplan estimate`. routing: of counted steps; None: uniform.
-    """
-    batch, context, prefill = facts["batch"], facts["context"], facts["phase"] == "prefill"
-    step = (layout.prefill(batch, context) if prefill else layout.decode(batch, context, load, routing)).mean()
-    gpus = f"{layout.parallel.gpus} x {layout.hardware.name} ({ways(layout)}, {batch:,} requests a rank)"
+def estimate_html(found: Estimate) -> str:
+    """The whole page as HTML."""
+    facts, layout, load, step = found.to_dict(), found.step_model, found.workload, found.step
+    batch, context, prefill = found.batch, found.context, found.phase == "prefill"
+    gpus = f"{layout.parallel.gpus} x {layout.hardware.name} ({layout.layout}, {batch:,} requests a rank)"
     sections = [
         _figures(facts, layout),
         time_section(f"{facts['phase']} step", f"On {gpus}", {facts["phase"]: step}),
@@ -52,7 +45,7 @@ def estimate_html(layout: Layout, load: Load, facts: Mapping[str, Any], routing:
     return render(f"One {facts['phase']} step of {layout.spec.name}", gpus, notices, sections)
 
 
-def _figures(facts: Mapping[str, Any], layout: Layout) -> Section:
+def _figures(facts: Mapping[str, Any], layout: StepModel) -> Section:
     """The step, its tokens and costs; beside uniform routing, where a plan was given."""
     memory, real = facts["memory"], facts.get("real")
     time = "TTFT" if facts["phase"] == "prefill" else "TPOT"

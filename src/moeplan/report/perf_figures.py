@@ -88,10 +88,10 @@ def _work(parts: Mapping[str, object]) -> tuple[float, float] | None:
 
 def pareto_figure(points: Sequence[Point], chosen: Point | None, limit_s: float, alt: str) -> Image:
     """The front of each hardware, all set-ups as faint dots, the TPOT limit, and the set-up chosen under it."""
-    hardware = list(dict.fromkeys(p.layout.hardware.name for p in points))
+    hardware = list(dict.fromkeys(p.hardware.name for p in points))
     with canvas(height=3.6 + 0.12 * len(hardware)) as (figure, axes):
         for number, name in enumerate(hardware):
-            mine = [p for p in points if p.layout.hardware.name == name]
+            mine = [p for p in points if p.hardware.name == name]
             front = pareto(mine)
             colour = PALETTE[number % len(PALETTE)]
             axes.scatter(*_axes(mine), s=4, color=colour, alpha=0.25, linewidths=0, rasterized=len(mine) > 3000)

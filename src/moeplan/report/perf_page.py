@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moeplan.model.spec import ModelSpec
-from moeplan.perf.sensitivity import KNOBS, elasticities, improvements, needs
-from moeplan.perf.sizing import SizingResult, UseCase
-from moeplan.perf.sweep import Point, Sweep, best_within, pareto, thinned, ways, where
+from moeplan.perf.sensitivity import KNOBS, needs
+from moeplan.perf.sizing import Sizing, SizingResult
+from moeplan.perf.sweep import Point, Sweep, pareto, thinned
+from moeplan.perf.use_cases import UseCase
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.report.perf_figures import breakdown_figure, elasticity_figure, pareto_figure
 from moeplan.report.perf_sections import ERROR, UNIFORM, can_skew, skew_section, skewed, time_section
@@ -19,33 +19,32 @@ __all__ = ["size_html", "sweep_html", "write_size_page", "write_sweep_page"]
 _ROWS = 16
 
 
-def write_sweep_page(path: Path, spec: ModelSpec, swept: Sweep, limit_s: float, dtypes: str) -> None:
+def write_sweep_page(path: Path, swept: Sweep) -> None:
     """Write the page of a sweep, whole or not at all."""
-    write_page(path, sweep_html(spec, swept, limit_s, dtypes))
+    write_page(path, sweep_html(swept))
 
 
-def write_size_page(
-    path: Path, spec: ModelSpec, answers: Sequence[SizingResult], dtypes: str, requests: int, sensitivity: bool
-) -> None:
+def write_size_page(path: Path, sized: Sizing) -> None:
     """Write the page of sized clusters, whole or not at all."""
-    write_page(path, size_html(spec, answers, dtypes, requests, sensitivity))
+    write_page(path, size_html(sized))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sweep
 
 
-def sweep_html(spec: ModelSpec, swept: Sweep, limit_s: float, dtypes: str) -> str:
-    """The whole page as HTML; its details are of the set-up that gives most within `limit_s` seconds per token."""
-    hardware = list(dict.fromkeys(p.layout.hardware.name for p in swept.points))
+def sweep_html(swept: Sweep) -> str:
+    """The whole page as HTML; its details are of the set-up that gives most within the limit."""
+    limit_s, dtypes = swept.settings.tpot_ms / 1e3, swept.precision.describe(swept.spec)
+    hardware = list(dict.fromkeys(p.hardware.name for p in swept.points))
     subtitle = f"decode; {len(swept.points):,} set-ups on {', '.join(hardware)}; {dtypes}"
-    notices = [ERROR] + ([UNIFORM] if spec.moe else [])
+    notices = [ERROR] + ([UNIFORM] if swept.spec.moe else [])
     sections = []
     for context in sorted({p.context for p in swept.points}):
-        points = [p for p in swept.points if p.context == context]
-        chosen = best_within(points, limit_s) or min(points, key=lambda p: p.tpot_s)
+        points = swept.at(context)
+        chosen = swept.best(context) or min(points, key=lambda p: p.tpot_s)
         sections += [_front(points, context, chosen, limit_s), _cheapest(points, limit_s), *_detail(chosen)]
-    return render(f"Set-ups of {spec.name}", subtitle, notices, [s for s in sections if s is not None])
+    return render(f"Set-ups of {swept.spec.name}", subtitle, notices, [s for s in sections if s is not None])
 
 
 def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float) -> Section:
@@ -57,9 +56,9 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
         f"{1e3 * front[-1].tpot_s:.1f} ms. "
     )
     sentence += (
-        f"Within {1e3 * limit_s:g} ms most is {chosen.per_gpu_s:,.0f} tokens/s a GPU, on {where(chosen)}."
+        f"Within {1e3 * limit_s:g} ms most is {chosen.per_gpu_s:,.0f} tokens/s a GPU, on {chosen}."
         if kept
-        else f"None keeps TPOT within {1e3 * limit_s:g} ms; the quickest is {where(chosen)}."
+        else f"None keeps TPOT within {1e3 * limit_s:g} ms; the quickest is {chosen}."
     )
     shown = thinned(front, _ROWS)
     head = [
@@ -67,8 +66,8 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
     ]  # fmt: skip
     rows = [
         [
-            f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.layout.hardware.name, f"{p.layout.parallel.gpus:,}",
-            ways(p.layout), f"{p.batch:,}", p.bound.replace("_", "-"), f"{p.usd:,.3f}", f"{p.kwh:,.3f}",
+            f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.hardware.name, f"{p.gpus:,}",
+            p.layout, f"{p.batch:,}", p.bound.replace("_", "-"), f"{p.usd:,.3f}", f"{p.kwh:,.3f}",
         ]
         for p in shown
     ]  # fmt: skip
@@ -85,25 +84,22 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
 
 def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
     """Per hardware, the cheapest set-up within the limit."""
-    names = list(dict.fromkeys(p.layout.hardware.name for p in points))
+    names = list(dict.fromkeys(p.hardware.name for p in points))
     within = [p for p in points if p.tpot_s <= limit_s]
     if len(names) < 2 or not within:
         return None
-    best = [
-        min((p for p in within if p.layout.hardware.name == name), key=lambda p: p.usd, default=None) for name in names
-    ]
+    best = [min((p for p in within if p.hardware.name == name), key=lambda p: p.usd, default=None) for name in names]
     found = sorted((p for p in best if p), key=lambda p: p.usd)
     rows = [
         [
-            p.layout.hardware.name, f"{p.usd:,.3f}", f"{p.kwh:,.3f}", f"{1e3 * p.tpot_s:.1f}", f"{p.per_gpu_s:,.0f}",
-            f"{p.layout.parallel.gpus:,}", ways(p.layout), f"{p.batch:,}",
+            p.hardware.name, f"{p.usd:,.3f}", f"{p.kwh:,.3f}", f"{1e3 * p.tpot_s:.1f}", f"{p.per_gpu_s:,.0f}",
+            f"{p.gpus:,}", p.layout, f"{p.batch:,}",
         ]
         for p in found
     ]  # fmt: skip
     none = [name for name, p in zip(names, best, strict=True) if p is None]
     sentence = (
-        f"Within {1e3 * limit_s:g} ms {found[0].layout.hardware.name} costs least: {found[0].usd:.3f} USD per million "
-        f"tokens"
+        f"Within {1e3 * limit_s:g} ms {found[0].hardware.name} costs least: {found[0].usd:.3f} USD per million tokens"
     )
     sentence += f"; {', '.join(none)} cannot keep it." if none else "."
     head = ["hardware", "USD / M", "kWh / M", "TPOT, ms", "tokens/s a GPU", "GPUs", "layout", "requests a rank"]
@@ -112,13 +108,13 @@ def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
 
 def _detail(p: Point) -> list[Section]:
     """Breakdown, roofline and skew of one set-up."""
-    decode = p.layout.decode(p.batch, p.context)
-    prefill = p.layout.prefill(1, p.context)
+    decode = p.step_model.decode(p.batch, p.context)
+    prefill = p.step_model.prefill(1, p.context)
     hollow = f"hollow ones the prefill of a prompt of {p.context:,} tokens"
-    sections = [time_section("decode step", f"On {where(p)}", {"decode": decode, "prefill": prefill}, hollow)]
-    if can_skew(p.layout):
-        batches = sorted({max(p.batch // 4, 2 * p.layout.parallel.pp), p.batch}, reverse=True)
-        curves = {f"{batch:,} requests a rank": skewed(p.layout, batch, p.context) for batch in batches}
+    sections = [time_section("decode step", f"On {p}", {"decode": decode, "prefill": prefill}, hollow)]
+    if can_skew(p.step_model):
+        batches = sorted({max(p.batch // 4, 2 * p.step_model.parallel.pp), p.batch}, reverse=True)
+        curves = {f"{batch:,} requests a rank": skewed(p.step_model, batch, p.context) for batch in batches}
         sections.append(skew_section("TPOT", curves))
     return sections
 
@@ -127,22 +123,18 @@ def _detail(p: Point) -> list[Section]:
 # Size
 
 
-def size_html(
-    spec: ModelSpec, answers: Sequence[SizingResult], dtypes: str, requests: int, sensitivity: bool = False
-) -> str:
-    """The whole page as HTML: per use case the clusters, what the others would need, and details of the cheapest.
-
-    Args:
-        sensitivity: with the elasticities of all hardware.
-    """
-    cases = list(dict.fromkeys(answer.case for answer in answers))
+def size_html(sized: Sizing) -> str:
+    """The whole page as HTML: per use case the clusters, what the others would need, and details of the cheapest."""
+    cases, requests = sized.cases, sized.settings.requests
+    dtypes = sized.precision.describe(sized.spec)
     subtitle = f"{', '.join(case.name for case in cases)}; {requests} request{'s' * (requests > 1)} at a time; {dtypes}"
-    notices = [ERROR] + ([UNIFORM] if spec.moe else [])
+    notices = [ERROR] + ([UNIFORM] if sized.spec.moe else [])
     sections = []
     for case in cases:
-        mine = [answer for answer in answers if answer.case is case]
-        sections += [_clusters(case, mine), *_misses(case, mine), *_sized_detail(case, mine, sensitivity)]
-    return render(f"Clusters for {spec.name}", subtitle, notices, sections)
+        mine = sized.of(case)
+        detail = _sized_detail(case, mine, sized.settings.sensitivity)
+        sections += [_clusters(case, mine), *_misses(case, mine), *detail]
+    return render(f"Clusters for {sized.spec.name}", subtitle, notices, sections)
 
 
 def _clusters(case: UseCase, answers: Sequence[SizingResult]) -> Section:
@@ -150,9 +142,9 @@ def _clusters(case: UseCase, answers: Sequence[SizingResult]) -> Section:
     limits = f"TTFT within {1e3 * case.ttft_s:,.0f} ms and TPOT within {1e3 * case.tpot_s:g} ms"
     sentence = f"{case.prompt:,} tokens in, {case.output:,} out, {case.beams} beam{'s' * (case.beams > 1)}: {limits} "
     if met:
-        few, cheap = min(met, key=_gpus), min(met, key=lambda a: a.usd)
-        sentence += f"are kept by {_gpus(few)} x {few.hardware.name}, the smallest cluster; "
-        same = "which also" if few is cheap else f"{_gpus(cheap)} x {cheap.hardware.name}"
+        few, cheap = min(met, key=lambda a: a.gpus), min(met, key=lambda a: a.usd)
+        sentence += f"are kept by {few.gpus} x {few.hardware.name}, the smallest cluster; "
+        same = "which also" if few is cheap else f"{cheap.gpus} x {cheap.hardware.name}"
         sentence += f"{same} costs least, {cheap.usd:,.2f} USD per million output tokens."
         missing = [a.hardware.name for a in answers if not a.meets]
         sentence += f" No cluster tried of {', '.join(missing)} keeps them." if missing else ""
@@ -174,15 +166,15 @@ def _clusters(case: UseCase, answers: Sequence[SizingResult]) -> Section:
 
 
 def _cluster_row(a: SizingResult) -> list[str]:
-    if a.layout is None or a.serving is None:
+    if a.step_model is None or a.serving is None:
         return [a.hardware.name, "–", "", "", "", "", "", "", "", f"with {a.tried:,}: {a.why}"]
     bound = f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}".replace("_", "-")
-    times = [ways(a.layout), f"{1e3 * a.serving.ttft_s:,.0f}", f"{1e3 * a.serving.tpot_s:.1f}", bound]
+    times = [a.layout, f"{1e3 * a.serving.ttft_s:,.0f}", f"{1e3 * a.serving.tpot_s:.1f}", bound]
     if not a.meets:
-        return [a.hardware.name, "–", *times, "", "", "", f"nearest: {_gpus(a):,}"]
-    full = f"{a.most * a.layout.parallel.dp:,} ({a.limited})"
+        return [a.hardware.name, "–", *times, "", "", "", f"nearest: {a.gpus:,}"]
+    full = f"{a.max_requests:,} ({a.limited_by})"
     smaller = f"with {a.smaller:,}: {a.why}" if a.smaller else "there is none"
-    return [a.hardware.name, f"{_gpus(a):,}", *times, full, f"{a.usd:,.2f}", f"{a.kwh:,.2f}", smaller]
+    return [a.hardware.name, f"{a.gpus:,}", *times, full, f"{a.usd:,.2f}", f"{a.kwh:,.2f}", smaller]
 
 
 def _misses(case: UseCase, answers: Sequence[SizingResult]) -> list[Section]:
@@ -191,11 +183,10 @@ def _misses(case: UseCase, answers: Sequence[SizingResult]) -> list[Section]:
     for a in answers:
         if a.meets:
             continue
-        if a.layout is None:
-            rows.append([a.hardware.name, "does not fit", f"{a.short:.2f} x the memory", "", ""])
+        if a.step_model is None:
+            rows.append([a.hardware.name, "does not fit", f"{a.memory_ratio:.2f} x the memory", "", ""])
             continue
-        found = improvements(a.layout, case.load, a.each, lambda serving: case.miss(serving) <= 1)
-        rows.append([a.hardware.name, f"{ways(a.layout)} on {_gpus(a):,} GPUs", *needs(found)])
+        rows.append([a.hardware.name, f"{a.layout} on {a.gpus:,} GPUs", *needs(a.would_need)])
     if not rows:
         return []
     head = ["hardware", "nearest", "enough alone", "all of the hardware", "hardware and overhead"]
@@ -211,22 +202,18 @@ def _misses(case: UseCase, answers: Sequence[SizingResult]) -> list[Section]:
     ]
 
 
-def _gpus(a: SizingResult) -> int:
-    return a.layout.parallel.gpus if a.layout else 0
-
-
 def _sized_detail(case: UseCase, answers: Sequence[SizingResult], sensitivity: bool) -> list[Section]:
     """Breakdown and elasticities of the cheapest, or of the nearest miss."""
-    able = [a for a in answers if a.layout is not None and a.serving is not None]
+    able = [a for a in answers if a.step_model is not None and a.serving is not None]
     if not able:
         return []
     a = min(able, key=lambda a: (not a.meets, a.usd if a.meets else a.miss))
-    assert a.layout is not None and a.serving is not None
-    table = elasticities(a.layout, case.load, a.each)
+    assert a.step_model is not None and a.serving is not None
+    table = a.elasticities
     best = {what: min(table, key=lambda knob: -abs(table[knob][what])) for what in ("ttft", "tpot")}
     kind = "the cheapest" if a.meets else "the nearest miss"
     sentence = (
-        f"On {_gpus(a)} x {a.hardware.name} ({ways(a.layout)}), {kind}, TTFT answers most to {KNOBS[best['ttft']]} "
+        f"On {a.gpus} x {a.hardware.name} ({a.layout}), {kind}, TTFT answers most to {KNOBS[best['ttft']]} "
         f"({table[best['ttft']]['ttft']:+.2f} % for 1 % more) and TPOT to {KNOBS[best['tpot']]} "
         f"({table[best['tpot']]['tpot']:+.2f} %)."
     )
@@ -234,10 +221,8 @@ def _sized_detail(case: UseCase, answers: Sequence[SizingResult], sensitivity: b
     bars = elasticity_figure(table, KNOBS, f"Elasticities of TTFT and TPOT of {case.name}")
     rows = []
     for b in able if sensitivity else []:
-        assert b.layout is not None
-        all_ = table if b is a else elasticities(b.layout, case.load, b.each)
         rows += [
-            [b.hardware.name, what.upper(), *(f"{all_[knob][what]:+.2f}" for knob in KNOBS)]
+            [b.hardware.name, what.upper(), *(f"{b.elasticities[knob][what]:+.2f}" for knob in KNOBS)]
             for what in ("ttft", "tpot")
         ]
     return [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from moeplan.perf.serving import Layout, Load
 from moeplan.perf.step import Step
+from moeplan.perf.step_model import StepModel, Workload
 from moeplan.report.page import Section
 from moeplan.report.perf_figures import breakdown_figure, roofline_figure, skew_figure
 
@@ -52,13 +52,19 @@ def _largest(step: Step) -> str:
     return ", ".join(f"{o.name} {100 * float(o.exposed) / total:.0f} % ({o.bound.replace('_', '-')})" for o in most)
 
 
-def can_skew(layout: Layout) -> bool:
+def can_skew(layout: StepModel) -> bool:
     """Whether several GPUs share experts, so that one can be busier than another."""
     return layout.spec.moe is not None and layout.parallel.ep > 1
 
 
 def skewed(
-    layout: Layout, batch: float, context: int, *, load: Load | None = None, prefill: bool = False, up_to: float = 4.0
+    layout: StepModel,
+    batch: float,
+    context: int,
+    *,
+    load: Workload | None = None,
+    prefill: bool = False,
+    up_to: float = 4.0,
 ) -> Curve:
     """(loads of the busiest GPU over the mean, ms) as load grows uneven, from uniform routing on.
 
@@ -68,7 +74,7 @@ def skewed(
     last = next((skew for skew in SKEWS if skew >= max(up_to, 4.0)), SKEWS[-1])
     for skew in SKEWS:
         if skew <= min(last, layout.parallel.ep):
-            at = replace(layout, skew=skew, balanced=False)
+            at = replace(layout, options=replace(layout.options, skew=skew, balanced=False))
             step = at.prefill(batch, context) if prefill else at.decode(batch, context, load)
             found[step.load_ratio] = 1e3 * float(step.seconds) / accepted  # below what chance gives nothing changes
     return list(found), list(found.values())
