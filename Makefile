@@ -4,7 +4,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEV := .venv/.ready-dev
 
-.PHONY: demo test test-engines check bench clean
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+LOWEST := .venv-lowest
+
+.PHONY: demo test test-all test-lowest test-engines check hooks bench clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,8 +23,20 @@ $(DEV): $(READY)
 demo: $(READY)
 	$(BIN)/moeplan demo
 
+# The fast lane, for every change: all but the tests marked slow, and those that need an engine.
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(JOBS) -m "not slow and not engines"
+
+# All but those that need an engine, with the coverage of lines.
+test-all: $(DEV)
+	$(PYTEST) -n $(JOBS) --cov --cov-report=term
+
+# The fast lane with the lowest version of each dependency that pyproject.toml allows.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) .ci/lowest.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c $(LOWEST)/lowest.txt
+	OMP_NUM_THREADS=1 NUMBA_CACHE_DIR=$(LOWEST)/numba $(LOWEST)/bin/python -m pytest -n $(JOBS) -m "not slow and not engines"
 
 # A real vLLM on the CPU, and the code of released engines: made once, and again when tests/engines/environment.py or its pins change.
 test-engines: $(DEV)
@@ -33,8 +49,13 @@ check: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Runs ruff, mypy, import-linter and the smoke test before each commit (.pre-commit-config.yaml).
+hooks: $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check prek
+	$(BIN)/prek install
+
 bench: $(DEV)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv .venv-vllm .venv-vllm-wheels dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-vllm .venv-vllm-wheels dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
