@@ -21,8 +21,8 @@ from moeplan.cluster import Cluster, Dispatch, check_slots
 from moeplan.errors import PlanError
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
-from moeplan.model.overrides import ModelExtras
-from moeplan.model.spec import model
+from moeplan.model.catalogue import load_model
+from moeplan.model.spec import ModelSpec
 from moeplan.perf.memory import model_shape
 from moeplan.planning import Options, RequestSet, read_requests
 from moeplan.planning.strategies import moeplan as ours
@@ -128,13 +128,13 @@ def requests_of(name: str) -> RequestSet:
     source = SOURCES[name]
     if source.model is None:
         return read_requests(open_trace(source.path))
-    shape = model_shape(model(source.model))
-    extras = ModelExtras(
+    shape = model_shape(load_model(source.model))
+    model = ModelSpec().override(
         hidden=shape.hidden, expert_bytes=shape.expert_bytes, kv_bytes_per_token=shape.kv_bytes_per_token
     )
     with tempfile.TemporaryDirectory() as folder:
         trace = import_arrays(
-            source.path, Path(folder) / "t", ImportOptions(extras=extras, without_layers=tuple(source.without_layers))
+            source.path, Path(folder) / "t", ImportOptions(model, without_layers=tuple(source.without_layers))
         )
         return read_requests(trace, signature_tokens=source.signature_tokens)
 

@@ -16,7 +16,8 @@ import serving_tables as st
 import time_tables as tf
 from moeplan.cluster import Dispatch
 from moeplan.errors import MoeplanError
-from moeplan.model.spec import model, parameters
+from moeplan.model.catalogue import load_model
+from moeplan.model.parameters import parameters
 from moeplan.perf.constants import Constants, Engine, Generation, constants
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
@@ -26,7 +27,7 @@ from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning.strategies.eplb import rebalance
 from time_report import SCORES, Row, percent, scores, signed
 
-DEEPSEEK = model("DeepSeek-V3")
+DEEPSEEK = load_model("DeepSeek-V3")
 FP8 = Precision(weights="fp8")
 COUNTS = tf.MEASURED.parent / "traces" / "sglang_logical_count"
 
@@ -223,7 +224,7 @@ def implied_share(row: dict[str, str]) -> float:
     prompt, output = int(row["isl"]), int(row["osl"])
     life = (float(row["silicon_ttft_ms"]) + output * float(row["silicon_tpot_ms"])) * 1e-3
     rate = hardware(row["system"]).flops[st.dtype(row)] * tp
-    return batch * (prompt + output) * 2 * parameters(model(row["model"])).active / life / rate
+    return batch * (prompt + output) * 2 * parameters(load_model(row["model"])).active / life / rate
 
 
 def _tables() -> Iterator[st.ServingTable]:
@@ -313,7 +314,7 @@ def speed() -> list[Row]:
     """One warm estimate: the best of 5 means of 20."""
     parallel, overlap = Parallel(dp=72, ep=72, redundant=32), StepOptions(overlap=True)
     decode = StepModel(DEEPSEEK, hardware("h100"), parallel, FP8, overlap)
-    llama = StepModel(model("Llama-3.1-70B"), hardware("h100"), Parallel(tp=8), FP8)
+    llama = StepModel(load_model("Llama-3.1-70B"), hardware("h100"), Parallel(tp=8), FP8)
     cases = {
         "DeepSeek-V3 decode, EP 72, two-batch overlap": lambda: decode.decode(128, 4000),
         "DeepSeek-V3 prefill, EP 72, two-batch overlap": lambda: decode.prefill(4, 4096),

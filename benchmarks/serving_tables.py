@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 
 from moeplan.errors import MoeplanError
-from moeplan.model.spec import model
+from moeplan.model.catalogue import load_model
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision
@@ -94,7 +94,7 @@ def dtype(row: dict[str, str]) -> str:
 
 def serving(row: dict[str, str], hardware: Hardware, c: Constants) -> ServingFigures:
     """What the model says about a row."""
-    spec = model(row["model"])
+    spec = load_model(row["model"])
     tp, dp, _, ep, batch = layout(row)
     wide = dtype(row)
     matrices = "bf16" if wide == "fp4" and spec.attention.kind == "mla" else wide

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 
-from moeplan.model.spec import model
+from moeplan.model.catalogue import load_model
 from moeplan.perf.hardware import hardware, hardware_names
 from moeplan.perf.memory import Precision
 from moeplan.perf.sizing import smallest_cluster
@@ -23,7 +23,7 @@ MODELS = ("Llama-3.1-70B", "DeepSeek-V3", "MoE-100T")
 def bench() -> list[tuple[str, str]]:
     """(label, result): seconds per 1,000 set-ups and per use case on all hardware of the catalogue."""
     found = []
-    spec = model("DeepSeek-V3")
+    spec = load_model("DeepSeek-V3")
     settings = SweepSettings(gpus=(16, 32, 72), batches=(1, 4, 16, 32, 64, 128, 256), overlap=True)
     start = time.perf_counter()
     swept = sweep(spec, "H100,H200", settings)
@@ -36,7 +36,7 @@ def bench() -> list[tuple[str, str]]:
         )
     )
     for name in MODELS:
-        spec = model(name)
+        spec = load_model(name)
         precision = Precision.choose(spec, "fp8" if name == "MoE-100T" else None)
         start = time.perf_counter()
         for case in USE_CASES.values():

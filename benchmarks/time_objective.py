@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch
-from moeplan.model.spec import ModelSpec, model
+from moeplan.model.catalogue import load_model
+from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware, hardware
 from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, replayed
@@ -60,8 +61,8 @@ class Place:
         return Cluster(self.nodes, self.gpus)
 
     @property
-    def spec(self) -> ModelSpec:
-        return model(SOURCES[self.source].model or "")
+    def spec(self) -> CompleteSpec:
+        return load_model(SOURCES[self.source].model or "")
 
 
 #: GPUs a node that divide the model's heads and the slots: some slots on each GPU.
@@ -365,9 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--folds", type=int, default=4)
     flags.add_argument("--steps", type=int, default=100, help="steps timed in each fold")
     flags.add_argument("--loads", type=int, choices=(1, 2), default=2, help="1: only as replayed")
-    flags.add_argument(
-        "--write", action="store_true", help="write the page; needs both sets"
-    )
+    flags.add_argument("--write", action="store_true", help="write the page; needs both sets")
     given = flags.parse_args(arguments)
     wanted = given.sets.split(",")
     if unknown := [name for name in wanted if name not in PLACES]:

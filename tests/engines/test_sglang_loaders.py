@@ -16,7 +16,8 @@ from moeplan.cluster import Cluster, ReplicaRule, routes
 from moeplan.engines import sglang, vllm
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.plugins.online import gpu_unevenness
-from moeplan.engines.report import Known
+from moeplan.engines.report import ExpertLayout
+from moeplan.model.spec import ModelSpec, Moe
 from moeplan.planning.store import load_plan
 from moeplan.planning.strategies.eplb import rebalance
 
@@ -184,10 +185,8 @@ def test_what_sglang_does_not_notice_our_check_does(answers: Any, name: str) -> 
     if name == "minus one":  # becomes one more copy of the last expert
         assert made[name][0]["copies"][1, EXPERTS - 1] > made["ours"][0]["copies"][1, EXPERTS - 1] - 1
         assert 3 in {int(slot) for rank in made[name] for slot in rank["all"][1, EXPERTS - 1]}
-    known = Known(
-        num_experts=EXPERTS, num_layers=LAYERS, moe_layers=MOE, ep_size=RANKS, nodes=NODES, redundant=REDUNDANT
-    )
-    report = sglang.examine(folder / f"{name.replace(' ', '-')}.json", known)
+    spec = ModelSpec(layers=LAYERS, moe=Moe(experts=EXPERTS, layers=MOE))
+    report = sglang.examine(folder / f"{name.replace(' ', '-')}.json", spec, ExpertLayout(RANKS, NODES, REDUNDANT))
     assert not report.good
     places = {"minus one": "layer 1), slot 3", "a layer too few": "physical_to_logical_map", "a slot too many": "row 0"}
     assert places[name] in report.faults[0].line(report.path)
@@ -203,8 +202,8 @@ def test_deepseeks_maps_are_plans(answers: Any, name: str, tmp_path: Path) -> No
     np.testing.assert_array_equal(theirs[some], rebalance(counts, 24, groups, nodes, 4)[some])
     path = tmp_path / "deepseek.json"
     path.write_text(json.dumps({"physical_to_logical_map": theirs.tolist()}))
-    known = Known(num_experts=16, num_layers=LAYERS, moe_layers=MOE, ep_size=4, nodes=2)
-    placement = sglang.examine(path, known).need()
+    spec = ModelSpec(layers=LAYERS, moe=Moe(experts=16, layers=MOE))
+    placement = sglang.examine(path, spec, ExpertLayout(4, 2)).need()
     np.testing.assert_array_equal(placement.physical_to_logical, theirs[list(MOE)])
 
 

@@ -14,7 +14,8 @@ import pytest
 from moeplan.engines import vllm
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.plugins.online import gpu_unevenness
-from moeplan.engines.report import Known
+from moeplan.engines.report import ExpertLayout
+from moeplan.model.spec import ModelSpec, Moe
 from moeplan.planning.strategies.eplb import rebalance
 
 pytestmark = [
@@ -156,5 +157,7 @@ def test_vllms_maps_are_plans(answers: dict[str, Any], name: str, tmp_path: Path
     np.testing.assert_allclose(loads[0], loads[1], rtol=1e-6)
     path = tmp_path / "vllm.npy"
     np.save(path, theirs)
-    known = Known(num_experts=EXPERTS, num_layers=6, moe_layers=MOE, ep_size=RANKS, nodes=NODES)
-    np.testing.assert_array_equal(vllm.examine(path, known).need().physical_to_logical, theirs)
+    spec = ModelSpec(layers=6, moe=Moe(experts=EXPERTS, layers=MOE))
+    np.testing.assert_array_equal(
+        vllm.examine(path, spec, ExpertLayout(RANKS, NODES)).need().physical_to_logical, theirs
+    )

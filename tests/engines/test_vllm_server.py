@@ -225,7 +225,7 @@ def test_a_real_server_agrees_with_transformers(
 def test_a_recording_that_stops_goes_on(
     server: tuple[str, Path], model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moeplan.model.facts import model_facts
+    from moeplan.model.config import described
     from moeplan.record import recording
     from moeplan.record.http_client import Server
     from moeplan.record.prompts import read_prompts
@@ -245,9 +245,9 @@ def test_a_recording_that_stops_goes_on(
         asked = Server(url)
         name, positions = served_model(asked, None)
         engine, options = VllmEngine.of(asked, name), ServingOptions(max_new_tokens=NEW)
-        rows, facts, out = read_prompts(prompts), model_facts(model), tmp_path / "cut"
+        rows, spec, out = read_prompts(prompts), described(model), tmp_path / "cut"
         with pytest.raises(StopError):
-            record_served(asked, engine, name, positions, rows, out, facts=facts, options=options, progress=stop_at_ten)
+            record_served(asked, engine, name, positions, rows, out, spec=spec, options=options, progress=stop_at_ten)
         stopped = open_trace(out)
         assert not stopped.complete and len(stopped.requests) == 10
         whole, resumed = record(url, model, prompts, tmp_path / "whole"), record(url, model, prompts, out, "--resume")

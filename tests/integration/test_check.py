@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moeplan.cli.app import run
-from moeplan.engines.files import ENGINES, EnginePlacement, Known, Report, examine, write
+from moeplan.engines.files import ENGINES, EnginePlacement, ExpertLayout, Report, examine, write
 from moeplan.errors import FormatError, UsageError
+from moeplan.model.spec import ModelSpec, Moe
 
 MAP, ASSIGNMENTS = "physical_to_logical_map", "initial_global_assignments"
 SUFFIX = {"sglang": ".json", "vllm": ".json", "tensorrt-llm": ".yaml", "vllm-ascend": ".json"}
@@ -45,8 +46,15 @@ def placement(
     return EnginePlacement(np.array(rows, np.int32), layers, experts, gpus, nodes)
 
 
-def known_of(made: EnginePlacement, layers: int = LAYERS) -> Known:
-    return Known(made.num_experts, layers, made.layer_ids, made.ep_size, made.nodes, made.redundant)
+def known(
+    experts: int, layers: int, moe: tuple[int, ...], ep_size: int, nodes: int, redundant: int | None = None
+) -> tuple[ModelSpec, ExpertLayout]:
+    spec = ModelSpec(layers=layers, moe=Moe(experts=experts, layers=moe))
+    return spec, ExpertLayout(ep_size, nodes, redundant)
+
+
+def known_of(made: EnginePlacement, layers: int = LAYERS) -> tuple[ModelSpec, ExpertLayout]:
+    return known(made.num_experts, layers, made.layer_ids, made.ep_size, made.nodes, made.redundant)
 
 
 def written(folder: Path, engine: str, made: EnginePlacement, layers: int = LAYERS) -> Path:
@@ -83,8 +91,7 @@ def test_no_good_file_is_refused_and_it_comes_back_the_same(
         apart = engine == "vllm-ascend" or bool(rng.integers(2))
         made = placement(rng, experts, nodes, gpus_per_node, slots - experts, tuple(sorted(layers)), apart=apart)
         path = written(tmp_path, engine, made)
-        known = known_of(made)
-        report = examine(path, engine, known)
+        report = examine(path, engine, *known_of(made))
         assert report.good and not report.unchecked, [finding.line(path) for finding in report.findings]
         assert report.need().same_as(made)
         assert examine(path, engine).good  # as far as it can be told without a config
@@ -93,13 +100,13 @@ def test_no_good_file_is_refused_and_it_comes_back_the_same(
 
 
 def test_the_engines_own_examples_come_in(engines: Path) -> None:
-    small = Known(4, 2, (0, 1), 2, 2, 2)
-    for engine, name, known in (
+    small = known(4, 2, (0, 1), 2, 2, 2)
+    for engine, name, said in (
         ("sglang", "sglang_init_expert_location.json", small),
         ("vllm-ascend", "vllm_ascend_expert_map.json", small),
-        ("tensorrt-llm", "trtllm_moe_load_balancer.yaml", Known(4, 3, (1, 2), 2, 2, 2)),
+        ("tensorrt-llm", "trtllm_moe_load_balancer.yaml", known(4, 3, (1, 2), 2, 2, 2)),
     ):
-        read = examine(engines / name, engine, known).need()
+        read = examine(engines / name, engine, *said).need()
         assert read.physical_to_logical.tolist() == [[0, 1, 2, 3, 0, 1], [3, 2, 0, 0, 1, 2]]
 
 
@@ -211,7 +218,7 @@ def test_two_hundred_corruptions_are_caught_where_they_are(engine: str, tmp_path
         broken = corrupt(engine, good.read_text(), made, rng)
         path = tmp_path / f"broken{SUFFIX[engine]}"
         path.write_text(broken.text)
-        report = examine(path, engine, known_of(made))
+        report = examine(path, engine, *known_of(made))
         assert report.faults, f"{trial}: {broken.kind} got by"
         line = report.faults[0].line(path)
         assert all(place in line for place in broken.places), f"{broken.kind} at {broken.places}: {line}"
@@ -224,10 +231,10 @@ def test_two_hundred_corruptions_are_caught_where_they_are(engine: str, tmp_path
 # Files from anywhere
 
 
-def look(tmp_path: Path, engine: str, text: str | bytes, known: Known | None = None, name: str = "") -> Report:
+def look(tmp_path: Path, engine: str, text: str | bytes, *given: Any, name: str = "") -> Report:
     path = tmp_path / (name or f"file{SUFFIX[engine]}")
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return examine(path, engine, known)
+    return examine(path, engine, *given)
 
 
 @pytest.mark.parametrize(
@@ -278,19 +285,19 @@ def test_each_kind_of_bad_file_is_one_finding(
 
 def test_what_each_engine_makes_of_a_file_that_it_accepts(tmp_path: Path) -> None:
     """engines.md, 2.4 and 4: the inputs that the engines took without a word."""
-    good = Known(4, 2, (0, 1), 2, 2, 2)
+    good = known(4, 2, (0, 1), 2, 2, 2)
     rows = [[0, 1, 2, 3, 0, 1], [3, 2, 0, 0, 1, 2]]
     minus = [rows[0], [3, 2, 0, -1, 1, 2]]
-    line = look(tmp_path, "sglang", json.dumps({MAP: minus}), good).faults[0].line(Path("f"))
+    line = look(tmp_path, "sglang", json.dumps({MAP: minus}), *good).faults[0].line(Path("f"))
     assert "row 1 (layer 1), slot 3" in line and "takes it for expert 3" in line
     for wrong, what in (
         ([row[:5] for row in rows], "5 slots, not 6 (4 experts + 2 redundant)"),
         ([[*row, 0, 1] for row in rows], "8 slots, not 6 (4 experts + 2 redundant)"),
         ([rows[0]], "1 rows for 2 hidden layers"),
     ):
-        faults = look(tmp_path, "sglang", json.dumps({MAP: wrong}), good).faults
+        faults = look(tmp_path, "sglang", json.dumps({MAP: wrong}), *good).faults
         assert any(what in finding.what for finding in faults), faults
-    twice = look(tmp_path, "sglang", json.dumps({MAP: [rows[0], [0, 0, 1, 2, 3, 1]]}), good)
+    twice = look(tmp_path, "sglang", json.dumps({MAP: [rows[0], [0, 0, 1, 2, 3, 1]]}), *good)
     assert twice.good and twice.findings[0].legal
     assert twice.findings[0].place == f"{MAP}, row 1 (layer 1), slot 0 and slot 1"
     same = {"device_id": 0, "device_expert": [0, 0, 1]}, {"device_id": 1, "device_expert": [2, 3, 1]}
@@ -331,7 +338,7 @@ def test_the_numbers_of_the_plug_ins_file_agree_with_its_map(tmp_path: Path) -> 
         report = look(tmp_path, "vllm", json.dumps({**good, key: value}))
         line = report.faults[0].line(report.path)
         assert place in line and what in line, line
-    report = look(tmp_path, "vllm", json.dumps(good), Known(ep_size=8, moe_layers=(1, 2)))
+    report = look(tmp_path, "vllm", json.dumps(good), ModelSpec(moe=Moe(layers=(1, 2))), ExpertLayout(8))
     assert "is 4, but --ep-size says 8" in report.faults[0].what
     assert any("differ in 3, 4, 5, 6" in finding.what for finding in report.faults)
 
@@ -352,11 +359,11 @@ def test_pt_files_are_tensors_and_nothing_else(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     rows = torch.tensor([[0, 1, 2, 3, 0, 1], [3, 2, 0, 1, 1, 0]])
     path = tmp_path / "map.pt"
-    known = Known(4, 2, (0, 1), 2, 2, 2)
+    given = known(4, 2, (0, 1), 2, 2, 2)
     torch.save({MAP: rows}, path)
-    assert examine(path, "sglang", known).need().physical_to_logical.tolist() == rows.tolist()
+    assert examine(path, "sglang", *given).need().physical_to_logical.tolist() == rows.tolist()
     torch.save({MAP: rows.int()}, path)
-    report = examine(path, "sglang", known)
+    report = examine(path, "sglang", *given)
     assert report.good and "int32" in report.findings[0].what
     for bad, what in (
         ({MAP: rows.float()}, "not whole numbers"),
@@ -367,26 +374,26 @@ def test_pt_files_are_tensors_and_nothing_else(tmp_path: Path) -> None:
         ({MAP: rows, "f": Broken}, "not a whole .pt file"),
     ):
         torch.save(bad, path)
-        assert what in examine(path, "sglang", known).faults[0].what
+        assert what in examine(path, "sglang", *given).faults[0].what
     path.write_bytes(path.read_bytes()[:100])
     assert "not a whole .pt file" in examine(path, "sglang").faults[0].what
 
 
 def test_bare_maps_as_vllm_and_deepseek_return_them(tmp_path: Path) -> None:
     made = placement(np.random.default_rng(1), 12, 2, 2, 4)
-    known = Known(12, LAYERS, made.layer_ids, 4, 2)
-    text = look(tmp_path, "vllm", json.dumps(made.physical_to_logical.tolist()), known)
+    given = known(12, LAYERS, made.layer_ids, 4, 2)
+    text = look(tmp_path, "vllm", json.dumps(made.physical_to_logical.tolist()), *given)
     assert text.need().same_as(made)
     path = tmp_path / "map.npy"
     np.save(path, made.physical_to_logical)
-    assert examine(path, "vllm", known).need().same_as(made)
+    assert examine(path, "vllm", *given).need().same_as(made)
     with pytest.raises(UsageError, match="does not say the number of experts, which layers"):
         examine(path, "vllm").need()
     np.save(path, made.physical_to_logical.astype(float))
-    assert "holds float64" in examine(path, "vllm", known).faults[0].what
+    assert "holds float64" in examine(path, "vllm", *given).faults[0].what
     np.save(path, made.physical_to_logical)
     path.write_bytes(path.read_bytes()[:-4])
-    assert "not a whole .npy" in examine(path, "vllm", known).faults[0].what
+    assert "not a whole .npy" in examine(path, "vllm", *given).faults[0].what
 
 
 # --------------------------------------------------------------------------------------------------------------------

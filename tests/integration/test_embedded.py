@@ -13,7 +13,7 @@ import pytest
 import moeplan
 from helpers import ROOT
 from moeplan.embedded import MODEL, TRACE
-from moeplan.model.facts import model_facts
+from moeplan.model.config import described
 
 MIB = 1 << 20
 #: The model was frozen before any plan was fitted on it; whoever changes it must say so here and in its card.
@@ -94,5 +94,5 @@ def test_speaks_its_four_domains() -> None:
 
 
 def test_the_word_names_its_config_too() -> None:
-    facts = model_facts(Path("embedded"))
+    facts = described(Path("embedded"))
     assert (facts.num_experts, facts.top_k, facts.moe_layers) == (32, 4, tuple(range(8)))

@@ -188,8 +188,7 @@ def test_the_layers_are_taken_from_the_config_and_never_guessed(
 
 
 def test_families_whose_config_has_no_rule_are_known_by_name(tmp_path: Path) -> None:
-    from moeplan.engines.layer_axis import known_of
-    from moeplan.model.facts import model_facts
+    from moeplan.model.config import read_config
 
     config = tmp_path / "config.json"
     mixtral = {
@@ -197,9 +196,9 @@ def test_families_whose_config_has_no_rule_are_known_by_name(tmp_path: Path) -> 
         "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 100,
     }  # fmt: skip
     config.write_text(json.dumps(mixtral))
-    assert known_of(model_facts(config), config).moe_layers == (0, 1, 2)
+    assert read_config(config).moe_layers == (0, 1, 2)
     config.write_text(json.dumps(mixtral | {"model_type": "unheard-of"}))
-    assert known_of(model_facts(config), config).moe_layers is None
+    assert read_config(config).moe_layers is None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from moeplan.importers.expert_selection import import_expert_selection
 from moeplan.importers.moe_beyond import import_moe_beyond
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.sources import domain_of
-from moeplan.model.facts import model_facts
-from moeplan.model.overrides import ModelExtras
+from moeplan.model.config import described
 from moeplan.trace import open_trace
 
 REAL = ("maverick-mmlu", "gpt-oss-20b", "deepseek-v2-lite-chat", "mixtral-8x7b-long-context")
@@ -31,7 +30,7 @@ REAL = ("maverick-mmlu", "gpt-oss-20b", "deepseek-v2-lite-chat", "mixtral-8x7b-l
 
 def experts(count: int, **options: Any) -> ImportOptions:
     """Options for sources that do not hold the number of experts."""
-    return ImportOptions(facts=model_facts(num_experts=count), **options)
+    return ImportOptions(described(num_experts=count), **options)
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -80,8 +79,8 @@ def test_a_layer_is_left_out_at_import(shared: Path, tmp_path: Path) -> None:
 
 
 def test_phases_and_extras(tmp_path: Path) -> None:
-    extras = ModelExtras(name="mine", hidden=64, expert_bytes=10, kv_bytes_per_token=20, routing_groups=4)
-    trace = import_arrays(save(tmp_path / "a.npz"), tmp_path / "t", ImportOptions(extras=extras))
+    model = described(name="mine", hidden=64, expert_bytes=10, kv_bytes_per_token=20, routing_groups=4)
+    trace = import_arrays(save(tmp_path / "a.npz"), tmp_path / "t", ImportOptions(model))
     assert (trace.shape.name, trace.shape.hidden, trace.shape.routing_groups) == ("mine", 64, 4)
     assert trace.requests.decode.tolist() == [2, 3, 0] and trace.requests.prefill.tolist() == [2, 0, -1]
     assert trace.source == {"import": "arrays", "file": "a.npz"}

@@ -12,9 +12,9 @@ from helpers.engine_files import refused_when_cut, same, save
 from moeplan.errors import FormatError
 from moeplan.importers.megatron import import_megatron
 from moeplan.importers.options import ImportOptions
-from moeplan.model.facts import model_facts
+from moeplan.model.config import described
 
-E8 = ImportOptions(facts=model_facts(num_experts=8))
+E8 = ImportOptions(described(num_experts=8))
 
 
 def line(layer: int, indices: Any, *, step: int = 0, **changes: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def line(layer: int, indices: Any, *, step: int = 0, **changes: Any) -> dict[str
 
 def test_megatron_file(engines: Path, tmp_path: Path) -> None:
     trace = import_megatron(
-        [engines / "router_trace_rank0.jsonl"], tmp_path / "t", ImportOptions(facts=model_facts(num_experts=4))
+        [engines / "router_trace_rank0.jsonl"], tmp_path / "t", ImportOptions(described(num_experts=4))
     )
     same(trace, np.array([[[0, 3], [0, 3]], [[1, 2], [1, 2]]]), (2, 3))
     assert trace.requests.prefill.tolist() == [-1] and "no request ids" in trace.source["notes"][0]
@@ -41,13 +41,13 @@ def test_megatron_file(engines: Path, tmp_path: Path) -> None:
 
 def test_megatron_file_cut_off(engines: Path, tmp_path: Path) -> None:
     config = {"num_experts": 4, "num_hidden_layers": 4, "first_k_dense_replace": 2}
-    facts = model_facts(save(tmp_path / "c.json", config))
+    spec = described(save(tmp_path / "c.json", config))
     whole, path, out = (
         (engines / "router_trace_rank0.jsonl").read_bytes().rstrip(),
         tmp_path / "r.jsonl",
         tmp_path / "t",
     )
-    refused_when_cut(whole, path, out, lambda: import_megatron([path], out, ImportOptions(facts=facts)))
+    refused_when_cut(whole, path, out, lambda: import_megatron([path], out, ImportOptions(spec)))
 
 
 def test_megatron_steps_are_pseudo_requests(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from helpers.engine_files import changed, picks, raw64, refused_when_cut, same, 
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.sglang_responses import import_sglang
-from moeplan.model.facts import model_facts
+from moeplan.model.config import described
 
-SGLANG = ImportOptions(facts=model_facts(num_experts=8, num_layers=3, top_k=2))
+SGLANG = ImportOptions(described(num_experts=8, num_layers=3, top_k=2))
 
 
 def sglang(text: Any = None, *, prompt: Any = 3, completion: Any = 3) -> dict[str, Any]:
@@ -26,22 +26,22 @@ def sglang(text: Any = None, *, prompt: Any = 3, completion: Any = 3) -> dict[st
 
 def test_sglang_file_is_the_known_truth(engines: Path, tmp_path: Path) -> None:
     truth = np.load(engines / "routed_experts_truth.npy")
-    facts = model_facts(num_experts=8, num_layers=4, top_k=2)
-    trace = import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", ImportOptions(facts=facts))
+    spec = described(num_experts=8, num_layers=4, top_k=2)
+    trace = import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", ImportOptions(spec))
     same(trace, truth[:, 1:], (1, 2, 3))
     assert trace.requests.prefill.tolist() == [5]
 
 
 def test_sglang_file_cut_off(engines: Path, tmp_path: Path) -> None:
-    facts = model_facts(num_experts=8, num_layers=4, top_k=2)
+    spec = described(num_experts=8, num_layers=4, top_k=2)
     whole, path, out = (engines / "sglang_generate_response.json").read_bytes(), tmp_path / "r.json", tmp_path / "t"
-    refused_when_cut(whole, path, out, lambda: import_sglang([path], out, ImportOptions(facts=facts)))
+    refused_when_cut(whole, path, out, lambda: import_sglang([path], out, ImportOptions(spec)))
 
 
 def test_sglang_wrong_shape_of_the_right_size_is_noticed(engines: Path, tmp_path: Path) -> None:
-    facts = model_facts(num_experts=8, num_layers=2, top_k=4)
+    spec = described(num_experts=8, num_layers=2, top_k=4)
     with pytest.raises(FormatError, match="is picked twice; the shape or the model is another one"):
-        import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", ImportOptions(facts=facts))
+        import_sglang([engines / "sglang_generate_response.json"], tmp_path / "t", ImportOptions(spec))
     assert not (tmp_path / "t").exists()
 
 
@@ -106,6 +106,4 @@ def test_bad_sglang_responses(tmp_path: Path, response: Any, message: str) -> No
 
 def test_sglang_needs_a_shape(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="SGLang sends picks without their shape; give --config"):
-        import_sglang(
-            [save(tmp_path / "r.json", sglang())], tmp_path / "t", ImportOptions(facts=model_facts(num_experts=8))
-        )
+        import_sglang([save(tmp_path / "r.json", sglang())], tmp_path / "t", ImportOptions(described(num_experts=8)))

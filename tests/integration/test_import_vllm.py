@@ -17,10 +17,10 @@ from helpers.engine_files import changed, picks, refused_when_cut, same, save
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.vllm_responses import import_vllm
-from moeplan.model.facts import ModelFacts, model_facts
-from moeplan.model.overrides import ModelExtras
+from moeplan.model.config import described
+from moeplan.model.spec import ModelSpec
 
-E8 = ImportOptions(facts=model_facts(num_experts=8))
+E8 = ImportOptions(described(num_experts=8))
 
 
 def npy64(array: np.ndarray, **kwargs: Any) -> str:
@@ -109,21 +109,21 @@ def test_top_1_needs_to_know_its_dense_layers(tmp_path: Path) -> None:
     same(import_vllm([path], tmp_path / "t", replace(E8, dense_layers=(0,))), ids[:, 1:], (1, 2))
     same(import_vllm([path], tmp_path / "u", replace(E8, dense_layers=())), ids, (0, 1, 2))
     config = save(tmp_path / "c.json", {"num_experts": 8, "num_hidden_layers": 3, "first_k_dense_replace": 1})
-    same(import_vllm([path], tmp_path / "v", ImportOptions(facts=model_facts(config))), ids[:, 1:], (1, 2))
+    same(import_vllm([path], tmp_path / "v", ImportOptions(described(config))), ids[:, 1:], (1, 2))
 
 
 def test_the_number_of_experts_is_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not say how many experts a layer has; give --num-experts"):
-        import_vllm([save(tmp_path / "r.json", vllm())], tmp_path / "t", ImportOptions(facts=ModelFacts()))
+        import_vllm([save(tmp_path / "r.json", vllm())], tmp_path / "t", ImportOptions(ModelSpec()))
 
 
 def test_what_a_config_adds(tmp_path: Path) -> None:
-    facts = ModelFacts(num_experts=8, hidden=64, routing_groups=4)
+    spec = ModelSpec().override(num_experts=8, hidden=64, routing_groups=4)
     path = save(tmp_path / "r.json", vllm())
-    shape = import_vllm([path], tmp_path / "t", ImportOptions(facts, without_layers=(2,))).shape
+    shape = import_vllm([path], tmp_path / "t", ImportOptions(spec, without_layers=(2,))).shape
     assert (shape.hidden, shape.routing_groups, shape.layer_ids) == (64, 4, (1,))
-    extras = ModelExtras(name="mine", hidden=32, routing_groups=2)
-    shape = import_vllm([path], tmp_path / "u", ImportOptions(facts, extras)).shape
+    mine = spec.override(name="mine", hidden=32, routing_groups=2)
+    shape = import_vllm([path], tmp_path / "u", ImportOptions(mine)).shape
     assert (shape.name, shape.hidden, shape.routing_groups) == ("mine", 32, 2)
 
 
@@ -201,12 +201,12 @@ def test_a_signed_minus_one_is_out_of_range(tmp_path: Path) -> None:
         (vllm(picks(5, dense=0)), E8, "row 0: layer 0 has picks, but is dense .*were taken to be 1-2"),
         (
             vllm(),
-            ImportOptions(facts=model_facts(num_experts=8, num_layers=4)),
+            ImportOptions(described(num_experts=8, num_layers=4)),
             "3 hidden layers, but the config or a flag says 4",
         ),
         (
             vllm(),
-            ImportOptions(facts=model_facts(num_experts=8, top_k=4)),
+            ImportOptions(described(num_experts=8, top_k=4)),
             "2 picks per token, but the config or a flag says 4",
         ),
     ],

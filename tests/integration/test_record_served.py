@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from helpers.fake_server import DENSE, EXPERTS, LAYERS, TOP_K, Fake, new_of, picks_of, serve, tokens_of
 from moeplan.errors import FormatError, MoeplanError, OutputError, ServerError, UsageError
-from moeplan.model.facts import ModelFacts, model_facts
+from moeplan.model.config import described
+from moeplan.model.spec import ModelSpec
 from moeplan.record import http_client as http
 from moeplan.record import recording
 from moeplan.record import server as serving
@@ -29,7 +30,7 @@ from moeplan.record.vllm import VllmEngine
 from moeplan.trace import open_trace
 from moeplan.trace.reader import Trace
 
-FACTS = ModelFacts(num_experts=EXPERTS, num_layers=LAYERS, top_k=TOP_K, hidden=64)
+FACTS = ModelSpec().override(num_experts=EXPERTS, num_layers=LAYERS, top_k=TOP_K, hidden=64)
 SPARSE = [layer for layer in range(LAYERS) if layer != DENSE]
 
 
@@ -66,13 +67,13 @@ def record(fake: Fake, out: Path, prompts: list[Prompt] | None = None, **options
     patience = ServerOptions(timeout=options.pop("timeout", 60), retries=options.pop("retries", 2))
     server = Server(fake.url, options=patience)
     facts, openai = options.pop("facts", FACTS), options.pop("openai", False)
-    rest = {key: options.pop(key) for key in ("resume", "progress", "extras", "dense_layers") if key in options}
+    rest = {key: options.pop(key) for key in ("resume", "progress", "dense_layers") if key in options}
     model, positions = served_model(server, options.pop("model", None))
     sglang = fake.engine == "sglang"
     engine = SglangEngine.of(server, model, facts, openai=openai) if sglang else VllmEngine.of(server, model)
     chosen = ServingOptions(**{"max_new_tokens": 6, **options})
     return record_served(
-        server, engine, model, positions, prompts or prompts_of(), out, options=chosen, facts=facts, **rest
+        server, engine, model, positions, prompts or prompts_of(), out, options=chosen, spec=facts, **rest
     )
 
 
@@ -179,16 +180,16 @@ def test_the_flag_is_missing(fake: Fake, tmp_path: Path) -> None:
 
 def test_what_is_not_known_of_the_model_is_asked_for_at_once(fake: Fake, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"give --num-experts, e.g. 128, or --config config.json"):
-        record(fake, tmp_path / "t", facts=ModelFacts())
+        record(fake, tmp_path / "t", facts=ModelSpec())
     assert not fake.bodies()
     fake.engine = "sglang"
     with pytest.raises(UsageError, match=r"picks without their shape; give --config .*--num-layers"):
-        record(fake, tmp_path / "t", facts=ModelFacts(num_experts=EXPERTS))
+        record(fake, tmp_path / "t", facts=ModelSpec().override(num_experts=EXPERTS))
     fake.engine = "vllm"
     with pytest.raises(FormatError, match=r"row 0.*: 4 hidden layers, but the config or a flag says 5"):
-        record(fake, tmp_path / "t", facts=ModelFacts(num_experts=EXPERTS, num_layers=5))
+        record(fake, tmp_path / "t", facts=ModelSpec().override(num_experts=EXPERTS, num_layers=5))
     with pytest.raises(FormatError, match=r"is outside 0..7; check the number of experts"):
-        record(fake, tmp_path / "t", facts=ModelFacts(num_experts=8))
+        record(fake, tmp_path / "t", facts=ModelSpec().override(num_experts=8))
 
 
 def test_models(fake: Fake, tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_another_recording_is_not_resumed(fake: Fake, tmp_path: Path, small_part
     for prompts, options, message in (
         (prompts_of(11), {}, "begun with prompts_sha256"),
         (prompts_of(), {"max_new_tokens": 5}, "begun with max_new_tokens 6, not 5"),
-        (prompts_of(), {"facts": ModelFacts(num_experts=17)}, "another shape"),
+        (prompts_of(), {"facts": ModelSpec().override(num_experts=17)}, "another shape"),
     ):
         for path in (tmp_path / "t", tmp_path / "whole"):  # cut off, and complete
             before = files_of(path)
@@ -357,7 +358,7 @@ def test_options_out_of_range() -> None:
 def test_a_folder_will_do_as_config(tmp_path: Path) -> None:
     config = {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_facts(tmp_path) == model_facts(tmp_path / "config.json")
+    assert described(tmp_path) == described(tmp_path / "config.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match=r"config.json: cannot be read"):
-        model_facts(tmp_path / "empty")
+        described(tmp_path / "empty")

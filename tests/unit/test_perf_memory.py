@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.errors import PlanError, UsageError
-from moeplan.model.spec import model, model_names, parameters
+from moeplan.model.catalogue import load_model, model_names
+from moeplan.model.parameters import parameters
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import (
     Parallel,
@@ -29,7 +30,7 @@ from moeplan.perf.memory import (
 )
 from moeplan.replay.table import _Tools
 
-V3, LLAMA, OSS = model("DeepSeek-V3"), model("Llama-3.1-70B"), model("gpt-oss-120b")
+V3, LLAMA, OSS = load_model("DeepSeek-V3"), load_model("Llama-3.1-70B"), load_model("gpt-oss-120b")
 
 
 # --- KV cache
@@ -46,8 +47,8 @@ V3, LLAMA, OSS = model("DeepSeek-V3"), model("Llama-3.1-70B"), model("gpt-oss-12
 )  # fmt: skip
 def test_kv_bytes_per_token(name: str, per_token: int) -> None:
     """DeepSeek-V3's 70,272 (70.272 KB) and Llama-3.1-405B's 516,096 are those of arXiv 2505.09343, table 1."""
-    assert kv_bytes_per_token(model(name)) == per_token
-    assert kv_bytes_per_token(model(name), "fp8") == per_token / 2
+    assert kv_bytes_per_token(load_model(name)) == per_token
+    assert kv_bytes_per_token(load_model(name), "fp8") == per_token / 2
 
 
 def test_kv_over_tensor_parallel_ranks() -> None:
@@ -60,12 +61,12 @@ def test_windows_bound_the_cache() -> None:
     layer = 2 * 8 * 64 * 2
     assert kv_bytes(OSS, 100) == 36 * 100 * layer
     assert kv_bytes(OSS, 10_000) == (18 * 10_000 + 18 * 128) * layer
-    scout = model("Llama-4-Scout")
+    scout = load_model("Llama-4-Scout")
     assert kv_bytes(scout, 100_000) == (12 * 100_000 + 36 * 8192) * 2 * 8 * 128 * 2
 
 
 def test_linear_attention_keeps_a_state() -> None:
-    qwen = model("Qwen3.5-397B-A17B")
+    qwen = load_model("Qwen3.5-397B-A17B")
     state = 45 * (64 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 64 * 128) * 2)
     assert kv_bytes(qwen, 0) == state
     assert kv_bytes(qwen, 1000) == state + 1000 * kv_bytes_per_token(qwen)
@@ -77,13 +78,13 @@ def test_linear_attention_keeps_a_state() -> None:
 @pytest.mark.parametrize(("name", "gib"), [("gpt-oss-120b", 60.8), ("gpt-oss-20b", 12.8)])
 def test_published_checkpoint_sizes(name: str, gib: float) -> None:
     """Table 1 of gpt-oss's card (arXiv 2508.10925): MXFP4 experts, all else bf16."""
-    spec = model(name)
+    spec = load_model(name)
     assert weight_bytes(spec, Parallel(), Precision.of_checkpoint(spec)).sum() / 2**30 == pytest.approx(gib, abs=0.05)
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_one_gpu_holds_every_parameter(name: str) -> None:
-    spec = model(name)
+    spec = load_model(name)
     assert weight_bytes(spec, Parallel(), Precision()).sum() == pytest.approx(2 * parameters(spec).total, rel=1e-12)
     mtp = weight_bytes(spec, Parallel(), Precision(), mtp=True).sum()
     assert mtp == pytest.approx(2 * (parameters(spec).total + parameters(spec).mtp), rel=1e-12)
@@ -118,7 +119,7 @@ def test_layouts_hold_the_same_model() -> None:
         assert one[0] * parallel.tp >= whole[0]
     staged = weight_bytes(V3, Parallel(pp=4), precision)
     assert staged.shape == (4, 6) and staged.sum(axis=0) == pytest.approx(whole)
-    tied = model("GPT-3-175B")  # the last stage needs its own copy of the matrix
+    tied = load_model("GPT-3-175B")  # the last stage needs its own copy of the matrix
     extra = weight_bytes(tied, Parallel(pp=2), Precision()).sum() - weight_bytes(tied, Parallel(), Precision()).sum()
     assert extra == 50257 * 12288 * 2
 
@@ -145,7 +146,7 @@ def test_dtypes_are_apart() -> None:
         (V3, Parallel(redundant=-1), "redundant is -1"),
         (V3, Parallel(dp=9, ep=1), "tp x dp / ep 9 does not divide the width 2048 of an expert"),
         (LLAMA, Parallel(dp=8, ep=8), "Llama-3.1-70B has no experts; leave ep at 1"),
-        (model("Llama-4-Scout"), Parallel(tp=5), "tp 5 fits not the 8 KV heads"),
+        (load_model("Llama-4-Scout"), Parallel(tp=5), "tp 5 fits not the 8 KV heads"),
     ],
 )
 def test_impossible_layouts(spec: Any, parallel: Parallel, said: str) -> None:
@@ -185,7 +186,7 @@ def test_parts_add_up() -> None:
 def test_largest_batch_is_the_largest(
     name: str, tp: int, dp: int, pp: int, kv: str, context: int, prefill: int, mtp: bool
 ) -> None:
-    spec, h = model(name), hardware("B200")
+    spec, h = load_model(name), hardware("B200")
     layout = Parallel(tp=tp, dp=dp, ep=1 if spec.moe is None else min(tp * dp, 8), pp=pp)
     precision = Precision(weights="fp8", kv=kv)
     given_ = {"context": context, "prefill_tokens": prefill, "mtp": mtp}

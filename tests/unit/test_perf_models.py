@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from helpers import ROOT
 from moeplan.errors import FormatError, MoeplanError, UsageError
+from moeplan.model.catalogue import load_model, model_names, model_notes
 from moeplan.model.config import FAMILIES
-from moeplan.model.spec import layer_parameters, model, model_names, model_notes, parameters
+from moeplan.model.parameters import layer_parameters, parameters
 from moeplan.perf.hardware import REQUIRED, hardware, hardware_names
 
 #: Published active counts with too few digits to tell 1 %: 17 B, 2.4 B, 3.3 B, ... are met to their last digit instead,
@@ -162,7 +163,7 @@ def write(folder: Path, config: Any) -> Path:
 @pytest.mark.parametrize("name", model_names())
 def test_published_counts(name: str) -> None:
     """Within 1 %, or to the last digit where the published figure has too few of them."""
-    counts, notes = parameters(model(name)), model_notes(name)
+    counts, notes = parameters(load_model(name)), model_notes(name)
     assert notes["sources"]["dimensions"]
     if name in HYPOTHETICAL:
         assert "HYPOTHETICAL" in notes["note"]
@@ -171,7 +172,7 @@ def test_published_counts(name: str) -> None:
     assert counts.total + published.get("also_counted", 0) == pytest.approx(published["total"], rel=0.01)
     assert counts.mtp == pytest.approx(published.get("mtp", counts.mtp), rel=0.01)
     if "active" not in published:
-        assert model(name).moe is None and counts.active == counts.total
+        assert load_model(name).moe is None and counts.active == counts.total
         return
     active, said = getattr(counts, published["active_counts"]), published["active"]
     if name in COARSE:
@@ -194,14 +195,14 @@ def test_only_coarse_counts_are_let_off(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_every_part_of_a_known_model() -> None:
     """gpt-oss-120b's card (arXiv 2508.10925, table 1) counts by part: MLP 114.71 B, attention 0.96 B, 1.16 B twice."""
-    counts = parameters(model("gpt-oss-120b"))
+    counts = parameters(load_model("gpt-oss-120b"))
     assert counts.experts + counts.router == pytest.approx(114.71e9, rel=0.001)
     assert counts.attention == pytest.approx(0.96e9, rel=0.01)
     assert counts.embedding + counts.head == pytest.approx(1.16e9, rel=0.01)
 
 
 def test_hypothetical_sizes() -> None:
-    sizes = {name: parameters(model(name)).total for name in HYPOTHETICAL}
+    sizes = {name: parameters(load_model(name)).total for name in HYPOTHETICAL}
     assert sizes["GPT-4-1.8T"] == pytest.approx(1.8e12, rel=0.03)
     assert sizes["SuperLLM-10T"] == pytest.approx(10e12, rel=0.06)
     assert sizes["MoE-100T"] == pytest.approx(100e12, rel=0.01)
@@ -218,27 +219,27 @@ def test_hypothetical_sizes() -> None:
     ],
 )  # fmt: skip
 def test_names(said: str, name: str) -> None:
-    assert model(said).name == name
+    assert load_model(said).name == name
 
 
 def test_names_mean_one_model_each() -> None:
-    raw = json.loads((Path(str(model.__code__.co_filename)).parent / "data" / "models.json").read_text())
+    raw = json.loads((Path(str(load_model.__code__.co_filename)).parent / "data" / "models.json").read_text())
     spelt = [word.lower() for name, entry in raw.items() for word in (name, *entry["aliases"])]
     assert len(spelt) == len(set(spelt))
 
 
 def test_unknown_model_names_the_near_ones() -> None:
     with pytest.raises(UsageError, match=r'unknown model "Qwen3-235B"; near it: Qwen3-235B-A22B.*config\.json'):
-        model("Qwen3-235B")
+        load_model("Qwen3-235B")
 
 
 def test_tensor_parallel_shares() -> None:
     """Shares add up to the whole, but for what every rank holds."""
-    spec = model("Llama-3.1-70B")
+    spec = load_model("Llama-3.1-70B")
     whole, part = layer_parameters(spec), layer_parameters(spec, 8)
     assert (part[:, 0] * 8 == whole[:, 0]).all() and (part[:, 1] * 8 == whole[:, 1]).all()
     down = 7168 * (1536 + 512 + 64)  # MLA's down-projections, on every rank
-    mla, mla8 = layer_parameters(model("DeepSeek-V3"))[0, 0], layer_parameters(model("DeepSeek-V3"), 8)[0, 0]
+    mla, mla8 = layer_parameters(load_model("DeepSeek-V3"))[0, 0], layer_parameters(load_model("DeepSeek-V3"), 8)[0, 0]
     assert (mla8 - down) * 8 == mla - down
     one_kv_head = 2 * 8192 * 128
     assert layer_parameters(spec, 16)[0, 0] - one_kv_head == (whole[0, 0] - 8 * one_kv_head) / 16
@@ -250,8 +251,8 @@ def test_tensor_parallel_shares() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_gives_the_catalogue_s_numbers(name: str, tmp_path: Path) -> None:
     write(tmp_path, CONFIGS[name])
-    assert dataclasses.replace(model(tmp_path), name=name) == model(name)
-    assert model(tmp_path / "config.json").name == tmp_path.name
+    assert dataclasses.replace(load_model(tmp_path), name=name) == load_model(name)
+    assert load_model(tmp_path / "config.json").name == tmp_path.name
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
@@ -259,7 +260,7 @@ def test_counts_are_transformers_own(name: str, tmp_path: Path) -> None:
     """The model that Transformers builds from the same configuration (on no device) has as many parameters."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = CONFIGS.get(name) or OTHERS[name]
-    spec = model(write(tmp_path, config))
+    spec = load_model(write(tmp_path, config))
     text = config.get("text_config", config)
     kind = "deepseek_v3" if text["model_type"] == "kimi_k2" else text["model_type"]
     given = {key: value for key, value in text.items() if key not in ("model_type", "quantization_config")}
@@ -277,19 +278,19 @@ def test_every_family_is_tried() -> None:
 
 
 def test_the_embedded_model(tmp_path: Path) -> None:
-    spec = model(ROOT / "src" / "moeplan" / "embedded" / "model")
+    spec = load_model(ROOT / "src" / "moeplan" / "embedded" / "model")
     assert spec.tied and spec.moe is not None and spec.moe.experts == 32
     assert parameters(spec).total == pytest.approx(6.0e6, rel=0.01)  # docs/concepts/demo-model.md
 
 
 def test_layers_by_config(tmp_path: Path) -> None:
     sliding = OTHERS["qwen2"] | {"use_sliding_window": True, "max_window_layers": 21}
-    spec = model(write(tmp_path, sliding))
+    spec = load_model(write(tmp_path, sliding))
     assert spec.full_layers == tuple(range(21)) and spec.window == 131072
-    assert model(write(tmp_path, OTHERS["mistral"])).full_layers == ()
-    assert model(write(tmp_path, OTHERS["qwen2_moe"])).moe.layers == (1, 5, 7)
+    assert load_model(write(tmp_path, OTHERS["mistral"])).full_layers == ()
+    assert load_model(write(tmp_path, OTHERS["qwen2_moe"])).moe.layers == (1, 5, 7)
     rope = CONFIGS["Llama-4-Scout"]["text_config"] | {"no_rope_layers": [1] * 47 + [0]}
-    assert model(write(tmp_path, rope)).full_layers == (47,)
+    assert load_model(write(tmp_path, rope)).full_layers == (47,)
     k25 = CONFIGS["Kimi-K2"] | {
         "quantization_config": {
             "quant_method": "compressed-tensors",
@@ -297,10 +298,10 @@ def test_layers_by_config(tmp_path: Path) -> None:
             "ignore": ["lm_head", "re:.*self_attn.*"],
         }
     }
-    assert dataclasses.replace(model(write(tmp_path, k25)), name="Kimi-K2.5") == model("Kimi-K2.5")
-    assert model(write(tmp_path, k25 | {"quantization_config": {"quant_method": "new"}})).checkpoint is None
+    assert dataclasses.replace(load_model(write(tmp_path, k25)), name="Kimi-K2.5") == load_model("Kimi-K2.5")
+    assert load_model(write(tmp_path, k25 | {"quantization_config": {"quant_method": "new"}})).checkpoint is None
     (tmp_path / "hf_quant_config.json").write_text("{}")
-    assert model(write(tmp_path, k25 | {"quantization_config": None})).checkpoint is None
+    assert load_model(write(tmp_path, k25 | {"quantization_config": None})).checkpoint is None
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -339,7 +340,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def test_bad_config_is_one_line(name: str, change: dict[str, Any], said: str, tmp_path: Path) -> None:
     path = write(tmp_path, CONFIGS[name] | change)
     with pytest.raises(FormatError) as caught:
-        model(path)
+        load_model(path)
     line = caught.value.line()
     assert line.startswith(str(path)) and said in line and "; " in line and "\n" not in line
 
@@ -347,19 +348,19 @@ def test_bad_config_is_one_line(name: str, change: dict[str, Any], said: str, tm
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "not whole JSON"), ('{"model_type": ', "not whole JSON"), ("[1, 2]", "not a JSON object"),
-        ("[" * 100_000, "not"), ('{"a": ' + "1" * 5000 + "}", "not JSON"),
-        ('{"a": "' + "x" * (5 << 20) + '"}', "larger"),
+        ("", "not whole JSON"), ('{"model_type": ', "not whole JSON"), ("[1, 2]", "not a model's configuration"),
+        ("[" * 100_000, "not"), ('{"a": ' + "1" * 5000 + "}", "does not accept"),
+        ('{"a": "' + "x" * (5 << 20) + '"}', "are more than"),
     ],
 )  # fmt: skip
 def test_bad_file_is_one_line(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=said):
-        model(write(tmp_path, text))
+        load_model(write(tmp_path, text))
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(FormatError, match="UTF-8"):
-        model(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(FormatError, match="cannot be read"):
-        model(tmp_path / "absent" / "config.json")
+        load_model(tmp_path / "absent" / "config.json")
 
 
 @settings(max_examples=60, deadline=None)
@@ -378,7 +379,7 @@ def test_any_value_gives_a_model_or_one_line(tmp_path_factory: Any, name: str, d
     inner[data.draw(st.sampled_from(sorted(inner)))] = value
     path = write(tmp_path_factory.getbasetemp(), json.dumps(config))
     try:
-        assert parameters(model(path)).total > 0
+        assert parameters(load_model(path)).total > 0
     except MoeplanError as error:
         assert "\n" not in error.line()
 
@@ -387,25 +388,30 @@ def test_any_value_gives_a_model_or_one_line(tmp_path_factory: Any, name: str, d
 
 
 def test_own_entry(tmp_path: Path) -> None:
-    raw = json.loads((Path(str(model.__code__.co_filename)).parent / "data" / "models.json").read_text())
+    raw = json.loads((Path(str(load_model.__code__.co_filename)).parent / "data" / "models.json").read_text())
     for name in ("DeepSeek-V3", "gpt-oss-20b", "Qwen3.5-397B-A17B", "GPT-3-175B"):
         path = tmp_path / "mine.json"
         path.write_text(json.dumps(raw[name]))
-        assert dataclasses.replace(model(path), name=name) == model(name)
+        assert dataclasses.replace(load_model(path), name=name) == load_model(name)
     entry = raw["DeepSeek-V3"]
     for change, said in (
         ({"layer": 3}, "unknown key layer"),
-        ({"attention": {**entry["attention"], "kind": "mamba"}}, "attention: kind is mamba, not one of mha, gqa, mla"),
-        ({"attention": {**entry["attention"], "kv_lora_rank": None}}, "attention: kv_lora_rank is missing"),
-        ({"moe": {**entry["moe"], "top_k": 257}}, "top_k is 257"),
-        ({"moe": {**entry["moe"], "layers": {"first": 3, "last": 9}}}, "unknown key last"),
+        ({"attention": {**entry["attention"], "kind": "mamba"}}, "attention.kind is mamba, not one of mha, gqa, mla"),
+        ({"attention": {**entry["attention"], "kv_lora_rank": None}}, "attention.kv_lora_rank is None, not a whole"),
+        ({"attention": {"kind": "mla", "heads": 8, "v_head_dim": 9}}, "attention: kv_lora_rank is missing"),
+        ({"attention": {"kind": "gqa", "heads": 8, "head_dim": 9}}, "attention: kv_heads is missing"),
+        ({"attention": {**entry["attention"], "kind": "mha", "head_dim": 9}}, "is a dimension of mla"),
+        ({"moe": {**entry["moe"], "top_k": 257}}, "moe.top_k is 257, not a whole number <= 256"),
+        ({"moe": {"experts": 8, "width": 9}}, "moe.top_k is missing"),
+        ({"moe": {**entry["moe"], "layers": [61]}}, "moe.layers is not a list of different layers in 0..60"),
+        ({"moe": {**entry["moe"], "layers": {"first": 3, "last": 9}}}, "unknown key moe.layers.last"),
         ({"dense_width": 0}, "add dense_width"),
         ({"full_layers": [0, 1]}, "no window is given"),
         ({"checkpoint": {"weights": "fp7"}}, "weights is fp7, not one of"),
     ):
         path.write_text(json.dumps(entry | change))
         with pytest.raises(FormatError) as caught:
-            model(path)
+            load_model(path)
         assert said in caught.value.line() and str(path) in caught.value.line()
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from moeplan.errors import UsageError
-from moeplan.model.spec import model
+from moeplan.model.catalogue import load_model
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.serving import aggregated, cost, disaggregated, prefill_seconds
 from moeplan.perf.step_model import StepModel, Workload
 
 H200 = hardware("H200")
-LLAMA = StepModel(model("Llama-3.1-70B"), H200, Parallel(tp=8), Precision("fp8"))
-DEEPSEEK = StepModel(model("DeepSeek-V3"), H200, Parallel(tp=8), Precision("fp8"))
+LLAMA = StepModel(load_model("Llama-3.1-70B"), H200, Parallel(tp=8), Precision("fp8"))
+DEEPSEEK = StepModel(load_model("DeepSeek-V3"), H200, Parallel(tp=8), Precision("fp8"))
 CHAT = Workload(1024, 1024)
 
 
@@ -106,6 +106,4 @@ def test_measured_servers(shared: Path) -> None:
         pytest.skip("../shared/measured is not on this machine")
     said = {4: 10.3, 8: 12.5, 16: 16.6, 32: 23.3, 64: 33.0}  # published_targets.csv, inferencex-h200-tp8-1k
     errors = sorted(abs(1e3 * aggregated(DEEPSEEK, CHAT, b, mixed=False).tpot_s / ms - 1) for b, ms in said.items())
-    assert (
-        errors[2] < 0.30
-    )  # SGLang's own kernels are quicker than those fitted: see docs/results/accuracy.md
+    assert errors[2] < 0.30  # SGLang's own kernels are quicker than those fitted: see docs/results/accuracy.md

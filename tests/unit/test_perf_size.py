@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT
 from moeplan.cli.app import run
-from moeplan.model.spec import model
+from moeplan.model.catalogue import load_model
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.sensitivity import KNOBS, changed, elasticities, improvements, needs
@@ -20,7 +20,7 @@ from moeplan.perf.step_model import StepModel, StepOptions, Workload
 from moeplan.perf.sweep import parallels, with_overlap
 from moeplan.perf.use_cases import USE_CASES, UseCase
 
-LLAMA, DEEPSEEK = model("Llama-3.1-70B"), model("DeepSeek-V3")
+LLAMA, DEEPSEEK = load_model("Llama-3.1-70B"), load_model("DeepSeek-V3")
 H100, H200, GB200 = hardware("H100"), hardware("H200"), hardware("GB200")
 FP8 = Precision("fp8")
 
@@ -41,7 +41,7 @@ def test_sizes_grow_from_parts_of_a_node() -> None:
 @pytest.mark.parametrize(("name", "case"), [("Llama-3.1-70B", "summarise"), ("DeepSeek-V3", "code")])
 def test_the_smallest_is_found(name: str, case: str) -> None:
     """Every layout of every smaller size, one by one, misses the limits or the memory."""
-    spec, use = model(name), USE_CASES[case]
+    spec, use = load_model(name), USE_CASES[case]
     precision = Precision.of_checkpoint(spec)
     answer = smallest_cluster(spec, H200, use, precision)
     assert answer.meets and answer.step_model is not None and answer.serving is not None and answer.full is not None
@@ -74,7 +74,7 @@ def test_more_requests_need_more() -> None:
 
 def test_memory_stops_what_does_not_fit() -> None:
     answer = smallest_cluster(
-        model("MoE-100T"), hardware("TPU-v5e"), USE_CASES["qa"], FP8, SizingSettings(max_gpus=1024)
+        load_model("MoE-100T"), hardware("TPU-v5e"), USE_CASES["qa"], FP8, SizingSettings(max_gpus=1024)
     )
     assert (
         not answer.meets and answer.step_model is None and answer.why.startswith("memory: ") and answer.memory_ratio > 5

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, routes, step_messages
 from moeplan.errors import PlanError, UsageError
-from moeplan.model.spec import model, parameters
+from moeplan.model.catalogue import load_model
+from moeplan.model.parameters import parameters
 from moeplan.perf.collectives import UNITS_GIVEN
 from moeplan.perf.constants import Generation, constants, for_generation
 from moeplan.perf.hardware import hardware
@@ -25,7 +26,7 @@ from moeplan.perf.step import Step, decode_step, prefill_step
 from moeplan.types import Placement
 
 H100, B200 = hardware("H100"), hardware("B200")
-DEEPSEEK, LLAMA, OSS, QWEN = (model(n) for n in ("DeepSeek-V3", "Llama-3.1-70B", "gpt-oss-120b", "Qwen3.5-397B-A17B"))
+DEEPSEEK, LLAMA, OSS, QWEN = map(load_model, ("DeepSeek-V3", "Llama-3.1-70B", "gpt-oss-120b", "Qwen3.5-397B-A17B"))
 FP8 = Precision(weights="fp8")
 EP72 = Parallel(dp=72, ep=72, redundant=32)
 

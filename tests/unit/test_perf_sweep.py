@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moeplan.cli.app import run
 from moeplan.errors import PlanError, UsageError
-from moeplan.model.spec import model
+from moeplan.model.catalogue import load_model
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Precision, check_parallel, largest_batch
 from moeplan.perf.serving import cost
@@ -31,7 +31,7 @@ from moeplan.perf.sweep import (
 )
 
 H100, H200 = hardware("H100"), hardware("H200")
-DEEPSEEK, LLAMA = model("DeepSeek-V3"), model("Llama-3.1-70B")
+DEEPSEEK, LLAMA = load_model("DeepSeek-V3"), load_model("Llama-3.1-70B")
 
 
 @settings(max_examples=30, deadline=None)
@@ -42,7 +42,7 @@ DEEPSEEK, LLAMA = model("DeepSeek-V3"), model("Llama-3.1-70B")
 )
 def test_every_layout_is_possible(name: str, gpus: int, per_node: int) -> None:
     """All accelerators are used, the engine's rules hold, nothing is listed twice, and a step can be timed."""
-    spec = model(name)
+    spec = load_model(name)
     try:
         found = parallels(spec, gpus, per_node)
     except PlanError:

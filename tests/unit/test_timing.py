@@ -15,7 +15,8 @@ from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Dispatch, Home, step_messages
 from moeplan.embedded import MODEL
 from moeplan.errors import PlanError, UsageError
-from moeplan.model.spec import ModelSpec, model
+from moeplan.model.catalogue import load_model
+from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.routing import replayed
@@ -32,12 +33,12 @@ from moeplan.trace import open_trace
 from moeplan.types import ModelShape
 
 H100 = hardware("H100")
-TINY = model(MODEL)  # 8 layers, 32 experts, top-4, 4 heads
+TINY = load_model(MODEL)  # 8 layers, 32 experts, top-4, 4 heads
 SHAPE = ModelShape("embedded", 8, 32, 4, hidden=192)
 KEYS = ("modelled_step_ms", "modelled_idle_share")
 
 
-def _counted(cluster: Cluster, mode: Dispatch, spec: ModelSpec, layers: int, steps: int = 3, live: int = 16) -> Any:
+def _counted(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, layers: int, steps: int = 3, live: int = 16) -> Any:
     """links, picks, touched of random steps under `linear`, and B."""
     assert spec.moe is not None
     rng = np.random.default_rng(0)
@@ -99,7 +100,7 @@ def test_the_mean_layer_stands_for_layers_not_recorded() -> None:
 
 
 def test_more_messages_and_hotter_gpus_take_longer() -> None:
-    cluster, mode, spec = Cluster(2, 4), Dispatch.PICK, model("gpt-oss-20b")
+    cluster, mode, spec = Cluster(2, 4), Dispatch.PICK, load_model("gpt-oss-20b")
     (links, picks, touched), _ = _counted(cluster, mode, spec, 24, live=64)
     plain = step_times(cluster, mode, spec, H100, links, picks, touched)
     far = links.copy()
@@ -152,9 +153,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> RequestSet:
 
 
 @pytest.fixture(scope="module")
-def like_demo(demo: RequestSet) -> ModelSpec:
+def like_demo(demo: RequestSet) -> CompleteSpec:
     """A model of the demo trace's shape: Qwen3's, with its number of layers and experts."""
-    qwen, shape = model("Qwen3-30B-A3B"), demo.shape
+    qwen, shape = load_model("Qwen3-30B-A3B"), demo.shape
     assert qwen.moe is not None
     moe = dataclasses.replace(
         qwen.moe, layers=tuple(range(shape.num_layers)), experts=shape.num_experts, top_k=shape.top_k
@@ -165,7 +166,7 @@ def like_demo(demo: RequestSet) -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def timed(demo: RequestSet, like_demo: ModelSpec) -> Setup:
+def timed(demo: RequestSet, like_demo: CompleteSpec) -> Setup:
     return Setup(
         Cluster(4, 2), ("linear", "eplb", "paper", "paper-unbalanced"), redundant=8, folds=2, steps=30, draws=200,
         timing=Timing(like_demo, H100, steps=10),
@@ -220,7 +221,7 @@ def test_the_first_steps_are_timed_whatever_is_kept_at_once(
     assert measure_steps(demo, draws, group, 8, result.who, timed.dispatch).step_ms is None
 
 
-def test_fewer_layers_and_too_little_memory_are_said(demo: RequestSet, timed: Setup, like_demo: ModelSpec) -> None:
+def test_fewer_layers_and_too_little_memory_are_said(demo: RequestSet, timed: Setup, like_demo: CompleteSpec) -> None:
     assert like_demo.moe is not None
     more = tuple(range(demo.shape.num_layers + 2))
     longer = dataclasses.replace(

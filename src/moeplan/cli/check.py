@@ -12,7 +12,8 @@ from moeplan.cli import placement_options as p
 from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json
 
 if TYPE_CHECKING:
-    from moeplan.engines.files import Known, Report
+    from moeplan.engines.files import ExpertLayout, Report
+    from moeplan.model.spec import ModelSpec
     from moeplan.planning.store import StoredPlan
 
 #: Findings that are printed; all of them are in the JSON.
@@ -47,21 +48,22 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         p.keep_inputs(json, file, plan, config)
         p.refuse_plan(file)
-        from moeplan.engines.files import examine
-        from moeplan.engines.unsupported_models import architectures_of, without_placement
+        from moeplan.engines.files import ExpertLayout, examine
+        from moeplan.engines.unsupported_models import without_placement
 
-        known = p.known_from(config, num_experts, num_layers, dense_layers, ep_size, nnodes, redundant)
+        model = p.model_from(config, num_experts, num_layers, dense_layers)
+        layout = ExpertLayout(ep_size, nnodes, redundant)
         stored = None
         if plan is not None:
             from moeplan.planning.store import load_plan
 
             p.refuse_trace(plan)
             stored = load_plan(plan)
-            known = _with_plan(known, stored, plan)
-        report = examine(file, engine.value, known)
+            model, layout = _with_plan(model, layout, stored, plan)
+        report = examine(file, engine.value, model, layout)
         if stored is not None and plan is not None:
             _compare(report, stored, plan)
-        ignored = without_placement(engine.value, architectures_of(config))
+        ignored = without_placement(engine.value, model.architectures)
         if ignored is not None:
             report.warn("", ignored, "the file would have no effect")
         _say(report)
@@ -69,26 +71,26 @@ def register(app: typer.Typer) -> None:
         raise typer.Exit(0 if report.good else 1)
 
 
-def _with_plan(known: Known, plan: StoredPlan, where: str) -> Known:
+def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: StoredPlan, where: str) -> tuple[ModelSpec, ExpertLayout]:
     """What the plan says, where the flags do not; a contradiction is the reader's to mend."""
+    from moeplan.engines.files import ExpertLayout
     from moeplan.errors import UsageError
 
-    said = {
-        "num_experts": plan.shape.num_experts,
-        "moe_layers": plan.shape.layer_ids,
-        "ep_size": plan.cluster.num_gpus,
-        "nodes": plan.cluster.nodes,
-        "redundant": plan.redundant,
-    }
-    for key, value in said.items():
-        given = getattr(known, key)
+    for key, given, value in (
+        ("num_experts", model.num_experts, plan.shape.num_experts),
+        ("moe_layers", model.moe_layers, plan.shape.layer_ids),
+        ("ep_size", layout.ep_size, plan.cluster.num_gpus),
+        ("nodes", layout.nodes, plan.cluster.nodes),
+        ("redundant", layout.redundant, plan.redundant),
+    ):
         if given not in (None, value):
             raise UsageError(
                 f"{key.replace('_', ' ')} {given} of the flags is not the plan's {value}"[:200],
                 where=where,
                 hint="leave the flag out, or give the file's own plan",
             )
-    return dataclasses.replace(known, **said)  # type: ignore[arg-type]
+    spec = model.override(num_experts=plan.shape.num_experts, moe_layers=plan.shape.layer_ids)
+    return spec, ExpertLayout(plan.cluster.num_gpus, plan.cluster.nodes, plan.redundant)
 
 
 def _compare(report: Report, plan: StoredPlan, where: str) -> None:

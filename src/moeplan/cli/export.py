@@ -13,8 +13,9 @@ from moeplan.cli.common import JsonOption, check_places, claim_stdout, echo, emi
 from moeplan.errors import FormatError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.engines.files import EnginePlacement, Known
+    from moeplan.engines.files import EnginePlacement
     from moeplan.engines.launch import Launch, Serving
+    from moeplan.model.spec import ModelSpec
     from moeplan.planning.store import StoredPlan
 
 #: Flags that only counts need: a plan says them itself.
@@ -76,10 +77,9 @@ def register(app: typer.Typer) -> None:
         from moeplan.engines.files import check_write, write
         from moeplan.engines.launch import launch
         from moeplan.engines.layer_axis import check_axis, left_out
-        from moeplan.engines.unsupported_models import architectures_of, without_placement
+        from moeplan.engines.unsupported_models import without_placement
 
-        facts = p.facts_of(config, None, num_layers, dense_layers)
-        known = p.known_from(config, None, num_layers, dense_layers)
+        spec = p.model_from(config, None, num_layers, dense_layers)
         plan: StoredPlan | None = None
         more: dict[str, Any] = {}
         said: list[str] = []
@@ -89,29 +89,29 @@ def register(app: typer.Typer) -> None:
         else:
             from moeplan.cli.export_counts import from_counts
 
-            placement, serving, known, name, said, more = from_counts(
-                source, engine.value, known, facts, nodes, gpus_per_node, redundant, measure, hardware, model,
+            placement, serving, spec, name, said, more = from_counts(
+                source, engine.value, spec, nodes, gpus_per_node, redundant, measure, hardware, model,
                 context_tokens, batch,
             )  # fmt: skip
         if strategy is not None:
             _own_strategy(engine.value, placement, strategy)
-        layers = check_axis(placement, known, engine.value, source, from_config=config is not None)
+        layers = check_axis(placement, spec, engine.value, source, from_config=config is not None)
         check_write(output, engine.value, placement)
         how = launch(engine.value, placement, str(output), serving)
         if plan is not None:
             said, more = _copies(plan, how, trace, signature_tokens)
-        missing = left_out(placement.layer_ids) if known.moe_layers is None else ()
+        missing = left_out(placement.layer_ids) if spec.moe_layers is None else ()
         write(output, engine.value, placement, num_layers=layers, model=name)
         for line in said:
             echo(line)
-        _say(engine.value, output, placement, how, known, layers)
+        _say(engine.value, output, placement, how, spec, layers)
         if missing:
             named = f"layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
             echo(
                 f"warning: {source} skips {named}: where the model has experts there, the engine will not start "
                 "without rows for them; plan on a trace of all layers, and give --config to be sure"
             )
-        ignored = without_placement(engine.value, architectures_of(config))
+        ignored = without_placement(engine.value, spec.architectures)
         if ignored is not None:
             echo(f"warning: {ignored}")
         emit_json(
@@ -218,7 +218,9 @@ def _copies(
     return lines, {"remote_share": None if worth is None else worth.to_dict(), "replica_rule": how.rule.value}
 
 
-def _say(engine: str, output: Path, placement: EnginePlacement, how: Launch, known: Known, layers: int | None) -> None:
+def _say(
+    engine: str, output: Path, placement: EnginePlacement, how: Launch, spec: ModelSpec, layers: int | None
+) -> None:
     per_gpu = placement.num_slots // placement.ep_size
     echo(
         f"wrote {output}: {placement.num_slots} slots a layer ({placement.num_experts} experts + {placement.redundant}"
@@ -226,7 +228,7 @@ def _say(engine: str, output: Path, placement: EnginePlacement, how: Launch, kno
     )
     if engine == "sglang":
         echo(f"its rows are all {layers} hidden layers, {len(placement.layer_ids)} of them with experts")
-    elif known.moe_layers is None:
+    elif spec.moe_layers is None:
         echo(f"note: its {len(placement.layer_ids)} layers are the plan's; --config would hold them to the model's")
     echo("start the engine with:")
     echo()

@@ -10,9 +10,9 @@ from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.cluster import Cluster
-    from moeplan.engines.files import EnginePlacement, Known
+    from moeplan.engines.files import EnginePlacement
     from moeplan.engines.launch import Serving
-    from moeplan.model.facts import ModelFacts
+    from moeplan.model.spec import ModelSpec
     from moeplan.planning.balance import Candidate
     from moeplan.trace.counts import CountsProfile
 
@@ -25,9 +25,9 @@ _WHAT_THEY_LACK = (
 
 
 def from_counts(
-    source: str, engine: str, known: Known, facts: ModelFacts, nodes: int | None, gpus_per_node: int | None,
+    source: str, engine: str, spec: ModelSpec, nodes: int | None, gpus_per_node: int | None,
     redundant: int, measure: str | None, hardware: str | None, model: str | None, context: int | None, batch: int,
-) -> tuple[EnginePlacement, Serving, Known, str, list[str], dict[str, Any]]:  # fmt: skip
+) -> tuple[EnginePlacement, Serving, ModelSpec, str, list[str], dict[str, Any]]:  # fmt: skip
     """Balance the counts; what there is to write, and what it comes to, as lines and for JSON."""
     from moeplan.cluster import Cluster
     from moeplan.engines.files import EnginePlacement
@@ -46,10 +46,11 @@ def from_counts(
     if other is not None and (other.counts.shape, other.layer_ids) != (counts.counts.shape, counts.layer_ids):
         raise UsageError("has other layers or experts", where=measure, hint="measure on counts of the same model")
     hidden = counts.source.get("hidden_layers")
-    if known.num_layers is None and type(hidden) is int:
-        known = dataclasses.replace(known, num_layers=hidden, moe_layers=known.moe_layers or counts.layer_ids)
+    if spec.layers is None and type(hidden) is int:
+        spec = dataclasses.replace(spec, layers=hidden)
+        spec = spec if spec.moe_layers else spec.override(moe_layers=counts.layer_ids)
     cluster, rule = Cluster(nodes, gpus_per_node), rule_of(engine, nodes)
-    groups = facts.routing_groups or 1
+    groups = spec.moe.groups if spec.moe else 1
     found = balanced(counts.counts, cluster, redundant, rule, routing_groups=groups, distinct=engine == "vllm-ascend")
     best, linear = found[1], found[0]
     layers, experts = counts.counts.shape
@@ -87,7 +88,7 @@ def from_counts(
         "modelled_step": steps,
         "lacks": list(_WHAT_THEY_LACK),
     }
-    return EnginePlacement.of(best.placement, counts.layer_ids), Serving(), known, counts.name, lines, facts_out
+    return EnginePlacement.of(best.placement, counts.layer_ids), Serving(), spec, counts.name, lines, facts_out
 
 
 def _read(source: str) -> CountsProfile:
@@ -111,11 +112,11 @@ def _read(source: str) -> CountsProfile:
 def _is_placement(path: Path) -> bool:
     """Whether a file that holds no counts looks like an engine's placement."""
     from moeplan.engines.loading import load_json
-    from moeplan.engines.report import Known, Report
+    from moeplan.engines.report import Report
 
     if path.suffix in (".yaml", ".yml"):
         return True
-    data = load_json(Report(path, "", Known()))
+    data = load_json(Report(path, ""))
     return isinstance(data, dict) and bool({"physical_to_logical_map", "layer_list"} & data.keys())
 
 
@@ -128,7 +129,7 @@ def _step_ms(
 
     from moeplan.cluster import Dispatch
     from moeplan.embedded import MODEL, named
-    from moeplan.model.spec import model as model_of
+    from moeplan.model.catalogue import load_model
     from moeplan.perf.hardware import hardware as machine_of
     from moeplan.perf.memory import Precision
     from moeplan.perf.routing import popular
@@ -137,7 +138,7 @@ def _step_ms(
 
     if batch < 1:
         raise UsageError(f"--batch {batch} is not positive")
-    spec, machine = model_of(named(model, MODEL)), machine_of(hardware)
+    spec, machine = load_model(named(model, MODEL)), machine_of(hardware)
     moe, tokens = spec.moe, context or CONTEXT
     layers, experts = counts.counts.shape
     if moe is None or (len(moe.layers), moe.experts) != (layers, experts):

@@ -59,11 +59,17 @@ def arrays(
     """An .npz with experts, request_offsets, prefill_lengths, domain, layer_ids, num_experts."""
     from moeplan.importers.arrays import import_arrays
     from moeplan.importers.options import ImportOptions
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
-    extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    options = ImportOptions(extras=extras, without_layers=parse_layers(without_layers))
+    model = described(
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
+    options = ImportOptions(model, without_layers=parse_layers(without_layers))
     with progress("importing requests") as tick:
         trace = import_arrays(source, output, options, progress=tick)
     _report(trace, json)
@@ -86,13 +92,18 @@ def expert_selection(
     """JSON files, one request each: a list of steps, each a map from layer to [tokens][k]."""
     from moeplan.importers.expert_selection import import_expert_selection
     from moeplan.importers.options import ImportOptions
-    from moeplan.model.facts import model_facts
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
-    facts = model_facts(num_experts=num_experts)
-    extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    options = ImportOptions(facts, extras, domain=domain, without_layers=parse_layers(without_layers))
+    model = described(
+        num_experts=num_experts,
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
+    options = ImportOptions(model, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing files") as tick:
         trace = import_expert_selection(sources, output, options, progress=tick)
     _report(trace, json)
@@ -115,13 +126,18 @@ def moe_beyond(
     """CSV files of prompts: Layer ID, Batch Number, Token, Activated Expert IDs (the token's text is dropped)."""
     from moeplan.importers.moe_beyond import import_moe_beyond
     from moeplan.importers.options import ImportOptions
-    from moeplan.model.facts import model_facts
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
-    facts = model_facts(num_experts=num_experts)
-    extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    options = ImportOptions(facts, extras, domain=domain, without_layers=parse_layers(without_layers))
+    model = described(
+        num_experts=num_experts,
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
+    options = ImportOptions(model, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing files") as tick:
         trace = import_moe_beyond(sources, output, options, progress=tick)
     _report(trace, json)

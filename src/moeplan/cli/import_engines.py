@@ -23,7 +23,6 @@ from moeplan.cli.import_ import (
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.model.facts import ModelFacts
     from moeplan.trace.counts import CountsProfile
     from moeplan.trace.reader import Trace
 
@@ -73,13 +72,21 @@ def vllm(
     """Stored responses of vLLM with routed_experts, JSON or JSONL."""
     from moeplan.importers.options import ImportOptions
     from moeplan.importers.vllm_responses import import_vllm
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
     dense = dense_layers_of(dense_layers)
-    facts = _facts(config, num_experts, dense_layers=dense)
-    extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    options = ImportOptions(facts, extras, dense, domain, parse_layers(without_layers))
+    model = described(
+        config,
+        num_experts=num_experts,
+        dense_layers=dense,
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
+    options = ImportOptions(model, dense, domain, parse_layers(without_layers))
     with progress("importing responses") as tick:
         trace = import_vllm(sources, output, options, start=start, progress=tick)
     _report_trace(trace, json)
@@ -106,13 +113,23 @@ def sglang(
     """Stored responses of SGLang with routed_experts, JSON or JSONL."""
     from moeplan.importers.options import ImportOptions
     from moeplan.importers.sglang_responses import import_sglang
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
     dense = dense_layers_of(dense_layers)
-    facts = _facts(config, num_experts, num_layers, top_k, dense)
-    extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    options = ImportOptions(facts, extras, dense, domain, parse_layers(without_layers))
+    model = described(
+        config,
+        num_experts=num_experts,
+        num_layers=num_layers,
+        top_k=top_k,
+        dense_layers=dense,
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
+    options = ImportOptions(model, dense, domain, parse_layers(without_layers))
     with progress("importing responses") as tick:
         trace = import_sglang(sources, output, options, start=start, progress=tick)
     _report_trace(trace, json)
@@ -138,12 +155,19 @@ def sglang_recorder(
     """Dumps (.pt) of SGLang's expert recorder: stat and per_pass become counts, per_token a trace if it can."""
     from moeplan.importers.options import ImportOptions
     from moeplan.importers.sglang_recorder import import_sglang_recorder
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
     from moeplan.trace.counts import CountsProfile
 
     claim_stdout(json)
-    extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    options = ImportOptions(_facts(config), extras, domain=domain, without_layers=parse_layers(without_layers))
+    model = described(
+        config,
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
+    options = ImportOptions(model, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing dumps") as tick:
         made = import_sglang_recorder(sources, output, options, counts=counts, phase=_stage(stage), progress=tick)
     if isinstance(made, CountsProfile):
@@ -169,12 +193,20 @@ def megatron(
     """Router traces (.jsonl) of Megatron-LM; a step becomes a pseudo-request."""
     from moeplan.importers.megatron import import_megatron
     from moeplan.importers.options import ImportOptions
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
-    extras = ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups)
-    facts, dropped = _facts(config, num_experts), parse_layers(without_layers)
-    options = ImportOptions(facts, extras, domain=domain, without_layers=dropped)
+    model = described(
+        config,
+        num_experts=num_experts,
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
+    dropped = parse_layers(without_layers)
+    options = ImportOptions(model, domain=domain, without_layers=dropped)
     with progress("importing files") as tick:
         trace = import_megatron(sources, output, options, progress=tick)
     _report_trace(trace, json)
@@ -190,10 +222,10 @@ def tensorrt_llm(
     """Expert statistics of TensorRT-LLM: counts, not a trace."""
     from moeplan.importers.options import ImportOptions
     from moeplan.importers.tensorrt_llm import import_tensorrt_llm
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
-    options = ImportOptions(extras=ModelExtras(name))
+    options = ImportOptions(described(name=name))
     _report_counts(import_tensorrt_llm(folder, output, options, phase=_stage(stage)), json)
 
 
@@ -208,10 +240,10 @@ def logical_count(
     """SGLang's logical_count JSON: counts, not a trace."""
     from moeplan.importers.logical_count import import_logical_count
     from moeplan.importers.options import ImportOptions
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
 
     claim_stdout(json)
-    options = ImportOptions(_facts(None, top_k=top_k), ModelExtras(name))
+    options = ImportOptions(described(top_k=top_k, name=name))
     _report_counts(import_logical_count(source, output, options, phase=_stage(stage)), json)
 
 
@@ -235,18 +267,6 @@ def counts_summary(profile: CountsProfile) -> dict[str, Any]:
         "notes": list(profile.source.get("notes", ())),
         "checksum": profile.checksum,
     }
-
-
-def _facts(
-    config: Path | None,
-    num_experts: int | None = None,
-    num_layers: int | None = None,
-    top_k: int | None = None,
-    dense_layers: tuple[int, ...] | None = None,
-) -> ModelFacts:
-    from moeplan.model.facts import model_facts
-
-    return model_facts(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense_layers)
 
 
 def dense_layers_of(text: str | None) -> tuple[int, ...] | None:

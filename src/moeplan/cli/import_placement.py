@@ -37,16 +37,15 @@ def placement(
     if Path(output).exists():
         raise OutputError("already exists", where=output, hint="choose another place, or remove it")
     from moeplan.cluster import Dispatch, Home
-    from moeplan.engines.files import examine
-    from moeplan.engines.from_placement import deployed, rule_of, shape_of
-    from moeplan.engines.layer_axis import known_of
+    from moeplan.engines.files import ExpertLayout, examine
+    from moeplan.engines.from_placement import deployed, rule_of
     from moeplan.planning.store import save_plan
 
-    facts = p.facts_of(config, num_experts, num_layers, dense_layers, top_k)
-    report = examine(file, engine.value, known_of(facts, config, ep_size=ep_size, nodes=nnodes))
-    if config is None and report.good and None in (report.known.num_experts, report.known.moe_layers):
+    spec = p.model_from(config, num_experts, num_layers, dense_layers, top_k)
+    report = examine(file, engine.value, spec, ExpertLayout(ep_size, nnodes))
+    if config is None and report.good and None in (report.model.num_experts, report.model.moe_layers):
         cluster = [
-            flag for flag, at in (("--ep-size", report.known.ep_size), ("--nnodes", report.known.nodes)) if not at
+            flag for flag, at in (("--ep-size", report.layout.ep_size), ("--nnodes", report.layout.nodes)) if not at
         ]
         raise UsageError(
             "does not say all of its model",
@@ -55,7 +54,7 @@ def placement(
             + (f"; and {' and '.join(cluster)}" if cluster else ""),
         )
     read = report.need()
-    shape = shape_of(facts, read, name or "", str(file))
+    shape = spec.moe_shape(name=name or "", num_experts=read.num_experts, layer_ids=read.layer_ids, where=str(file))
     result, problem = deployed(
         read, shape, home=Home(home.value), rule=rule_of(engine.value, read.nodes), dispatch=Dispatch(dispatch.value),
         where=str(file),

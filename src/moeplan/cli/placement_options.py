@@ -11,8 +11,7 @@ import typer
 from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.engines.report import Known
-    from moeplan.model.facts import ModelFacts
+    from moeplan.model.spec import ModelSpec
 
 
 class EngineChoice(StrEnum):
@@ -75,24 +74,16 @@ def refuse_plan(file: Path) -> None:
         raise FormatError("is a directory, not a placement file", where=str(file), hint="give the file itself")
 
 
-def facts_of(
-    config: Path | None, num_experts: int | None, num_layers: int | None, dense_layers: str | None,
+def model_from(
+    config: Path | None,
+    num_experts: int | None,
+    num_layers: int | None,
+    dense_layers: str | None,
     top_k: int | None = None,
-) -> ModelFacts:  # fmt: skip
+) -> ModelSpec:
     """What config and flags say of the model."""
     from moeplan.cli.import_engines import dense_layers_of
-    from moeplan.model.facts import model_facts
+    from moeplan.model.config import described
 
     dense = dense_layers_of(dense_layers)
-    return model_facts(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense)
-
-
-def known_from(
-    config: Path | None, num_experts: int | None, num_layers: int | None, dense_layers: str | None,
-    ep_size: int | None = None, nnodes: int | None = None, redundant: int | None = None,
-) -> Known:  # fmt: skip
-    """The same with what the flags say of the deployment."""
-    from moeplan.engines.layer_axis import known_of
-
-    facts = facts_of(config, num_experts, num_layers, dense_layers)
-    return known_of(facts, config, ep_size=ep_size, nodes=nnodes, redundant=redundant)
+    return described(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense)

@@ -87,8 +87,7 @@ def vllm(
     json: JsonOption = None,
 ) -> None:
     """Record from a vLLM server that runs with --enable-return-routed-experts. No prompt text is stored."""
-    from moeplan.model.facts import model_facts
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
     from moeplan.record.server import ServingOptions
     from moeplan.record.vllm import VllmEngine
     from moeplan.trace.retention import RetentionPolicy
@@ -104,8 +103,16 @@ def vllm(
         limit=limit,
         output=output,
         options=ServingOptions(max_new_tokens, max_prompt_tokens, temperature, seed, concurrency),
-        facts=model_facts(config, num_experts=num_experts, dense_layers=dense),
-        extras=ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups),
+        spec=described(
+            config,
+            num_experts=num_experts,
+            dense_layers=dense,
+            name=name,
+            hidden=hidden,
+            expert_bytes=expert_bytes,
+            kv_bytes_per_token=kv_bytes_per_token,
+            routing_groups=routing_groups,
+        ),
         dense_layers=dense,
         keep=RetentionPolicy(min_tokens, aggregate),
         resume=resume,
@@ -147,26 +154,35 @@ def sglang(
     json: JsonOption = None,
 ) -> None:
     """Record from an SGLang server that runs with --enable-return-routed-experts. No prompt text is stored."""
-    from moeplan.model.facts import model_facts
-    from moeplan.model.overrides import ModelExtras
+    from moeplan.model.config import described
     from moeplan.record.server import ServingOptions
     from moeplan.record.sglang import SglangEngine
     from moeplan.trace.retention import RetentionPolicy
 
     claim_stdout(json)
     dense = dense_layers_of(dense_layers)
-    facts = model_facts(config, num_experts=num_experts, num_layers=num_layers, top_k=top_k, dense_layers=dense)
+    spec = described(
+        config,
+        num_experts=num_experts,
+        num_layers=num_layers,
+        top_k=top_k,
+        dense_layers=dense,
+        name=name,
+        hidden=hidden,
+        expert_bytes=expert_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
+        routing_groups=routing_groups,
+    )
     _record(
         _server(url, api_key_env, timeout, retries),
         model,
-        lambda server, served: SglangEngine.of(server, served, facts, openai=openai),
+        lambda server, served: SglangEngine.of(server, served, spec, openai=openai),
         prompts=prompts,
         domain=domain,
         limit=limit,
         output=output,
         options=ServingOptions(max_new_tokens, max_prompt_tokens, temperature, seed, concurrency),
-        facts=facts,
-        extras=ModelExtras(name, hidden, expert_bytes, kv_bytes_per_token, routing_groups),
+        spec=spec,
         dense_layers=dense,
         keep=RetentionPolicy(min_tokens, aggregate),
         resume=resume,
@@ -194,7 +210,7 @@ def _record(
 
     check_out(output, resume=resume)
     rows = read_prompts(prompts, domain=domain, limit=limit)
-    how["facts"].need_experts(server.url)
+    how["spec"].need_experts(server.url)
     served, positions = served_model(server, model)
     start = time.monotonic()
     with progress("recording") as tick:

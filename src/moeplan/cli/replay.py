@@ -22,7 +22,7 @@ from moeplan.cli.common import (
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.model.facts import ModelFacts
+    from moeplan.model.spec import ModelSpec
     from moeplan.planning.store import StoredPlan
     from moeplan.trace import Trace
 
@@ -98,8 +98,8 @@ def register(app: typer.Typer) -> None:
             stored = load_plan(plan or "")
             check_shape(opened.shape, stored.shape, str(plan))
         else:
-            facts = p.facts_of(config, opened.shape.num_experts, num_layers, None)
-            stored = _placed(placement, engine, facts, config, opened, ep_size, nnodes, home)
+            spec = p.model_from(config, opened.shape.num_experts, num_layers, None)
+            stored = _placed(placement, engine, spec, opened, ep_size, nnodes, home)
         mode = stored.dispatch if dispatch is None else Dispatch(dispatch.value)
         setup = Setup(
             stored.cluster, (), stored.redundant, stored.rule, mode, folds=1, seed=seed, block=block, steps=steps,
@@ -120,24 +120,20 @@ def register(app: typer.Typer) -> None:
 
 
 def _placed(
-    file: Path, engine: p.EngineChoice | None, facts: ModelFacts, config: Path | None, trace: Trace,
+    file: Path, engine: p.EngineChoice | None, spec: ModelSpec, trace: Trace,
     ep_size: int | None, nnodes: int | None, home: o.HomeChoice | None,
 ) -> StoredPlan:  # fmt: skip
     """An engine's file as the plan it amounts to, for the trace's model; what config leaves open, the trace says."""
-    import dataclasses
-
     from moeplan.cluster import Dispatch, Home
-    from moeplan.engines.files import examine
+    from moeplan.engines.files import ExpertLayout, examine
     from moeplan.engines.from_placement import deployed, rule_of
-    from moeplan.engines.layer_axis import known_of
     from moeplan.planning.store import StoredPlan
 
     if engine is None:
         raise UsageError("--placement needs to know whose file it is", where=str(file), hint="give --engine")
-    known = known_of(facts, config, ep_size=ep_size, nodes=nnodes)
-    if known.moe_layers is None:
-        known = dataclasses.replace(known, moe_layers=trace.shape.layer_ids)
-    read = examine(file, engine.value, known).need()
+    if spec.moe_layers is None:
+        spec = spec.override(moe_layers=trace.shape.layer_ids)
+    read = examine(file, engine.value, spec, ExpertLayout(ep_size, nnodes)).need()
     result, problem = deployed(
         read, trace.shape, home=Home(home.value if home else "node"), rule=rule_of(engine.value, read.nodes),
         dispatch=Dispatch.PICK, where=str(file),

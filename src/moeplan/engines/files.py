@@ -10,11 +10,12 @@ from pathlib import Path
 
 from moeplan.engines import sglang, tensorrt_llm, vllm, vllm_ascend
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Finding, Known, Report
+from moeplan.engines.report import ExpertLayout, Finding, Report
 from moeplan.errors import OutputError, UsageError
 from moeplan.io.files import atomic_path
+from moeplan.model.spec import ModelSpec, Moe
 
-__all__ = ["ENGINES", "EnginePlacement", "Finding", "Known", "Report", "check_write", "examine", "write"]
+__all__ = ["ENGINES", "EnginePlacement", "ExpertLayout", "Finding", "Report", "check_write", "examine", "write"]
 
 _EXAMINE = {
     "sglang": sglang.examine,
@@ -32,13 +33,13 @@ _SUFFIXES = {
 ENGINES = tuple(_EXAMINE)
 
 
-def examine(path: Path, engine: str, known: Known | None = None) -> Report:
+def examine(path: Path, engine: str, model: ModelSpec | None = None, layout: ExpertLayout | None = None) -> Report:
     """Look at a file; the report says what is wrong and where.
 
     Raises:
         FormatError: the file cannot be read at all. UsageError: no such engine.
     """
-    return _EXAMINE[_named(engine)](path, known or Known())
+    return _EXAMINE[_named(engine)](path, model or ModelSpec(), layout or ExpertLayout())
 
 
 def write(
@@ -56,10 +57,9 @@ def write(
     check_write(path, engine, placement)
     with atomic_path(path) as temporary:
         temporary.write_text(_text(engine, placement, num_layers, model), encoding="utf-8")
-    known = Known(
-        placement.num_experts, num_layers, placement.layer_ids, placement.ep_size, placement.nodes, placement.redundant
-    )
-    assert examine(path, engine, known).need().same_as(placement), "a file that does not read back"
+    spec = ModelSpec(layers=num_layers, moe=Moe(experts=placement.num_experts, layers=placement.layer_ids))
+    layout = ExpertLayout(placement.ep_size, placement.nodes, placement.redundant)
+    assert examine(path, engine, spec, layout).need().same_as(placement), "a file that does not read back"
 
 
 def check_write(path: Path, engine: str, placement: EnginePlacement) -> None:

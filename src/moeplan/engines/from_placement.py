@@ -6,14 +6,12 @@ import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, check_slots, routes
 from moeplan.engines.placement import EnginePlacement
-from moeplan.errors import UsageError
-from moeplan.model.facts import ModelFacts
 from moeplan.planning import Problem, Result
 from moeplan.planning.problem import Stream
 from moeplan.planning.router import LocalityRouter
 from moeplan.types import ModelShape, expert_dtype
 
-__all__ = ["STRATEGY", "deployed", "rule_of", "shape_of"]
+__all__ = ["STRATEGY", "deployed", "rule_of"]
 
 #: What a plan is called whose placement came from an engine's file.
 STRATEGY = "deployed"
@@ -30,22 +28,6 @@ def rule_of(engine: str, nodes: int) -> ReplicaRule:
     if engine != "sglang":
         return ReplicaRule.HASH
     return ReplicaRule.NEAREST_STATIC if nodes > 1 else ReplicaRule.NEAREST_EVEN
-
-
-def shape_of(facts: ModelFacts, placement: EnginePlacement, name: str, where: str) -> ModelShape:
-    """The model that a file is for.
-
-    Raises:
-        UsageError: k is not known.
-    """
-    if facts.top_k is None:
-        raise UsageError(
-            "the file does not say how many experts a token picks", where=where, hint="give --config, or --top-k"
-        )
-    return ModelShape(
-        name, len(placement.layer_ids), placement.num_experts, facts.top_k, placement.layer_ids, facts.hidden,
-        facts.routing_groups or 1,
-    )  # fmt: skip
 
 
 class _Deployed(Problem):

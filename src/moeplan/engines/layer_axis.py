@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known
-from moeplan.errors import MoeplanError, UsageError
-from moeplan.model.facts import ModelFacts
+from moeplan.errors import UsageError
+from moeplan.model.spec import ModelSpec
 
-__all__ = ["check_axis", "known_of", "left_out"]
-
-
-def known_of(
-    facts: ModelFacts, config: Path | None, *, ep_size: int | None = None, nodes: int | None = None,
-    redundant: int | None = None,
-) -> Known:  # fmt: skip
-    """What config and flags say.
-
-    Families whose config has no rule (every layer of Mixtral has experts, and nothing says so) are those that the
-    model catalogue knows by their model_type; for others the MoE layers stay unknown.
-    """
-    moe = facts.moe_layers
-    if moe is None and config is not None:
-        from moeplan.model.spec import model
-
-        try:
-            spec = model(str(config))
-            moe = spec.moe.layers if spec.moe is not None else None
-        except MoeplanError:
-            moe = None
-    return Known(facts.num_experts, facts.num_layers, moe, ep_size, nodes, redundant)
+__all__ = ["check_axis", "left_out"]
 
 
 def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -45,7 +22,7 @@ def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_axis(
-    placement: EnginePlacement, known: Known, engine: str, where: str, *, from_config: bool = True
+    placement: EnginePlacement, model: ModelSpec, engine: str, where: str, *, from_config: bool = True
 ) -> int | None:
     """Hold a placement's layers to the model's; the number of hidden layers, if it is known.
 
@@ -62,46 +39,46 @@ def check_axis(
         if from_config
         else "give the model's own --num-layers and --dense-layers"
     )
-    if known.num_experts is not None and known.num_experts != experts:
+    if model.num_experts is not None and model.num_experts != experts:
         raise UsageError(
-            f"the plan is for {experts} experts, the config for {known.num_experts}",
+            f"the plan is for {experts} experts, the config for {model.num_experts}",
             where=where,
             hint="give the config.json of the same model",
         )
-    if known.num_layers is not None and layers[-1] >= known.num_layers:
+    if model.layers is not None and layers[-1] >= model.layers:
         raise UsageError(
-            f"the plan places layer {layers[-1]}, but by {says} there are {known.num_layers} hidden layers, "
-            f"0 to {known.num_layers - 1}",
+            f"the plan places layer {layers[-1]}, but by {says} there are {model.layers} hidden layers, "
+            f"0 to {model.layers - 1}",
             where=where,
             hint=same,
         )
-    if known.moe_layers is not None:
-        for layer in sorted(set(known.moe_layers) - set(layers)):
+    if model.moe_layers is not None:
+        for layer in sorted(set(model.moe_layers) - set(layers)):
             raise UsageError(
                 f"the plan places no experts in layer {layer}, which has experts by {says}",
                 where=where,
                 hint="plan on a trace of all layers, without --without-layers"
                 + ("" if from_config else f", or {same}"),
             )
-        for layer in sorted(set(layers) - set(known.moe_layers)):
+        for layer in sorted(set(layers) - set(model.moe_layers)):
             raise UsageError(
                 f"the plan places experts in layer {layer}, which has none by {says}",
                 where=where,
                 hint=same,
             )
     if engine != "sglang":
-        return known.num_layers
-    if known.num_layers is None:
+        return model.layers
+    if model.layers is None:
         raise UsageError(
             "SGLang's file has a row for every hidden layer, and the plan knows only those with experts",
             where=where,
             hint="give --config config.json, or --num-layers",
         )
-    if known.moe_layers is None and len(layers) < known.num_layers:
+    if model.moe_layers is None and len(layers) < model.layers:
         raise UsageError(
-            f"the plan has {len(layers)} of {known.num_layers} layers, and {says} "
+            f"the plan has {len(layers)} of {model.layers} layers, and {says} "
             f"do{'es' if from_config else ''} not say which have experts",
             where=where,
             hint="give --dense-layers, e.g. 0,1,2",
         )
-    return known.num_layers
+    return model.layers

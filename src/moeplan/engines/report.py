@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moeplan.engines.placement import EnginePlacement
 from moeplan.errors import FormatError, UsageError
+from moeplan.model.spec import ModelSpec
 
-__all__ = ["Finding", "Known", "Report", "other_engine_hint", "show"]
+__all__ = ["ExpertLayout", "Finding", "Report", "other_engine_hint", "show"]
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known beside the file; None where it is not.
+class ExpertLayout:
+    """How an engine lays out the experts; None where it is not known.
 
     Attributes:
-        num_experts: E. num_layers: all hidden layers. moe_layers: indices of those with experts, rising.
-        ep_size: GPUs that share the experts. nodes: that they fill. redundant: R.
+        ep_size: GPUs that share the experts. nodes: nodes that these GPUs fill. redundant: R, redundant slots.
     """
 
-    num_experts: int | None = None
-    num_layers: int | None = None
-    moe_layers: tuple[int, ...] | None = None
     ep_size: int | None = None
     nodes: int | None = None
     redundant: int | None = None
@@ -68,7 +65,7 @@ class Report:
 
     Attributes:
         path, engine: the file, and whose it is.
-        known: as given, completed by what the file itself says.
+        model, layout: what is known of them, completed by what the file itself says.
         findings: faults and warnings, in the order of the file.
         unchecked: what could not be checked, one line each, with the flag that would.
         rows, slots: rows of the map, and slots of a row; None where they are not to be told.
@@ -77,7 +74,8 @@ class Report:
 
     path: Path
     engine: str
-    known: Known
+    model: ModelSpec = field(default_factory=ModelSpec)
+    layout: ExpertLayout = field(default_factory=ExpertLayout)
     findings: list[Finding] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     rows: int | None = None
@@ -102,11 +100,14 @@ class Report:
         self.findings.append(Finding(place, what, hint, legal=True))
 
     def learn(self, place: str, flag: str, key: str, value: int) -> None:
-        """Take a number from the file into `known`; a fault where it contradicts what was given."""
-        given = getattr(self.known, key)
+        """Take a number from the file into `model` or `layout`; a fault where it contradicts what was given."""
+        given = self.model.num_experts if key == "num_experts" else getattr(self.layout, key)
         if given is None:
             try:
-                self.known = Known(**{**asdict(self.known), key: value})
+                if key == "num_experts":
+                    self.model = self.model.override(num_experts=value)
+                else:
+                    self.layout = replace(self.layout, **{key: value})
             except UsageError as error:  # GPUs that do not fill the nodes
                 self.fault(place, f"is {value}: {error.what}", "correct one of them")
         elif given != value:
@@ -124,10 +125,10 @@ class Report:
             raise FormatError(finding.what + more, where=where, hint=finding.hint)
         if self.placement is None:
             open_questions = (
-                (self.known.num_experts, "the number of experts", "--config, or --num-experts"),
-                (self.known.moe_layers, "which layers have experts", "--config, or --num-layers and --dense-layers"),
-                (self.known.ep_size, "how many GPUs share the experts", "--ep-size"),
-                (self.known.nodes, "how many nodes these GPUs fill", "--nnodes"),
+                (self.model.num_experts, "the number of experts", "--config, or --num-experts"),
+                (self.model.moe_layers, "which layers have experts", "--config, or --num-layers and --dense-layers"),
+                (self.layout.ep_size, "how many GPUs share the experts", "--ep-size"),
+                (self.layout.nodes, "how many nodes these GPUs fill", "--nnodes"),
             )
             missing = [(what, flag) for value, what, flag in open_questions if value is None]
             missing = missing or [("how many hidden layers there are", "--config or --num-layers")]

@@ -94,8 +94,8 @@ def _are_numbers(report: Report, row: Row) -> bool:
 
 
 def _num_experts(report: Report, rows: list[Row]) -> int:
-    if report.known.num_experts is not None:
-        return report.known.num_experts
+    if report.model.num_experts is not None:
+        return report.model.num_experts
     tops = Counter(max(row.values) + 1 for row in rows)
     common = [top for top, _ in sorted(tops.items(), key=lambda item: (-item[1], item[0])) if 1 <= top <= MAX_EXPERTS]
     if not common:
@@ -108,16 +108,16 @@ def _num_experts(report: Report, rows: list[Row]) -> int:
 
 def _num_slots(report: Report, rows: list[Row], experts: int, said: int | None) -> int | None:
     """S, and a fault for each row that has another number of slots."""
-    known = report.known
+    model, layout = report.model, report.layout
     if not rows:
         return None
     lengths = Counter(len(row.values) for row in rows)
     usual = max(lengths, key=lambda length: (lengths[length], -length))
     slots, why = (usual, "as most rows have") if said is None else (said, "as num_slots says")
-    if known.redundant is None:
+    if layout.redundant is None:
         report.unchecked.append("that the engine is started with as many redundant slots: give --redundant")
-    elif known.num_experts is not None and slots != experts + known.redundant:
-        slots, why = experts + known.redundant, f"{experts} experts + {known.redundant} redundant"
+    elif model.num_experts is not None and slots != experts + layout.redundant:
+        slots, why = experts + layout.redundant, f"{experts} experts + {layout.redundant} redundant"
         if said is not None:
             report.fault("num_slots", f"is {said}, not {slots} ({why})", "correct one of them")
     for row in rows:
@@ -125,16 +125,16 @@ def _num_slots(report: Report, rows: list[Row], experts: int, said: int | None) 
             report.fault(
                 row.place, f"has {len(row.values)} slots, not {slots} ({why})", "give the expert of every slot, once"
             )
-    if known.ep_size is None:
+    if layout.ep_size is None:
         report.unchecked.append("that slots divide by the EP size, and no rank holds an expert twice: give --ep-size")
-    elif slots % known.ep_size:
-        near = slots - slots % known.ep_size
+    elif slots % layout.ep_size:
+        near = slots - slots % layout.ep_size
         report.fault(
             "",
-            f"{slots} slots do not divide over an EP size of {known.ep_size}",
-            f"use {f'{near} or ' if near else ''}{near + known.ep_size} slots, or another EP size",
+            f"{slots} slots do not divide over an EP size of {layout.ep_size}",
+            f"use {f'{near} or ' if near else ''}{near + layout.ep_size} slots, or another EP size",
         )
-    if known.num_experts is not None and slots == usual < experts:
+    if model.num_experts is not None and slots == usual < experts:
         report.fault("", f"{slots} slots do not hold {experts} experts", "use more slots, or the model's own config")
     return slots
 
@@ -173,9 +173,9 @@ def _again(row: Row, experts: int) -> str:
 
 
 def _two_on_one_rank(report: Report, rows: list[Row], table: Int32Array, twice: str) -> None:
-    if report.known.ep_size is None:
+    if report.layout.ep_size is None:
         return
-    by_rank = table.reshape(len(table), report.known.ep_size, -1)
+    by_rank = table.reshape(len(table), report.layout.ep_size, -1)
     ordered = np.sort(by_rank, axis=2)
     found = np.argwhere(ordered[:, :, 1:] == ordered[:, :, :-1])
     if not len(found):
@@ -202,14 +202,15 @@ def finish(
         table: int32 [rows, S] of `check_rows`. layers: the model's index of the rows to keep.
         keep: those rows; None: all.
     """
-    known = report.known
-    if table is None or not report.good or layers is None or known.ep_size is None or known.nodes is None:
+    layout, experts = report.layout, report.model.num_experts
+    if table is None or not report.good or layers is None or layout.ep_size is None or layout.nodes is None:
         return report
-    if known.num_experts is None or known.ep_size % known.nodes:
+    if experts is None or layout.ep_size % layout.nodes:
         return report
     kept = table if keep is None else table[keep]
-    report.known = replace(known, redundant=table.shape[1] - known.num_experts, moe_layers=layers)
-    report.placement = EnginePlacement(kept, layers, known.num_experts, known.ep_size, known.nodes)
+    report.model = report.model.override(moe_layers=layers)
+    report.layout = replace(layout, redundant=table.shape[1] - experts)
+    report.placement = EnginePlacement(kept, layers, experts, layout.ep_size, layout.nodes)
     return report
 
 

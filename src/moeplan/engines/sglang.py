@@ -15,8 +15,9 @@ import numpy as np
 
 from moeplan.engines.loading import load_json, load_tensors
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, other_engine_hint, show
+from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
+from moeplan.model.spec import ModelSpec
 
 __all__ = ["MAP", "content", "examine"]
 
@@ -35,26 +36,26 @@ def content(placement: EnginePlacement, num_layers: int) -> dict[str, Any]:
     return {MAP: rows.tolist()}
 
 
-def examine(path: Path, known: Known) -> Report:
+def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
     """Look at a .json or .pt file."""
-    report = Report(path, "sglang", known)
+    report = Report(path, "sglang", model, layout)
     if path.suffix not in (".json", ".pt"):
         report.fault("", "SGLang reads files whose names end in .json or .pt only", "rename it")
     rows = _load(report)
     if rows is None:
         return report
-    moe = known.moe_layers
-    if known.num_layers is None:
+    moe = model.moe_layers
+    if model.layers is None:
         report.unchecked.append("that there is a row for every hidden layer: give --config")
-    elif len(rows) != known.num_layers:
-        what = f"has {len(rows)} rows for {known.num_layers} hidden layers"
+    elif len(rows) != model.layers:
+        what = f"has {len(rows)} rows for {model.layers} hidden layers"
         if moe is not None and len(rows) == len(moe):
             what += ": layers without experts need a row too"
         report.fault(MAP, what, "give one row for every hidden layer")
-    if moe is not None and known.num_layers is None and moe[-1] >= len(rows):
+    if moe is not None and model.layers is None and moe[-1] >= len(rows):
         report.fault(MAP, f"has {len(rows)} rows, but layer {moe[-1]} has experts", "give a row for every hidden layer")
     table = check_rows(report, [_row(i, values, moe) for i, values in enumerate(rows)], wraps=True)
-    if moe is not None and known.num_layers is None and table is not None and moe[-1] + 1 < len(rows):
+    if moe is not None and model.layers is None and table is not None and moe[-1] + 1 < len(rows):
         report.unchecked.append(f"which rows the layers with experts are: the last is {moe[-1]} of {len(rows)} rows")
         return report
     return finish(report, table, moe, None if moe is None else np.array(moe, np.intp))

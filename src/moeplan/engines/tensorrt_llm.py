@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, other_engine_hint, show
+from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
 from moeplan.engines.yaml_file import load_yaml
+from moeplan.model.spec import ModelSpec
 from moeplan.types import MAX_LAYERS
 
 __all__ = ["content", "examine"]
@@ -37,9 +38,9 @@ def content(placement: EnginePlacement) -> str:
     return "\n".join([*lines, "layer_updates_per_iter: 0", ""])
 
 
-def examine(path: Path, known: Known) -> Report:
+def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
     """Look at a file."""
-    report = Report(path, "tensorrt-llm", known)
+    report = Report(path, "tensorrt-llm", model, layout)
     data = load_yaml(report)
     if data is None and not report.good:
         return report
@@ -83,18 +84,16 @@ def examine(path: Path, known: Known) -> Report:
 
 def _check_layers(report: Report, layers: tuple[int, ...]) -> tuple[int, ...]:
     """The layers to go by: the model's where they are known, else the file's own."""
-    known = report.known
-    if known.moe_layers is None:
+    model = report.model
+    if model.moe_layers is None:
         report.unchecked.append("that every MoE layer has its entry (without one the engine stops): give --config")
         return layers
-    for layer in sorted(set(known.moe_layers) - set(layers)):
+    for layer in sorted(set(model.moe_layers) - set(layers)):
         report.fault(f"{MAP}, layer {layer}", "is missing: the engine stops (KeyError)", "add its entry")
-    for layer in sorted(set(layers) - set(known.moe_layers)):
+    for layer in sorted(set(layers) - set(model.moe_layers)):
         place = f"{MAP}, layer {layer}"
-        if known.num_layers is not None and layer >= known.num_layers:
-            report.warn(
-                place, f"is beyond the {known.num_layers} hidden layers", "right for a layer of the MTP head only"
-            )
-        elif known.num_layers is not None:
+        if model.layers is not None and layer >= model.layers:
+            report.warn(place, f"is beyond the {model.layers} hidden layers", "right for a layer of the MTP head only")
+        elif model.layers is not None:
             report.fault(place, "is a layer without experts", "leave it out")
-    return known.moe_layers
+    return model.moe_layers

@@ -20,8 +20,9 @@ import numpy as np
 
 from moeplan.engines.loading import load_json, load_npy
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, other_engine_hint, show
+from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
+from moeplan.model.spec import ModelSpec
 from moeplan.types import MAX_EXPERTS, MAX_LAYERS
 
 __all__ = ["FORMAT", "MAX_REDUNDANT", "VERSION", "content", "examine", "own_strategy", "read"]
@@ -60,12 +61,12 @@ def read(path: str | Path) -> EnginePlacement:
     Raises:
         FormatError: a broken rule, with its place. UsageError: a bare map, which does not say its cluster.
     """
-    return examine(Path(path), Known()).need()
+    return examine(Path(path), ModelSpec(), ExpertLayout()).need()
 
 
-def examine(path: Path, known: Known) -> Report:
+def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
     """Look at a file of the plug-in, or at a bare map [MoE layers, slots] (.json, .npy)."""
-    report = Report(path, "vllm", known)
+    report = Report(path, "vllm", model, layout)
     data = load_npy(report) if path.suffix == ".npy" else load_json(report)
     if not report.good:
         return report
@@ -86,7 +87,7 @@ def examine(path: Path, known: Known) -> Report:
 
 def _examine_map(report: Report, data: list[Any]) -> Report:
     """A bare map: which layers its rows are, only the model says."""
-    layers = report.known.moe_layers
+    layers = report.model.moe_layers
     if layers is None:
         report.unchecked.append("that every MoE layer has its row: give --config")
     elif len(layers) != len(data):
@@ -139,15 +140,15 @@ def _examine_head(report: Report, data: dict[str, Any]) -> tuple[int, ...] | Non
         if b <= a:
             report.fault(f"layer_ids, item {i + 1}", f"{b} after {a}: layers must rise", "export the plan again")
             return None
-    if report.known.moe_layers is not None and report.known.moe_layers != tuple(ids):
-        other = sorted(set(ids) ^ set(report.known.moe_layers))
+    if report.model.moe_layers is not None and report.model.moe_layers != tuple(ids):
+        other = sorted(set(ids) ^ set(report.model.moe_layers))
         what = f"are not the layers that have experts: they differ in {', '.join(str(i) for i in other[:6])}"
         report.fault("layer_ids", what, "export the plan of this model")
     return tuple(ids)
 
 
 def _check_redundant(report: Report) -> None:
-    redundant = report.known.redundant
+    redundant = report.layout.redundant
     if redundant is not None and redundant > MAX_REDUNDANT:
         report.fault(
             "num_redundant_experts", f"{redundant} are more than vLLM's limit of {MAX_REDUNDANT}", "plan with fewer"

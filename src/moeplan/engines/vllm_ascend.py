@@ -13,8 +13,9 @@ from typing import Any
 
 from moeplan.engines.loading import load_json
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import Known, Report, other_engine_hint, show
+from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
 from moeplan.engines.rules import Row, check_rows, finish
+from moeplan.model.spec import ModelSpec
 
 __all__ = ["content", "examine"]
 
@@ -43,9 +44,9 @@ def content(placement: EnginePlacement) -> dict[str, Any]:
     }
 
 
-def examine(path: Path, known: Known) -> Report:
+def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
     """Look at a file."""
-    report = Report(path, "vllm-ascend", known)
+    report = Report(path, "vllm-ascend", model, layout)
     if path.suffix != ".json":
         report.fault("", "vLLM-Ascend reads files whose names end in .json only", "rename it")
     data = load_json(report)
@@ -55,7 +56,7 @@ def examine(path: Path, known: Known) -> Report:
     if layers is None:
         return report
     _equal(report, "moe_layer_count", data.get("moe_layer_count"), len(layers), f"there are {len(layers)} layers")
-    moe = known.moe_layers
+    moe = model.moe_layers
     if moe is None:
         report.unchecked.append("that every MoE layer is there, in the model's order: give --config")
     elif len(moe) != len(layers):
@@ -92,7 +93,7 @@ def _row(report: Report, i: int, layer: Any, moe: tuple[int, ...] | None) -> Row
     if not count:
         report.fault(f"{place}, device_list", "is empty", "give every device its experts")
         return None
-    if report.known.ep_size is None or report.known.ep_size != count:
+    if report.layout.ep_size is None or report.layout.ep_size != count:
         report.learn(f"{place}, device_list", "--ep-size (or the layer before)", "ep_size", count)
     per = max(len(held[0]), 1)
 

@@ -54,5 +54,5 @@ def read_logical_count(path: Path, options: ImportOptions | None = None, *, phas
             raise FormatError("holds a negative count", where=str(path))
         totals = totals.astype(np.float64).sum(axis=0)  # exact below 2**53, and more is refused
     source["hidden_layers"] = len(totals)
-    name, top_k = options.extras.name or "", options.facts.top_k
+    name, top_k = options.model.name or "", options.model.top_k
     return make_counts(totals, where=str(path), source=source, name=name, top_k=top_k, phase=phase)

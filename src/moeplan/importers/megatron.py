@@ -59,18 +59,18 @@ def import_megatron(
         FormatError: a line that is truncated or ragged, a step without a layer that others have, steps of another k.
     """
     options = options or ImportOptions()
-    files, facts = source_files(sources, ".jsonl"), options.facts
-    num_experts = facts.need_experts(str(files[0]))
+    files, model = source_files(sources, ".jsonl"), options.model
+    num_experts = model.need_experts(str(files[0]))
     notes: dict[str, None] = {PSEUDO_REQUESTS: None}
     steps = _all_steps(files, notes)
     first = next(steps, None)
     if first is None:
         raise FormatError("holds no decoder line", where=str(files[0]), hint="check how it was recorded")
     layers = sorted(first[1].layers)
-    top_k = _stack(first[1], layers, facts.top_k).shape[2]
-    if facts.moe_layers is not None and len(layers) != len(facts.moe_layers):
+    top_k = _stack(first[1], layers, model.top_k).shape[2]
+    if model.moe_layers is not None and len(layers) != len(model.moe_layers):
         raise FormatError(
-            f"has {len(layers)} decoder layers, the config {len(facts.moe_layers)} MoE layers",
+            f"has {len(layers)} decoder layers, the config {len(model.moe_layers)} MoE layers",
             where=first[1].where,
             hint="the file may be truncated; for one pipeline stage, give --num-experts instead of --config",
         )

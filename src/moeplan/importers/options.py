@@ -9,8 +9,7 @@ from typing import Any
 
 from moeplan.errors import FormatError
 from moeplan.importers.sources import domain_of
-from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras
+from moeplan.model.spec import ModelSpec
 from moeplan.trace.format import Request, layers_kept
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.retention import RetentionPolicy
@@ -24,16 +23,14 @@ class ImportOptions:
     """What importers are told beside the source.
 
     Attributes:
-        facts: the model, as its config.json and flags describe it.
-        extras: facts that no source holds, such as the bytes of an expert.
+        model: the model, as its config.json and its user describe it; a name goes before the source's own.
         dense_layers: hidden layers without experts; None where the source or the config tells.
         domain: the label of every request; None for the source's own, or the file's name up to its trailing number.
         without_layers: the model's own indices of layers to leave out of the trace.
         retention: which requests are stored, and in what form.
     """
 
-    facts: ModelFacts = field(default_factory=ModelFacts)
-    extras: ModelExtras = field(default_factory=ModelExtras)
+    model: ModelSpec = field(default_factory=ModelSpec)
     dense_layers: tuple[int, ...] | None = None
     domain: str | None = None
     without_layers: tuple[int, ...] = ()
@@ -55,16 +52,13 @@ class ImportOptions:
             UsageError: nothing says the number of experts.
             FormatError: the source contradicts the user, or describes an impossible model.
         """
-        facts = self.facts
         for label, found, known in (
-            ("experts", num_experts, facts.num_experts),
-            ("picks per token", top_k, facts.top_k),
+            ("experts", num_experts, self.model.num_experts),
+            ("picks per token", top_k, self.model.top_k),
         ):
             if found is not None and known is not None and found != known:
                 raise FormatError(f"has {found} {label}, but the config or a flag says {known}", where=where)
-        experts = facts.need_experts(where) if num_experts is None else num_experts
-        extras = facts.add_to(self.extras)
-        return extras.shape(name=name, num_experts=experts, top_k=top_k, layer_ids=layer_ids, where=where)
+        return self.model.moe_shape(name=name, num_experts=num_experts, top_k=top_k, layer_ids=layer_ids, where=where)
 
 
 def write_trace(

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.io.npz import read_npy_header
-from moeplan.model.facts import ModelFacts
+from moeplan.model.spec import ModelSpec
 from moeplan.progress import Progress
 from moeplan.trace.format import UNKNOWN, Request, layer_spans
 from moeplan.trace.reader import Trace
@@ -145,9 +145,7 @@ def _start_hint(rows: int, expected: int) -> str:
     return "check that the response is of this model and whole"
 
 
-def infer_moe_layers(
-    picks: Picks, facts: ModelFacts, dense_layers: Sequence[int] | None, where: str
-) -> tuple[int, ...]:
+def infer_moe_layers(picks: Picks, model: ModelSpec, dense_layers: Sequence[int] | None, where: str) -> tuple[int, ...]:
     """The MoE layers of a recording, from its first answer: flag or config first, else the rows that are all zeros.
 
     k > 1 identical ids are no top-k row, so zeros mean a dense layer. With k = 1, expert 0 looks the same: then only a
@@ -158,7 +156,7 @@ def infer_moe_layers(
         UsageError: k = 1 and nothing says which layers are dense; a dense layer that does not exist; no MoE layer.
     """
     _, layers, k = picks.shape
-    for label, value, known in (("hidden layers", layers, facts.num_layers), ("picks per token", k, facts.top_k)):
+    for label, value, known in (("hidden layers", layers, model.layers), ("picks per token", k, model.top_k)):
         if known is not None and value != known:
             raise FormatError(f"{value} {label}, but the config or a flag says {known}", where=where)
     if dense_layers is not None:
@@ -166,8 +164,8 @@ def infer_moe_layers(
         if wrong:
             raise UsageError(f"--dense-layers {wrong[0]}: the recording has layers 0..{layers - 1}")
         found = tuple(i for i in range(layers) if i not in set(dense_layers))
-    elif facts.moe_layers is not None:
-        found = facts.moe_layers
+    elif model.moe_layers is not None:
+        found = model.moe_layers
     elif k > 1:
         found = tuple(int(i) for i in np.flatnonzero(picks.any(axis=(0, 2))))
     else:
@@ -235,9 +233,9 @@ class ResponseLayout:
     @classmethod
     def infer(cls, first: EngineResponse, options: ImportOptions) -> ResponseLayout:
         """Raises UsageError or FormatError where flags, config and response leave something open or contradict."""
-        options.facts.need_experts(first.where)
+        options.model.need_experts(first.where)
         _, layers, k = first.picks.shape
-        moe_layers = infer_moe_layers(first.picks, options.facts, options.dense_layers, first.where)
+        moe_layers = infer_moe_layers(first.picks, options.model, options.dense_layers, first.where)
         shape = options.shape(top_k=k, layer_ids=moe_layers, where=first.where, name=first.model)
         return cls(shape, (layers, k))
 

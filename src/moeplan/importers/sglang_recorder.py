@@ -158,7 +158,7 @@ def _count_stat(loaded: Sequence[tuple[Path, dict[str, Any]]], options: ImportOp
         )
     path, data = loaded[0]
     passes = integers(data["logical_count"], 3, "logical_count", f"{path}")
-    expected = options.facts.num_experts
+    expected = options.model.num_experts
     if expected is not None and passes.shape[2] != expected:
         raise FormatError(f"counts {passes.shape[2]} experts, expected {expected}", where=str(path))
     if passes.size and not (int(passes.min()) >= 0 and int(passes.max()) < MAX_COUNT):
@@ -169,7 +169,7 @@ def _count_stat(loaded: Sequence[tuple[Path, dict[str, Any]]], options: ImportOp
             f"all {len(passes)} passes of the buffer are used: if it was full, earlier ones (such as prefill) are lost"
         )
     source = {"import": "sglang-recorder", "kind": "stat", "file": path.name, "passes": len(passes), "notes": notes}
-    name, top_k = options.extras.name or "", options.facts.top_k
+    name, top_k = options.model.name or "", options.model.top_k
     return make_counts(passes.sum(axis=0), where=str(path), source=source, name=name, top_k=top_k, phase=phase)
 
 
@@ -187,7 +187,7 @@ def _count_passes(dumps: Sequence[_Dump], options: ImportOptions, phase: str) ->
                 )
             physical += found
         per_rank.append(_to_logical(physical, dump))
-    return _profile(dumps, per_rank, "per_pass", options, options.facts.top_k, phase)
+    return _profile(dumps, per_rank, "per_pass", options, options.model.top_k, phase)
 
 
 def _count_tokens(
@@ -215,7 +215,7 @@ def _profile(
     notes = [REBALANCED, *equal_ranks_notes(per_rank)]
     passes = max(len(dump.records) for dump in dumps)
     source = {"import": "sglang-recorder", "kind": kind, "files": len(dumps), "passes": passes, "notes": notes}
-    totals, where, name = np.sum(per_rank, axis=0), str(dumps[0].path), options.extras.name or ""
+    totals, where, name = np.sum(per_rank, axis=0), str(dumps[0].path), options.model.name or ""
     return make_counts(totals, where=where, source=source, name=name, top_k=top_k, phase=phase)
 
 

@@ -67,7 +67,7 @@ def picks_shape(options: ImportOptions, where: str | None = None) -> tuple[int, 
     Raises:
         UsageError: one of them is not known.
     """
-    layers, top_k = options.facts.num_layers, options.facts.top_k
+    layers, top_k = options.model.layers, options.model.top_k
     if layers is None or top_k is None:
         raise UsageError(
             "SGLang sends picks without their shape",

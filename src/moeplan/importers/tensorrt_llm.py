@@ -66,7 +66,7 @@ def import_tensorrt_llm(
         where=str(folder),
         source=source,
         layer_ids=tuple(layers),
-        name=(options or ImportOptions()).extras.name or "",
+        name=(options or ImportOptions()).model.name or "",
         top_k=top_k,
         phase=phase,
     )

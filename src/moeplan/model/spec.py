@@ -1,71 +1,79 @@
-"""Models by their dimensions, from the catalogue `data/models.json`; and how many parameters those make.
+"""One description of a model, by its dimensions; what is not known of it is None.
 
 Words: hidden is the width of the residual stream, a width is that of a feed-forward network, and layers count from 0.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, TypedDict, Unpack
 
-import numpy as np
-import numpy.typing as npt
+from msgspec import Meta, Struct
+from msgspec.structs import force_setattr
 
-from moeplan.io.catalogue import find_name, read_object
+from moeplan.errors import FormatError, UsageError
+from moeplan.model.bounds import Heads, NoHeads, NoWidth
+from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS, ModelShape
 
-#: The catalogue's folder.
-DATA = Path(__file__).parent / "data"
+__all__ = ["Attention", "CompleteMoe", "CompleteSpec", "LinearAttention", "ModelSpec", "Moe", "Overrides"]
 
-__all__ = [
-    "Attention", "LinearAttention", "ModelSpec", "Moe", "Parameters", "expert_parameters", "layer_parameters", "model",
-    "model_names", "model_notes", "parameters",
-]  # fmt: skip
-
-#: Columns of `layer_parameters`.
-PARTS = ("attention", "dense", "shared", "router", "experts", "other")
+#: Dimensions that latent attention must have, and other attention has not.
+LATENT = ("kv_lora_rank", "qk_nope_head_dim")
 
 
-@dataclass(frozen=True)
-class Attention:
+class Attention(Struct, frozen=True, forbid_unknown_fields=True):
     """Softmax attention of one layer.
 
     Attributes:
         kind: mha (every head has its own keys and values), gqa (groups of heads share them), mla (DeepSeek's latent).
-        heads, kv_heads: for mla, kv_heads = heads.
-        head_dim: of a query and key; for mla, qk_nope_head_dim + qk_rope_head_dim. v_head_dim: of a value.
+        heads, kv_heads: for mha and mla, kv_heads = heads.
+        head_dim: of a query and key; for mla, qk_nope_head_dim + qk_rope_head_dim. v_head_dim: of a value, by default
+            head_dim.
         q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim: of mla; q_lora_rank 0: a full query matrix.
         qk_norm: none, head (one norm of head_dim for queries, one for keys) or full (over all heads together).
         qkv_bias, out_bias: biases of the projections. sinks: one learned logit per head (gpt-oss).
         output_gate: the query projection is doubled to gate the output (Qwen3.5).
     """
 
-    kind: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    q_lora_rank: int = 0
-    kv_lora_rank: int = 0
-    qk_nope_head_dim: int = 0
-    qk_rope_head_dim: int = 0
-    qk_norm: str = "none"
+    kind: Annotated[str, Meta(pattern="^(mha|gqa|mla)$")]
+    heads: Heads
+    kv_heads: NoHeads = 0
+    head_dim: NoWidth = 0
+    v_head_dim: NoWidth = 0
+    q_lora_rank: NoWidth = 0
+    kv_lora_rank: NoWidth = 0
+    qk_nope_head_dim: NoWidth = 0
+    qk_rope_head_dim: NoWidth = 0
+    qk_norm: Annotated[str, Meta(pattern="^(none|head|full)$")] = "none"
     qkv_bias: bool = False
     out_bias: bool = False
     sinks: bool = False
     output_gate: bool = False
 
+    def __post_init__(self) -> None:
+        mla = self.kind == "mla"
+        needed = {"mha": ("head_dim",), "gqa": ("kv_heads", "head_dim")}.get(self.kind, (*LATENT, "v_head_dim"))
+        for key in needed:
+            if not getattr(self, key):
+                raise ValueError(f"{key} is missing")
+        for key in () if mla else ("q_lora_rank", "qk_rope_head_dim", *LATENT):
+            if getattr(self, key):
+                raise ValueError(f"{key} is a dimension of mla")
+        head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim if mla else self.head_dim
+        force_setattr(self, "kv_heads", self.heads if mla else self.kv_heads or self.heads)
+        force_setattr(self, "head_dim", head_dim)
+        force_setattr(self, "v_head_dim", self.v_head_dim or head_dim)
 
-@dataclass(frozen=True)
-class LinearAttention:
+
+class LinearAttention(Struct, frozen=True, forbid_unknown_fields=True):
     """A gated delta net (Qwen3.5): a state of [value_heads, key_dim, value_dim] per request instead of a KV cache."""
 
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    conv: int
+    key_heads: Heads
+    value_heads: Heads
+    key_dim: Heads
+    value_dim: Heads
+    conv: Heads
 
     @property
     def channels(self) -> int:
@@ -73,9 +81,9 @@ class LinearAttention:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Moe:
-    """The routed and shared experts of a MoE layer.
+    """The routed and shared experts of the MoE layers; None where not known.
 
     Attributes:
         layers: the model's own index of each MoE layer, rising.
@@ -85,10 +93,10 @@ class Moe:
             chooses among, of which it keeps groups_kept.
     """
 
-    layers: tuple[int, ...]
-    experts: int
-    top_k: int
-    width: int
+    layers: tuple[int, ...] | None = None
+    experts: int | None = None
+    top_k: int | None = None
+    width: int | None = None
     shared: int = 0
     shared_width: int = 0
     shared_gate: bool = False
@@ -97,27 +105,59 @@ class Moe:
     groups_kept: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class CompleteMoe(Moe):
+    """Experts of which everything is known."""
+
+    layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    width: int
+
+
+class Overrides(TypedDict, total=False):
+    """What a user says of a model, by the names of `ModelSpec.override`; None leaves the spec as it is."""
+
+    name: str | None
+    hidden: int | None
+    expert_bytes: int | None
+    kv_bytes_per_token: int | None
+    routing_groups: int | None
+    num_experts: int | None
+    num_layers: int | None
+    top_k: int | None
+    dense_layers: Sequence[int] | None
+    moe_layers: Sequence[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A decoder by its dimensions (the text part of a multimodal model).
+    """A decoder by its dimensions (the text part of a multimodal model); None where they are not known.
 
     Attributes:
-        layers, hidden, vocab: counts.
+        name: the model's name.
+        layers: all hidden layers, dense ones included. hidden, vocab: widths.
         full_layers: layers whose attention sees the whole context. The others have `window` (it sees the last `window`
             tokens; a chunked attention counts as a window of its chunk) or, where the window is 0, `linear`.
         dense_width: feed-forward width of the layers that are not in `moe.layers`; 0 where there is none.
+        moe: the experts; None in a dense model.
         gated: a feed-forward network has three matrices (SwiGLU), else two; ffn_bias: each with a bias.
         norm_bias: LayerNorm with a bias. positions: learned position embeddings. tied: the head is the embedding.
         mtp_layers: modules for multi-token prediction, counted apart.
         checkpoint: dtypes of the published weights (of the matrices, of the routed experts); None where not known.
+        expert_bytes: weights of one expert in one layer, bytes. kv_bytes_per_token: KV cache of one token over all
+            layers, bytes. Both only where somebody gave them: `moeplan.perf` computes them for any dtype.
+        architectures: class names that the model's config.json gives.
+        source: the file that the description was read from.
+        obstacle: why the file does not give all dimensions.
     """
 
-    name: str
-    layers: int
-    hidden: int
-    vocab: int
-    attention: Attention
-    full_layers: tuple[int, ...]
+    name: str | None = None
+    layers: int | None = None
+    hidden: int | None = None
+    vocab: int | None = None
+    attention: Attention | None = None
+    full_layers: tuple[int, ...] | None = None
     window: int = 0
     linear: LinearAttention | None = None
     dense_width: int = 0
@@ -129,182 +169,165 @@ class ModelSpec:
     tied: bool = False
     mtp_layers: int = 0
     checkpoint: tuple[str, str] | None = ("bf16", "bf16")
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameters by part. `other`: norms, biases, position embeddings, convolutions; `mtp` is not in the total.
-
-    `embedding` holds the head too where both are one matrix.
-    """
-
-    embedding: int
-    head: int
-    attention: int
-    dense: int
-    shared: int
-    router: int
-    experts: int
-    experts_active: int
-    other: int
-    mtp: int
+    expert_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    architectures: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    source: str = field(default="", compare=False, repr=False)
+    obstacle: FormatError | None = field(default=None, compare=False, repr=False)
 
     @property
-    def total(self) -> int:
-        ffn = self.dense + self.shared + self.router + self.experts
-        return self.embedding + self.head + self.attention + ffn + self.other
+    def num_experts(self) -> int | None:
+        """E, routed experts per MoE layer."""
+        return self.moe.experts if self.moe else None
 
     @property
-    def active(self) -> int:
-        """Those that one token passes: all but the experts it does not pick."""
-        return self.total - self.experts + self.experts_active
+    def top_k(self) -> int | None:
+        """k, picks per token and MoE layer."""
+        return self.moe.top_k if self.moe else None
 
     @property
-    def active_without_embedding(self) -> int:
-        """As gpt-oss's model card counts: a look-up in the embedding costs nothing, the head does."""
-        return self.active - (self.embedding if self.head else 0)
+    def moe_layers(self) -> tuple[int, ...] | None:
+        """The model's own index of each MoE layer, rising."""
+        return self.moe.layers if self.moe else None
 
-    @property
-    def active_without_vocabulary(self) -> int:
-        """Neither embedding nor head."""
-        return self.active - self.embedding - self.head
+    def need_experts(self, where: str) -> int:
+        """E, or an error that says how to give it."""
+        if self.num_experts is None:
+            raise UsageError(
+                "the recording does not say how many experts a layer has",
+                where=where,
+                hint="give --num-experts, e.g. 128, or --config config.json",
+            )
+        return self.num_experts
 
+    def override(self, **given: Unpack[Overrides]) -> ModelSpec:
+        """The spec with what a user says of the model.
 
-def parameters(spec: ModelSpec) -> Parameters:
-    """How many parameters a model has, and how many of them one token passes."""
-    rows = layer_parameters(spec)
-    body, mtp = rows[: spec.layers].sum(axis=0), int(rows[spec.layers :].sum())
-    part = dict(zip(PARTS, (int(value) for value in body), strict=True))
-    part["other"] += spec.hidden * (2 if spec.norm_bias else 1) + spec.positions * spec.hidden
-    matrix = spec.vocab * spec.hidden
-    active = 0 if spec.moe is None else part["experts"] // spec.moe.experts * spec.moe.top_k
-    return Parameters(embedding=matrix, head=0 if spec.tied else matrix, experts_active=active, mtp=mtp, **part)
+        `name`, `hidden`, `expert_bytes`, `kv_bytes_per_token` and `routing_groups` (but 1) replace what was known. The
+        counts `num_experts`, `num_layers` and `top_k`, the `moe_layers` and the `dense_layers` (hidden layers without
+        experts; of no effect while `num_layers` is not known) complete it.
 
+        Raises:
+            UsageError: a count out of bounds, or anything of those that contradicts what was known.
+        """
+        moe = self.moe or Moe()
+        layers = _completed("num_layers", given.get("num_layers"), self.layers, MAX_LAYERS, self.source)
+        experts = _completed("num_experts", given.get("num_experts"), moe.experts, MAX_EXPERTS, self.source)
+        top_k = _completed("top_k", given.get("top_k"), moe.top_k, MAX_K, self.source)
+        dense, moe_layers = given.get("dense_layers"), given.get("moe_layers")
+        if dense is not None and layers is not None:
+            moe_layers = [i for i in range(layers) if i not in set(dense)]
+        found = moe.layers if moe_layers is None else tuple(moe_layers)
+        if moe.layers not in (None, found):
+            raise UsageError(f"--dense-layers contradicts {self.source}", hint="leave one of the two out")
+        groups = given.get("routing_groups") or 1
+        moe = replace(moe, layers=found, experts=experts, top_k=top_k, groups=moe.groups if groups == 1 else groups)
+        replaced = {key: given.get(key) for key in ("name", "hidden", "expert_bytes", "kv_bytes_per_token")}
+        changes: dict[str, Any] = {key: value for key, value in replaced.items() if value is not None}
+        return ModelSpec(**{**vars(self), **changes, "layers": layers, "moe": None if moe == Moe() else moe})
 
-@functools.lru_cache(maxsize=256)
-def layer_parameters(spec: ModelSpec, tp: int = 1) -> npt.NDArray[np.float64]:
-    """Parameters of each layer by part, as one of `tp` tensor-parallel ranks holds them.
+    def moe_shape(
+        self,
+        *,
+        name: str = "",
+        num_experts: int | None = None,
+        top_k: int | None = None,
+        layer_ids: Sequence[int] | None = None,
+        where: str = "",
+    ) -> ModelShape:
+        """What traces and plans know of the model.
 
-    A rank holds its share of the heads and widths. What engines do not split is whole on every rank: MLA's
-    down-projections, the last KV head when there are fewer of them than ranks, router, norms, biases; and here the
-    routed experts, whose split is not that of the attention.
+        Args:
+            name: a name where the spec has none.
+            num_experts, top_k, layer_ids: as a recording itself says them; by default the spec's own.
+            where: what an error is about.
 
-    Returns:
-        float64 [layers + mtp_layers, 6] (exact to 9e15, and no overflow on absurd input), read-only; columns as in
-        `PARTS`. `experts` holds all E experts of a MoE layer.
-    """
-    out = np.zeros((spec.layers + spec.mtp_layers, len(PARTS)))
-    full, moe = set(spec.full_layers), set(spec.moe.layers if spec.moe else ())
-    for i in range(len(out)):
-        mtp = i >= spec.layers
-        like = spec.layers - 1 if mtp else i  # a module for multi-token prediction repeats the last layer
-        linear = spec.linear if like not in full else None
-        row = dict.fromkeys(PARTS, 0)
-        matrices, small = _linear_attention(spec.hidden, linear, tp) if linear and not mtp else _attention(spec, tp)
-        row["attention"], row["other"] = matrices, small + 2 * spec.hidden * (2 if spec.norm_bias else 1)
-        if spec.moe and like in moe:
-            _add_moe(row, spec, spec.moe, tp)
-        else:
-            row["dense"], bias = _ffn(spec, _share(spec.dense_width, tp))
-            row["other"] += bias
-        if mtp:  # joins the hidden state and the next token's embedding, each after a norm; one more norm at the end
-            row["other"] += 3 * spec.hidden
-            row["dense"] += 2 * spec.hidden * spec.hidden
-        out[i] = [row[part] for part in PARTS]
-    out.setflags(write=False)
-    return out
+        Raises:
+            UsageError: a number that nobody gave. FormatError: an impossible shape.
+        """
+        experts = self.need_experts(where) if num_experts is None else num_experts
+        picks = self.top_k if top_k is None else top_k
+        layers = self.moe_layers if layer_ids is None else tuple(layer_ids)
+        for value, what, flag in (
+            (picks, "how many experts a token picks", "--top-k"),
+            (layers, "which layers have experts", "--num-layers and --dense-layers"),
+        ):
+            if value is None:
+                raise UsageError(f"does not say {what}", where=where, hint=f"give --config, or {flag}")
+        assert picks is not None and layers is not None
+        try:
+            return ModelShape(
+                name=name if self.name is None else self.name,
+                num_layers=len(layers),
+                num_experts=experts,
+                top_k=picks,
+                layer_ids=layers,
+                hidden=self.hidden,
+                routing_groups=self.moe.groups if self.moe else 1,
+                expert_bytes=self.expert_bytes,
+                kv_bytes_per_token=self.kv_bytes_per_token,
+            )
+        except FormatError as error:
+            raise FormatError(error.what, where=error.where or where, hint=error.hint) from None
 
+    def complete(self) -> CompleteSpec:
+        """The same spec where every dimension is known, as the models of time and memory need it.
 
-def _add_moe(row: dict[str, int], spec: ModelSpec, moe: Moe, tp: int) -> None:
-    row["experts"] = moe.experts * sum(expert_parameters(spec))
-    row["router"] = moe.experts * (spec.hidden + moe.router_bias)
-    shared, bias = _ffn(spec, _share(moe.shared_width, tp))
-    row["shared"] = moe.shared * shared
-    row["other"] += moe.shared * bias + spec.hidden * moe.shared_gate
-
-
-def expert_parameters(spec: ModelSpec) -> tuple[int, int]:
-    """Parameters of one routed expert in one layer: (matrices, biases)."""
-    return _ffn(spec, spec.moe.width) if spec.moe else (0, 0)
-
-
-def _ffn(spec: ModelSpec, width: int) -> tuple[int, int]:
-    """Of one feed-forward network: (matrices, biases)."""
-    up = 2 if spec.gated else 1
-    return (up + 1) * spec.hidden * width, (up * width + spec.hidden) * (spec.ffn_bias and width > 0)
-
-
-def _attention(spec: ModelSpec, tp: int) -> tuple[int, int]:
-    """Of one layer's softmax attention: (matrices, norms and biases)."""
-    a, hidden = spec.attention, spec.hidden
-    heads, kv_heads = _share(a.heads, tp), _share(a.kv_heads, tp)
-    if a.kind == "mla":
-        q = a.q_lora_rank * (hidden + heads * a.head_dim) if a.q_lora_rank else hidden * heads * a.head_dim
-        kv = hidden * (a.kv_lora_rank + a.qk_rope_head_dim)
-        kv += a.kv_lora_rank * heads * (a.qk_nope_head_dim + a.v_head_dim)
-        return q + kv + heads * a.v_head_dim * hidden, a.q_lora_rank + a.kv_lora_rank
-    q_width, kv_width = heads * a.head_dim * (2 if a.output_gate else 1), kv_heads * (a.head_dim + a.v_head_dim)
-    matrices = hidden * (q_width + kv_width) + heads * a.v_head_dim * hidden
-    norm = {"none": 0, "head": 2 * a.head_dim, "full": (heads + kv_heads) * a.head_dim}[a.qk_norm]
-    return matrices, norm + (q_width + kv_width) * a.qkv_bias + hidden * a.out_bias + heads * a.sinks
-
-
-def _linear_attention(hidden: int, linear: LinearAttention, tp: int) -> tuple[int, int]:
-    """Of one gated delta net: (projections to queries, keys, values, gate, two per head, and back; the small rest)."""
-    heads, channels = _share(linear.value_heads, tp), _share(linear.channels, tp)
-    values = heads * linear.value_dim
-    return hidden * (channels + 2 * values + 2 * heads), channels * linear.conv + 2 * heads + linear.value_dim
-
-
-def _share(count: int, tp: int) -> int:
-    return -(-count // tp)
-
-
-def model(name_or_path: str | Path) -> ModelSpec:
-    """A model of the catalogue, or of a file.
-
-    Args:
-        name_or_path: a name or alias of the catalogue (any case), or the path of a Transformers `config.json`, of the
-            folder that holds it, or of a file with one entry in the catalogue's own form.
-
-    Raises:
-        UsageError: neither a known name nor a path.
-        FormatError: a file with a key missing, of a wrong type or impossible, or of an unknown model_type.
-    """
-    from moeplan.model.config import read_config, read_entry  # they need this module's classes
-
-    text, path = str(name_or_path), Path(name_or_path)
-    if path.exists() or path.suffix == ".json" or path.is_absolute():
-        path = path / "config.json" if path.is_dir() else path
-        data = read_object(path)
-        own = "model_type" not in data and "layers" in data
-        return read_entry(path.stem, data, str(path)) if own else read_config(path, data)
-    return _from_catalogue(find_name(text, _names(), "model", "; or give the path of a config.json"))
+        Raises:
+            FormatError: dimensions that are not known, by name, or that no model can have.
+        """
+        moe = self.moe
+        needed = {key: getattr(self, key) for key in ("name", "layers", "hidden", "vocab", "attention", "full_layers")}
+        needed |= {f"moe.{key}": getattr(moe, key) for key in ("layers", "experts", "top_k", "width") if moe}
+        missing = [key for key, value in needed.items() if value is None]
+        if missing:
+            raise self.obstacle or FormatError(
+                f"does not say {', '.join(missing)}",
+                where=self.source or self.name,
+                hint="give a model of the catalogue, or its config.json",
+            )
+        spec = CompleteSpec(**{**vars(self), "moe": CompleteMoe(**vars(moe)) if moe else None, "obstacle": None})
+        for wrong, what, hint in _impossible(spec):
+            if wrong:
+                raise FormatError(what, where=self.source or self.name, hint=hint)
+        return spec
 
 
-def model_names() -> tuple[str, ...]:
-    """All names of the catalogue."""
-    return tuple(_raw())
+@dataclass(frozen=True, kw_only=True)
+class CompleteSpec(ModelSpec):
+    """A `ModelSpec` of which every dimension is known, as `ModelSpec.complete` gives it."""
+
+    name: str
+    layers: int
+    hidden: int
+    vocab: int
+    attention: Attention
+    full_layers: tuple[int, ...]
+    moe: CompleteMoe | None
 
 
-def model_notes(name: str) -> dict[str, Any]:
-    """What the catalogue says beside the dimensions: sources, published counts and what they count, a note."""
-    return {key: _raw()[name][key] for key in ("sources", "published", "note") if key in _raw()[name]}
+def _completed(key: str, given: int | None, known: int | None, top: int, source: str) -> int | None:
+    """A count that the user gave, or that was known."""
+    flag = f"--{key.replace('_', '-')}"
+    if given is None:
+        return known
+    if not 1 <= given <= top:
+        raise UsageError(f"{flag} {given} is outside 1..{top}")
+    if known not in (None, given):
+        raise UsageError(f"{flag} {given}, but {source} says {known}", hint="leave one of the two out")
+    return given
 
 
-@functools.cache
-def _raw() -> dict[str, dict[str, Any]]:
-    return read_object(DATA / "models.json")
-
-
-@functools.cache
-def _names() -> dict[str, tuple[str, ...]]:
-    """Aliases by name; of a Hugging Face name also its last part."""
-    return {key: (*e["aliases"], *(alias.rsplit("/")[-1] for alias in e["aliases"])) for key, e in _raw().items()}
-
-
-@functools.cache
-def _from_catalogue(name: str) -> ModelSpec:
-    from moeplan.model.config import read_entry
-
-    return read_entry(name, _raw()[name], f"{DATA / 'models.json'}, {name}")
+def _impossible(spec: CompleteSpec) -> Iterable[tuple[bool, str, str]]:
+    """What no model can have: (whether it is so here, in words, what to do)."""
+    a, moe = spec.attention, spec.moe
+    yield a.heads % a.kv_heads > 0, f"{a.heads} heads do not divide into {a.kv_heads} KV heads", "correct one of them"
+    partial = len(spec.full_layers) < spec.layers and not (spec.window or spec.linear)
+    yield partial, "full_layers leaves out layers, but no window is given", "add the window or linear of those layers"
+    dense = moe is None or len(moe.layers) < spec.layers
+    yield dense and not spec.dense_width, "some layers have no experts, but their width is not given", "add dense_width"
+    if moe is not None:
+        yield not moe.layers, "the model has experts, but no MoE layer", "correct the layers"
+        yield moe.top_k > moe.experts, f"top-{moe.top_k} of {moe.experts} experts is impossible", "correct one of them"
+        groups = moe.experts % moe.groups > 0 or moe.groups_kept > moe.groups
+        yield groups, f"{moe.experts} experts do not divide into {moe.groups} groups, {moe.groups_kept} kept", "correct"

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from moeplan.cluster import Dispatch
 from moeplan.errors import UsageError
 from moeplan.frames import data_frame
-from moeplan.model.spec import ModelSpec
+from moeplan.model.catalogue import load_model
+from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Memory, Parallel, Precision, largest_batch, memory
-from moeplan.perf.named import find_hardware, find_model
+from moeplan.perf.named import find_hardware
 from moeplan.perf.routing import Routing
 from moeplan.perf.serving import cost
 from moeplan.perf.step import Step
@@ -70,7 +71,7 @@ class EstimateSettings:
         return Workload(context, 1, drafts=self.drafts, accepted=accepted)
 
     def step_model(
-        self, spec: ModelSpec, hardware: Hardware, parallel: Parallel, gpus_per_node: int | None = None
+        self, spec: CompleteSpec, hardware: Hardware, parallel: Parallel, gpus_per_node: int | None = None
     ) -> StepModel:
         """The step model of a layout.
 
@@ -269,7 +270,7 @@ def estimate(
         >>> round(step.tpot_ms)
         35
     """
-    spec, machine = find_model(model), find_hardware(hardware)
+    spec, machine = load_model(model), find_hardware(hardware)
     per_node = gpus_per_node if gpus_per_node is not None else machine.scale_up_size
     if nodes < 1 or per_node < 1:
         raise UsageError("nodes and gpus_per_node must be at least 1")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplan.errors import UsageError
-from moeplan.model.spec import LinearAttention, ModelSpec
+from moeplan.model.spec import CompleteSpec, LinearAttention
 from moeplan.perf.attention import Heads, MlaShape, absorb, attention_decode, attention_prefill, mla_decode
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
@@ -76,7 +76,7 @@ class KernelDtypes:
     kv: str
 
 
-def kinds(spec: ModelSpec, hardware: Hardware, precision: Precision) -> KernelDtypes:
+def kinds(spec: CompleteSpec, hardware: Hardware, precision: Precision) -> KernelDtypes:
     """Which kernels run.
 
     fp8 weights have block scales where the checkpoint has (DeepSeek-V3's recipe), else one scale per row. Weights of a
@@ -126,7 +126,7 @@ def timed(hardware: Hardware, c: Constants, products: Iterable[Product]) -> list
 
 
 def attention_calls(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, counts: tuple[int, int],
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, counts: tuple[int, int],
     c: Constants,
 ) -> tuple[list[Product], list[Call]]:  # fmt: skip
     """Attention blocks: matrix products, and the rest.
@@ -180,7 +180,7 @@ def _caches(rows: Rows) -> list[tuple[float, float, float]]:
 
 
 def _mla(
-    spec: ModelSpec, hardware: Hardware, tp: int, kind: KernelDtypes, rows: Rows, n: int, c: Constants
+    spec: CompleteSpec, hardware: Hardware, tp: int, kind: KernelDtypes, rows: Rows, n: int, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     a = spec.attention
     shape = MlaShape(
@@ -222,7 +222,7 @@ CHUNK = 64
 
 
 def _linear(
-    spec: ModelSpec,
+    spec: CompleteSpec,
     hardware: Hardware,
     linear: LinearAttention,
     tp: int,
@@ -262,14 +262,14 @@ def _linear(
 
 
 def dense_calls(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     """Feed-forward networks of the layers without experts."""
     return _ffn("dense ffn", "other", spec, hardware, spec.dense_width / parallel.tp, kind, rows.rows, n, c)
 
 
 def shared_calls(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     """Experts that every token passes."""
     moe = spec.moe
@@ -280,8 +280,8 @@ def shared_calls(
 
 
 def _ffn(
-    name: str, stage: str, spec: ModelSpec, hardware: Hardware, width: float, kind: KernelDtypes, rows: float, n: int,
-    c: Constants, norm: bool = True,
+    name: str, stage: str, spec: CompleteSpec, hardware: Hardware, width: float, kind: KernelDtypes, rows: float,
+    n: int, c: Constants, norm: bool = True,
 ) -> tuple[list[Product], list[Call]]:  # fmt: skip
     up = 2 if spec.gated else 1
     products: list[Product] = [
@@ -295,7 +295,7 @@ def _ffn(
 
 
 def router_calls(
-    spec: ModelSpec, hardware: Hardware, rows: float, n: int, c: Constants
+    spec: CompleteSpec, hardware: Hardware, rows: float, n: int, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     """Norm before the experts, router, choice of the top k, adding up with what is shared."""
     assert spec.moe is not None
@@ -308,7 +308,7 @@ def router_calls(
 
 
 def head_calls(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, rows: Rows, c: Constants
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, rows: Rows, c: Constants
 ) -> tuple[list[Product], list[Call]]:
     """Embedding, last norm, logits, and choosing tokens from them."""
     vocab = spec.vocab / parallel.tp

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import PlanError, UsageError
-from moeplan.model.spec import PARTS, ModelSpec, expert_parameters, layer_parameters
+from moeplan.model.parameters import PARTS, expert_parameters, layer_parameters
+from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.types import ModelShape
 
@@ -73,7 +74,7 @@ class Precision:
                 raise UsageError(f'unknown dtype "{value}" for {name}', hint=f"use {', '.join(known)}")
 
     @classmethod
-    def of_checkpoint(cls, spec: ModelSpec) -> Precision:
+    def of_checkpoint(cls, spec: CompleteSpec) -> Precision:
         """As published: the checkpoint's own weights, all else bf16."""
         if spec.checkpoint is None:
             raise UsageError(
@@ -83,7 +84,7 @@ class Precision:
 
     @classmethod
     def choose(
-        cls, spec: ModelSpec, weights: str | None = None, experts: str | None = None, kv: str = "bf16"
+        cls, spec: CompleteSpec, weights: str | None = None, experts: str | None = None, kv: str = "bf16"
     ) -> Precision:
         """The dtypes asked for, else the checkpoint's.
 
@@ -95,7 +96,7 @@ class Precision:
         known = cls.of_checkpoint(spec)
         return cls(weights=known.weights, experts=experts or known.experts, kv=kv)
 
-    def describe(self, spec: ModelSpec) -> str:
+    def describe(self, spec: CompleteSpec) -> str:
         """In words: "fp8 weights, bf16 KV cache"; experts only where they have another dtype."""
         own = spec.moe is not None and self.experts not in (None, self.weights)
         return f"{self.weights} weights{f', {self.experts} experts' * own}, {self.kv} KV cache"
@@ -128,7 +129,7 @@ class Parallel:
 
     @classmethod
     def fill(
-        cls, spec: ModelSpec, gpus: int, *, tp: int = 1, pp: int = 1, dp: int | None = None, ep: int | None = None,
+        cls, spec: CompleteSpec, gpus: int, *, tp: int = 1, pp: int = 1, dp: int | None = None, ep: int | None = None,
         redundant: int = 0,
     ) -> Parallel:  # fmt: skip
         """What was asked for, the rest filled in so that all `gpus` are used; experts over all ranks of a stage.
@@ -152,7 +153,7 @@ class Parallel:
         return parallel
 
 
-def check_parallel(spec: ModelSpec, parallel: Parallel) -> None:
+def check_parallel(spec: CompleteSpec, parallel: Parallel) -> None:
     """Refuse a layout that cannot be, with the nearest one that can.
 
     Raises:
@@ -193,13 +194,13 @@ def _divides(name: str, part: int, whole: int, what: str) -> None:
         raise PlanError(f"{name} {part} does not divide {what}", hint=f"{' or '.join(map(str, near))} does")
 
 
-def expert_bytes(spec: ModelSpec, dtype: str) -> float:
+def expert_bytes(spec: CompleteSpec, dtype: str) -> float:
     """Weights of one routed expert in one layer, in bytes."""
     matrices, biases = expert_parameters(spec)
     return matrices * DTYPE_BYTES[dtype] + biases * PLAIN_BYTES
 
 
-def weight_bytes(spec: ModelSpec, parallel: Parallel, precision: Precision, *, mtp: bool = False) -> FloatArray:
+def weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, *, mtp: bool = False) -> FloatArray:
     """Weights on one accelerator of each pipeline stage.
 
     Args:
@@ -212,7 +213,7 @@ def weight_bytes(spec: ModelSpec, parallel: Parallel, precision: Precision, *, m
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_bytes(spec: ModelSpec, parallel: Parallel, precision: Precision, mtp: bool) -> FloatArray:
+def _weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, mtp: bool) -> FloatArray:
     check_parallel(spec, parallel)
     rows = dict(zip(PARTS, layer_parameters(spec, parallel.tp).T, strict=True))
     wide, out = DTYPE_BYTES[precision.weights], np.zeros((parallel.pp, len(WEIGHTS)))
@@ -244,14 +245,14 @@ def _stages(layers: int, pp: int) -> list[tuple[int, int]]:
     return [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def kv_bytes_per_token(spec: ModelSpec, dtype: str = "bf16", tp: int = 1) -> float:
+def kv_bytes_per_token(spec: CompleteSpec, dtype: str = "bf16", tp: int = 1) -> float:
     """KV cache that one more token takes on one of `tp` ranks, over all layers, while no window is full."""
     softmax = spec.layers if spec.linear is None else len(spec.full_layers)
     return softmax * _layer_kv(spec, dtype, tp)
 
 
 def kv_bytes(
-    spec: ModelSpec, context: int, dtype: str = "bf16", tp: int = 1, *, layers: tuple[int, int] | None = None
+    spec: CompleteSpec, context: int, dtype: str = "bf16", tp: int = 1, *, layers: tuple[int, int] | None = None
 ) -> float:
     """KV cache of one request with `context` tokens on one of `tp` ranks; windows bound it, linear layers keep a state.
 
@@ -269,14 +270,14 @@ def kv_bytes(
     return out + others * min(context, spec.window) * _layer_kv(spec, dtype, tp)
 
 
-def _layer_kv(spec: ModelSpec, dtype: str, tp: int) -> float:
+def _layer_kv(spec: CompleteSpec, dtype: str, tp: int) -> float:
     a = spec.attention
     if a.kind == "mla":
         return (a.kv_lora_rank + a.qk_rope_head_dim) * KV_DTYPE_BYTES[dtype]
     return -(-a.kv_heads // tp) * (a.head_dim + a.v_head_dim) * KV_DTYPE_BYTES[dtype]
 
 
-def activation_bytes(spec: ModelSpec, parallel: Parallel, precision: Precision) -> tuple[float, float]:
+def activation_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision) -> tuple[float, float]:
     """Workspace per token of a data-parallel rank's step, and per row of logits: (bytes, bytes).
 
     A stated simple formula, not a measurement: the hidden state twice (input and residual) and the widest of what one
@@ -326,7 +327,7 @@ USABLE = 0.9
 
 
 def memory(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, batch: int, context: int,
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, batch: int, context: int,
     prefill_tokens: int = 0, mtp: bool = False, usable: float = USABLE,
 ) -> Memory:  # fmt: skip
     """What a set-up takes.
@@ -354,7 +355,7 @@ def memory(
 
 
 def largest_batch(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, context: int,
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, context: int,
     prefill_tokens: int = 0, mtp: bool = False, usable: float = USABLE,
 ) -> int:  # fmt: skip
     """The most requests that a data-parallel rank can hold at that context; 0 where not even one fits.
@@ -377,7 +378,7 @@ def _usable(hardware: Hardware, share: float, *counts: int) -> float:
     return hardware.memory_bytes * share
 
 
-def _stage_kv(spec: ModelSpec, parallel: Parallel, dtype: str, context: int, mtp: bool) -> FloatArray:
+def _stage_kv(spec: CompleteSpec, parallel: Parallel, dtype: str, context: int, mtp: bool) -> FloatArray:
     """KV cache of one request on one accelerator of each stage: float64 [pp] bytes."""
     stages = _stages(spec.layers, parallel.pp)
     out = np.array([kv_bytes(spec, context, dtype, parallel.tp, layers=stage) for stage in stages])
@@ -385,7 +386,7 @@ def _stage_kv(spec: ModelSpec, parallel: Parallel, dtype: str, context: int, mtp
     return out
 
 
-def model_shape(spec: ModelSpec, precision: Precision | None = None) -> ModelShape:
+def model_shape(spec: CompleteSpec, precision: Precision | None = None) -> ModelShape:
     """What the rest of moeplan must know of a MoE model; bytes as in `precision`, by default the checkpoint's."""
     if spec.moe is None:
         raise UsageError(f"{spec.name} has no experts", hint="take a mixture-of-experts model")

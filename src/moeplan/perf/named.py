@@ -1,19 +1,12 @@
-"""Models and hardware by name, as they are, or from a file: what functions of the library accept."""
+"""Hardware by name, as they are, or from a file: what functions of the library accept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from moeplan.model.spec import ModelSpec, model
 from moeplan.perf.hardware import Hardware, hardware, hardware_list
 
-__all__ = ["find_hardware", "find_model", "list_hardware"]
-
-
-def find_model(given: str | Path | ModelSpec) -> ModelSpec:
-    """A description as it is, or the model of a name or path (see `moeplan.model.spec.model`)."""
-    return given if isinstance(given, ModelSpec) else model(given)
+__all__ = ["find_hardware", "list_hardware"]
 
 
 def find_hardware(given: str | Hardware) -> Hardware:

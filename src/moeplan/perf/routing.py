@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Dispatch
-from moeplan.model.spec import Moe
+from moeplan.model.spec import CompleteMoe
 from moeplan.perf.collectives import Messages, messages_between, uniform_messages
 
 __all__ = ["Routing", "distinct_experts", "popular", "replayed", "uniform"]
@@ -79,7 +79,7 @@ def distinct_experts(experts: float, top_k: int, tokens: npt.ArrayLike) -> Array
 
 
 def uniform(
-    moe: Moe, tokens: float, gpus: int, *, redundant: int = 0, mode: Dispatch | None = None, nodes: int = 1,
+    moe: CompleteMoe, tokens: float, gpus: int, *, redundant: int = 0, mode: Dispatch | None = None, nodes: int = 1,
     own_tokens: float | None = None, balanced: bool = False, skew: float = 1.0,
 ) -> Routing:  # fmt: skip
     """Every expert as likely as any other; the GPUs' loads differ by chance alone.
@@ -113,7 +113,7 @@ def uniform(
     return Routing(picks[None], experts[None], messages, held, source if skew <= 1 else f"skewed x{skew:g}")
 
 
-def _variance(moe: Moe, tokens: float, share: float) -> float:
+def _variance(moe: CompleteMoe, tokens: float, share: float) -> float:
     """Of a GPU's picks: each token draws k of E experts without replacement, a share of which the GPU holds."""
     without = (moe.experts - moe.top_k) / max(moe.experts - 1, 1)
     return tokens * moe.top_k * share * (1 - share) * without
@@ -129,8 +129,9 @@ def _quantiles(count: int) -> Array:
 
 
 def popular(
-    moe: Moe, load: npt.ArrayLike, slots: npt.ArrayLike, tokens: float, gpus: int, *, mode: Dispatch | None = None,
-    nodes: int = 1, slots_per_gpu: npt.ArrayLike | None = None, steps: int = 32, seed: int = 0,
+    moe: CompleteMoe, load: npt.ArrayLike, slots: npt.ArrayLike, tokens: float, gpus: int, *,
+    mode: Dispatch | None = None, nodes: int = 1, slots_per_gpu: npt.ArrayLike | None = None, steps: int = 32,
+    seed: int = 0,
 ) -> Routing:  # fmt: skip
     """Steps drawn from how often each expert is picked, and where its copies lie: when counts are all that is known.
 
@@ -164,7 +165,7 @@ def popular(
     return Routing(picks, experts, messages, count / gpus, "recorded counts")
 
 
-def _messages(moe: Moe, mode: Dispatch, nodes: int, gpus: int, tokens: float, ratio: Array) -> Messages:
+def _messages(moe: CompleteMoe, mode: Dispatch, nodes: int, gpus: int, tokens: float, ratio: Array) -> Messages:
     """Each GPU sends alike and receives in proportion to its load; tokens reach each node alike."""
     aligned = moe.groups > 1 and moe.groups % nodes == 0
     per_gpu = uniform_messages(

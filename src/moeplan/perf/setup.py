@@ -9,7 +9,7 @@ import numpy as np
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
-from moeplan.model.spec import ModelSpec
+from moeplan.model.spec import CompleteSpec
 from moeplan.perf.constants import Constants, constants, for_generation
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.layers import Call, KernelDtypes, kinds
@@ -47,7 +47,7 @@ class Operator:
 class Setup:
     """Attributes as in `moeplan.perf.step.decode_step`; `mode` None where tokens do not travel."""
 
-    spec: ModelSpec
+    spec: CompleteSpec
     hardware: Hardware
     parallel: Parallel
     kinds: KernelDtypes
@@ -68,7 +68,7 @@ class Setup:
         return -(-self.parallel.tp * self.parallel.dp // self.gpus_per_node)
 
 
-def default_mode(spec: ModelSpec, parallel: Parallel, *, prefill: bool) -> Dispatch | None:
+def default_mode(spec: CompleteSpec, parallel: Parallel, *, prefill: bool) -> Dispatch | None:
     """None where tokens need not travel: a dense model, or one data-parallel rank. Else DeepEP's low-latency kernel in
     decode and its normal one in prefill; all-gather where experts are split over ranks."""
     if spec.moe is None or parallel.dp == 1:
@@ -78,7 +78,7 @@ def default_mode(spec: ModelSpec, parallel: Parallel, *, prefill: bool) -> Dispa
     return Dispatch.NODE if prefill else Dispatch.PICK
 
 
-def check_mode(spec: ModelSpec, parallel: Parallel, mode: Dispatch | None, *, prefill: bool) -> Dispatch | None:
+def check_mode(spec: CompleteSpec, parallel: Parallel, mode: Dispatch | None, *, prefill: bool) -> Dispatch | None:
     """`mode` as far as it applies, or the default.
 
     Raises:
@@ -97,7 +97,7 @@ def check_mode(spec: ModelSpec, parallel: Parallel, mode: Dispatch | None, *, pr
 
 
 def setup_of(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, precision: Precision, mode: Dispatch | None,
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, precision: Precision, mode: Dispatch | None,
     gpus_per_node: int | None, overlap: bool, balanced: bool, skew: float, c: Constants | None, prefill: bool,
 ) -> Setup:  # fmt: skip
     _checked(spec, parallel)
@@ -115,7 +115,7 @@ def setup_of(
 
 
 @functools.lru_cache(maxsize=1024)
-def _checked(spec: ModelSpec, parallel: Parallel) -> None:
+def _checked(spec: CompleteSpec, parallel: Parallel) -> None:
     check_parallel(spec, parallel)
 
 

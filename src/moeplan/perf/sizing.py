@@ -16,10 +16,11 @@ from typing import Any
 
 from moeplan.errors import PlanError, UsageError
 from moeplan.frames import data_frame
-from moeplan.model.spec import ModelSpec
+from moeplan.model.catalogue import load_model
+from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import USABLE, Memory, Parallel, Precision, weight_bytes
-from moeplan.perf.named import find_model, list_hardware
+from moeplan.perf.named import list_hardware
 from moeplan.perf.sensitivity import elasticities, improvements
 from moeplan.perf.serving import CHUNK, ServingFigures, aggregated, cost, holds, used
 from moeplan.perf.step_model import StepModel
@@ -189,7 +190,7 @@ class Sizing:
         results: case by case, each hardware in the order given.
     """
 
-    spec: ModelSpec
+    spec: CompleteSpec
     settings: SizingSettings
     precision: Precision
     cases: tuple[UseCase, ...]
@@ -251,7 +252,7 @@ def size(
         >>> size("Llama-3.1-70B", "H200", "chat").results[0].gpus
         8
     """
-    spec, machines = find_model(model), list_hardware(hardware)
+    spec, machines = load_model(model), list_hardware(hardware)
     if isinstance(use_cases, UseCase):
         use_cases = [use_cases]
     cases = tuple(find_use_cases(use_cases) if isinstance(use_cases, str) else use_cases)
@@ -279,7 +280,7 @@ def cluster_sizes(per_node: int, most: int) -> list[int]:
 
 
 def smallest_cluster(
-    spec: ModelSpec,
+    spec: CompleteSpec,
     hardware: Hardware,
     case: UseCase,
     precision: Precision,
@@ -355,7 +356,7 @@ class _Tried:
 class _Search:
     """What stays the same from one size of cluster to the next."""
 
-    spec: ModelSpec
+    spec: CompleteSpec
     hardware: Hardware
     case: UseCase
     precision: Precision

@@ -25,7 +25,7 @@ import numpy as np
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import UsageError
-from moeplan.model.spec import ModelSpec
+from moeplan.model.spec import CompleteSpec
 from moeplan.perf import layers as ops
 from moeplan.perf.collectives import all_reduce, send
 from moeplan.perf.constants import Constants
@@ -99,7 +99,7 @@ class Step:
 
 
 def decode_step(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, precision: Precision, batch: float, context: float, *,
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, precision: Precision, batch: float, context: float, *,
     routing: Routing | None = None, mode: Dispatch | None = None, overlap: bool = False, tokens: int = 1,
     drafts: int = 0, beams: int = 1, prefix: float = 0.0, gpus_per_node: int | None = None, balanced: bool = False,
     skew: float = 1.0, c: Constants | None = None,
@@ -136,7 +136,7 @@ def decode_step(
 
 
 def prefill_step(
-    spec: ModelSpec, hardware: Hardware, parallel: Parallel, precision: Precision, batch: float, tokens: float, *,
+    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, precision: Precision, batch: float, tokens: float, *,
     context: float = 0.0, routing: Routing | None = None, mode: Dispatch | None = None, overlap: bool = False,
     gpus_per_node: int | None = None, balanced: bool = False, skew: float = 1.0, decoding: tuple[float, float] = (0, 0),
     c: Constants | None = None,
@@ -155,7 +155,7 @@ def prefill_step(
 
 
 @functools.lru_cache(maxsize=64)
-def _draft_module(spec: ModelSpec) -> ModelSpec:
+def _draft_module(spec: CompleteSpec) -> CompleteSpec:
     """One layer like the last, with a head."""
     moe = replace(spec.moe, layers=(0,)) if spec.moe else None
     return replace(spec, layers=1, full_layers=(0,), moe=moe, mtp_layers=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import UsageError
-from moeplan.model.spec import ModelSpec
+from moeplan.model.spec import CompleteSpec
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision, kv_bytes
@@ -88,13 +88,13 @@ class StepModel:
         >>> from moeplan.model.spec import model
         >>> from moeplan.perf.hardware import hardware
         >>> from moeplan.perf.memory import Parallel, Precision
-        >>> llama = StepModel(model("Llama-3.1-70B"), hardware("H100"), Parallel(tp=8), Precision("fp8"))
+        >>> llama = StepModel(load_model("Llama-3.1-70B"), hardware("H100"), Parallel(tp=8), Precision("fp8"))
         >>> step = llama.decode(batch=16, context=2000)
         >>> max(step.operators, key=lambda operator: operator.exposed).name
         'dense ffn'
     """
 
-    spec: ModelSpec
+    spec: CompleteSpec
     hardware: Hardware
     parallel: Parallel
     precision: Precision

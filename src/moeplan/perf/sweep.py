@@ -15,10 +15,11 @@ from typing import Any
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
 from moeplan.frames import data_frame
-from moeplan.model.spec import ModelSpec
+from moeplan.model.catalogue import load_model
+from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision, check_parallel, largest_batch
-from moeplan.perf.named import find_model, list_hardware
+from moeplan.perf.named import list_hardware
 from moeplan.perf.serving import cost
 from moeplan.perf.setup import default_mode
 from moeplan.perf.step import Step
@@ -163,7 +164,7 @@ class Sweep:
         points: in the order tried. unfit: how many set-ups did not fit.
     """
 
-    spec: ModelSpec
+    spec: CompleteSpec
     settings: SweepSettings
     precision: Precision
     points: tuple[Point, ...]
@@ -206,7 +207,7 @@ class Sweep:
         return data_frame(self.to_dict()["points"])
 
 
-def parallels(spec: ModelSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()) -> list[Parallel]:
+def parallels(spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()) -> list[Parallel]:
     """All layouts of a model on `gpus` accelerators in nodes of `per_node`.
 
     Neither stages nor tensor-parallel groups straddle nodes or leave one half filled. Experts are spread over all ranks
@@ -264,7 +265,7 @@ def _fills(stage: int, per_node: int, gpus: int) -> bool:
     return stage % per_node == 0 if stage > per_node else gpus <= per_node or per_node % stage == 0
 
 
-def _expert_ranks(spec: ModelSpec, stage: int, tp: int) -> list[int]:
+def _expert_ranks(spec: CompleteSpec, stage: int, tp: int) -> list[int]:
     """Ranks that may share the experts of a stage."""
     if spec.moe is None:
         return [1]
@@ -300,7 +301,7 @@ def sweep(
         >>> len(found.points)
         10
     """
-    spec = find_model(model)
+    spec = load_model(model)
     precision = Precision.choose(spec, settings.weights, settings.experts, settings.kv)
     tried: list[StepModel] = []
     refused = None
@@ -331,7 +332,7 @@ def sweep(
 
 
 def step_models(
-    spec: ModelSpec, hardware: Hardware, gpus: int, precision: Precision, settings: SweepSettings
+    spec: CompleteSpec, hardware: Hardware, gpus: int, precision: Precision, settings: SweepSettings
 ) -> list[StepModel]:
     """`parallels` as step models; with `overlap`, each also with two-batch overlap, where that is possible."""
     per_node, found = settings.gpus_per_node or hardware.scale_up_size, []

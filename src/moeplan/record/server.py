@@ -21,8 +21,7 @@ import numpy as np
 from moeplan.errors import FormatError, ServerError, UsageError
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.routed_experts import EngineResponse, ResponseLayout
-from moeplan.model.facts import ModelFacts
-from moeplan.model.overrides import ModelExtras
+from moeplan.model.spec import ModelSpec
 from moeplan.progress import Progress, silent
 from moeplan.record.http_client import Server
 from moeplan.record.prompts import Prompt, prompts_digest
@@ -107,9 +106,8 @@ def record_served(
     prompts: Sequence[Prompt],
     out: Path,
     *,
-    facts: ModelFacts,
+    spec: ModelSpec,
     options: ServingOptions | None = None,
-    extras: ModelExtras | None = None,
     dense_layers: Sequence[int] | None = None,
     keep: RetentionPolicy | None = None,
     resume: bool = False,
@@ -119,7 +117,7 @@ def record_served(
 
     Args:
         model, positions: as `served_model` gives them.
-        facts: the number of experts at least; SGLang needs hidden layers and k as well.
+        spec: the number of experts at least; SGLang needs hidden layers and k as well.
         dense_layers: hidden layers without experts; needed for top-1 without a config.
         keep: what is stored; all requests, row by row, when not given.
         resume: go on with a recording at `out`, if there is one; it must have been begun with the same arguments.
@@ -135,7 +133,7 @@ def record_served(
     domains = [prompt.domain for prompt in prompts]
     keep.check(domains)
     check_out(out, resume=resume)
-    facts.need_experts(server.url)
+    spec.need_experts(server.url)
     requests = _fit(server, model, positions, prompts, options, progress)
 
     def ask(number: int, new: int | None = None) -> EngineResponse:
@@ -145,9 +143,8 @@ def record_served(
         where = request.prompt.where
         return engine.read(server.post(path, body, where=where), where)
 
-    extras = extras or ModelExtras()
-    named = replace(extras, name=_plain_name(model) if extras.name is None else extras.name)
-    known = ImportOptions(facts, named, None if dense_layers is None else tuple(dense_layers))
+    named = replace(spec, name=_plain_name(model) if spec.name is None else spec.name)
+    known = ImportOptions(named, None if dense_layers is None else tuple(dense_layers))
     layout = ResponseLayout.infer(ask(0, new=1), known)
     source = {**engine.source, **_source(model, prompts, options), **keep.source()}
     begun = resume and (out / JSON_NAME).exists()

@@ -13,7 +13,7 @@ from typing import Any
 from moeplan.errors import UsageError
 from moeplan.importers.routed_experts import EngineResponse
 from moeplan.importers.sglang_responses import read_response
-from moeplan.model.facts import ModelFacts
+from moeplan.model.spec import ModelSpec
 from moeplan.record.http_client import Server
 from moeplan.record.prompts import Prompt
 from moeplan.record.server import openai_request, served_version, sole_answer
@@ -38,19 +38,19 @@ class SglangEngine:
     version: str | None = None
 
     @classmethod
-    def of(cls, server: Server, model: str, facts: ModelFacts, *, openai: bool = False) -> SglangEngine:
+    def of(cls, server: Server, model: str, spec: ModelSpec, *, openai: bool = False) -> SglangEngine:
         """The engine behind a server, which may tell its version at `/server_info`.
 
         Raises:
             UsageError: hidden layers or k are not known.
         """
-        if facts.num_layers is None or facts.top_k is None:
+        if spec.layers is None or spec.top_k is None:
             raise UsageError(
                 "SGLang sends picks without their shape",
                 where=server.url,
                 hint="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
             )
-        return cls(model, (facts.num_layers, facts.top_k), openai, served_version(server, "/server_info"))
+        return cls(model, (spec.layers, spec.top_k), openai, served_version(server, "/server_info"))
 
     @property
     def source(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from moeplan.cluster import Cluster, Dispatch, Home
 from moeplan.embedded import MODEL, WORD, named
 from moeplan.errors import MoeplanError, PlanError, UsageError
-from moeplan.model.spec import ModelSpec, model
+from moeplan.model.catalogue import load_model
+from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware, hardware
 from moeplan.perf.memory import Parallel, Precision, memory
 from moeplan.perf.routing import Routing, replayed
@@ -45,7 +46,7 @@ class StepTimes(NamedTuple):
 
 
 def step_times(
-    cluster: Cluster, mode: Dispatch, spec: ModelSpec, machine: Hardware, links: npt.ArrayLike, picks: npt.ArrayLike,
+    cluster: Cluster, mode: Dispatch, spec: CompleteSpec, machine: Hardware, links: npt.ArrayLike, picks: npt.ArrayLike,
     touched: npt.ArrayLike, *, context: int = CONTEXT,
 ) -> StepTimes:  # fmt: skip
     """Decode steps as `moeplan.cluster.step_messages` counted them, timed by `moeplan.perf.step.decode_step`.
@@ -78,7 +79,7 @@ def step_times(
 
 
 def routing_of(
-    cluster: Cluster, spec: ModelSpec, links: npt.ArrayLike, picks: npt.ArrayLike, touched: npt.ArrayLike,
+    cluster: Cluster, spec: CompleteSpec, links: npt.ArrayLike, picks: npt.ArrayLike, touched: npt.ArrayLike,
     redundant: int,
 ) -> Routing:  # fmt: skip
     """Counted steps as the time model takes them: arrays [S, L, P], so that a step's times are [S].
@@ -97,7 +98,7 @@ def routing_of(
     return replayed(arrays[1], arrays[2], arrays[0], gpus_per_node=cluster.gpus_per_node, slots=slots)
 
 
-def parallel_of(cluster: Cluster, spec: ModelSpec, redundant: int | None = None) -> Parallel:
+def parallel_of(cluster: Cluster, spec: CompleteSpec, redundant: int | None = None) -> Parallel:
     """Attention is split over the GPUs of a home; every home is a data-parallel rank; all GPUs share the experts.
 
     Args:
@@ -118,7 +119,7 @@ class Timing:
         steps: how many steps of each fold are timed: the first ones, since every step is an independent draw.
     """
 
-    spec: ModelSpec
+    spec: CompleteSpec
     machine: Hardware
     context: int = CONTEXT
     steps: int = TIMED_STEPS
@@ -222,17 +223,17 @@ def timing_of(
     return timing
 
 
-def model_of(shape: ModelShape, name: str | ModelSpec | None = None) -> ModelSpec:
+def model_of(shape: ModelShape, name: str | ModelSpec | None = None) -> CompleteSpec:
     """The model of a trace: by `name`, or, where that is None, as the trace calls it; a description as it is.
 
     Raises:
         UsageError: not in the catalogue. FormatError: a file that does not describe a model.
     """
     if isinstance(name, ModelSpec):
-        return name
+        return name.complete()
     place = named(name or shape.name, MODEL)
     try:
-        spec = model(place)
+        spec = load_model(place)
     except MoeplanError:
         if name is not None:
             raise
