@@ -25,7 +25,7 @@ from exact_bounds import (
 )
 from moeplan import open_trace
 from moeplan.cluster import Cluster, Dispatch, request_messages
-from moeplan.planning import Options, Problem, RequestSet, Result, read_requests, solve
+from moeplan.planning import Options, Plan, Problem, RequestSet, read_requests, solve
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.problem import GUARD, Stream
 from moeplan.types import ModelShape
@@ -120,7 +120,7 @@ def _whether(pairs: list[tuple[float, float, bool]]) -> str:
     return f"a bound ({proved} of {len(pairs)} proved)" if len(pairs) > 1 else "a bound"
 
 
-def _planned(problem: Problem, result: Result) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], Int64Array]:
+def _planned(problem: Problem, result: Plan) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], Int64Array]:
     """Use by node [L, N, E] in the best groups for this placement, what nodes hold [L, N, E], and the groups [n]."""
     share = result.who.local_share.reshape(problem.cluster.num_groups, -1)
     group = equal_groups(problem.use.reshape(len(problem.use), -1) @ share.T)  # picks at home, in all

@@ -22,7 +22,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from moeplan import open_trace
 from moeplan.cluster import Cluster
-from moeplan.planning import Options, Result, read_requests, solve
+from moeplan.planning import Options, Plan, read_requests, solve
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.split import blocks, split
@@ -65,7 +65,7 @@ def chosen() -> Shown:
     seen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([SEED, 0, 0]))
     fit, test = np.flatnonzero(seen), np.flatnonzero(~seen)
     problem = fit_problem(requests, setup, fit)
-    plans: dict[str, Result] = {name: solve(problem, name, SEED) for name in ("linear", "moeplan")}
+    plans: dict[str, Plan] = {name: solve(problem, name, SEED) for name in ("linear", "moeplan")}
     group = {
         name: group_test(requests, fit, test, plan, how, np.random.default_rng([SEED, 0, 1]))
         for (name, plan), how in zip(plans.items(), ("none", "prefill"), strict=True)
@@ -86,7 +86,7 @@ def chosen() -> Shown:
     )
 
 
-def use_at(use: Grid, plan: Result) -> Grid:
+def use_at(use: Grid, plan: Plan) -> Grid:
     """[n, L, N, E / N]: use [n, L, E] of the experts that each node holds, in falling order inside it."""
     slots = plan.placement.slots
     by_slot = np.take_along_axis(use, slots[None].astype(np.intp), axis=2)

@@ -56,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--folds", type=int, default=FOLDS, help="splits of each set")
     out.add_argument("--steps", type=int, default=STEPS, help="replayed steps a split")
     out.add_argument("--only-bars", action="store_true", help="the bars alone")
-    out.add_argument(
-        "--write", action="store_true", help="write the page; needs every set, node, replica and mode"
-    )
+    out.add_argument("--write", action="store_true", help="write the page; needs every set, node, replica and mode")
     out.add_argument("--cache", type=Path, default=CACHE, help="folder of the figures of finished settings")
     return out
 

@@ -29,7 +29,7 @@ from moeplan.perf.hardware import Hardware, hardware
 from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, replayed
 from moeplan.perf.step import decode_step
-from moeplan.planning import Options, RequestSet, Result, solve
+from moeplan.planning import Options, Plan, RequestSet, solve
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, folds_of, group_test, rng_of
 from moeplan.replay.measure import measure_steps
@@ -170,7 +170,7 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
     for fold, (fit, test) in enumerate(parts):
         draws = draw_steps(requests.measured_span[test], steps, rng_of(setup, fold, 2))
 
-        def measured(result: Result, signature: str, fit: Array = fit, test: Array = test, draws: Any = draws) -> Steps:
+        def measured(result: Plan, signature: str, fit: Array = fit, test: Array = test, draws: Any = draws) -> Steps:
             group = group_test(requests, fit, test, result, signature, rng_of(setup, fold, 1))  # noqa: B023
             kept = Kept(place.spec, hardware("H100"), steps=steps, place=place)
             measure_steps(requests, draws, group, live, result.who, setup.dispatch, kept)
@@ -197,14 +197,12 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
 
 def _solved(
     requests: RequestSet, setup: Setup, fit: Array, strategy: str, fold: int, options: Options | None = None
-) -> Result:
+) -> Plan:
     at = setup if options is None else replace(setup, options=options)
     return solve(fit_problem(requests, at, fit), strategy, setup.seed + fold)
 
 
-def _timed(
-    requests: RequestSet, setup: Setup, place: Place, fit: Array, fold: int, world: World, load: float
-) -> Result:
+def _timed(requests: RequestSet, setup: Setup, place: Place, fit: Array, fold: int, world: World, load: float) -> Plan:
     """The `time` plan for these links and this load."""
 
     def cost(links: Array, picks: Array, touched: Array) -> float:

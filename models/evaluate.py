@@ -73,7 +73,7 @@ def routing(name: str, trace: moeplan.Trace, signature: int | None) -> None:
     """Load under `linear`, similarity of domains and prefill-decode correlation, each beside its null."""
     found = moeplan.profile_trace(trace, signature_tokens=signature).to_dict()
     requests = moeplan.read_requests(trace, signature_tokens=signature)
-    table = moeplan.compare(requests, moeplan.Setup(moeplan.Cluster(8, 4), ("linear",)))
+    table = moeplan.compare(requests, moeplan.Cluster(8, 4), ("linear",))
     linear = table.row("linear").figures
     head, stages = found["trace"], found["stages"]
     print(f"\n{name}: {head['requests']} requests, {head['tokens']:,} tokens")

@@ -25,8 +25,8 @@ from moeplan.types import Int32Array, Placement
 
 __all__ = [
     "Cluster",
+    "Deployment",
     "Dispatch",
-    "Home",
     "MessageBytes",
     "ReplicaRule",
     "Routes",
@@ -56,11 +56,11 @@ class Dispatch(StrEnum):
         return list(Dispatch).index(self)
 
 
-class Home(StrEnum):
-    """Where a request's attention runs: sharded inside a node (one group per node), or on one GPU (one per GPU)."""
+class Deployment(StrEnum):
+    """What a group of requests runs its attention on: a whole node (`nodes`), or one GPU (`gpus`)."""
 
-    NODE = "node"
-    GPU = "gpu"
+    NODES = "nodes"
+    GPUS = "gpus"
 
 
 class ReplicaRule(StrEnum):
@@ -73,11 +73,24 @@ class ReplicaRule(StrEnum):
 
 @dataclass(frozen=True)
 class Cluster:
-    """N nodes of G GPUs, and the home of a request's tokens."""
+    """N nodes of G GPUs, and what a group of requests is.
+
+    Attributes:
+        nodes, gpus_per_node: N and G.
+        deployment: one group per node, or one per GPU.
+
+    Raises:
+        UsageError: no node, no GPU, or more GPUs than moeplan handles.
+
+    Example:
+        >>> import moeplan
+        >>> moeplan.Cluster(nodes=4, gpus_per_node=8).num_groups
+        4
+    """
 
     nodes: int
     gpus_per_node: int
-    home: Home = Home.NODE
+    deployment: Deployment = Deployment.NODES
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus_per_node < 1:
@@ -91,24 +104,25 @@ class Cluster:
 
     @property
     def num_groups(self) -> int:
-        """D: one group per home."""
-        return self.nodes if self.home is Home.NODE else self.num_gpus
+        """D: one group per node, or per GPU."""
+        return self.nodes if self.deployment is Deployment.NODES else self.num_gpus
 
     @property
-    def gpus_per_home(self) -> int:
+    def gpus_per_group(self) -> int:
+        """GPUs that a group's requests run their attention on."""
         return self.num_gpus // self.num_groups
 
-    def home_gpu(self, group: npt.ArrayLike) -> Int64Array:
-        """The first GPU of each group's home."""
-        return np.asarray(group, np.int64) * self.gpus_per_home
+    def first_gpu(self, group: npt.ArrayLike) -> Int64Array:
+        """The first GPU of each group."""
+        return np.asarray(group, np.int64) * self.gpus_per_group
 
-    def home_node(self, group: npt.ArrayLike) -> Int64Array:
-        """The node of each group's home."""
-        return self.home_gpu(group) // self.gpus_per_node
+    def group_node(self, group: npt.ArrayLike) -> Int64Array:
+        """The node of each group."""
+        return self.first_gpu(group) // self.gpus_per_node
 
     def source_gpus(self, group: int, rows: int) -> Int64Array:
-        """Source GPU of row i of `rows` in a step: floor(i x G / rows) of the home node, or the home GPU itself."""
-        return self.home_gpu(group) + np.arange(rows, dtype=np.int64) * self.gpus_per_home // max(rows, 1)
+        """Source GPU of row i of `rows` in a step: floor(i x G / rows) of the group's node, or the group's GPU."""
+        return self.first_gpu(group) + np.arange(rows, dtype=np.int64) * self.gpus_per_group // max(rows, 1)
 
 
 def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
@@ -262,9 +276,9 @@ class Routes:
     def uniform(self) -> npt.NDArray[np.bool_]:
         """bool [L, P]: at each home's first GPU, whether all GPUs of the home are served alike."""
         layers = self.placement.num_layers
-        by_home = self.gpu.reshape(layers, self.cluster.num_groups, self.cluster.gpus_per_home, -1)
+        by_home = self.gpu.reshape(layers, self.cluster.num_groups, self.cluster.gpus_per_group, -1)
         alike = (by_home == by_home[:, :, :1]).all(axis=(2, 3))
-        return np.repeat(alike, self.cluster.gpus_per_home, axis=1)
+        return np.repeat(alike, self.cluster.gpus_per_group, axis=1)
 
     def share(self, layer: int) -> FloatArray:
         """float64 [D, E, P]: the expected share of a group's picks of an expert that each GPU serves."""
@@ -278,9 +292,9 @@ class Routes:
             return np.broadcast_to(one, (groups, experts, gpus))
         out = np.zeros((groups, experts, gpus))
         source = np.arange(gpus)
-        group = source // self.cluster.gpus_per_home
+        group = source // self.cluster.gpus_per_group
         index = (group[:, None], np.arange(experts)[None, :], self.gpu[layer].astype(np.int64))
-        np.add.at(out, index, 1.0 / self.cluster.gpus_per_home)
+        np.add.at(out, index, 1.0 / self.cluster.gpus_per_group)
         return out
 
     @cached_property
@@ -288,7 +302,7 @@ class Routes:
         """float64 [D, L, E]: the expected share of a group's picks of an expert that its own node serves."""
         cluster, placement = self.cluster, self.placement
         out = np.zeros((cluster.num_groups, placement.num_layers, placement.num_experts))
-        node = cluster.home_node(np.arange(cluster.num_groups))
+        node = cluster.group_node(np.arange(cluster.num_groups))
         if self.slot is None:
             replica_node = np.where(self.replica_gpu < 0, -1, self.replica_gpu // cluster.gpus_per_node)
             for group in range(cluster.num_groups):
@@ -296,7 +310,7 @@ class Routes:
             return out
         own = np.arange(cluster.num_gpus) // cluster.gpus_per_node
         local = self.gpu // cluster.gpus_per_node == own[None, :, None]
-        by_home = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_home, -1)
+        by_home = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_group, -1)
         return np.asarray(by_home.mean(axis=2).transpose(1, 0, 2), np.float64)
 
 
@@ -395,7 +409,7 @@ def request_messages(
     """
     out = np.zeros((len(starts), 3))
     _messages.request_messages(
-        experts, starts, stops, who.cluster.home_gpu(groups), who.cluster.gpus_per_home, who.gpu, who.uniform,
+        experts, starts, stops, who.cluster.first_gpu(groups), who.cluster.gpus_per_group, who.gpu, who.uniform,
         who.replica_gpu, who.placement.replica_count, who.slot is None, who.cluster.gpus_per_node, mode.code, out,
     )  # fmt: skip
     return out

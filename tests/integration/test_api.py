@@ -5,18 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import moeplan
 
 
 def test_public_names() -> None:
-    assert sorted(moeplan.__all__) == [
-        "Cluster", "Dispatch", "Home", "ModelShape", "MoeplanError", "Options", "Placement", "Problem", "ReplicaRule",
-        "Setup", "Trace", "TraceWriter", "compare", "load_plan", "open_trace", "profile_trace", "read_requests",
-        "replay_plan", "save_plan", "solve",
-    ]  # fmt: skip
+    assert len(moeplan.__all__) < 50 and set(moeplan.__all__) <= set(dir(moeplan))
     for name in moeplan.__all__:
-        assert getattr(moeplan, name) is not None
-    assert set(moeplan.__all__) <= set(dir(moeplan))
+        value = getattr(moeplan, name)
+        assert value.__doc__ and value.__module__.startswith("moeplan."), name
+    with pytest.raises(AttributeError):
+        moeplan.no_such_name  # noqa: B018
 
 
 def test_importing_loads_nothing_heavy() -> None:

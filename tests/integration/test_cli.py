@@ -97,7 +97,7 @@ def test_a_damaged_plan(trace: Path, tmp_path: Path, damage: str, capsys: pytest
     elif damage == "json":
         head.write_text(head.read_text()[:-100])
     else:
-        head.write_text(head.read_text().replace('"version": 1', '"version": 9'))
+        head.write_text(head.read_text().replace('"version": 2', '"version": 9'))
     line = refused(["replay", trace, "--plan", plan], capsys)
     assert ("plan.json" if damage in ("json", "version") else "slots.npy") in line
 
@@ -142,7 +142,7 @@ def test_an_older_plan_hands_on_what_it_was_made_for(
     assert run(["plan", str(trace), "-o", str(old), *where]) == 0
     assert run(["plan", str(trace), "--from", str(old), "--max-moves", "1", "-o", str(new)]) == 0
     head = json.loads((new / "plan.json").read_text())
-    assert (head["objective"], head["guard"]) == ("balance", 1.2)
+    assert (head["params"]["objective"], head["params"]["guard"]) == ("balance", 1.2)
     assert "is outside 0..1000000" in refused(
         ["plan", trace, "--from", old, "--max-moves", "9" * 20, "-o", tmp_path / "x"], capsys
     )

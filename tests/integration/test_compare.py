@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, token_messages
+from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, token_messages
 from moeplan.errors import PlanError, UsageError
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
-from moeplan.planning import Options, RequestSet, read_requests, solve
+from moeplan.planning import Options, RequestSet, Signature, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.router import LocalityRouter
 from moeplan.replay import Comparison, Setup, compare, replay
@@ -71,15 +71,15 @@ def test_live_requests() -> None:
     assert live_requests([117, 118], Cluster(8, 8)) == 12
     assert live_requests([5000], Cluster(8, 8)) == 128
     with pytest.raises(PlanError, match="7 a group, but replaying steps needs 8; use a trace with 512 usable requests"):
-        live_requests([64 * 7], Cluster(8, 8, Home.GPU))
-    assert live_requests([64 * 8], Cluster(8, 8, Home.GPU)) == 6
+        live_requests([64 * 7], Cluster(8, 8, Deployment.GPUS))
+    assert live_requests([64 * 8], Cluster(8, 8, Deployment.GPUS)) == 6
 
 
 @pytest.mark.parametrize(
     ("cluster", "fit", "least"),
     [
         (Cluster(8, 8), 0.5, 48),
-        (Cluster(8, 8, Home.GPU), 0.5, 1024),
+        (Cluster(8, 8, Deployment.GPUS), 0.5, 1024),
         (Cluster(4, 1), 0.75, 48),
         (Cluster(4, 1), 0.2, 20),
     ],
@@ -97,7 +97,7 @@ def test_a_comparison_says_how_many_requests_it_takes(cluster: Cluster, fit: flo
 
 
 def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
-    cluster = Cluster(16, 8, Home.GPU)
+    cluster = Cluster(16, 8, Deployment.GPUS)
     setup = Setup(cluster, ("linear",), redundant=-demo.shape.num_experts % cluster.num_gpus)
     with pytest.raises(PlanError, match="use fewer nodes, --home node, another --fit, or a trace with 2048 usable"):
         compare(demo, setup)
@@ -153,9 +153,9 @@ def test_noise_floor_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rule", list(ReplicaRule))
-@pytest.mark.parametrize("home", list(Home))
+@pytest.mark.parametrize("home", list(Deployment))
 @pytest.mark.parametrize("mode", list(Dispatch))
-def test_figures_equal_a_naive_loop(demo: RequestSet, rule: ReplicaRule, home: Home, mode: Dispatch) -> None:
+def test_figures_equal_a_naive_loop(demo: RequestSet, rule: ReplicaRule, home: Deployment, mode: Dispatch) -> None:
     cluster = Cluster(2, 4, home)
     setup = Setup(cluster, (), redundant=8, rule=rule, dispatch=mode)
     everyone = np.arange(len(demo))
@@ -166,14 +166,14 @@ def test_figures_equal_a_naive_loop(demo: RequestSet, rule: ReplicaRule, home: H
     found = measure_requests(demo, chosen, group, who, mode)
     for i in chosen:
         load = np.zeros((place.num_layers, cluster.num_gpus))
-        home_node = int(cluster.home_node(group[i]))
+        group_node = int(cluster.group_node(group[i]))
         remote = 0.0
         for row in range(*demo.measured_span[i]):
             for layer in range(place.num_layers):
                 for e in demo.experts[row, layer]:
                     share = who.share(layer)[group[i], e]
                     load[layer] += share
-                    remote += share.reshape(cluster.nodes, -1).sum(axis=1)[np.arange(cluster.nodes) != home_node].sum()
+                    remote += share.reshape(cluster.nodes, -1).sum(axis=1)[np.arange(cluster.nodes) != group_node].sum()
         assert found.load[i] == pytest.approx(load, rel=1e-4, abs=1e-4)
         assert found.remote[i] == pytest.approx(remote, rel=1e-4, abs=1e-2)
         assert found.picks[i] == pytest.approx(load.sum(), rel=1e-5)
@@ -187,7 +187,7 @@ def test_steps_by_hand() -> None:
     names = ("x",)
     none = np.zeros(2, np.int64)
     demo = RequestSet(
-        shape, experts, np.arange(2), 2, none, names, span, span, span, none, "decode", None, ()
+        shape, experts, np.arange(2), 2, none, names, span, span, span, none, "decode", Signature(), ()
     )  # fmt: skip
     cluster = Cluster(2, 1)
     result = solve(fit_problem(demo, Setup(cluster, ()), np.arange(2)), "linear")

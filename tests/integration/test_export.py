@@ -12,7 +12,7 @@ import yaml
 
 from moeplan import embedded
 from moeplan.cli.app import run
-from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, routes
+from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, routes
 from moeplan.engines.files import ENGINES, EnginePlacement, write
 from moeplan.engines.from_placement import deployed
 from moeplan.engines.launch import Serving, launch
@@ -21,7 +21,7 @@ from moeplan.errors import OutputError, PlanError, UsageError
 from moeplan.planning import read_requests
 from moeplan.planning.balance import balanced, gpu_load, load_ratio, spread
 from moeplan.planning.replica_value import remote_share
-from moeplan.planning.store import load_plan, save_plan
+from moeplan.planning.store import load_plan
 from moeplan.replay.measure import measure_requests
 from moeplan.trace import open_trace
 from moeplan.types import ModelShape, Placement
@@ -44,10 +44,8 @@ def stored(place: Path, slots: list[list[int]], layers: tuple[int, ...], nodes: 
     rows = np.array(slots, np.int32)
     made = EnginePlacement(rows, layers, int(rows.max()) + 1, nodes * gpus, nodes)
     shape = ModelShape("m", len(layers), made.num_experts, 1, layers)
-    result, problem = deployed(
-        made, shape, home=Home.NODE, rule=ReplicaRule.NEAREST_STATIC, dispatch=Dispatch.PICK, where="x"
-    )  # fmt: skip
-    save_plan(place, result, problem, trace_checksum="", synthetic=False, expected=None, stands_in=None)
+    rule, where = ReplicaRule.NEAREST_STATIC, "x"
+    deployed(made, shape, deployment=Deployment.NODES, rule=rule, dispatch=Dispatch.PICK, where=where).save(place)
     return place
 
 
@@ -467,7 +465,7 @@ def test_deepseeks_map_becomes_a_plan(tmp_path: Path) -> None:
     assert run(["check", source, "--engine", "vllm", *model[:-2], *cluster, "--redundant", "4"]) == 0
     assert run(["import", "placement", source, "--engine", "vllm", *model, *cluster, "-o", str(tmp_path / "p")]) == 0
     made = load_plan(tmp_path / "p")
-    assert made.result.placement.slots.tolist() == rows and made.shape.layer_ids == (1, 2) and made.redundant == 4
+    assert made.placement.slots.tolist() == rows and made.model.layer_ids == (1, 2) and made.redundant == 4
 
 
 def test_json_goes_to_standard_output_alone(plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,11 +120,7 @@ def test_what_is_no_file_is_refused_at_once(
     assert run([str(words.get(word, word)) for word in command]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     kind = "a pipe" if make is pipe else "a device" if make is device else "a socket"
-    assert (
-        f"{name}: cannot be read (it is {kind})" in line
-        or "is not a moeplan" in line
-        or "is neither a plan" in line
-    )
+    assert f"{name}: cannot be read (it is {kind})" in line or "is not a moeplan" in line or "is neither a plan" in line
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from moeplan._kernels.messages import STEP_VALUES, summarise_step, summarise_step_reference
 from moeplan.cluster import (
     Cluster,
+    Deployment,
     Dispatch,
-    Home,
     ReplicaRule,
     check_slots,
     message_bytes,
@@ -50,9 +50,9 @@ def test_sources_and_homes() -> None:
     by_node = Cluster(2, 4)
     assert by_node.source_gpus(1, 8).tolist() == [4, 4, 5, 5, 6, 6, 7, 7]
     assert by_node.source_gpus(0, 3).tolist() == [0, 1, 2]
-    by_gpu = Cluster(2, 4, Home.GPU)
+    by_gpu = Cluster(2, 4, Deployment.GPUS)
     assert by_gpu.num_groups == 8 and by_gpu.source_gpus(5, 3).tolist() == [5, 5, 5]
-    assert by_gpu.home_node([0, 3, 4, 7]).tolist() == [0, 0, 1, 1]
+    assert by_gpu.group_node([0, 3, 4, 7]).tolist() == [0, 0, 1, 1]
 
 
 def test_slots_that_do_not_divide_name_what_does() -> None:
@@ -118,8 +118,8 @@ def serving_gpu(
 
 
 @settings(max_examples=60, deadline=None)
-@given(placements(), st.sampled_from(list(ReplicaRule)), st.sampled_from(list(Home)), st.integers(0, 10_000))
-def test_even_deal(place: Placement, rule: ReplicaRule, home: Home, seed: int) -> None:
+@given(placements(), st.sampled_from(list(ReplicaRule)), st.sampled_from(list(Deployment)), st.integers(0, 10_000))
+def test_even_deal(place: Placement, rule: ReplicaRule, home: Deployment, seed: int) -> None:
     """Among sources that need one, no replica is dealt twice more often than another."""
     cluster = Cluster(place.nodes, place.gpus_per_node, home)
     who = routes(place, cluster, rule, seed)
@@ -146,12 +146,12 @@ def test_even_deal(place: Placement, rule: ReplicaRule, home: Home, seed: int) -
 @given(
     placements(),
     st.sampled_from(list(ReplicaRule)),
-    st.sampled_from(list(Home)),
+    st.sampled_from(list(Deployment)),
     st.sampled_from(list(Dispatch)),
     st.integers(0, 10_000),
 )
 def test_steps_equal_a_naive_triple_loop(
-    place: Placement, rule: ReplicaRule, home: Home, mode: Dispatch, seed: int
+    place: Placement, rule: ReplicaRule, home: Deployment, mode: Dispatch, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     cluster = Cluster(place.nodes, place.gpus_per_node, home)
@@ -188,12 +188,12 @@ def test_steps_equal_a_naive_triple_loop(
 @given(
     placements(),
     st.sampled_from(list(ReplicaRule)),
-    st.sampled_from(list(Home)),
+    st.sampled_from(list(Deployment)),
     st.sampled_from(list(Dispatch)),
     st.integers(0, 10_000),
 )
 def test_requests_equal_a_naive_triple_loop(
-    place: Placement, rule: ReplicaRule, home: Home, mode: Dispatch, seed: int
+    place: Placement, rule: ReplicaRule, home: Deployment, mode: Dispatch, seed: int
 ) -> None:
     """Expectations: every source GPU of the home, and every residue of the hash, equally likely."""
     rng = np.random.default_rng(seed)
@@ -207,8 +207,8 @@ def test_requests_equal_a_naive_triple_loop(
     got = request_messages(who, mode, experts, starts, stops, group)
 
     for i in range(2):
-        first = int(cluster.home_gpu(group[i]))
-        sources = range(first, first + cluster.gpus_per_home)
+        first = int(cluster.first_gpu(group[i]))
+        sources = range(first, first + cluster.gpus_per_group)
         want = np.zeros(3)
         for row, layer in itertools.product(range(starts[i], stops[i]), range(place.num_layers)):
             picked = [int(e) for e in experts[row, layer]]
@@ -229,15 +229,15 @@ def test_requests_equal_a_naive_triple_loop(
 
 
 @settings(max_examples=60, deadline=None)
-@given(placements(), st.sampled_from(list(ReplicaRule)), st.sampled_from(list(Home)))
-def test_shares_add_up(place: Placement, rule: ReplicaRule, home: Home) -> None:
+@given(placements(), st.sampled_from(list(ReplicaRule)), st.sampled_from(list(Deployment)))
+def test_shares_add_up(place: Placement, rule: ReplicaRule, home: Deployment) -> None:
     cluster = Cluster(place.nodes, place.gpus_per_node, home)
     who = routes(place, cluster, rule)
     for layer in range(place.num_layers):
         share = who.share(layer)
         assert share.sum(axis=2) == pytest.approx(1.0)
         node = share.reshape(cluster.num_groups, place.num_experts, cluster.nodes, -1).sum(axis=3)
-        own = node[np.arange(cluster.num_groups), :, cluster.home_node(np.arange(cluster.num_groups))]
+        own = node[np.arange(cluster.num_groups), :, cluster.group_node(np.arange(cluster.num_groups))]
         assert own == pytest.approx(who.local_share[:, layer])
 
 

@@ -17,13 +17,13 @@ from test_strategies import problem
 import moeplan
 from exact_bounds import best_placement
 from moeplan._kernels import local_search
-from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, request_messages, routes
+from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, request_messages, routes
 from moeplan.planning import Options, read_requests, solve
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.forecast import STRENGTHS, LocalityForecast
 from moeplan.planning.planner import PARTS, soft_groups
 from moeplan.planning.router import LinearRouter, by_layer
-from moeplan.planning.store import load_plan, save_plan
+from moeplan.planning.store import load_plan
 from moeplan.planning.strategies.paper import place_by_use
 from moeplan.replay import Setup, compare
 from moeplan.replay.comparison import fit_problem
@@ -225,10 +225,8 @@ def test_same_seed_same_plan_and_a_plan_is_read_back_as_it_was(trace: Trace, tmp
     first, again = solve(problem, "moeplan", 3), solve(problem, "moeplan", 3)
     np.testing.assert_array_equal(first.placement.slots, again.placement.slots)
     assert isinstance(first.router, LinearRouter)
-    save_plan(
-        tmp_path / "p", first, problem, trace_checksum="", synthetic=False, expected=None, stands_in=None
-    )  # fmt: skip
-    back = load_plan(tmp_path / "p").result
+    first.save(tmp_path / "p")
+    back = load_plan(tmp_path / "p")
     signature = requests.signature[1::2]
     np.testing.assert_array_equal(back.router.scores(signature), first.router.scores(signature))
     weights = tmp_path / "p" / "weights.npy"
@@ -335,9 +333,9 @@ def test_balance_comes_first_when_it_is_the_objective(trace: Trace) -> None:
 
 
 @pytest.mark.parametrize("rule", list(ReplicaRule))
-@pytest.mark.parametrize("home", list(Home))
+@pytest.mark.parametrize("home", list(Deployment))
 @pytest.mark.parametrize("mode", [Dispatch.PICK, Dispatch.GPU, Dispatch.NODE])
-def test_every_home_rule_and_mode(mode: Dispatch, home: Home, rule: ReplicaRule) -> None:
+def test_every_home_rule_and_mode(mode: Dispatch, home: Deployment, rule: ReplicaRule) -> None:
     """No GPU holds an expert twice, whatever the setting."""
     task = problem(n=40, nodes=2, per_node=2, redundant=4)
     cluster = Cluster(2, 2, home)

@@ -229,7 +229,7 @@ def test_redundant_experts_lower_the_batch() -> None:
     batches = [
         largest_batch(V3, h, Parallel(dp=64, ep=64, redundant=r), precision, context=1, usable=0.9) for r in (0, 64)
     ]
-    setup = SimpleNamespace(cluster=SimpleNamespace(num_gpus=64, gpus_per_home=1), redundant=64)
+    setup = SimpleNamespace(cluster=SimpleNamespace(num_gpus=64, gpus_per_group=1), redundant=64)
     tools = SimpleNamespace(requests=SimpleNamespace(shape=model_shape(V3)), setup=setup)
     lost = _Tools._memory(tools)["kv_tokens_lost"].value  # type: ignore[arg-type]
     token, row = activation_bytes(V3, Parallel(dp=64, ep=64), precision)

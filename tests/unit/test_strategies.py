@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from moeplan.cluster import Cluster, Home, check_slots
+from moeplan.cluster import Cluster, Deployment, check_slots
 from moeplan.errors import PlanError, UsageError
 from moeplan.planning import Options, Problem, solve
 from moeplan.planning.assignment import equal_groups
@@ -21,7 +21,8 @@ from moeplan.types import ModelShape
 
 def problem(
     seed: int = 0, *, n: int = 24, layers: int = 2, experts: int = 12, k: int = 2, nodes: int = 2, per_node: int = 2,
-    redundant: int = 0, home: Home = Home.NODE, clusters: int | None = None, routing_groups: int = 1, rows: int = 12,
+    redundant: int = 0, home: Deployment = Deployment.NODES, clusters: int | None = None, routing_groups: int = 1,
+    rows: int = 12,
 ) -> Problem:  # fmt: skip
     """Requests of two kinds, each with its own half of the experts in front."""
     rng = np.random.default_rng(seed)
@@ -45,7 +46,7 @@ def problems(draw: st.DrawFn) -> Problem:
     gpus = nodes * per_node
     redundant = -experts % gpus + gpus * draw(st.integers(0, 2))
     redundant = min(redundant, -experts % gpus + gpus * (experts - -(-experts // gpus)))
-    home = draw(st.sampled_from(list(Home)))
+    home = draw(st.sampled_from(list(Deployment)))
     return problem(
         draw(st.integers(0, 999)), n=draw(st.integers(gpus, gpus + 20)), layers=draw(st.integers(1, 3)),
         experts=experts, k=draw(st.integers(1, 3)), nodes=nodes, per_node=per_node, redundant=redundant, home=home,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moeplan.cli.app import run
-from moeplan.cluster import Cluster, Dispatch, Home, step_messages
+from moeplan.cluster import Cluster, Deployment, Dispatch, step_messages
 from moeplan.embedded import MODEL
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model
@@ -21,7 +21,7 @@ from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.routing import replayed
 from moeplan.perf.step import decode_step
-from moeplan.planning import RequestSet, read_requests, solve
+from moeplan.planning import RequestSet, Signature, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.replay import Setup, compare, measure, replay, timing
 from moeplan.replay.comparison import fit_problem
@@ -46,7 +46,9 @@ def _counted(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, layers: int, 
     shape = ModelShape("x", layers, spec.moe.experts, spec.moe.top_k)
     span = np.array([[i * 10, i * 10 + 10] for i in range(40)])
     none = np.zeros(40, np.int64)
-    requests = RequestSet(shape, tokens, np.arange(40), 40, none, ("x",), span, span, span, none, "decode", None, ())
+    requests = RequestSet(
+        shape, tokens, np.arange(40), 40, none, ("x",), span, span, span, none, "decode", Signature(), ()
+    )
     who = solve(fit_problem(requests, Setup(cluster, ()), np.arange(40)), "linear").who
     sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
     indices = np.tile(np.arange(live), cluster.num_groups)
@@ -55,13 +57,13 @@ def _counted(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, layers: int, 
     return [np.stack(part) for part in zip(*out, strict=True)], live
 
 
-@pytest.mark.parametrize("home", list(Home))
+@pytest.mark.parametrize("home", list(Deployment))
 @pytest.mark.parametrize("mode", list(Dispatch))
-def test_times_are_those_of_the_time_model(mode: Dispatch, home: Home) -> None:
+def test_times_are_those_of_the_time_model(mode: Dispatch, home: Deployment) -> None:
     cluster = Cluster(2, 4, home)
     (links, picks, touched), live = _counted(cluster, mode, TINY, 8)
     found = step_times(cluster, mode, TINY, H100, links, picks, touched, context=1000)
-    parallel = Parallel(tp=4, dp=2, ep=8) if home is Home.NODE else Parallel(tp=1, dp=8, ep=8)
+    parallel = Parallel(tp=4, dp=2, ep=8) if home is Deployment.NODES else Parallel(tp=1, dp=8, ep=8)
     routing = replayed(picks, touched, links, gpus_per_node=4, slots=4)
     step = decode_step(
         TINY, H100, parallel, Precision("bf16"), live, 1000, routing=routing, mode=mode, gpus_per_node=4
@@ -271,7 +273,7 @@ def test_set_ups_that_cannot_be(demo: RequestSet, timed: Setup) -> None:
         PlanError, match=r"--home node splits attention over the 8 GPUs of a node, but tp 8 .* --home gpu"
     ):
         timing_of(SHAPE, Cluster(2, 8), Dispatch.PICK, "H100")
-    assert timing_of(SHAPE, Cluster(2, 8, Home.GPU), Dispatch.PICK, "H100").spec.name == "embedded"
+    assert timing_of(SHAPE, Cluster(2, 8, Deployment.GPUS), Dispatch.PICK, "H100").spec.name == "embedded"
     with pytest.raises(UsageError, match="--context 0"):
         timing_of(SHAPE, Cluster(2, 4), Dispatch.PICK, "H100", context=0)
     unknown = dataclasses.replace(TINY, checkpoint=None)

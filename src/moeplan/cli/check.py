@@ -14,7 +14,7 @@ from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json
 if TYPE_CHECKING:
     from moeplan.engines.files import ExpertLayout, Report
     from moeplan.model.spec import ModelSpec
-    from moeplan.planning.store import StoredPlan
+    from moeplan.planning import Plan
 
 #: Findings that are printed; all of them are in the JSON.
 SHOWN = 40
@@ -71,7 +71,7 @@ def register(app: typer.Typer) -> None:
         raise typer.Exit(0 if report.good else 1)
 
 
-def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: StoredPlan, where: str) -> tuple[ModelSpec, ExpertLayout]:
+def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: Plan, where: str) -> tuple[ModelSpec, ExpertLayout]:
     """What the plan says, where the flags do not; a contradiction is the reader's to mend."""
     from moeplan.engines.files import ExpertLayout
     from moeplan.errors import UsageError
@@ -93,13 +93,13 @@ def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: StoredPlan, where: 
     return spec, ExpertLayout(plan.cluster.num_gpus, plan.cluster.nodes, plan.redundant)
 
 
-def _compare(report: Report, plan: StoredPlan, where: str) -> None:
+def _compare(report: Report, plan: Plan, where: str) -> None:
     """A fault for the first slot that differs from the plan's."""
     import numpy as np
 
     if report.placement is None:
         return
-    ours, theirs = report.placement.physical_to_logical, plan.result.placement.slots
+    ours, theirs = report.placement.physical_to_logical, plan.placement.slots
     differ = np.argwhere(ours != theirs)
     if len(differ):
         row, slot = (int(i) for i in differ[0])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moeplan.engines.files import EnginePlacement
     from moeplan.engines.launch import Launch, Serving
     from moeplan.model.spec import ModelSpec
-    from moeplan.planning.store import StoredPlan
+    from moeplan.planning import Plan
 
 #: Flags that only counts need: a plan says them itself.
 _COUNTS_ONLY = ("nodes", "gpus_per_node", "redundant", "measure", "hardware", "model", "context_tokens", "batch")
@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
         from moeplan.engines.unsupported_models import without_placement
 
         spec = p.model_from(config, None, num_layers, dense_layers)
-        plan: StoredPlan | None = None
+        plan: Plan | None = None
         more: dict[str, Any] = {}
         said: list[str] = []
         if is_plan:
@@ -150,7 +150,7 @@ def _only(context: typer.Context, foreign: tuple[str, ...], what: str) -> None:
             raise UsageError(f"{flag} does not go with {what}", hint="leave it out, or give the other kind of source")
 
 
-def _of_plan(source: str) -> tuple[EnginePlacement, Serving, StoredPlan]:
+def _of_plan(source: str) -> tuple[EnginePlacement, Serving, Plan]:
     from moeplan.engines.files import EnginePlacement
     from moeplan.engines.launch import Serving
     from moeplan.planning.store import load_plan
@@ -178,7 +178,7 @@ def _own_strategy(engine: str, placement: EnginePlacement, strategy: str) -> Non
 
 
 def _copies(
-    plan: StoredPlan, how: Launch, trace: str | None, signature_tokens: int | None
+    plan: Plan, how: Launch, trace: str | None, signature_tokens: int | None
 ) -> tuple[list[str], dict[str, Any]]:
     """What copies are worth under the engine's way of choosing one, as lines and for JSON."""
     from moeplan.cluster import ReplicaRule
@@ -196,7 +196,7 @@ def _copies(
             opened = open_trace(trace, without_layers=missing)
         if (opened.shape.layer_ids, opened.shape.num_experts) != (plan.shape.layer_ids, plan.shape.num_experts):
             raise UsageError("the trace is not of the plan's model", where=trace, hint="give a trace of the same model")
-        worth = replica_locality(read_requests(opened, signature_tokens=signature_tokens), plan.result, plan.cluster)
+        worth = replica_locality(read_requests(opened, signature_tokens=signature_tokens), plan)
         seen = " (the plan was fitted on this very trace)" if plan.trace_checksum == opened.checksum else ""
         lines += [
             f"picks served on another node, modelled on {opened.label}{seen}:",
@@ -210,7 +210,7 @@ def _copies(
             "home" + ("" if worth else "; --trace TRACE models how many")
         )
     if how.rule is not plan.rule and plan.redundant > 0:
-        figure = ((plan.head.get("expected") or {}).get("remote_share") or {}).get("value")
+        figure = ((plan.expected or {}).get("remote_share") or {}).get("value")
         holds = f", so its expected remote_share of {figure:.3f} does not hold" if isinstance(figure, float) else ""
         lines.append(
             f"warning: the plan is made for {plan.rule.value}, this engine is modelled as {how.rule.value}{holds}"

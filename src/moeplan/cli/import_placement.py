@@ -36,10 +36,9 @@ def placement(
     p.refuse_plan(file)
     if Path(output).exists():
         raise OutputError("already exists", where=output, hint="choose another place, or remove it")
-    from moeplan.cluster import Dispatch, Home
+    from moeplan.cluster import Dispatch
     from moeplan.engines.files import ExpertLayout, examine
     from moeplan.engines.from_placement import deployed, rule_of
-    from moeplan.planning.store import save_plan
 
     spec = p.model_from(config, num_experts, num_layers, dense_layers, top_k)
     report = examine(file, engine.value, spec, ExpertLayout(ep_size, nnodes))
@@ -55,12 +54,12 @@ def placement(
         )
     read = report.need()
     shape = spec.moe_shape(name=name or "", num_experts=read.num_experts, layer_ids=read.layer_ids, where=str(file))
-    result, problem = deployed(
-        read, shape, home=Home(home.value), rule=rule_of(engine.value, read.nodes), dispatch=Dispatch(dispatch.value),
-        where=str(file),
+    plan = deployed(
+        read, shape, deployment=o.deployment_of(home), rule=rule_of(engine.value, read.nodes),
+        dispatch=Dispatch(dispatch.value), where=str(file),
     )  # fmt: skip
-    save_plan(output, result, problem, trace_checksum="", synthetic=False, expected=None, stands_in=None)
-    place = result.placement
+    plan.save(output)
+    place = plan.placement
     echo(
         f"{file}: {place.num_layers} layers x {place.num_experts} experts, {place.redundant} redundant slots, on "
         f"{place.nodes} nodes x {place.gpus_per_node} GPUs"
@@ -76,6 +75,6 @@ def placement(
             "redundant": place.redundant,
             "nodes": place.nodes,
             "gpus_per_node": place.gpus_per_node,
-            "replica_rule": problem.rule.value,
+            "replica_rule": plan.replica_rule.value,
         },
     )

@@ -10,7 +10,7 @@ import typer
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
-    from moeplan.cluster import Cluster, Dispatch, ReplicaRule
+    from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule
     from moeplan.replay.timing import Timing
     from moeplan.types import ModelShape
 
@@ -92,12 +92,19 @@ def timing_of(
     return timing.timing_of(shape, cluster, mode, hardware, model, timing.CONTEXT if context is None else context)
 
 
+def deployment_of(home: HomeChoice | None) -> Deployment:
+    """The flag as the library's own value."""
+    from moeplan.cluster import Deployment
+
+    return Deployment.GPUS if home is HomeChoice.gpu else Deployment.NODES
+
+
 def cluster_of(
     nodes: int, gpus_per_node: int, home: HomeChoice, dispatch: DispatchChoice, rule: RuleChoice
 ) -> tuple[Cluster, Dispatch, ReplicaRule]:
     """The flags as the library's own values."""
-    from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule
+    from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 
     if nodes < 1 or gpus_per_node < 1:
         raise UsageError(f"--nodes {nodes} x --gpus-per-node {gpus_per_node}: both must be at least 1")
-    return Cluster(nodes, gpus_per_node, Home(home.value)), Dispatch(dispatch.value), ReplicaRule(rule.value)
+    return Cluster(nodes, gpus_per_node, deployment_of(home)), Dispatch(dispatch.value), ReplicaRule(rule.value)

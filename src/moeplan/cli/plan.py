@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from moeplan.cluster import Cluster, Dispatch
-    from moeplan.planning import RequestSet, Result
-    from moeplan.planning.store import StoredPlan
+    from moeplan.planning import Plan, RequestSet
     from moeplan.replay import Setup
     from moeplan.replay.drift import DriftReport
     from moeplan.replay.timing import Timing
@@ -119,10 +118,9 @@ def register(app: typer.Typer) -> None:
         from moeplan.cluster import check_slots
         from moeplan.io.files import check_folder
         from moeplan.planning import Options, read_requests, solve
-        from moeplan.planning.store import load_plan, save_plan
+        from moeplan.planning.store import load_plan
         from moeplan.replay import Setup
         from moeplan.replay.comparison import check_shape, fit_problem
-        from moeplan.replay.drift import signature_tokens_of
         from moeplan.trace import open_trace
 
         check_folder(output)
@@ -130,9 +128,9 @@ def register(app: typer.Typer) -> None:
         if old is None:
             cluster, mode, rule = o.cluster_of(nodes, gpus_per_node, home, dispatch, replica_rule)
         else:
-            cluster, mode, rule, redundant = old.cluster, old.dispatch, old.rule, old.redundant
+            cluster, mode, rule, redundant = old.cluster, old.dispatch, old.replica_rule, old.redundant
             if signature_tokens is None:
-                signature_tokens = signature_tokens_of(old)
+                signature_tokens = old.signature.tokens
             objective, guard = _inherited(context, old, start or "", objective, guard)
         for name in ("objective", "guard"):
             if old is None and strategy != "moeplan" and given(context, name):
@@ -147,33 +145,34 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
         if old is not None and start is not None:
-            check_shape(opened.shape, old.shape, start)
+            check_shape(opened.shape, old.model, start)
         with progress("plan") as report:
             requests = read_requests(opened, signature_tokens=signature_tokens, rows=False)
             problem = fit_problem(requests, setup, np.arange(len(requests)))
             if old is not None:
-                problem = dataclasses.replace(problem, old=old.result.placement.slots)
+                problem = dataclasses.replace(problem, old=old.placement.slots)
             report(1, 3, "solving")
             result = solve(problem, strategy, seed)
             report(2, 3, "expected figures on an unseen quarter")
             expected = None if old is not None else _expected(requests, setup, strategy)
-        save_plan(
-            output, result, problem, trace_checksum=opened.checksum, synthetic=opened.synthetic, expected=expected,
-            stands_in=requests.stands_in,
+        origin = dataclasses.replace(
+            result.provenance, trace_checksum=opened.checksum, synthetic=opened.synthetic
         )  # fmt: skip
-        echo(f"{opened.label}: {strategy} on {len(requests)} {opened.unit} in {result.seconds:.2f} s -> {output}")
-        for note in (*requests.notes, *result.notes):
+        result = dataclasses.replace(result, signature=requests.known, provenance=origin, expected=expected)
+        result.save(output)
+        echo(f"{opened.label}: {strategy} on {len(requests)} {opened.unit} in {origin.fit_seconds:.2f} s -> {output}")
+        for note in (*requests.notes, *origin.notes):
             echo(f"  - {note}")
         if not result.equal_groups:
             echo("  - its groups are unequal in size: such a plan is for comparison and does not count")
-        moved = None if old is None else _moved(old, result)
+        moved = None if old is None else result.moves_from(old)
         if moved is not None:
-            size = "" if moved["bytes"] is None else f", {_size(moved['bytes'])} of weights"
+            size = "" if moved.bytes is None else f", {_size(moved.bytes)} of weights"
             echo(
-                f"moved against {start}: {moved['copies']} of {moved['slots']} expert copies{size}; at most "
-                f"{moved['most_in_a_layer']} in a layer"
+                f"moved against {start}: {moved.replicas} of {moved.slots} expert copies{size}; at most "
+                f"{moved.most_in_a_layer} in a layer"
             )
-            if moved["copies"]:
+            if moved.replicas:
                 echo(f"what it brings: moeplan replay TRACE --plan {output}, beside the same of {start}")
             else:
                 echo("nothing to gain by so few moves: the placement is the same, the groups' router is new")
@@ -191,15 +190,21 @@ def register(app: typer.Typer) -> None:
                 echo(f"  {key:24s} {expected[key]['value']:.3f}{change}")
         emit_json(
             json,
-            {"plan": output, "strategy": strategy, "fit_seconds": result.seconds, "expected": expected, "moved": moved},
+            {
+                "plan": output,
+                "strategy": strategy,
+                "fit_seconds": origin.fit_seconds,
+                "expected": expected,
+                "moved": moved and vars(moved),
+            },
         )
 
 
-def _inherited(context: typer.Context, old: StoredPlan, where: str, objective: str, guard: float) -> tuple[str, float]:
+def _inherited(context: typer.Context, old: Plan, where: str, objective: str, guard: float) -> tuple[str, float]:
     """What an older plan was made for goes on, unless the command line says otherwise."""
     from moeplan.replay.drift import options_of
 
-    if old.head.get("objective") == "time":
+    if old.params.get("objective") == "time":
         if not given(context, "objective") and not given(context, "hardware"):
             raise UsageError(
                 "the plan was made with --objective time", where=where,
@@ -237,24 +242,6 @@ def _step_ms(timing: Timing, cluster: Cluster, mode: Dispatch, links: Array, pic
     return float(times.ms[0])
 
 
-def _moved(old: StoredPlan, new: Result) -> dict[str, int | None]:
-    """Copies that are on a GPU which did not hold the expert before, and the bytes of weights that this takes."""
-    import numpy as np
-
-    before, after = old.result.placement, new.placement
-    held = [set(gpu.tolist()) for gpu in before.slots.reshape(-1, before.slots_per_gpu)]
-    fresh = [len(set(gpu.tolist()) - had) for gpu, had in zip(after.slots.reshape(len(held), -1), held, strict=True)]
-    by_layer = np.array(fresh).reshape(before.num_layers, -1).sum(axis=1)
-    size = old.shape.expert_bytes
-    copies = int(by_layer.sum())
-    return {
-        "copies": copies,
-        "slots": before.slots.size,
-        "most_in_a_layer": int(by_layer.max()),
-        "bytes": None if size is None else round(copies * size),
-    }
-
-
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
@@ -282,17 +269,16 @@ def _drift(
     setup = drift.drift_setup(stored, seed=seed, block=block)
     opened = open_trace(new, without_layers=without_layers)
     check_shape(opened.shape, stored.shape, start)
-    tokens = drift.signature_tokens_of(stored) if signature_tokens is None else signature_tokens
+    tokens = stored.signature.tokens if signature_tokens is None else signature_tokens
     with progress("drift") as report:
         requests = read_requests(opened, signature_tokens=tokens)
         found = drift.drift(requests, stored, setup, report)
-    seen = stored.trace_checksum == opened.checksum
+    seen = stored.provenance.trace_checksum == opened.checksum
     _say_drift(found, stored, opened.label, new, start)
     for note in requests.notes:
         echo(f"  - {note}")
-    if requests.stands_in != stored.head.get("signature_stands_in"):
-        was, now = stored.head.get("signature_stands_in") or "prefill", requests.stands_in or "prefill"
-        echo(f"  - signatures rest on the {now}; the plan was fitted on the {was}")
+    if requests.known != stored.signature:
+        echo(f"  - signatures rest on the {requests.known}; the plan was fitted on the {stored.signature}")
     if seen:
         echo("  - the plan was fitted on this very trace, test parts included: it looks better here than it is")
     facts = {"trace": opened.label, "synthetic": opened.synthetic, "plan": start, "fitted_on_this_trace": seen}
@@ -300,15 +286,15 @@ def _drift(
     raise typer.Exit(1 if found.stale else 0)
 
 
-def _say_drift(found: DriftReport, stored: StoredPlan, label: str, new: str, plan: str) -> None:
+def _say_drift(found: DriftReport, stored: Plan, label: str, new: str, plan: str) -> None:
     from moeplan.planning.problem import GUARD
     from moeplan.replay.drift import FRESH, OLD, OLD_RANDOM, anew
 
     count, setup = found.table.head["requests"], found.table.head["setup"]
-    by = "" if anew(stored) == stored.result.strategy else f" (planned anew by {anew(stored)})"
+    by = "" if anew(stored) == stored.strategy else f" (planned anew by {anew(stored)})"
     echo(
         f"{label}: {count['fit'][0]} requests to plan anew on, {count['test'][0]} others to measure on, "
-        f"{setup['folds']} folds; {stored.result.strategy}{by} on {setup['nodes']} nodes x "
+        f"{setup['folds']} folds; {stored.strategy}{by} on {setup['nodes']} nodes x "
         f"{setup['gpus_per_node']} GPUs, {setup['redundant']} redundant slots, dispatch per {setup['dispatch']}"
     )
     echo(f"{'':30s} {found.key + ' [95 %]':>30s}  node load  GPU load")

@@ -37,7 +37,6 @@ def estimate_real(
     from moeplan.planning import read_requests
     from moeplan.planning.store import load_plan
     from moeplan.replay.comparison import check_shape
-    from moeplan.replay.drift import signature_tokens_of
     from moeplan.replay.timing import Timing, model_of
     from moeplan.replay.trace_routing import estimate_plan
     from moeplan.trace import open_trace
@@ -45,17 +44,17 @@ def estimate_real(
     stored = load_plan(plan)
     opened = open_trace(trace, without_layers=without_layers)
     spec = model_of(opened.shape, model)
-    check_shape(opened.shape, stored.shape, plan)
+    check_shape(opened.shape, stored.model, plan)
     dispatch = settings.dispatch or stored.dispatch
     Timing(spec, machine, context).check(opened.shape, stored.cluster, dispatch)  # before a large trace is read
     if signature_tokens is None:
-        signature_tokens = signature_tokens_of(stored)
+        signature_tokens = stored.signature.tokens
     requests = read_requests(opened, signature_tokens=signature_tokens)
     found = estimate_plan(
         stored, requests, machine, model=spec, batch=batch, context=context, settings=settings, seed=seed
     )
     assert found.measured is not None
-    seen, notes = stored.trace_checksum == opened.checksum, found.measured.notes
+    seen, notes = stored.provenance.trace_checksum == opened.checksum, found.measured.notes
     if seen:
         notes = (*notes, "the plan was fitted on this very trace: these are not figures of unseen requests")
     measured = replace(found.measured, trace=trace, plan=plan, fitted_on_this_trace=seen, notes=notes)

@@ -23,7 +23,7 @@ from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
     from moeplan.model.spec import ModelSpec
-    from moeplan.planning.store import StoredPlan
+    from moeplan.planning import Plan
     from moeplan.trace import Trace
 
 
@@ -108,7 +108,7 @@ def register(app: typer.Typer) -> None:
         start = time.perf_counter()
         with progress("replay"):
             requests = read_requests(opened, signature_tokens=signature_tokens, phase=phase.value)
-            table = run(requests, stored.result, setup)
+            table = run(requests, stored, setup)
         show(table, opened, time.perf_counter() - start)
         seen = stored.trace_checksum == opened.checksum
         if seen:
@@ -122,22 +122,18 @@ def register(app: typer.Typer) -> None:
 def _placed(
     file: Path, engine: p.EngineChoice | None, spec: ModelSpec, trace: Trace,
     ep_size: int | None, nnodes: int | None, home: o.HomeChoice | None,
-) -> StoredPlan:  # fmt: skip
+) -> Plan:  # fmt: skip
     """An engine's file as the plan it amounts to, for the trace's model; what config leaves open, the trace says."""
-    from moeplan.cluster import Dispatch, Home
+    from moeplan.cluster import Dispatch
     from moeplan.engines.files import ExpertLayout, examine
     from moeplan.engines.from_placement import deployed, rule_of
-    from moeplan.planning.store import StoredPlan
 
     if engine is None:
         raise UsageError("--placement needs to know whose file it is", where=str(file), hint="give --engine")
     if spec.moe_layers is None:
         spec = spec.override(moe_layers=trace.shape.layer_ids)
     read = examine(file, engine.value, spec, ExpertLayout(ep_size, nnodes)).need()
-    result, problem = deployed(
-        read, trace.shape, home=Home(home.value if home else "node"), rule=rule_of(engine.value, read.nodes),
+    return deployed(
+        read, trace.shape, deployment=o.deployment_of(home), rule=rule_of(engine.value, read.nodes),
         dispatch=Dispatch.PICK, where=str(file),
-    )  # fmt: skip
-    return StoredPlan(
-        result, problem.shape, problem.cluster, problem.redundant, problem.rule, problem.dispatch, "", {}
     )  # fmt: skip

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, check_slots, routes
+from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, check_slots, routes
 from moeplan.engines.placement import EnginePlacement
-from moeplan.planning import Problem, Result
-from moeplan.planning.problem import Stream
+from moeplan.planning.plan import DEPLOYED, Plan, Provenance
 from moeplan.planning.router import LocalityRouter
-from moeplan.types import ModelShape, expert_dtype
+from moeplan.types import ModelShape
 
-__all__ = ["STRATEGY", "deployed", "rule_of"]
-
-#: What a plan is called whose placement came from an engine's file.
-STRATEGY = "deployed"
+__all__ = ["deployed", "rule_of"]
 
 
 def rule_of(engine: str, nodes: int) -> ReplicaRule:
@@ -30,30 +24,18 @@ def rule_of(engine: str, nodes: int) -> ReplicaRule:
     return ReplicaRule.NEAREST_STATIC if nodes > 1 else ReplicaRule.NEAREST_EVEN
 
 
-class _Deployed(Problem):
-    """The problem of a placement that nothing was fitted for: no requests."""
-
-    def __post_init__(self) -> None:
-        check_slots(self.shape.num_experts, self.redundant, self.cluster)
-
-
 def deployed(
-    placement: EnginePlacement, shape: ModelShape, *, home: Home, rule: ReplicaRule, dispatch: Dispatch, where: str,
-    seed: int = 0,
-) -> tuple[Result, Problem]:  # fmt: skip
-    """What `solve` would have given, and the problem it is for (which holds no requests).
+    placement: EnginePlacement, model: ModelShape, *, deployment: Deployment, rule: ReplicaRule, dispatch: Dispatch,
+    where: str,
+) -> Plan:  # fmt: skip
+    """A placement as the plan that it amounts to: nothing was fitted.
 
     Raises:
         UsageError, FormatError: the file is for other experts or layers.
     """
-    place = placement.fit(shape, where)
-    cluster = Cluster(place.nodes, place.gpus_per_node, home)
-    none = np.zeros((0, shape.num_layers, shape.num_experts), np.uint32)
-    rows = np.zeros((0, shape.num_layers, shape.top_k), expert_dtype(shape.num_experts))
-    empty = np.zeros(0, np.int64)
-    problem = _Deployed(
-        shape, cluster, place.redundant, none, none, Stream(rows, empty, empty), rule, dispatch
-    )  # fmt: skip
-    who = routes(place, cluster, rule, seed)
+    place = placement.fit(model, where)
+    cluster = Cluster(place.nodes, place.gpus_per_node, deployment)
+    check_slots(model.num_experts, place.redundant, cluster)
+    router = LocalityRouter.of(routes(place, cluster, rule))
     notes = (f"the placement of {where}; nothing was fitted",)
-    return Result(STRATEGY, seed, place, who, LocalityRouter.of(who), True, notes, 0.0), problem
+    return Plan(place, router, cluster, dispatch, rule, model, DEPLOYED, provenance=Provenance(notes=notes))

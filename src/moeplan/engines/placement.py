@@ -15,7 +15,7 @@ from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.types import Int32Array, ModelShape, Placement
 
 if TYPE_CHECKING:
-    from moeplan.planning.store import StoredPlan
+    from moeplan.planning import Plan
 
 __all__ = ["EnginePlacement"]
 
@@ -81,9 +81,9 @@ class EnginePlacement:
         return cls(placement.slots, layer_ids, placement.num_experts, placement.num_gpus, placement.nodes)
 
     @classmethod
-    def of_plan(cls, plan: StoredPlan) -> EnginePlacement:
-        """From a stored plan (`moeplan.planning.store.load_plan`)."""
-        return cls.of(plan.result.placement, plan.shape.layer_ids)
+    def of_plan(cls, plan: Plan) -> EnginePlacement:
+        """From a plan."""
+        return cls.of(plan.placement, plan.model.layer_ids)
 
     def rows_of(self, layer_ids: tuple[int, ...], where: str) -> EnginePlacement:
         """The rows of these layers, in their order.

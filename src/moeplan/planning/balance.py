@@ -17,7 +17,7 @@ from moeplan.planning.packing import replicate, slots_from_nodes
 from moeplan.planning.strategies.eplb import rebalance
 from moeplan.types import Int32Array, Placement, has_duplicate_experts
 
-__all__ = ["Candidate", "balanced", "gpu_load", "load_ratio", "spread"]
+__all__ = ["Candidate", "balance", "balanced", "gpu_load", "load_ratio", "spread"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -35,6 +35,37 @@ class Candidate:
     name: str
     placement: Placement
     ratio: float
+
+
+def balance(
+    counts: npt.ArrayLike,
+    cluster: Cluster,
+    *,
+    redundant: int = 0,
+    replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC,
+    routing_groups: int = 1,
+) -> Placement:
+    """A placement with even load from counts alone: the best of DeepSeek's balancer (EPLB) and its variants.
+
+    Args:
+        counts: [L, E], picks of every expert in each MoE layer.
+        redundant: extra slots per layer, over all GPUs.
+        replica_rule: how the engine chooses among replicas.
+        routing_groups: groups of the model's router (DeepSeek-V3: 8).
+
+    Raises:
+        PlanError: slots that do not divide over the GPUs. UsageError: a layer without a pick.
+
+    Example:
+        >>> import moeplan, numpy
+        >>> counts = numpy.array([[90, 132, 40, 61, 104, 165, 39, 4]])
+        >>> moeplan.balance(counts, moeplan.Cluster(2, 2), redundant=4).slots
+        array([[5, 4, 7, 5, 0, 6, 1, 3, 2, 1, 4, 0]], dtype=int32)
+    """
+    load = np.asarray(counts)
+    if load.ndim != 2:
+        raise UsageError(f"counts of shape {load.shape}, expected [layers, experts]")
+    return balanced(load, cluster, redundant, replica_rule, routing_groups=routing_groups)[1].placement
 
 
 def balanced(

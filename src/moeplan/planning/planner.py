@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from moeplan._kernels import local_search
-from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule
+from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.expected_load import ExpectedLoad, Prices
 from moeplan.planning.forecast import LocalityForecast
@@ -65,7 +65,7 @@ class Planner:
         self.problem, self.cluster, self.seed = problem, problem.cluster, seed
         self.flat = problem.use.reshape(len(problem.use), -1).astype(np.float32)
         self.picks = np.maximum(self.flat.sum(axis=1, dtype=np.float64), 1.0)
-        self.node = self.cluster.home_node(np.arange(self.cluster.num_groups))
+        self.node = self.cluster.group_node(np.arange(self.cluster.num_groups))
         self.room = problem.num_slots // self.cluster.nodes
         self.nearest = problem.rule is not ReplicaRule.HASH
         self.foresight = LocalityForecast(problem.signature)
@@ -135,7 +135,7 @@ class Planner:
         if not state.slots.size:
             state.slots = place_quickly(use, self.room, self.cluster.gpus_per_node, prices[0])
         near = None
-        if self.cluster.home is Home.GPU and self.cluster.gpus_per_node > 1:
+        if self.cluster.deployment is Deployment.GPUS and self.cluster.gpus_per_node > 1:
             near = np.ascontiguousarray(NEAR * by_group.transpose(1, 0, 2))
             near /= np.maximum(use.sum(axis=(1, 2)), 1e-12)[:, None, None]
         rows = None
@@ -205,7 +205,7 @@ class Planner:
         """Equal groups by what the router foretells; a request's own decode has no say in its own forecast."""
         served = ExpectedLoad(self.cluster, state.slots, self.problem.shape.num_experts, self.nearest)
         kept = served.kept[self.node]
-        if self.cluster.home is Home.GPU and self.nearest:
+        if self.cluster.deployment is Deployment.GPUS and self.nearest:
             kept = kept + NEAR * served.on.transpose(1, 0, 2)
         kept = kept.reshape(len(self.node), -1).astype(np.float32)
         share = (self.flat @ kept.T) / self.picks[:, None]

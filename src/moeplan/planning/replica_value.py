@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplan.cluster import Cluster, ReplicaRule, routes
-from moeplan.planning import RequestSet, Result
+from moeplan.planning import Plan, RequestSet
 from moeplan.planning.assignment import equal_groups
 from moeplan.types import Placement
 
@@ -32,14 +32,14 @@ class ReplicaLocality:
         return {"nearest-static": self.nearest, "hash": self.any_copy, "scattered": self.scattered}
 
 
-def replica_locality(requests: RequestSet, result: Result, cluster: Cluster) -> ReplicaLocality:
+def replica_locality(requests: RequestSet, plan: Plan) -> ReplicaLocality:
     """Replay the requests, in the equal groups that the plan's router gives them, under both rules."""
-    groups = equal_groups(result.router.scores(requests.signature))
+    groups = equal_groups(plan.router.scores(requests.signature))
     nearest, any_copy = (
-        remote_share(requests, groups, result.placement, cluster, rule, result.seed)
+        remote_share(requests, groups, plan.placement, plan.cluster, rule, plan.seed)
         for rule in (ReplicaRule.NEAREST_STATIC, ReplicaRule.HASH)
     )
-    return ReplicaLocality(nearest, any_copy, 1 - 1 / cluster.nodes)
+    return ReplicaLocality(nearest, any_copy, 1 - 1 / plan.cluster.nodes)
 
 
 def remote_share(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from moeplan._kernels.counting import count_ranges
 from moeplan.errors import UsageError
+from moeplan.planning.plan import Signature
 from moeplan.planning.problem import Stream
 from moeplan.trace import Trace
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
@@ -40,9 +41,10 @@ class RequestSet:
             fitted on, and what they are measured on (the same as use unless another phase was asked for).
         prefill_rows: int64 [n], recorded prefill rows (0 where none).
         column: what the measured rows are called: decode, prefill, prefill and decode, rest of prompt, rest of rows.
-        stands_in: what the signature rests on, when it is not the prefill; else None.
+        known: what the signature rests on.
         notes: what a reader must know, one line each.
         sums: uint32 [2, n, L, E], picks of prefill and decode, where the trace holds sums: each stands for a request.
+        trace: where they come from; None for requests made by hand.
     """
 
     shape: ModelShape
@@ -56,9 +58,10 @@ class RequestSet:
     measured_span: Int64Array
     prefill_rows: Int64Array
     column: str
-    stands_in: str | None
+    known: Signature
     notes: tuple[str, ...]
     sums: Counts | None = None
+    trace: Trace | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -83,6 +86,11 @@ class RequestSet:
     def measured(self) -> Counts:
         """uint32 [n, L, E], picks in the rows that plans are measured on."""
         return self.use if self.measured_span is self.use_span else self._count(self.measured_span)
+
+    @property
+    def stands_in(self) -> str | None:
+        """What the signature rests on, in words, when it is not the prefill; else None."""
+        return self.known.stands_in
 
     @property
     def measured_rows(self) -> Int64Array:
@@ -128,12 +136,12 @@ def read_requests(
     start, stop = requests.offsets[:-1], requests.offsets[1:]
     signature = np.stack((start + stages.first, start + stages.middle), 1)
     use = np.stack((start + stages.middle, stop), 1)
-    usable, stands_in, column = stages.usable, None, "decode"
+    usable, known, column = stages.usable, Signature(), "decode"
     need = f"a prefill of at least {MIN_PREFILL} row and a decode of at least {MIN_DECODE}"
     if signature_tokens is not None:
-        stands_in = stages.prefill
-        column = "decode" if stages.decode == "rest of decode" else stages.decode
-        need = f"at least {2 * signature_tokens} {stages.prefill.split()[2]} tokens"
+        known = Signature(stages.source, signature_tokens)
+        column = "decode" if known.source == "decode" else stages.decode
+        need = f"at least {2 * signature_tokens} {known.unit} tokens"
     if phase != "decode":
         if not (usable & (requests.prefill_known > 0)).any() or column != "decode":
             raise UsageError(f"--phase {phase} needs prefill and decode rows, which this trace does not have")
@@ -154,16 +162,16 @@ def read_requests(
         "mixed": np.stack((start, stop), 1)[index],
     }[phase]
     notes = [f"{len(index)} of {len(requests)} requests are usable (they have {need})"]
-    if stands_in:
+    if known.tokens is not None:
         notes.append(
-            f"the {stands_in} stand in for the prefill; figures are for the "
+            f"the {known} stand in for the prefill; figures are for the "
             + ("rest" if phase == "decode" else f"{column} rows")
         )
     if not trace.complete:
         notes.append("the trace is of a recording that was cut off; its finished parts are used")
     return RequestSet(
         trace.shape, trace.load().experts, index, len(requests), requests.domain[index], requests.domains,
-        signature[index], use, measured, requests.prefill_known[index], column, stands_in, tuple(notes),
+        signature[index], use, measured, requests.prefill_known[index], column, known, tuple(notes), trace=trace,
     )  # fmt: skip
 
 
@@ -185,7 +193,7 @@ def _read_sums(trace: Trace) -> RequestSet:
     return RequestSet(
         trace.shape, np.empty((0, trace.shape.num_layers, trace.shape.top_k), expert_dtype(trace.shape.num_experts)),
         index, len(requests), requests.domain[index], requests.domains, none, none, none,
-        requests.prefill_known[index], "decode", None, notes, np.concatenate(parts, axis=1),
+        requests.prefill_known[index], "decode", Signature(), notes, np.concatenate(parts, axis=1), trace,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,16 @@ Signatures = npt.NDArray[np.number]
 
 
 class Router(Protocol):
-    """Scores groups for requests; the caller makes the groups equal, or takes the best of each."""
+    """Scores groups for requests; the caller makes the groups equal, or takes the best of each.
+
+    Attributes:
+        kind: what plan.json calls it. arrays: what a stored plan keeps of it, by file name.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]: ...
 
     def scores(self, signatures: Signatures) -> FloatArray:
         """float64 [n, D] from signatures [n, L, E]: the higher, the better the group suits the request."""
@@ -32,7 +41,13 @@ class LocalityRouter:
         local: float64 [D, L, E], share of a group's picks of an expert that its own node serves.
     """
 
+    kind: ClassVar[str] = "locality"
     local: FloatArray
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """None: the placement says it all."""
+        return {}
 
     @classmethod
     def of(cls, who: Routes) -> LocalityRouter:
@@ -59,8 +74,14 @@ class ClusterRouter:
         serves: bool [K, D], which groups a cluster was mapped to.
     """
 
+    kind: ClassVar[str] = "clusters"
     centroids: npt.NDArray[np.float32]
     serves: npt.NDArray[np.bool_]
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Both."""
+        return {"centroids": self.centroids, "serves": self.serves}
 
     def nearness(self, signatures: Signatures) -> FloatArray:
         """float64 [n, K]: the cosine between the signature and each centroid."""
@@ -89,8 +110,14 @@ class LinearRouter:
         weights: float32 [D, L * E], on the signature as `by_layer` gives it. intercept: float64 [D].
     """
 
+    kind: ClassVar[str] = "linear"
     weights: npt.NDArray[np.float32]
     intercept: FloatArray
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Both."""
+        return {"weights": self.weights, "intercept": self.intercept}
 
     def scores(self, signatures: Signatures) -> FloatArray:
         """Expected share of the request's decode that each group holds."""

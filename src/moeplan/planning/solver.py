@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
 
-from moeplan.cluster import Routes, routes
+from moeplan.cluster import routes
 from moeplan.errors import PlanError, UsageError
 from moeplan.planning import strategies
+from moeplan.planning.plan import Plan, Provenance
 from moeplan.planning.problem import Problem
-from moeplan.planning.router import LocalityRouter, Router
+from moeplan.planning.router import LocalityRouter
 from moeplan.types import Placement
 
-__all__ = ["Result", "solve"]
+__all__ = ["solve"]
 
 
-@dataclass(frozen=True)
-class Result:
-    """A solved problem.
-
-    Attributes:
-        placement: where every expert lives.
-        who: the replica rule applied to it.
-        router: how new requests find their group.
-        equal_groups: False for a strategy whose groups are unequal by nature.
-        notes: choices made, one line each.
-        seconds: wall time.
-    """
-
-    strategy: str
-    seed: int
-    placement: Placement
-    who: Routes
-    router: Router
-    equal_groups: bool
-    notes: tuple[str, ...]
-    seconds: float
-
-
-def solve(problem: Problem, strategy: str, seed: int = 0) -> Result:
+def solve(problem: Problem, strategy: str, seed: int = 0) -> Plan:
     """Decide, check the invariants of a placement, and bring the router along.
 
     Raises:
@@ -55,9 +33,14 @@ def solve(problem: Problem, strategy: str, seed: int = 0) -> Result:
     placement = Placement(decision.slots, problem.shape.num_experts, cluster.nodes, cluster.gpus_per_node)
     if placement.slots.shape != (problem.shape.num_layers, problem.num_slots):
         raise PlanError(f"{strategy} made slots of shape {placement.slots.shape}")
-    who = routes(placement, cluster, problem.rule, seed)
-    router = decision.router or LocalityRouter.of(who)
-    return Result(
-        strategy, seed, placement, who, router, chosen.equal, decision.notes,
-        time.perf_counter() - start,
+    router = decision.router or LocalityRouter.of(routes(placement, cluster, problem.rule, seed))
+    params = {
+        "guard": problem.options.guard if math.isfinite(problem.options.guard) else None,
+        "objective": problem.options.objective if strategy == "moeplan" else None,
+    }
+    seconds = time.perf_counter() - start
+    return Plan(
+        placement, router, cluster, problem.dispatch, problem.rule, problem.shape, strategy, params,
+        seed=seed, equal_groups=chosen.equal,
+        provenance=Provenance(fit_requests=len(problem.use), fit_seconds=seconds, notes=decision.notes),
     )  # fmt: skip

@@ -1,221 +1,189 @@
-"""A plan on disk: a directory of `plan.json` and plain `.npy` arrays (never pickled)."""
+"""Reading a plan: a directory of `plan.json` and plain `.npy` arrays (never pickled), of any version so far."""
 
 from __future__ import annotations
 
-import operator
-import shutil
-import tempfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moeplan import __version__
-from moeplan.cluster import Cluster, Dispatch, Home, ReplicaRule, routes
-from moeplan.errors import FormatError, MoeplanError, OutputError
-from moeplan.io.files import cannot_write, read_json, write_json
+from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, routes
+from moeplan.errors import FormatError, MoeplanError
+from moeplan.io.files import read_json
 from moeplan.io.paths import check_input
-from moeplan.planning.problem import Problem
-from moeplan.planning.router import ClusterRouter, LinearRouter, LocalityRouter
-from moeplan.planning.solver import Result
+from moeplan.planning.plan import FORMAT, VERSION, Plan, Provenance, Signature, crc
+from moeplan.planning.router import ClusterRouter, LinearRouter, LocalityRouter, Router
 from moeplan.types import ModelShape, Placement
 
-T = TypeVar("T")
+__all__ = ["load_plan"]
 
-__all__ = ["FORMAT", "VERSION", "StoredPlan", "load_plan", "save_plan"]
-
-FORMAT, VERSION = "moeplan-plan", 1
-#: Router -> what plan.json calls it.
-_ROUTERS: dict[type[Any], str] = {ClusterRouter: "clusters", LinearRouter: "linear", LocalityRouter: "locality"}
+#: Parts of the format that this version knows, for `requires`: a plan that needs another one is refused.
+KNOWN: frozenset[str] = frozenset()
 _MAX_ARRAY_BYTES = 8 * 1024**3
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
-@dataclass(frozen=True)
-class StoredPlan:
-    """A plan read back.
+class _Cluster(msgspec.Struct):
+    nodes: Count
+    gpus_per_node: Count
+    deployment: Deployment
 
-    Attributes:
-        result: as `solve` gave it.
-        shape, cluster, redundant, rule, dispatch: the problem it is for.
-        trace_checksum: the rows that it was fitted on.
-        head: all of plan.json.
-    """
 
-    result: Result
-    shape: ModelShape
-    cluster: Cluster
-    redundant: int
-    rule: ReplicaRule
+class _Signature(msgspec.Struct):
+    source: Literal["prefill", "prompt", "decode", "rows"]
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=10**9)] | None
+
+
+class _Head(msgspec.Struct, kw_only=True):
+    """What plan.json must say; fields that it does not name are ignored, parts in `requires` are not."""
+
+    strategy: str
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    model: dict[str, Any]
+    cluster: _Cluster
+    replica_rule: ReplicaRule
     dispatch: Dispatch
-    trace_checksum: str
-    head: dict[str, Any]
+    router: Literal["clusters", "linear", "locality"]
+    equal_groups: bool
+    fit_seconds: float
+    arrays: dict[str, int]
+    signature: _Signature
+    params: dict[str, Any] = {}
+    fit_requests: Count = 0
+    trace_checksum: str = ""
+    synthetic: bool = False
+    moeplan: str = ""
+    notes: tuple[str, ...] = ()
+    expected: dict[str, dict[str, Any]] | None = None
 
 
-def save_plan(
-    path: str | Path,
-    result: Result,
-    problem: Problem,
-    *,
-    trace_checksum: str,
-    synthetic: bool,
-    expected: dict[str, Any] | None,
-    stands_in: str | None,
-) -> None:
-    """Write a plan; the directory appears whole or not at all.
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan that `Plan.save` or `moeplan plan` wrote, of this version or an older one, and check it whole.
 
-    Raises:
-        OutputError: the place exists, or cannot be written.
-    """
-    path = Path(path)
-    if path.exists():
-        raise OutputError("already exists", where=str(path), hint="choose another place, or remove it")
-    arrays: dict[str, npt.NDArray[Any]] = {"slots": result.placement.slots}
-    if isinstance(result.router, ClusterRouter):
-        arrays |= {"centroids": result.router.centroids, "serves": result.router.serves}
-    elif isinstance(result.router, LinearRouter):
-        arrays |= {"weights": result.router.weights, "intercept": result.router.intercept}
-    elif not isinstance(result.router, LocalityRouter):
-        raise OutputError(f"plans do not store a {type(result.router).__name__} yet", where=str(path))
-    cluster = problem.cluster
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "moeplan": __version__,
-        "synthetic": synthetic,
-        "strategy": result.strategy,
-        "objective": problem.options.objective if result.strategy == "moeplan" else None,
-        "guard": problem.options.guard if np.isfinite(problem.options.guard) else None,
-        "seed": result.seed,
-        "model": problem.shape.to_dict(),
-        "cluster": {"nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node, "home": cluster.home.value},
-        "redundant": problem.redundant,
-        "replica_rule": problem.rule.value,
-        "dispatch": problem.dispatch.value,
-        "router": _ROUTERS[type(result.router)],
-        "equal_groups": result.equal_groups,
-        "fit_seconds": result.seconds,
-        "fit_requests": len(problem.use),
-        "signature_stands_in": stands_in,
-        "trace_checksum": trace_checksum,
-        "notes": list(result.notes),
-        "expected": expected,
-        "arrays": {name: _crc(array) for name, array in arrays.items()},
-    }
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o755)
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-        write_json(temporary / "plan.json", head)
-        temporary.rename(path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def load_plan(path: str | Path) -> StoredPlan:
-    """Read a plan and check it whole.
+    Args:
+        path: the plan's directory.
 
     Raises:
-        FormatError: not a plan, a newer version, a wrong checksum, an impossible placement.
+        FormatError: not a plan, a newer version, an unknown requirement, a wrong checksum, an impossible placement.
+
+    Example:
+        >>> moeplan.load_plan("plan").cluster  # doctest: +SKIP
+        Cluster(nodes=8, gpus_per_node=8, deployment=<Deployment.NODES: 'nodes'>)
     """
     root = Path(path)
-    head_path = root / "plan.json"
+    place = root / "plan.json"
     if not root.exists():
         raise FormatError("does not exist", where=str(root), hint="check the path")
-    if not head_path.is_file():
+    if not place.is_file():
         raise FormatError(
             "is not a moeplan plan (a directory with plan.json)", where=str(root), hint="make one: moeplan plan"
         )
-    head, where = read_json(head_path), str(head_path)
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise FormatError(f"is not a {FORMAT} file", where=where)
-    if not isinstance(head.get("version"), int) or head["version"] > VERSION:
-        raise FormatError(f"is of version {head.get('version')}, this moeplan reads up to {VERSION}", where=where)
-    shape = ModelShape.from_dict(head.get("model"), where=where)
-    layout, sums = _field(head, "cluster", _mapping, where), _field(head, "arrays", _mapping, where)
-    size = [_field(layout, name, operator.index, where) for name in ("nodes", "gpus_per_node")]
-    home = _field(layout, "home", Home, where)
-    rule, dispatch = _field(head, "replica_rule", ReplicaRule, where), _field(head, "dispatch", Dispatch, where)
-    seed, strategy = _field(head, "seed", operator.index, where), _field(head, "strategy", str, where)
-    kind, equal = _field(head, "router", str, where), _field(head, "equal_groups", _truth, where)
-    seconds = _field(head, "fit_seconds", float, where)
+    where = str(place)
+    head = _read_head(read_json(place), where)
+    model = ModelShape.from_dict(head.model, where=where)
     try:
-        cluster = Cluster(size[0], size[1], home)
+        cluster = Cluster(head.cluster.nodes, head.cluster.gpus_per_node, head.cluster.deployment)
     except MoeplanError as error:
         raise FormatError(error.what, where=where, hint=error.hint) from None
     try:
-        placement = Placement(
-            _array(root, "slots", sums, 2), shape.num_experts, cluster.nodes, cluster.gpus_per_node
-        )  # fmt: skip
+        slots = _array(root, "slots", head.arrays, 2)
+        placement = Placement(slots, model.num_experts, cluster.nodes, cluster.gpus_per_node)
     except MoeplanError as error:
         raise FormatError(error.what, where=error.where or str(root / "slots.npy"), hint=error.hint) from None
-    if placement.num_layers != shape.num_layers:
-        raise FormatError(f"{placement.num_layers} layers of slots for {shape.num_layers} layers", where=str(root))
-    who = routes(placement, cluster, rule, seed)
-    router = _router(root, kind, sums, shape, cluster) or LocalityRouter.of(who)
-    result = Result(
-        strategy, seed, placement, who, router, equal, (), seconds,
-    )  # fmt: skip
-    return StoredPlan(
-        result, shape, cluster, placement.redundant, rule, dispatch, str(head.get("trace_checksum", "")), head
-    )  # fmt: skip
-
-
-def _field(fields: dict[str, Any], name: str, read: Callable[[Any], T], where: str) -> T:
-    """One field as what it must be, or an error that names it."""
-    if name not in fields:
-        raise FormatError(f"has no {name!r}", where=where, hint="plan again")
+    router = _router(root, head, model, cluster)
     try:
-        return read(fields[name])
-    except (TypeError, ValueError, OverflowError):
-        raise FormatError(f"has a wrong {name!r}: {str(fields[name])[:40]!r}", where=where, hint="plan again") from None
+        return Plan(
+            placement=placement,
+            router=router or LocalityRouter.of(routes(placement, cluster, head.replica_rule, head.seed)),
+            cluster=cluster,
+            dispatch=head.dispatch,
+            replica_rule=head.replica_rule,
+            model=model,
+            strategy=head.strategy,
+            params=head.params,
+            signature=Signature(head.signature.source, head.signature.tokens),
+            seed=head.seed,
+            equal_groups=head.equal_groups,
+            provenance=Provenance(
+                head.moeplan, head.trace_checksum, head.synthetic, head.fit_requests, head.fit_seconds, head.notes
+            ),
+            expected=head.expected,
+        )
+    except MoeplanError as error:
+        raise FormatError(error.what, where=str(root), hint=error.hint) from None
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError
-    return value
+def _read_head(data: Any, where: str) -> _Head:
+    """plan.json, of any version, as what it must be; errors name the field."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FormatError(f"is not a {FORMAT} file", where=where)
+    version, needed = data.get("version"), data.get("requires", [])
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise FormatError(f"is of version {str(version)[:20]}, this moeplan reads up to {VERSION}", where=where)
+    if not isinstance(needed, list) or not all(isinstance(name, str) for name in needed):
+        raise FormatError("has a wrong 'requires': a list of names is needed", where=where, hint="plan again")
+    if unknown := sorted(set(needed) - KNOWN):
+        raise FormatError(
+            f"requires {unknown[0][:40]!r}, which this moeplan does not know", where=where, hint="use a newer moeplan"
+        )
+    try:
+        return msgspec.convert(_from_version_1(data) if version == 1 else data, _Head)
+    except msgspec.ValidationError as error:
+        raise FormatError(_in_words(str(error), data), where=where, hint="plan again") from None
 
 
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
+def _in_words(error: str, data: dict[str, Any]) -> str:
+    """msgspec's message with the field first, as the package's other errors have it."""
+    what, _, at = error.partition(" - at `$")
+    path = at.rstrip("`").lstrip(".")
+    if missing := re.search(r"missing required field `(\w+)`", what):
+        return f"has no {missing[1]!r}" + (f" in {path!r}" if path else "")
+    value: Any = data
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    shown = "" if value is None else f": {str(value)[:40]!r}"
+    return f"has a wrong {path.rpartition('.')[2]!r}{shown} ({what[0].lower()}{what[1:]})"
 
 
-def _router(
-    root: Path, kind: str, sums: dict[str, Any], shape: ModelShape, cluster: Cluster
-) -> ClusterRouter | LinearRouter | None:
+def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """plan.json as 0.1.0 wrote it, in the words of version 2."""
+    out = dict(data)
+    cluster, text = data.get("cluster"), data.get("signature_stands_in")
+    if isinstance(cluster, dict) and "home" in cluster:
+        home = cluster["home"]
+        out["cluster"] = {**cluster, "deployment": {"node": "nodes", "gpu": "gpus"}.get(str(home), home)}
+    out["params"] = {key: data[key] for key in ("guard", "objective") if key in data}
+    found = re.fullmatch(r"first ([1-9]\d{0,8}) (decode|prompt|recorded) tokens", str(text))
+    if text is not None and not found:
+        raise msgspec.ValidationError(f"`{str(text)[:40]}` is not known - at `$.signature_stands_in`")
+    source, tokens = ("prefill", None) if found is None else (found[2], int(found[1]))
+    out["signature"] = {"source": "rows" if source == "recorded" else source, "tokens": tokens}
+    return out
+
+
+def _router(root: Path, head: _Head, model: ModelShape, cluster: Cluster) -> Router | None:
     """The stored router; None for the one that every placement brings along."""
-    width, groups = shape.num_layers * shape.num_experts, cluster.num_groups
-    router: ClusterRouter | LinearRouter
-    if kind == "locality":
+    width, groups = model.num_layers * model.num_experts, cluster.num_groups
+    if head.router == "locality":
         return None
-    if kind == "clusters":
-        first, second = _array(root, "centroids", sums, 2), _array(root, "serves", sums, 2)
+    router: ClusterRouter | LinearRouter
+    if head.router == "clusters":
+        first, second = _array(root, "centroids", head.arrays, 2), _array(root, "serves", head.arrays, 2)
         good = first.shape == (len(second), width) and second.shape[1] == groups
         router = ClusterRouter(first.astype(np.float32), second.astype(np.bool_))
-    elif kind == "linear":
-        first, second = _array(root, "weights", sums, 2), _array(root, "intercept", sums, 1)
+    else:
+        first, second = _array(root, "weights", head.arrays, 2), _array(root, "intercept", head.arrays, 1)
         good = first.shape == (groups, width) and second.shape == (groups,) and bool(np.isfinite(second).all())
         router = LinearRouter(first.astype(np.float32), second.astype(np.float64))
-    else:
-        raise FormatError(f"has a router of an unknown kind {kind[:40]!r}", where=str(root / "plan.json"))
     if not good or not np.isfinite(first).all():
         raise FormatError("the router's arrays do not fit the plan", where=str(root))
     return router
 
 
-def _array(root: Path, name: str, sums: dict[str, Any], dimensions: int) -> npt.NDArray[Any]:
+def _array(root: Path, name: str, sums: dict[str, int], dimensions: int) -> npt.NDArray[Any]:
     path = root / f"{name}.npy"
     try:
         if check_input(path) > _MAX_ARRAY_BYTES:
@@ -226,10 +194,6 @@ def _array(root: Path, name: str, sums: dict[str, Any], dimensions: int) -> npt.
         raise FormatError(f"is not a whole array ({str(error)[:80]})", where=str(path), hint="plan again") from None
     if array.ndim != dimensions or array.dtype.kind not in "iufb":
         raise FormatError(f"holds {array.dtype} of {array.ndim} dimensions", where=str(path))
-    if sums.get(name) != _crc(array):
+    if sums.get(name) != crc(array):
         raise FormatError("checksum differs from plan.json", where=str(path), hint="the file was changed: plan again")
     return array
-
-
-def _crc(array: npt.NDArray[Any]) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).tobytes())

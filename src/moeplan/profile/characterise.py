@@ -20,7 +20,7 @@ from moeplan.profile.similarity import Similarity, similarity
 from moeplan.progress import Progress
 from moeplan.trace import UNKNOWN, Trace
 
-__all__ = ["Profile", "profile"]
+__all__ = ["Profile", "profile_trace"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Profile:
         )
 
 
-def profile(
+def profile_trace(
     trace: Trace, *, seed: int = 0, signature_tokens: int | None = None, progress: Progress | None = None
 ) -> Profile:
     """Characterise a trace.

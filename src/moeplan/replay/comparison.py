@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, check_slots
 from moeplan.errors import PlanError, UsageError
-from moeplan.planning import Options, Problem, RequestSet, Result, solve
+from moeplan.planning import Options, Plan, Problem, RequestSet, solve
 from moeplan.planning.assignment import equal_groups, random_groups
 from moeplan.planning.router import ClusterRouter, LocalityRouter
 from moeplan.planning.strategies import find
@@ -128,7 +128,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     _check_timing(requests, setup)
     block = blocks(requests.index, setup.block)
     folds = folds_of(requests, setup, block)
-    ways = ["fewer nodes", *["--home node"] * (cluster.gpus_per_home < cluster.gpus_per_node), "another --fit"]
+    ways = ["fewer nodes", *["--home node"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
     ways += ["a smaller --block"] * (setup.block > 1)
     more = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, setup.fit)} usable requests"
     least = min(len(fit) for fit, _ in folds)
@@ -142,13 +142,13 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     for fold, (fit, test) in enumerate(folds):
         problem = fit_problem(requests, setup, fit)
         draws = draw_steps(requests.measured_span[test], setup.steps, rng_of(setup, fold, 2))
-        solved: dict[str, Result] = {}
+        solved: dict[str, Plan] = {}
         for row in rows:
             if progress:
                 progress(done, total, f"fold {fold + 1}, {row.name}")
             if row.strategy not in solved:
                 solved[row.strategy] = solve(problem, row.strategy, setup.seed + fold)
-                for note in solved[row.strategy].notes:
+                for note in solved[row.strategy].provenance.notes:
                     notes.setdefault(note, {})[str(fold + 1)] = None
             result = solved[row.strategy]
             group = group_test(requests, fit, test, result, row.signature, rng_of(setup, fold, 1))
@@ -163,18 +163,18 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
 
 def measure(
     requests: RequestSet, setup: Setup, row: Row, test: Int64Array, group: Int64Array, draws: Draws, live: int,
-    result: Result,
+    result: Plan,
 ) -> Measured:  # fmt: skip
     """One row in one fold: per request, and (where groups are equal) per step."""
     equal = result.equal_groups or row.signature == "none"  # random groups are always equal
-    figures = measure_requests(requests, test, group, result.who, setup.dispatch)
+    figures = measure_requests(requests, test, group, result.routes, setup.dispatch)
     steps = None
     if equal:
-        steps = measure_steps(requests, draws, group, live, result.who, setup.dispatch, setup.timing)
-    return Measured(test, figures, steps, result.seconds, equal)
+        steps = measure_steps(requests, draws, group, live, result.routes, setup.dispatch, setup.timing)
+    return Measured(test, figures, steps, result.provenance.fit_seconds, equal)
 
 
-def replay(requests: RequestSet, result: Result, setup: Setup) -> Comparison:
+def replay(requests: RequestSet, result: Plan, setup: Setup) -> Comparison:
     """One finished plan on all usable requests of a trace, beside `linear` on the same slots.
 
     Raises:
@@ -249,16 +249,16 @@ def fit_problem(requests: RequestSet, setup: Setup, fit: Int64Array) -> Problem:
 
 
 def group_test(
-    requests: RequestSet, fit: Int64Array, test: Int64Array, result: Result, signature: str, rng: np.random.Generator
+    requests: RequestSet, fit: Int64Array, test: Int64Array, result: Plan, signature: str, rng: np.random.Generator
 ) -> Int64Array:
     """int64 [n_test]: the groups of unseen requests, by a signature kind; equal in size unless the strategy is not."""
     if signature == "none":
-        return random_groups(len(test), result.who.cluster.num_groups, rng)
+        return random_groups(len(test), result.routes.cluster.num_groups, rng)
     known: npt.NDArray[np.number]
     if signature == "prefill":
         known = requests.signature[test]
     elif signature == "oracle":  # nothing to foretell: what the placement holds of the decode itself
-        return equal_groups(LocalityRouter.of(result.who).scores(requests.measured[test]))
+        return equal_groups(LocalityRouter.of(result.routes).scores(requests.measured[test]))
     else:
         known = _domain_signature(requests, fit, test)
     if not result.equal_groups and isinstance(result.router, ClusterRouter):

@@ -8,7 +8,6 @@ not count. Fresh plans see only half of the new requests: the verdict is about w
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,8 @@ from scipy.special import stdtrit
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import FormatError, PlanError, UsageError
-from moeplan.planning import Options, RequestSet, solve
+from moeplan.planning import Options, Plan, RequestSet, solve
 from moeplan.planning.problem import GUARD
-from moeplan.planning.store import StoredPlan
 from moeplan.planning.strategies import available
 from moeplan.progress import Progress
 from moeplan.replay.comparison import Row, Setup, fit_problem, folds_of, group_test, measure, rng_of
@@ -28,7 +26,7 @@ from moeplan.replay.split import blocks, draw_steps, least_requests, live_reques
 from moeplan.replay.statistics import change, less_than
 from moeplan.replay.table import Comparison, Measured, tabulate
 
-__all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "drift", "drift_setup", "options_of", "signature_tokens_of"]
+__all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "drift", "drift_setup", "options_of"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -86,7 +84,7 @@ class DriftReport:
         return verdict | self.table.to_dict()
 
 
-def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int = 500, folds: int = 4) -> Setup:
+def drift_setup(plan: Plan, *, seed: int = 0, block: int = 1, steps: int = 500, folds: int = 4) -> Setup:
     """How the verdict is reached: half of the requests to fit, as often as `folds` says, the plan's own problem.
 
     Raises:
@@ -94,17 +92,17 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
             what is judged here, or a value out of range.
         FormatError: the plan's guard or objective is none.
     """
-    if stored.dispatch not in _KEYS:
+    if plan.dispatch not in _KEYS:
         raise UsageError(
             "a plan for allgather cannot go stale: no plan changes what allgather sends",
             hint="moeplan replay TRACE --plan PLAN shows its load",
         )
-    if not stored.result.equal_groups:
+    if not plan.equal_groups:
         raise UsageError(
-            f"the plan's strategy {stored.result.strategy} has unequal groups, whose figures do not count",
+            f"the plan's strategy {plan.strategy} has unequal groups, whose figures do not count",
             hint="plan with paper or moeplan",
         )
-    if stored.head.get("objective") == "time":
+    if plan.params.get("objective") == "time":
         raise UsageError(
             "the plan was made with --objective time, and drift is judged by what leaves a node",
             hint="moeplan replay TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
@@ -112,23 +110,23 @@ def drift_setup(stored: StoredPlan, *, seed: int = 0, block: int = 1, steps: int
     if folds < 2:
         raise UsageError(f"{folds} fold does not tell one plan from the next", hint="use at least 2 folds")
     return Setup(
-        stored.cluster, (anew(stored),), stored.redundant, stored.rule, stored.dispatch,
-        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options_of(stored),
+        plan.cluster, (anew(plan),), plan.redundant, plan.replica_rule, plan.dispatch,
+        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options_of(plan),
     )  # fmt: skip
 
 
-def anew(stored: StoredPlan) -> str:
+def anew(plan: Plan) -> str:
     """The strategy that plans anew: the plan's own; `moeplan` where that is none of ours (a deployed placement)."""
-    return stored.result.strategy if stored.result.strategy in available() else "moeplan"
+    return plan.strategy if plan.strategy in available() else "moeplan"
 
 
-def options_of(stored: StoredPlan, objective: str | None = None) -> Options:
-    """The choices that the plan was made with, as far as its head says; another objective instead.
+def options_of(plan: Plan, objective: str | None = None) -> Options:
+    """The choices that the plan was made with, as far as it says; another objective instead.
 
     Raises:
         FormatError: the plan's guard or objective is none.
     """
-    guard, objective = stored.head.get("guard", GUARD), objective or stored.head.get("objective")
+    guard, objective = plan.params.get("guard", GUARD), objective or plan.params.get("objective")
     try:
         return Options(guard=float("inf") if guard is None else float(guard), objective=objective or Options.objective)
     except (TypeError, ValueError, UsageError):
@@ -139,18 +137,7 @@ def options_of(stored: StoredPlan, objective: str | None = None) -> Options:
         ) from None
 
 
-def signature_tokens_of(stored: StoredPlan) -> int | None:
-    """N where the plan's signatures rest on the first N tokens (in its head: "first 48 decode tokens"); else None."""
-    said = stored.head.get("signature_stands_in")
-    if said is None:
-        return None
-    found = re.fullmatch(r"first ([1-9]\d{0,8}) \w+ tokens", str(said))
-    if not found:
-        raise FormatError(f"signature_stands_in {str(said)[:40]!r} is not known", where="plan.json", hint="plan again")
-    return int(found[1])
-
-
-def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Progress | None = None) -> DriftReport:
+def drift(requests: RequestSet, plan: Plan, setup: Setup, progress: Progress | None = None) -> DriftReport:
     """Measure the stored plan and fresh ones on requests that the fresh ones have not seen.
 
     Raises:
@@ -165,9 +152,9 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
     live = live_requests([len(test) for _, test in folds], setup.cluster, more)
     rows = [
         Row("linear", "linear", "none"),
-        Row(OLD, anew(stored), "prefill"),
-        Row(OLD_RANDOM, anew(stored), "none"),
-        Row(FRESH, anew(stored), "prefill"),
+        Row(OLD, anew(plan), "prefill"),
+        Row(OLD_RANDOM, anew(plan), "none"),
+        Row(FRESH, anew(plan), "prefill"),
     ]
     measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
     notes: dict[str, None] = {}
@@ -175,12 +162,12 @@ def drift(requests: RequestSet, stored: StoredPlan, setup: Setup, progress: Prog
         if progress:
             progress(fold, setup.folds, f"fold {fold + 1}")
         problem = fit_problem(requests, setup, fit)
-        fresh = solve(problem, anew(stored), setup.seed + fold)
+        fresh = solve(problem, anew(plan), setup.seed + fold)
         notes |= dict.fromkeys(fresh.notes)
         of = {"linear": solve(problem, "linear", setup.seed + fold), FRESH: fresh}
         draws = draw_steps(requests.measured_span[test], setup.steps, rng_of(setup, fold, 2))
         for row in rows:
-            result = of.get(row.name, stored.result)
+            result = of.get(row.name, plan)
             group = group_test(requests, fit, test, result, row.signature, rng_of(setup, fold, 1))
             measured[row.name].append(measure(requests, setup, row, test, group, draws, live, result))
     return _judge(tabulate(requests, setup, rows, measured, block, live, tuple(notes)), _KEYS[setup.dispatch])

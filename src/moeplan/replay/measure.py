@@ -60,7 +60,7 @@ def measure_requests(
     load = _load(counts, group, who)
     node_load = load.reshape(len(chosen), layers, who.cluster.nodes, -1).sum(axis=(1, 3), dtype=np.float64)
     picks = counts.sum(axis=(1, 2), dtype=np.float64)
-    local = node_load[np.arange(len(chosen)), who.cluster.home_node(group)]
+    local = node_load[np.arange(len(chosen)), who.cluster.group_node(group)]
     span = requests.measured_span[chosen]
     messages = np.zeros((len(chosen), 3))
 

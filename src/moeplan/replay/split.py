@@ -82,7 +82,7 @@ def least_requests(cluster: Cluster, fit: float) -> int:
 
 def _least_in_group(cluster: Cluster) -> int:
     """Two more than are live, and some choice where every GPU is a group."""
-    return 8 if cluster.gpus_per_home == 1 and cluster.gpus_per_node > 1 else 3
+    return 8 if cluster.gpus_per_group == 1 and cluster.gpus_per_node > 1 else 3
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ class _Tools:
             weight = (shape.num_experts + setup.redundant) / gpus * shape.num_layers * shape.expert_bytes / 1e9
             if shape.kv_bytes_per_token is not None:
                 displaced = setup.redundant / gpus * shape.num_layers * shape.expert_bytes
-                lost = displaced * setup.cluster.gpus_per_home / shape.kv_bytes_per_token
+                lost = displaced * setup.cluster.gpus_per_group / shape.kv_bytes_per_token
         return {"expert_weight_gb_per_gpu": Figure(weight), "kv_tokens_lost": Figure(lost)}
 
     def _handover(self, row: Row, folds: list[Measured]) -> dict[str, Figure]:
@@ -367,7 +367,7 @@ def _head(requests: RequestSet, setup: Setup, linear: list[Measured], live: int)
         "setup": {
             "nodes": cluster.nodes,
             "gpus_per_node": cluster.gpus_per_node,
-            "home": cluster.home.value,
+            "deployment": cluster.deployment.value,
             "redundant": setup.redundant,
             "dispatch": setup.dispatch.value,
             "replica_rule": setup.rule.value,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.cluster import Cluster, Dispatch, Home
+from moeplan.cluster import Cluster, Deployment, Dispatch
 from moeplan.embedded import MODEL, WORD, named
 from moeplan.errors import MoeplanError, PlanError, UsageError
 from moeplan.model.catalogue import load_model
@@ -107,7 +107,7 @@ def parallel_of(cluster: Cluster, spec: CompleteSpec, redundant: int | None = No
     gpus = cluster.num_gpus
     if redundant is None:
         redundant = -spec.moe.experts % gpus if spec.moe else 0
-    return Parallel(tp=cluster.gpus_per_home, dp=cluster.num_groups, ep=gpus, redundant=redundant)
+    return Parallel(tp=cluster.gpus_per_group, dp=cluster.num_groups, ep=gpus, redundant=redundant)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Timing:
                 mode=mode, gpus_per_node=cluster.gpus_per_node,
             )  # fmt: skip
         except PlanError as error:
-            if cluster.home is not Home.NODE:
+            if cluster.deployment is not Deployment.NODES:
                 raise
             raise PlanError(
                 f"--home node splits attention over the {cluster.gpus_per_node} GPUs of a node, but {error.what}",

@@ -23,8 +23,7 @@ from moeplan.perf.hardware import Hardware
 from moeplan.perf.named import find_hardware
 from moeplan.perf.routing import Routing
 from moeplan.perf.step_model import StepModel
-from moeplan.planning.requests import RequestSet
-from moeplan.planning.store import StoredPlan
+from moeplan.planning import Plan, RequestSet
 from moeplan.replay.comparison import Setup, group_test
 from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import draw_steps, live_requests
@@ -68,7 +67,7 @@ class _Counter(Timing):
 
 
 def estimate_plan(
-    stored: StoredPlan,
+    plan: Plan,
     requests: RequestSet,
     hardware: str | Hardware,
     *,
@@ -91,28 +90,26 @@ def estimate_plan(
     """
     spec, machine = model_of(requests.shape, model), find_hardware(hardware)
     settings = settings or EstimateSettings()
-    mode = settings.dispatch or stored.dispatch
+    mode = settings.dispatch or plan.dispatch
     settings = dataclasses.replace(settings, dispatch=mode)
     timing = Timing(spec, machine, context)
-    timing.check(requests.shape, stored.cluster, mode)
-    parallel = parallel_of(stored.cluster, spec, stored.redundant)
-    step_model = settings.step_model(spec, machine, parallel, stored.cluster.gpus_per_node)
-    steps = real_routing(requests, stored, timing, mode, live=batch, seed=seed)
+    timing.check(requests.shape, plan.cluster, mode)
+    parallel = parallel_of(plan.cluster, spec, plan.redundant)
+    step_model = settings.step_model(spec, machine, parallel, plan.cluster.gpus_per_node)
+    steps = real_routing(requests, plan, timing, mode, live=batch, seed=seed)
     found = estimate_step(step_model, steps.live, context, settings, steps.routing)
-    return dataclasses.replace(found, measured=_measured(step_model, steps, requests, stored, context))
+    return dataclasses.replace(found, measured=_measured(step_model, steps, requests, plan, context))
 
 
-def _measured(
-    model: StepModel, steps: TraceRouting, requests: RequestSet, stored: StoredPlan, context: int
-) -> MeasuredRouting:
+def _measured(model: StepModel, steps: TraceRouting, requests: RequestSet, plan: Plan, context: int) -> MeasuredRouting:
     """What the routing did, beside uniform routing."""
-    moe, cluster = model.spec.moe, stored.cluster
+    moe, cluster = model.spec.moe, plan.cluster
     assert moe is not None
     ms = 1e3 * np.asarray(model.decode(steps.live, context, routing=steps.routing).seconds)
     ms = ms if ms.ndim == 1 else ms.mean(axis=1)
     flat = model.decode(steps.live, context)
-    per_gpu = (moe.experts + stored.redundant) / cluster.num_gpus
-    missed = (1 - moe.top_k / (moe.experts + stored.redundant)) ** (steps.live * cluster.num_groups)
+    per_gpu = (moe.experts + plan.redundant) / cluster.num_gpus
+    missed = (1 - moe.top_k / (moe.experts + plan.redundant)) ** (steps.live * cluster.num_groups)
     uniform = {
         "step_ms": 1e3 * float(flat.seconds),
         "load_ratio": flat.load_ratio,
@@ -126,7 +123,7 @@ def _measured(
             "mean stands for all"
         )
     return MeasuredRouting(
-        trace="", plan="", strategy=stored.result.strategy, fitted_on_this_trace=False, steps=steps.steps,
+        trace="", plan="", strategy=plan.strategy, fitted_on_this_trace=False, steps=steps.steps,
         local_share=steps.local_share, experts_per_gpu=steps.experts_per_gpu, load_ratio=steps.routing.load_ratio,
         step_ms_p5=float(np.quantile(ms, 0.05)), step_ms_p95=float(np.quantile(ms, 0.95)), uniform=uniform,
         notes=tuple(notes),
@@ -134,7 +131,7 @@ def _measured(
 
 
 def real_routing(
-    requests: RequestSet, stored: StoredPlan, timing: Timing, mode: Dispatch, *, live: int | None = None, seed: int = 0
+    requests: RequestSet, plan: Plan, timing: Timing, mode: Dispatch, *, live: int | None = None, seed: int = 0
 ) -> TraceRouting:
     """Replay `timing.steps` steps of all usable requests under a plan.
 
@@ -146,10 +143,10 @@ def real_routing(
         PlanError: too few requests for the plan's groups.
         UsageError: more live requests than a group has; a plan whose groups are of unlike size.
     """
-    cluster, result = stored.cluster, stored.result
-    if not result.equal_groups:
+    cluster = plan.cluster
+    if not plan.equal_groups:
         raise UsageError(
-            f"{result.strategy} makes groups of unlike size, and a step takes as many requests of each",
+            f"{plan.strategy} makes groups of unlike size, and a step takes as many requests of each",
             hint="use a plan of another strategy",
         )
     most = live_requests([len(requests)], cluster)
@@ -160,13 +157,13 @@ def real_routing(
             f"most {most} that are live at a time",
             hint=f"leave --batch out, or give 1 to {most}",
         )
-    setup = Setup(cluster, (), stored.redundant, stored.rule, mode, folds=1, seed=seed, steps=timing.steps)
+    setup = Setup(cluster, (), plan.redundant, plan.replica_rule, mode, folds=1, seed=seed, steps=timing.steps)
     everyone, rng = np.arange(len(requests)), np.random.default_rng([seed, 0, 2])
-    group = group_test(requests, everyone, everyone, result, "prefill", rng)
-    figures = measure_requests(requests, everyone, group, result.who, mode)
-    counter = _Counter(timing.spec, timing.machine, timing.context, timing.steps, redundant=stored.redundant)
+    group = group_test(requests, everyone, everyone, plan, "prefill", rng)
+    figures = measure_requests(requests, everyone, group, plan.routes, mode)
+    counter = _Counter(timing.spec, timing.machine, timing.context, timing.steps, redundant=plan.redundant)
     draws = draw_steps(requests.measured_span, setup.steps, rng)
-    measure_steps(requests, draws, group, live, result.who, mode, counter)
+    measure_steps(requests, draws, group, live, plan.routes, mode, counter)
     local = 1 - float(figures.remote.sum() / figures.picks.sum())
     return TraceRouting(_joined(counter.counted), live, timing.steps, local)
 

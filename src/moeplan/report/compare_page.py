@@ -51,7 +51,7 @@ def compare_html(table: Comparison, trace: Trace) -> str:
     subtitle = (
         f"{shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}, on {setup['nodes']} nodes x "
         f"{setup['gpus_per_node']} GPUs with {setup['redundant']} redundant slots a layer; dispatch per "
-        f"{setup['dispatch']}, replicas {setup['replica_rule']}, home {setup['home']}; seed {setup['seed']}"
+        f"{setup['dispatch']}, replicas {setup['replica_rule']}, deployment {setup['deployment']}; seed {setup['seed']}"
     )
     notices = [note[0].upper() + note[1:] for note in table.notes]
     if trace.synthetic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ class Stages:
         rows, first, middle: int64 [R].
         usable: bool [R], requests with enough of both stages for what needs both.
         signature_tokens: N when the first N rows stand in for a prefill; then a request needs 2N rows.
+        source: what the first stage is of: prefill, or what has its first N rows stand in for it.
         prefill, decode: what the stages are called in output.
     """
 
@@ -36,6 +38,7 @@ class Stages:
     middle: Int64Array
     usable: npt.NDArray[np.bool_]
     signature_tokens: int | None
+    source: Literal["prefill", "prompt", "decode", "rows"]
     prefill: str
     decode: str
 
@@ -47,20 +50,22 @@ class Stages:
         Raises:
             UsageError: N is below 1, or no request has 2N rows.
         """
+        source: Literal["prompt", "decode", "rows"]
         rows, known = requests.rows, requests.prefill != UNKNOWN
         if signature_tokens is None:
             first = np.where(known, 0, rows)
             middle = np.where(known, requests.prefill_known, rows)
             usable = known & (middle >= MIN_PREFILL) & (rows - middle >= MIN_DECODE)
-            return cls(rows, first, middle, usable, None, "prefill", "decode")
+            return cls(rows, first, middle, usable, None, "prefill", "prefill", "decode")
         if signature_tokens < 1:
             raise UsageError(f"--signature-tokens {signature_tokens} is not positive")
         if (requests.decode > 0).any():
-            what, start, usable = "decode", requests.prefill_known, known
+            source, start, usable = "decode", requests.prefill_known, known
         elif (requests.prefill > 0).any():
-            what, start, usable = "prompt", np.zeros_like(rows), known
+            source, start, usable = "prompt", np.zeros_like(rows), known
         else:
-            what, start, usable = "recorded", np.zeros_like(rows), ~known
+            source, start, usable = "rows", np.zeros_like(rows), ~known
+        what = "recorded" if source == "rows" else source
         usable = usable & (rows - start >= 2 * signature_tokens)
         if not usable.any():
             longest = int((rows - start).max())
@@ -75,8 +80,9 @@ class Stages:
             np.where(usable, start + signature_tokens, rows),
             usable,
             signature_tokens,
+            source,
             f"first {signature_tokens} {what} tokens",
-            "rest of rows" if what == "recorded" else f"rest of {what}",
+            f"rest of {source}",
         )
 
     def label(self, stage: int) -> str:

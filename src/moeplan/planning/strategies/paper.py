@@ -179,14 +179,14 @@ def place(problem: Problem, use: FloatArray) -> Int32Array:
     """Both phases, then GPUs: int32 [L, S] from U [L, D, E]."""
     cluster = problem.cluster
     groups = use.shape[1]
-    held = place_by_use(use, problem.num_slots // groups, cluster.gpus_per_home)
+    held = place_by_use(use, problem.num_slots // groups, cluster.gpus_per_group)
     inside = np.zeros(use.shape)  # copies of each expert in each group
     np.add.at(inside, (np.arange(len(held))[:, None, None], np.arange(groups)[None, :, None], held), 1.0)
     # A copy serves its own group first; what groups without a copy need is shared by all copies.
     own = np.take_along_axis(use / np.maximum(inside, 1.0), held, axis=2)
     need = (use * (inside == 0)).sum(axis=1) / inside.sum(axis=1)
     others = np.take_along_axis(need[:, None, :].repeat(groups, 1), held, axis=2)
-    return slots_from_nodes(held, own + others, cluster.gpus_per_home)
+    return slots_from_nodes(held, own + others, cluster.gpus_per_group)
 
 
 def place_by_use(use: FloatArray, room: int, most: int = 1) -> npt.NDArray[np.int64]:
