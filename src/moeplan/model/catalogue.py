@@ -12,33 +12,25 @@ from msgspec.structs import asdict
 from moeplan.errors import FormatError
 from moeplan.io.catalogue import find_name
 from moeplan.io.json import convert
-from moeplan.model.bounds import (
-    Experts,
-    Layers,
-    MtpLayers,
-    NoExperts,
-    NoLayers,
-    NoWidth,
-    Picks,
-    Width,
-    Window,
-    layer_list,
-)
+from moeplan.model.bounds import MAX_MTP, MAX_WINDOW, NoWidth, Width, layer_list
 from moeplan.model.config import config_file, of_config, read_file
 from moeplan.model.spec import Attention, CompleteSpec, LinearAttention, ModelSpec, Moe
+from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS
 
 __all__ = ["load_model", "model_names", "model_notes"]
 
 DATA = Path(__file__).parent / "data" / "models.json"
 
+Layers = Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+Experts = Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
 Dtype = Annotated[str, Meta(pattern="^(bf16|fp8|int8|int4|fp4|mxfp4)$")]
-HINT = "docs/catalogue.md lists the keys and their values"
+HINT = "docs/reference/catalogue.md lists the keys and their values"
 
 
 class LayerRule(Struct, forbid_unknown_fields=True):
     """The layers first, first + every, first + 2 every, .."""
 
-    first: NoLayers = 0
+    first: Annotated[int, Meta(ge=0, le=MAX_LAYERS)] = 0
     every: Layers = 1
 
 
@@ -50,9 +42,9 @@ class ExpertsEntry(Struct, forbid_unknown_fields=True, kw_only=True):
 
     layers: LayerSet = None
     experts: Experts
-    top_k: Picks
+    top_k: Annotated[int, Meta(ge=1, le=MAX_K)]
     width: Width
-    shared: NoExperts = 0
+    shared: Annotated[int, Meta(ge=0, le=MAX_EXPERTS)] = 0
     shared_width: NoWidth | None = None
     shared_gate: bool = False
     router_bias: bool = False
@@ -82,16 +74,16 @@ class Entry(Struct, forbid_unknown_fields=True, kw_only=True):
     vocab: Width
     attention: Attention
     full_layers: LayerSet = None
-    window: Window | None = None
+    window: Annotated[int, Meta(ge=0, le=MAX_WINDOW)] = 0
     linear: LinearAttention | None = None
     dense_width: NoWidth = 0
     moe: ExpertsEntry | None = None
     gated: bool = True
     ffn_bias: bool = False
     norm_bias: bool = False
-    positions: Annotated[int, Meta(ge=0, le=1 << 30)] = 0
+    positions: Annotated[int, Meta(ge=0, le=MAX_WINDOW)] = 0
     tied: bool = False
-    mtp_layers: MtpLayers = 0
+    mtp_layers: Annotated[int, Meta(ge=0, le=MAX_MTP)] = 0
     checkpoint: Checkpoint = Checkpoint("bf16")
     aliases: list[str] = []
     sources: dict[str, str] = {}
@@ -107,7 +99,6 @@ class Entry(Struct, forbid_unknown_fields=True, kw_only=True):
         try:
             own = {
                 "full_layers": _layers(self.full_layers, "full_layers", self.layers),
-                "window": self.window or 0,
                 "moe": self.moe.moe(self.layers) if self.moe else None,
                 "checkpoint": (self.checkpoint.weights, self.checkpoint.experts or self.checkpoint.weights),
             }

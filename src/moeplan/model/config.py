@@ -10,101 +10,76 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
-
-from msgspec import Struct
+from typing import Any, TypeVar, Unpack
 
 from moeplan import embedded
 from moeplan.errors import FormatError
 from moeplan.io.files import read_json
-from moeplan.io.json import convert
-from moeplan.model.bounds import (
-    Experts,
-    Heads,
-    Layers,
-    MtpLayers,
-    NoExperts,
-    NoLayers,
-    NoWidth,
-    Picks,
-    Width,
-    Window,
-    layer_list,
-)
+from moeplan.model.bounds import MAX_HEADS, MAX_MTP, MAX_WIDTH, MAX_WINDOW, layer_list
 from moeplan.model.families import FAMILIES, Family
 from moeplan.model.spec import Attention, LinearAttention, ModelSpec, Moe, Overrides
+from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS
 
 __all__ = ["config_file", "described", "of_config", "read_config", "read_file"]
 
 #: A configuration larger than this is refused unread.
 MAX_BYTES = 4 * 1024 * 1024
 
+T = TypeVar("T")
 
-class Routing(Struct):
-    """The keys that say how a model routes, by all the names that Transformers 5.23 and models' repositories use."""
 
-    num_hidden_layers: Layers | None = None
-    hidden_size: Width | None = None
-    num_experts: NoExperts | None = None
-    n_routed_experts: NoExperts | None = None
-    num_local_experts: NoExperts | None = None
-    num_experts_per_tok: Picks | None = None
-    num_experts_per_token: Picks | None = None
-    experts_per_token: Picks | None = None
-    n_group: Experts | None = None
-    topk_method: Any = None
-    first_k_dense_replace: NoLayers | None = None
-    moe_layer_freq: Layers | list[Literal[0, 1]] | None = None
-    decoder_sparse_step: Layers | None = None
-    mlp_only_layers: list[int] | None = None
-    moe_layers: list[int] | None = None
-    interleave_moe_layer_step: Layers | None = None
+class Keys:
+    """The keys of a configuration, checked as they are read; null counts as absent, as in Transformers."""
 
-    def need(self, key: str) -> int:
-        """The number under a key that the family's configuration must have."""
-        value = getattr(self, key)
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+
+    def get(self, key: str, top: int, low: int = 1) -> int | None:
+        """A whole number in low..top, or None."""
+        value = self.data.get(key)
+        if value is not None and (type(value) is not int or not low <= value <= top):
+            raise FormatError(f"{key} is {str(value)[:40]}, not a whole number in {low}..{top}", hint="correct it")
+        return value
+
+    def need(self, key: str, top: int, low: int = 1) -> int:
+        """The same where it may not be absent."""
+        value = self.get(key, top, low)
         if value is None:
-            raise FormatError(f"{key} is missing", hint="add it; docs/catalogue.md says what it is")
-        return int(value)
+            raise FormatError(f"{key} is missing", hint="add it; docs/reference/catalogue.md says what it is")
+        return value
 
+    def other(self, key: str, kind: type[T], words: str) -> T | None:
+        """A value of another type, or None."""
+        value = self.data.get(key)
+        if value is not None and type(value) is not kind:
+            raise FormatError(f"{key} is {str(value)[:40]}, not {words}", hint="correct it")
+        return value
 
-class Config(Routing):
-    """All keys of the families below."""
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.other(key, bool, "true or false")
+        return default if value is None else value
 
-    vocab_size: Width | None = None
-    num_attention_heads: Heads | None = None
-    num_key_value_heads: Heads | None = None
-    head_dim: Width | None = None
-    attention_bias: bool | None = None
-    qkv_bias: bool | None = None
-    mlp_bias: bool | None = None
-    q_lora_rank: Width | None = None
-    kv_lora_rank: Width | None = None
-    qk_nope_head_dim: Width | None = None
-    qk_rope_head_dim: NoWidth | None = None
-    v_head_dim: Width | None = None
-    linear_num_key_heads: Heads | None = None
-    linear_num_value_heads: Heads | None = None
-    linear_key_head_dim: Heads | None = None
-    linear_value_head_dim: Heads | None = None
-    linear_conv_kernel_dim: Heads | None = None
-    layer_types: list[str] | None = None
-    sliding_window: Window | None = None
-    use_sliding_window: bool | None = None
-    max_window_layers: NoLayers | None = None
-    attention_chunk_size: Window | None = None
-    no_rope_layers: list[Literal[0, 1]] | None = None
-    no_rope_layer_interval: Layers | None = None
-    intermediate_size: Width | None = None
-    intermediate_size_mlp: Width | None = None
-    moe_intermediate_size: Width | None = None
-    shared_expert_intermediate_size: Width | None = None
-    n_shared_experts: NoExperts | None = None
-    topk_group: Experts | None = None
-    tie_word_embeddings: bool | None = None
-    num_nextn_predict_layers: MtpLayers | None = None
-    mtp_num_hidden_layers: MtpLayers | None = None
-    quantization_config: dict[str, Any] | None = None
+    def items(self, key: str) -> list[Any] | None:
+        return self.other(key, list, "a list")
+
+    def layers(self, key: str, layers: int) -> tuple[int, ...] | None:
+        """A list of different layers, sorted."""
+        found = self.items(key)
+        return None if found is None else layer_list(found, key, layers)
+
+    def flags(self, key: str, layers: int) -> list[int] | None:
+        """A zero or one for each layer."""
+        found = self.items(key)
+        if found is not None and (len(found) != layers or any(flag not in (0, 1) for flag in found)):
+            raise FormatError(f"{key} is not {layers} zeros and ones", hint="correct it")
+        return found
+
+    def same(self, keys: tuple[str, ...], top: int, low: int = 1) -> int | None:
+        """The one number under keys that mean the same, or None."""
+        found = {key: value for key in keys if (value := self.get(key, top, low)) is not None}
+        if len(set(found.values())) > 1:
+            raise FormatError(f"{' and '.join(found)} differ", hint="keep the right one")
+        return next(iter(found.values()), None)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -149,139 +124,128 @@ def of_config(path: Path, data: dict[str, Any]) -> ModelSpec:
     if isinstance(data.get("text_config"), dict):
         outer = {key: data.get(key) for key in ("model_type", "tie_word_embeddings", "quantization_config")}
         text = outer | {key: value for key, value in data["text_config"].items() if value is not None}
-    kind, architectures = text.get("model_type"), data.get("architectures")
+    kind, architectures, c = text.get("model_type"), data.get("architectures"), Keys(text)
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     try:
-        spec = ModelSpec(
-            name=path.parent.name if path.stem == "config" and path.parent.name else path.stem,
-            architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
-            source=str(path),
-            **_routing(convert(text, Routing, str(path)), family),
+        layers, hidden, moe = (
+            c.get("num_hidden_layers", MAX_LAYERS),
+            c.get("hidden_size", MAX_WIDTH),
+            _routing(c, family),
         )
     except FormatError as error:
         raise FormatError(error.what, where=str(path), hint=error.hint) from None
+    spec = ModelSpec(
+        name=path.parent.name if path.stem == "config" and path.parent.name else path.stem,
+        layers=layers,
+        hidden=hidden,
+        moe=None if moe == Moe() else moe,
+        architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
+        source=str(path),
+    )
     try:
         if family is None:
-            known = f"it knows {', '.join(FAMILIES)}; or write the dimensions as docs/catalogue.md shows"
+            known = f"it knows {', '.join(FAMILIES)}; or write the dimensions as docs/reference/catalogue.md shows"
             raise FormatError(f"model_type {str(kind)[:40]} is not one that moeplan knows", hint=known)
-        return _with_dimensions(spec, convert(text, Config, str(path)), family).complete()
+        return _with_dimensions(spec, c, family).complete()
     except FormatError as error:
         return replace(spec, obstacle=FormatError(error.what, where=str(path), hint=error.hint))
 
 
-def _routing(c: Routing, family: Family | None) -> dict[str, Any]:
-    """Layers, hidden size and what is known of the experts."""
-    experts = _same(c, "num_experts", "n_routed_experts", "num_local_experts")
-    moe = Moe(
-        layers=None if c.num_hidden_layers is None else _moe_layers(c, family, c.num_hidden_layers),
-        experts=experts or None,
-        top_k=_same(c, "num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
-        groups=1 if c.topk_method == "greedy" else c.n_group or 1,
+def _routing(c: Keys, family: Family | None) -> Moe:
+    """What recordings and placements need to know of the experts."""
+    layers, groups = c.get("num_hidden_layers", MAX_LAYERS), c.get("n_group", MAX_EXPERTS)
+    return Moe(
+        layers=None if layers is None else _moe_layers(c, family, layers),
+        experts=c.same(("num_experts", "n_routed_experts", "num_local_experts"), MAX_EXPERTS, 0) or None,
+        top_k=c.same(("num_experts_per_tok", "num_experts_per_token", "experts_per_token"), MAX_K),
+        groups=1 if groups is None or c.data.get("topk_method") == "greedy" else groups,
     )
-    return {"layers": c.num_hidden_layers, "hidden": c.hidden_size, "moe": None if moe == Moe() else moe}
 
 
-def _same(c: Routing, *keys: str) -> int | None:
-    """The one number under keys that mean the same; None where none is there."""
-    found = {key: getattr(c, key) for key in keys if getattr(c, key) is not None}
-    if len(set(found.values())) > 1:
-        raise FormatError(f"{' and '.join(found)} differ", hint="keep the right one")
-    return next(iter(found.values()), None)
-
-
-def _moe_layers(c: Routing, family: Family | None, layers: int) -> tuple[int, ...] | None:
+def _moe_layers(c: Keys, family: Family | None, layers: int) -> tuple[int, ...] | None:
     """The MoE layers by the family's rule; without a family, by the rules whose keys are there, if they agree."""
     if family is not None and family.moe_layers == "all":
         return tuple(range(layers)) if family.experts else None
     found = {
         rule(c, layers)
         for name, (keys, rule) in RULES.items()
-        if (family.moe_layers == name if family else any(getattr(c, key) is not None for key in keys))
+        if (family.moe_layers == name if family else any(c.data.get(key) is not None for key in keys))
     }
     return found.pop() if len(found) == 1 else None
 
 
-def _deepseek_layers(c: Routing, layers: int) -> tuple[int, ...]:
-    first, every = c.first_k_dense_replace or 0, c.moe_layer_freq
-    if isinstance(every, list):
-        if len(every) != layers:
-            raise FormatError(f"moe_layer_freq is not {layers} zeros and ones", hint="correct it")
-        return tuple(i for i in range(layers) if every[i])
-    if first > layers:
-        raise FormatError(
-            f"first_k_dense_replace is {first}, but there are {layers} layers", hint="correct one of them"
-        )
-    return tuple(i for i in range(first, layers) if i % (every or 1) == 0)
+def _deepseek_layers(c: Keys, layers: int) -> tuple[int, ...]:
+    if isinstance(c.data.get("moe_layer_freq"), list):
+        return tuple(i for i, flag in enumerate(c.flags("moe_layer_freq", layers) or ()) if flag)
+    first, every = c.get("first_k_dense_replace", layers, 0) or 0, c.get("moe_layer_freq", MAX_LAYERS) or 1
+    return tuple(i for i in range(first, layers) if i % every == 0)
 
 
-def _qwen_layers(c: Routing, layers: int) -> tuple[int, ...]:
-    step, dense = c.decoder_sparse_step or 1, layer_list(c.mlp_only_layers or (), "mlp_only_layers", layers)
+def _qwen_layers(c: Keys, layers: int) -> tuple[int, ...]:
+    step, dense = c.get("decoder_sparse_step", MAX_LAYERS) or 1, c.layers("mlp_only_layers", layers) or ()
     return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
 
 
-def _llama4_layers(c: Routing, layers: int) -> tuple[int, ...] | None:
-    if c.moe_layers is not None:
-        return layer_list(c.moe_layers, "moe_layers", layers)
-    step = c.interleave_moe_layer_step
-    return None if step is None else tuple(range(step - 1, layers, step))
+def _llama4_layers(c: Keys, layers: int) -> tuple[int, ...] | None:
+    step = c.get("interleave_moe_layer_step", MAX_LAYERS)
+    listed = c.layers("moe_layers", layers)
+    return listed if listed is not None or step is None else tuple(range(step - 1, layers, step))
 
 
 #: Which layers have experts, as the engines and Transformers 5.23 decide it: (keys that speak of it, rule).
-RULES: dict[str, tuple[tuple[str, ...], Callable[[Routing, int], tuple[int, ...] | None]]] = {
+RULES: dict[str, tuple[tuple[str, ...], Callable[[Keys, int], tuple[int, ...] | None]]] = {
     "deepseek": (("first_k_dense_replace", "moe_layer_freq"), _deepseek_layers),
     "qwen": (("decoder_sparse_step", "mlp_only_layers"), _qwen_layers),
     "llama4": (("moe_layers", "interleave_moe_layer_step"), _llama4_layers),
 }
 
 
-def _with_dimensions(spec: ModelSpec, c: Config, family: Family) -> ModelSpec:
+def _with_dimensions(spec: ModelSpec, c: Keys, family: Family) -> ModelSpec:
     """The spec with the dimensions of a known family."""
-    layers = c.need("num_hidden_layers")
+    layers = c.need("num_hidden_layers", MAX_LAYERS)
     full, window = _full_layers(c, family, layers)
     moe = _moe(spec.moe or Moe(), c, family)
     dense = moe is None or moe.layers is None or len(moe.layers) < layers
+    mtp = c.get("num_nextn_predict_layers", MAX_MTP, 0)
     return replace(
         spec,
-        hidden=c.need("hidden_size"),
-        vocab=c.need("vocab_size"),
+        hidden=c.need("hidden_size", MAX_WIDTH),
+        vocab=c.need("vocab_size", MAX_WIDTH),
         attention=_attention(c, family),
         full_layers=full,
         window=window,
         linear=_linear(c) if len(full) < layers and not window else None,
-        dense_width=c.need(family.dense_width) if dense and family.dense_width else 0,
+        dense_width=c.need(family.dense_width, MAX_WIDTH) if dense and family.dense_width else 0,
         moe=moe,
-        ffn_bias=family.ffn_bias == "always" or bool(family.ffn_bias and c.mlp_bias),
-        tied=bool(c.tie_word_embeddings),
-        mtp_layers=(c.mtp_num_hidden_layers or 0) if c.num_nextn_predict_layers is None else c.num_nextn_predict_layers,
-        checkpoint=_checkpoint(c.quantization_config, Path(spec.source)),
+        ffn_bias=family.ffn_bias == "always" or (family.ffn_bias != "" and c.flag(family.ffn_bias)),
+        tied=c.flag("tie_word_embeddings"),
+        mtp_layers=c.get("mtp_num_hidden_layers", MAX_MTP, 0) or 0 if mtp is None else mtp,
+        checkpoint=_checkpoint(c.other("quantization_config", dict, "an object"), Path(spec.source)),
     )
 
 
-def _attention(c: Config, family: Family) -> Attention:
-    heads = c.need("num_attention_heads")
+def _attention(c: Keys, family: Family) -> Attention:
+    heads = c.need("num_attention_heads", MAX_HEADS)
     if family.mla:
         return Attention(
             "mla",
             heads,
-            q_lora_rank=c.q_lora_rank or 0,
-            kv_lora_rank=c.need("kv_lora_rank"),
-            qk_nope_head_dim=c.need("qk_nope_head_dim"),
-            qk_rope_head_dim=c.need("qk_rope_head_dim"),
-            v_head_dim=c.need("v_head_dim"),
+            q_lora_rank=c.get("q_lora_rank", MAX_WIDTH) or 0,
+            kv_lora_rank=c.need("kv_lora_rank", MAX_WIDTH),
+            qk_nope_head_dim=c.need("qk_nope_head_dim", MAX_WIDTH),
+            qk_rope_head_dim=c.need("qk_rope_head_dim", MAX_WIDTH, 0),
+            v_head_dim=c.need("v_head_dim", MAX_WIDTH),
         )
-    kv_heads, hidden = c.num_key_value_heads or heads, c.need("hidden_size")
-    if c.head_dim is None and hidden % heads:
+    kv_heads, head_dim = c.get("num_key_value_heads", heads) or heads, c.get("head_dim", MAX_WIDTH)
+    hidden = c.need("hidden_size", MAX_WIDTH)
+    if head_dim is None and hidden % heads:
         raise FormatError(f"hidden_size does not divide into {heads} heads", hint="add head_dim")
-    head_dim = c.head_dim or hidden // heads
-    bias = {"always": True, "never": False}.get(family.bias)
-    if bias is None:
-        given = getattr(c, family.bias)
-        bias = family.biased if given is None else given
+    bias = family.bias == "always" or (family.bias != "never" and c.flag(family.bias, family.biased))
     return Attention(
         "mha" if kv_heads == heads else "gqa",
         heads,
         kv_heads,
-        head_dim,
+        head_dim or hidden // heads,
         qk_norm=family.qk_norm,
         qkv_bias=bias,
         out_bias=bias and family.bias == "attention_bias",
@@ -290,69 +254,63 @@ def _attention(c: Config, family: Family) -> Attention:
     )
 
 
-def _linear(c: Config) -> LinearAttention:
+def _linear(c: Keys) -> LinearAttention:
     names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
-    return LinearAttention(*(c.need(f"linear_{name}") for name in names))
+    return LinearAttention(*(c.need(f"linear_{name}", MAX_HEADS) for name in names))
 
 
-def _full_layers(c: Config, family: Family, layers: int) -> tuple[tuple[int, ...], int]:
+def _full_layers(c: Keys, family: Family, layers: int) -> tuple[tuple[int, ...], int]:
     """The layers with full attention, and the window of the others (0: they are linear, or there are none)."""
-    everywhere = tuple(range(layers))
-    if c.layer_types is not None:
-        kinds, known = c.layer_types, ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+    everywhere, kinds = tuple(range(layers)), c.items("layer_types")
+    if kinds is not None:
+        known = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
         if len(kinds) != layers or any(kind not in known for kind in kinds):
             raise FormatError(f"layer_types is not {layers} of {', '.join(known)}", hint="correct it")
         full = tuple(i for i in everywhere if kinds[i] == "full_attention")
         if len(full) == layers or "linear_attention" in kinds:
             return full, 0
-        return full, c.need("attention_chunk_size" if "chunked_attention" in kinds else "sliding_window")
-    if family.window == "llama4" and c.attention_chunk_size is not None:
-        rope, every = c.no_rope_layers, c.no_rope_layer_interval or 4
-        if rope and len(rope) != layers:
-            raise FormatError(f"no_rope_layers is not {layers} zeros and ones", hint="correct it")
-        full = tuple(i for i in everywhere if not (rope[i] if rope else (i + 1) % every))
-        return full, c.attention_chunk_size
-    if family.window in ("never", "llama4") or c.sliding_window is None:
+        return full, c.need("attention_chunk_size" if "chunked_attention" in kinds else "sliding_window", MAX_WINDOW)
+    if family.window == "llama4" and (chunk := c.get("attention_chunk_size", MAX_WINDOW)):
+        every = c.get("no_rope_layer_interval", MAX_LAYERS) or 4
+        rope = c.flags("no_rope_layers", layers) if c.data.get("no_rope_layers") != [] else None
+        return tuple(i for i in everywhere if not (rope[i] if rope else (i + 1) % every)), chunk
+    if family.window in ("never", "llama4") or c.data.get("sliding_window") is None:
         return everywhere, 0
-    if family.window == "alternate":
-        return everywhere[1::2], c.sliding_window
-    if family.window == "all":
-        return (), c.sliding_window
-    if not c.use_sliding_window:
+    if family.window in ("qwen", "unclear") and not c.flag("use_sliding_window"):
         return everywhere, 0
     if family.window == "unclear":
         raise FormatError("use_sliding_window does not say for which layers", hint="add layer_types")
-    return everywhere[: 28 if c.max_window_layers is None else c.max_window_layers], c.sliding_window
+    most = c.get("max_window_layers", MAX_LAYERS, 0)
+    full = {"alternate": everywhere[1::2], "all": ()}.get(family.window, everywhere[: 28 if most is None else most])
+    return full, c.need("sliding_window", MAX_WINDOW)
 
 
-def _moe(known: Moe, c: Config, family: Family) -> Moe | None:
+def _moe(known: Moe, c: Keys, family: Family) -> Moe | None:
     """The experts; None for a dense model, also of a family that can have experts (n_routed_experts null or 0)."""
-    if not family.experts or (family.may_be_dense and not c.n_routed_experts):
+    if not family.experts or (family.may_be_dense and not c.data.get("n_routed_experts")):
         return None
     if known.experts is None:
-        c.need(family.experts)
+        c.need(family.experts, MAX_EXPERTS)
     if known.top_k is None:
-        c.need("experts_per_token" if family.sinks else "num_experts_per_tok")
+        c.need("experts_per_token" if family.sinks else "num_experts_per_tok", MAX_K)
     if family.moe_layers == "deepseek":
-        c.need("first_k_dense_replace")
+        c.need("first_k_dense_replace", MAX_LAYERS, 0)
     if known.layers is None:
-        c.need("interleave_moe_layer_step")
-    shared, width = 0, c.need(family.width)
+        c.need("interleave_moe_layer_step", MAX_LAYERS)
+    shared, width = 1 if family.shared else 0, c.need(family.width, MAX_WIDTH)
     if family.shared == "n_shared_experts":
-        shared = c.n_shared_experts or 0
-    elif family.shared:
-        shared = 1
-    shared_width = c.need("shared_expert_intermediate_size") if family.shared == "gated" else width
-    grouped = family.mla and c.n_group is not None and c.topk_method != "greedy"
+        shared = c.get("n_shared_experts", MAX_EXPERTS, 0) or 0
+    gated = family.shared == "gated"
+    grouped = family.mla and c.data.get("n_group") is not None and c.data.get("topk_method") != "greedy"
     return replace(
         known,
         width=width,
         shared=shared,
-        shared_width=shared_width if shared else 0,
-        shared_gate=family.shared == "gated",
+        shared_width=c.need("shared_expert_intermediate_size", MAX_WIDTH) if gated else width if shared else 0,
+        shared_gate=gated,
         router_bias=family.router_bias,
         groups=known.groups if grouped else 1,
-        groups_kept=c.need("topk_group") if grouped else 1,
+        groups_kept=c.need("topk_group", MAX_EXPERTS) if grouped else 1,
     )
 
 
