@@ -127,11 +127,8 @@ def of_config(path: Path, data: dict[str, Any]) -> ModelSpec:
     kind, architectures, c = text.get("model_type"), data.get("architectures"), Keys(text)
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     try:
-        layers, hidden, moe = (
-            c.get("num_hidden_layers", MAX_LAYERS),
-            c.get("hidden_size", MAX_WIDTH),
-            _routing(c, family),
-        )
+        layers, hidden = c.get("num_hidden_layers", MAX_LAYERS), c.get("hidden_size", MAX_WIDTH)
+        moe = _routing(c, family, layers)
     except FormatError as error:
         raise FormatError(error.what, where=str(path), hint=error.hint) from None
     spec = ModelSpec(
@@ -151,9 +148,9 @@ def of_config(path: Path, data: dict[str, Any]) -> ModelSpec:
         return replace(spec, obstacle=FormatError(error.what, where=str(path), hint=error.hint))
 
 
-def _routing(c: Keys, family: Family | None) -> Moe:
+def _routing(c: Keys, family: Family | None, layers: int | None) -> Moe:
     """What recordings and placements need to know of the experts."""
-    layers, groups = c.get("num_hidden_layers", MAX_LAYERS), c.get("n_group", MAX_EXPERTS)
+    groups = c.get("n_group", MAX_EXPERTS)
     return Moe(
         layers=None if layers is None else _moe_layers(c, family, layers),
         experts=c.same(("num_experts", "n_routed_experts", "num_local_experts"), MAX_EXPERTS, 0) or None,
