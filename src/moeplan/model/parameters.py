@@ -10,7 +10,15 @@ import numpy.typing as npt
 
 from moeplan.model.spec import CompleteMoe, CompleteSpec, LinearAttention
 
-__all__ = ["PARTS", "Parameters", "expert_parameters", "layer_parameters", "parameters"]
+__all__ = [
+    "PARTS",
+    "Parameters",
+    "expert_parameters",
+    "kv_values",
+    "kv_values_per_token",
+    "layer_parameters",
+    "parameters",
+]
 
 #: Columns of `layer_parameters`.
 PARTS = ("attention", "dense", "shared", "router", "experts", "other")
@@ -111,6 +119,19 @@ def _add_moe(row: dict[str, int], spec: CompleteSpec, moe: CompleteMoe, tp: int)
 def expert_parameters(spec: CompleteSpec) -> tuple[int, int]:
     """Parameters of one routed expert in one layer: (matrices, biases)."""
     return _ffn(spec, spec.moe.width) if spec.moe else (0, 0)
+
+
+def kv_values(spec: CompleteSpec, tp: int = 1) -> int:
+    """Numbers of one token in the KV cache of one softmax layer, as one of `tp` tensor-parallel ranks holds them."""
+    a = spec.attention
+    if a.kind == "mla":
+        return a.kv_lora_rank + a.qk_rope_head_dim
+    return _share(a.kv_heads, tp) * (a.head_dim + a.v_head_dim)
+
+
+def kv_values_per_token(spec: CompleteSpec, tp: int = 1) -> int:
+    """The same over all layers, while no window is full; linear attention keeps no cache."""
+    return (spec.layers if spec.linear is None else len(spec.full_layers)) * kv_values(spec, tp)
 
 
 def _ffn(spec: CompleteSpec, width: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import PlanError, UsageError
-from moeplan.model.parameters import PARTS, expert_parameters, layer_parameters
+from moeplan.model.parameters import PARTS, expert_parameters, kv_values, kv_values_per_token, layer_parameters
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.types import ModelShape
@@ -247,8 +247,7 @@ def _stages(layers: int, pp: int) -> list[tuple[int, int]]:
 
 def kv_bytes_per_token(spec: CompleteSpec, dtype: str = "bf16", tp: int = 1) -> float:
     """KV cache that one more token takes on one of `tp` ranks, over all layers, while no window is full."""
-    softmax = spec.layers if spec.linear is None else len(spec.full_layers)
-    return softmax * _layer_kv(spec, dtype, tp)
+    return kv_values_per_token(spec, tp) * KV_DTYPE_BYTES[dtype]
 
 
 def kv_bytes(
@@ -262,19 +261,12 @@ def kv_bytes(
     first, last = layers or (0, spec.layers)
     full = bisect_left(spec.full_layers, last) - bisect_left(spec.full_layers, first)
     others = last - first - full
-    out = full * context * _layer_kv(spec, dtype, tp)
+    out = full * context * kv_values(spec, tp) * KV_DTYPE_BYTES[dtype]
     if spec.linear is not None:
         n = spec.linear
         state = -(-n.value_heads // tp) * n.key_dim * n.value_dim * STATE_BYTES
         return out + others * (state + -(-n.channels // tp) * (n.conv - 1) * PLAIN_BYTES)
-    return out + others * min(context, spec.window) * _layer_kv(spec, dtype, tp)
-
-
-def _layer_kv(spec: CompleteSpec, dtype: str, tp: int) -> float:
-    a = spec.attention
-    if a.kind == "mla":
-        return (a.kv_lora_rank + a.qk_rope_head_dim) * KV_DTYPE_BYTES[dtype]
-    return -(-a.kv_heads // tp) * (a.head_dim + a.v_head_dim) * KV_DTYPE_BYTES[dtype]
+    return out + others * min(context, spec.window) * kv_values(spec, tp) * KV_DTYPE_BYTES[dtype]
 
 
 def activation_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision) -> tuple[float, float]:
@@ -382,7 +374,7 @@ def _stage_kv(spec: CompleteSpec, parallel: Parallel, dtype: str, context: int, 
     """KV cache of one request on one accelerator of each stage: float64 [pp] bytes."""
     stages = _stages(spec.layers, parallel.pp)
     out = np.array([kv_bytes(spec, context, dtype, parallel.tp, layers=stage) for stage in stages])
-    out[-1] += spec.mtp_layers * mtp * context * _layer_kv(spec, dtype, parallel.tp)
+    out[-1] += spec.mtp_layers * mtp * context * kv_values(spec, parallel.tp) * KV_DTYPE_BYTES[dtype]
     return out
 
 
@@ -391,14 +383,6 @@ def model_shape(spec: CompleteSpec, precision: Precision | None = None) -> Model
     if spec.moe is None:
         raise UsageError(f"{spec.name} has no experts", hint="take a mixture-of-experts model")
     precision = precision or Precision.of_checkpoint(spec)
-    return ModelShape(
-        name=spec.name,
-        num_layers=len(spec.moe.layers),
-        num_experts=spec.moe.experts,
-        top_k=spec.moe.top_k,
-        layer_ids=spec.moe.layers,
-        hidden=spec.hidden,
-        routing_groups=spec.moe.groups,
-        expert_bytes=round(expert_bytes(spec, precision.experts or precision.weights)),
-        kv_bytes_per_token=round(kv_bytes_per_token(spec, precision.kv)),
-    )
+    expert = round(expert_bytes(spec, precision.experts or precision.weights))
+    kv = round(kv_bytes_per_token(spec, precision.kv))
+    return spec.override(expert_bytes=expert, kv_bytes_per_token=kv).moe_shape()

@@ -1,15 +1,18 @@
 """Presets of the synthetic generator: three published models, and a small one for the demonstration.
 
-Shapes and byte counts come from the models' public `config.json`: experts in fp8, three matrices of hidden x
-moe_intermediate_size; KV cache in bf16. Three spreads per preset are tuned, each to one figure of `Targets`, and to
-nothing else (never to the volumes or the quality of plans).
+The models are those of the catalogue, with experts in fp8 and a KV cache in bf16. Three spreads per preset are tuned,
+each to one figure of `Targets`, and to nothing else (never to the volumes or the quality of plans).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from moeplan.errors import UsageError
+from moeplan.model.catalogue import load_model
+from moeplan.model.parameters import expert_parameters, kv_values_per_token
+from moeplan.model.spec import ModelSpec, Moe
 from moeplan.types import ModelShape
 
 __all__ = ["PRESETS", "Preset", "Targets", "find_preset"]
@@ -39,8 +42,8 @@ class Preset:
     log w = base_spread x popularity + topic_spread x topic +/- phase_spread x phase, each factor a standard normal.
 
     Attributes:
-        shape: the model.
-        groups_per_token: routing groups that a token's picks come from.
+        name: of the preset, and of the model in its traces.
+        model: its name in the catalogue, or its description.
         domains: (name, family); domains of one family share topics.
         targets: what the spreads are tuned to.
         base_spread: of an expert's popularity with everybody; varies by +/- 30 % over layers. Sets the imbalance.
@@ -53,8 +56,8 @@ class Preset:
         requests, prefill, decode: default size, tokens as means per request.
     """
 
-    shape: ModelShape
-    groups_per_token: int
+    name: str
+    model: str | ModelSpec
     domains: tuple[tuple[str, str], ...]
     targets: Targets
     base_spread: float
@@ -69,9 +72,25 @@ class Preset:
     prefill: int = 128
     decode: int = 128
 
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model, with the bytes of an expert in fp8 and of a token's KV cache in bf16."""
+        if isinstance(self.model, ModelSpec):
+            return self.model
+        spec = load_model(self.model)
+        return spec.override(
+            expert_bytes=sum(expert_parameters(spec)), kv_bytes_per_token=2 * kv_values_per_token(spec)
+        )
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model as its traces know it."""
+        return self.spec.override(name=self.name).moe_shape()
+
     @property
-    def name(self) -> str:
-        return self.shape.name
+    def groups_per_token(self) -> int:
+        """Routing groups that a token's picks come from."""
+        return self.spec.moe.groups_kept if self.spec.moe else 1
 
     @property
     def num_topics(self) -> int:
@@ -93,16 +112,13 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset(
-            shape=ModelShape(
-                name="demo",
-                num_layers=8,
-                num_experts=32,
-                top_k=4,
+            name="demo",
+            model=ModelSpec(
                 hidden=2048,
+                moe=Moe(layers=tuple(range(8)), experts=32, top_k=4),
                 expert_bytes=3 * 2048 * 768,
                 kv_bytes_per_token=8 * 4 * 128 * 2 * 2,
             ),
-            groups_per_token=1,
             domains=(("code", "formal"), ("math", "formal"), ("chat", "prose"), ("prose", "prose")),
             targets=Targets(imbalance=3.0, correlation=0.75, related=0.8, unrelated=0.55),
             base_spread=0.95,
@@ -115,20 +131,9 @@ PRESETS = {
         ),
         # Imbalance: mean of four real decode counts of DeepSeek-V3 (SGLang's logical_count, 58 layers): 5.6 to 6.1.
         # Correlation: published. Similarity: no figure; clearly apart, relatives closer.
-        # MLA keeps 512 + 64 values a token in each of 61 layers; moe_intermediate_size 2048.
         Preset(
-            shape=ModelShape(
-                name="deepseek-v3",
-                num_layers=58,
-                num_experts=256,
-                top_k=8,
-                layer_ids=tuple(range(3, 61)),
-                hidden=7168,
-                routing_groups=8,
-                expert_bytes=3 * 7168 * 2048,
-                kv_bytes_per_token=61 * (512 + 64) * 2,
-            ),
-            groups_per_token=4,
+            name="deepseek-v3",
+            model="DeepSeek-V3",
             domains=_SEVEN,
             targets=Targets(imbalance=5.8, correlation=0.55, related=0.75, unrelated=0.45),
             base_spread=0.635,
@@ -138,19 +143,9 @@ PRESETS = {
         ),
         # Imbalance: real decode counts on two MMLU subjects, without layer 45: 20. Correlation: published. Similarity:
         # the same real set has 0.30 between two unrelated subjects.
-        # Expert intermediate_size 8192; 48 layers with 8 KV heads of 128.
         Preset(
-            shape=ModelShape(
-                name="llama-4-maverick",
-                num_layers=24,
-                num_experts=128,
-                top_k=1,
-                layer_ids=tuple(range(1, 48, 2)),
-                hidden=5120,
-                expert_bytes=3 * 5120 * 8192,
-                kv_bytes_per_token=48 * 8 * 128 * 2 * 2,
-            ),
-            groups_per_token=1,
+            name="llama-4-maverick",
+            model="Llama-4-Maverick",
             domains=_SEVEN,
             targets=Targets(imbalance=19.0, correlation=0.82, related=0.7, unrelated=0.4),
             base_spread=2.49,
@@ -160,18 +155,9 @@ PRESETS = {
         ),
         # Imbalance: no published figure found; 6 is our choice, as for DeepSeek-V3, which is also top-8.
         # Correlation: published. Similarity: no figure, as for DeepSeek-V3.
-        # moe_intermediate_size 1536; 94 layers with 4 KV heads of 128.
         Preset(
-            shape=ModelShape(
-                name="qwen3-235b",
-                num_layers=94,
-                num_experts=128,
-                top_k=8,
-                hidden=4096,
-                expert_bytes=3 * 4096 * 1536,
-                kv_bytes_per_token=94 * 4 * 128 * 2 * 2,
-            ),
-            groups_per_token=1,
+            name="qwen3-235b",
+            model="Qwen3-235B-A22B",
             domains=_SEVEN,
             targets=Targets(imbalance=6.0, correlation=0.68, related=0.75, unrelated=0.5),
             base_spread=1.4,
