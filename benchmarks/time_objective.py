@@ -25,7 +25,7 @@ import numpy as np
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
-from moeplan.perf.hardware import Hardware, hardware
+from moeplan.perf.hardware import Hardware, Link, hardware
 from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, replayed
 from moeplan.perf.step import decode_step
@@ -81,7 +81,7 @@ class World:
     def machine(self) -> Hardware:
         h100 = hardware("H100")
         up, out = (
-            replace(link, bytes_per_s=link.bytes_per_s * self.factor) for link in (h100.scale_up, h100.scale_out)
+            Link(link.bytes_per_s * self.factor, link.latency_s) for link in (h100.scale_up, h100.scale_out)
         )
         return replace(h100, scale_up=up, scale_out=out)
 

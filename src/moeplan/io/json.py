@@ -48,7 +48,7 @@ def _in_words(message: str, value: Any) -> str:
             return f"{path} is {_shown(value, path)}, not one of {choices[1].replace('|', ', ')}"
         kinds = [WORDS.get(kind, kind) for kind in wanted[1].split(" | ") if kind != "null"]
         return f"{path} is {_shown(value, path)}, not {' or '.join(kinds)}{wanted[2]}".lstrip()
-    return f"{path}: {why}" if path else why
+    return f"{path}: {why}" if path else why[0].lower() + why[1:]
 
 
 def _shown(value: Any, path: str) -> str:

@@ -10,10 +10,10 @@ from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
 from moeplan.errors import FormatError
-from moeplan.io.catalogue import find_name
+from moeplan.io.catalogue import find_name, read_object
 from moeplan.io.json import convert
 from moeplan.model.bounds import MAX_MTP, MAX_WINDOW, NoWidth, Width, layer_list
-from moeplan.model.config import config_file, of_config, read_file
+from moeplan.model.config import config_file, of_config
 from moeplan.model.spec import Attention, CompleteSpec, LinearAttention, ModelSpec, Moe
 from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS
 
@@ -134,7 +134,7 @@ def load_model(name_or_path: str | Path | ModelSpec) -> CompleteSpec:
     text, path = str(name_or_path), Path(name_or_path)
     if path.exists() or path.suffix == ".json" or path.is_absolute():
         file = config_file(path)
-        data = read_file(file)
+        data = read_object(file)
         if "model_type" not in data and "layers" in data:
             return convert(data, Entry, str(file), HINT).spec(file.stem, str(file))
         return of_config(file, data).complete()
@@ -154,7 +154,7 @@ def model_notes(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _entries() -> dict[str, Entry]:
-    return convert(read_file(DATA), dict[str, Entry], str(DATA), HINT)
+    return convert(read_object(DATA), dict[str, Entry], str(DATA), HINT)
 
 
 @functools.cache

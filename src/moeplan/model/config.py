@@ -14,16 +14,13 @@ from typing import Any, TypeVar, Unpack
 
 from moeplan import embedded
 from moeplan.errors import FormatError
-from moeplan.io.files import read_json
+from moeplan.io.catalogue import read_object
 from moeplan.model.bounds import MAX_HEADS, MAX_MTP, MAX_WIDTH, MAX_WINDOW, layer_list
 from moeplan.model.families import FAMILIES, Family
 from moeplan.model.spec import Attention, LinearAttention, ModelSpec, Moe, Overrides
 from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS
 
-__all__ = ["config_file", "described", "of_config", "read_config", "read_file"]
-
-#: A configuration larger than this is refused unread.
-MAX_BYTES = 4 * 1024 * 1024
+__all__ = ["config_file", "described", "of_config", "read_config"]
 
 T = TypeVar("T")
 
@@ -82,18 +79,6 @@ class Keys:
         return next(iter(found.values()), None)
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that describes a model.
-
-    Raises:
-        FormatError: it cannot be read, is too large, or holds something else.
-    """
-    data = read_json(path, max_bytes=MAX_BYTES)
-    if not isinstance(data, dict):
-        raise FormatError("is not a model's configuration (a JSON object)", where=str(path), hint="check the path")
-    return data
-
-
 def config_file(given: str | Path) -> Path:
     """The config.json meant by a path: the file itself, the folder that holds it, or the word `embedded`."""
     path = embedded.named(given, embedded.MODEL)
@@ -111,7 +96,7 @@ def read_config(path: str | Path) -> ModelSpec:
             wrong stays None, and `ModelSpec.complete` says why.
     """
     file = config_file(path)
-    return of_config(file, read_file(file))
+    return of_config(file, read_object(file))
 
 
 def of_config(path: Path, data: dict[str, Any]) -> ModelSpec:

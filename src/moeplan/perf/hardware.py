@@ -6,18 +6,21 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+from msgspec.structs import asdict
 
 from moeplan.errors import FormatError, UsageError
-from moeplan.io.catalogue import Fields, find_name, plain_name, read_object
+from moeplan.io.catalogue import find_name, plain_name, read_object
+from moeplan.io.json import convert
 
 __all__ = ["Hardware", "Link", "hardware", "hardware_list", "hardware_names"]
 
 DATA = Path(__file__).parent / "data"
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(Struct, frozen=True, forbid_unknown_fields=True):
     """A network of one level.
 
     Attributes:
@@ -25,8 +28,8 @@ class Link:
         latency_s: of one message between two neighbours, by datasheet or measurement.
     """
 
-    bytes_per_s: float
-    latency_s: float
+    bytes_per_s: Annotated[float, Meta(ge=1e3, le=1e18)]
+    latency_s: Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,44 @@ class Hardware:
 
 #: The fields that an entry must give: all of Hardware's but its name (the entry's key) and the sources (a user's own).
 REQUIRED = tuple(field.name for field in fields(Hardware) if field.name not in ("name", "sources"))
-DTYPES = ("bf16", "fp8", "int8", "fp4")
+Flops = Annotated[float, Meta(ge=1e9, le=1e21)]
+
+
+class FlopsEntry(Struct, forbid_unknown_fields=True):
+    """Operations per second by dtype."""
+
+    bf16: Flops | None = None
+    fp8: Flops | None = None
+    int8: Flops | None = None
+    fp4: Flops | None = None
+
+
+class Notes(Struct, kw_only=True):
+    """What an entry says beside the figures."""
+
+    sources: dict[str, str] = {}
+    aliases: list[str] = []
+
+
+class Entry(Notes, forbid_unknown_fields=True, kw_only=True):
+    """One accelerator in the catalogue's form."""
+
+    flops: FlopsEntry
+    memory_bytes: Annotated[float, Meta(ge=1e6, le=1e16)]
+    memory_bytes_per_s: Annotated[float, Meta(ge=1e6, le=1e18)]
+    scale_up: Link
+    scale_up_size: Annotated[int, Meta(ge=1, le=1 << 24)]
+    scale_out: Link
+    watts: Annotated[float, Meta(ge=1e-3, le=1e7)]
+    usd_per_hour: Annotated[float, Meta(ge=0.0, le=1e6)]
+
+    def hardware(self, name: str, where: str) -> Hardware:
+        """The accelerator under its name."""
+        given = {key: getattr(self, key) for key in (*REQUIRED, "sources")}
+        flops = {dtype: rate for dtype, rate in asdict(self.flops).items() if rate is not None}
+        if not flops:
+            raise FormatError("flops is empty", where=where, hint='give e.g. {"bf16": 9.89e14}')
+        return Hardware(name=name, **{**given, "flops": flops})
 
 
 def hardware(name: str, extra: Path | None = None) -> Hardware:
@@ -78,8 +118,8 @@ def hardware(name: str, extra: Path | None = None) -> Hardware:
 
     Args:
         name: a name or alias of the catalogue, or of `extra`.
-        extra: a JSON file in the form of `data/hardware.json` (docs/catalogue.md). An entry whose name the catalogue
-            knows overrides the fields it gives; a new one must give all but `sources` and `aliases`.
+        extra: a JSON file in the form of `data/hardware.json` (docs/reference/catalogue.md). An entry whose name the
+            catalogue knows overrides the fields it gives; a new one must give all but `sources` and `aliases`.
 
     Raises:
         UsageError: an unknown name.
@@ -87,7 +127,8 @@ def hardware(name: str, extra: Path | None = None) -> Hardware:
     """
     entries, where = _entries(extra)
     key = find_name(name, {key: entry.get("aliases", []) for key, entry in entries.items()}, "hardware")
-    return _hardware(key, entries[key], where.get(key, str(DATA / "hardware.json")))
+    place = f"{where.get(key, str(DATA / 'hardware.json'))}, {key}"
+    return convert(entries[key], Entry, place, "docs/reference/catalogue.md lists the keys").hardware(key, place)
 
 
 def hardware_list(
@@ -121,43 +162,13 @@ def _entries(extra: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, s
     """Raw entries by name, and the file of those that `extra` touched."""
     entries, where = dict(_catalogue()), {}
     for given, entry in ({} if extra is None else read_object(extra)).items():
-        if not isinstance(entry, dict):
-            raise FormatError(f"{given[:60]} is not an object", where=str(extra), hint="see docs/catalogue.md")
+        at = f"{extra}, {given[:60]}"
+        data = {key: value for key, value in convert(entry, dict[str, Any], at).items() if value is not None}
+        notes = convert(data, Notes, at)
         spelt = ((known, (known, *old.get("aliases", []))) for known, old in entries.items())
         name = next((known for known, names in spelt if plain_name(given) in map(plain_name, names)), given)
-        data = Fields(entry, f"{extra}, {given[:60]}")
-        if any(type(alias) is not str for alias in (data.items("aliases", 100) if data.has("aliases") else ())):
-            raise FormatError("aliases is not a list of names", where=data.where)
-        own = dict.fromkeys((key for key in entry if key in REQUIRED), f"given in {extra}")
-        sources = entries.get(name, {}).get("sources", {}) | own
-        if data.has("sources"):
-            sources |= data.inner("sources").data
-        entries[name] = entries.get(name, {}) | {k: v for k, v in entry.items() if v is not None} | {"sources": sources}
+        own = dict.fromkeys((key for key in data if key in REQUIRED), f"given in {extra}")
+        sources = entries.get(name, {}).get("sources", {}) | own | notes.sources
+        entries[name] = entries.get(name, {}) | data | {"sources": sources}
         where[name] = str(extra)
     return entries, where
-
-
-def _hardware(name: str, entry: dict[str, Any], where: str) -> Hardware:
-    data = Fields(entry, f"{where}, {name}")
-    data.only((*REQUIRED, "sources", "aliases"))
-    flops = data.inner("flops")
-    flops.only(DTYPES)
-    if not flops.data:
-        raise FormatError("flops is empty", where=data.where, hint='give e.g. {"bf16": 9.89e14}')
-    return Hardware(
-        name=name,
-        flops={dtype: flops.number(dtype, 1e9, 1e21) for dtype in DTYPES if dtype in flops.data},
-        memory_bytes=data.number("memory_bytes", 1e6, 1e16),
-        memory_bytes_per_s=data.number("memory_bytes_per_s", 1e6, 1e18),
-        scale_up=_link(data.inner("scale_up")),
-        scale_up_size=data.whole("scale_up_size", 1, 1 << 24),
-        scale_out=_link(data.inner("scale_out")),
-        watts=data.number("watts", 1e-3, 1e7),
-        usd_per_hour=data.number("usd_per_hour", 0.0, 1e6),
-        sources={key: str(text) for key, text in data.inner("sources").data.items()},
-    )
-
-
-def _link(data: Fields) -> Link:
-    data.only(("bytes_per_s", "latency_s"))
-    return Link(data.number("bytes_per_s", 1e3, 1e18), data.number("latency_s", 0.0, 1.0))

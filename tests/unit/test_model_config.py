@@ -1,4 +1,4 @@
-"""The catalogues, parameter counts against published ones, and models from a Transformers config.json."""
+"""Models from a Transformers config.json: all dimensions of known families, and what any file says of its experts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import ROOT
+from helpers.engine_files import save
 from moeplan.errors import FormatError, MoeplanError, UsageError
-from moeplan.model.catalogue import load_model, model_names, model_notes
-from moeplan.model.config import FAMILIES
-from moeplan.model.parameters import layer_parameters, parameters
-from moeplan.perf.hardware import REQUIRED, hardware, hardware_names
-
-#: Published active counts with too few digits to tell 1 %: 17 B, 2.4 B, 3.3 B, ... are met to their last digit instead,
-#: rounded or cut off.
-COARSE = {
-    "Llama-4-Scout", "Llama-4-Maverick", "DeepSeek-V2-Lite", "Qwen3-30B-A3B", "Qwen3.5-397B-A17B", "OLMoE-1B-7B",
-    "MiniMax-M2.5",
-}  # fmt: skip
-HYPOTHETICAL = {"GPT-4-1.8T", "SuperLLM-10T", "MoE-100T", "MoE-300T"}
+from moeplan.model.catalogue import load_model
+from moeplan.model.config import FAMILIES, described
+from moeplan.model.parameters import parameters
 
 QWEN_MOE = {"num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": []}
 DEEPSEEK = {
@@ -157,97 +149,6 @@ def write(folder: Path, config: Any) -> Path:
     return path
 
 
-# --- the catalogue of models
-
-
-@pytest.mark.parametrize("name", model_names())
-def test_published_counts(name: str) -> None:
-    """Within 1 %, or to the last digit where the published figure has too few of them."""
-    counts, notes = parameters(load_model(name)), model_notes(name)
-    assert notes["sources"]["dimensions"]
-    if name in HYPOTHETICAL:
-        assert "HYPOTHETICAL" in notes["note"]
-        return
-    published = notes["published"]
-    assert counts.total + published.get("also_counted", 0) == pytest.approx(published["total"], rel=0.01)
-    assert counts.mtp == pytest.approx(published.get("mtp", counts.mtp), rel=0.01)
-    if "active" not in published:
-        assert load_model(name).moe is None and counts.active == counts.total
-        return
-    active, said = getattr(counts, published["active_counts"]), published["active"]
-    if name in COARSE:
-        digit = 1e9 if said >= 1e10 else 1e8  # of the last digit that is given
-        assert abs(active - said) <= digit / 2 or active // digit * digit == said
-        assert abs(active - said) / said < 0.025
-    else:
-        assert active == pytest.approx(said, rel=0.01)
-    assert set(published) <= set(notes["sources"]) | {"active_counts"}
-
-
-def test_only_coarse_counts_are_let_off(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those held to their last digit are those, and only those, that the catalogue page lists with their reasons."""
-    page = (ROOT / "docs" / "reference" / "catalogue.md").read_text(encoding="utf-8")
-    code, shown = page.split("$ python - <<'END'\n")[1].split("```")[0].split("END\n")
-    exec(code, {})
-    assert capsys.readouterr().out == shown
-    assert {line.split(":")[0] for line in shown.splitlines()} == COARSE
-
-
-def test_every_part_of_a_known_model() -> None:
-    """gpt-oss-120b's card (arXiv 2508.10925, table 1) counts by part: MLP 114.71 B, attention 0.96 B, 1.16 B twice."""
-    counts = parameters(load_model("gpt-oss-120b"))
-    assert counts.experts + counts.router == pytest.approx(114.71e9, rel=0.001)
-    assert counts.attention == pytest.approx(0.96e9, rel=0.01)
-    assert counts.embedding + counts.head == pytest.approx(1.16e9, rel=0.01)
-
-
-def test_hypothetical_sizes() -> None:
-    sizes = {name: parameters(load_model(name)).total for name in HYPOTHETICAL}
-    assert sizes["GPT-4-1.8T"] == pytest.approx(1.8e12, rel=0.03)
-    assert sizes["SuperLLM-10T"] == pytest.approx(10e12, rel=0.06)
-    assert sizes["MoE-100T"] == pytest.approx(100e12, rel=0.01)
-    assert sizes["MoE-300T"] == pytest.approx(300e12, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("said", "name"),
-    [
-        ("deepseek-v3", "DeepSeek-V3"), ("DeepSeek_V3", "DeepSeek-V3"), ("deepseek-ai/DeepSeek-R1", "DeepSeek-R1"),
-        ("meta-llama/Llama-3.1-8B-Instruct", "Llama-3.1-8B"), ("nvidia/Llama-3.1-8B-Instruct-FP8", "Llama-3.1-8B"),
-        ("Llama-3-70B", "Llama-3.1-70B"), ("moonshotai/Kimi-K2.5", "Kimi-K2.5"), ("gpt-4", "GPT-4-1.8T"),
-        ("MiniMaxAI/MiniMax-M2.5", "MiniMax-M2.5"), ("Kimi-K2-Instruct", "Kimi-K2"),
-    ],
-)  # fmt: skip
-def test_names(said: str, name: str) -> None:
-    assert load_model(said).name == name
-
-
-def test_names_mean_one_model_each() -> None:
-    raw = json.loads((Path(str(load_model.__code__.co_filename)).parent / "data" / "models.json").read_text())
-    spelt = [word.lower() for name, entry in raw.items() for word in (name, *entry["aliases"])]
-    assert len(spelt) == len(set(spelt))
-
-
-def test_unknown_model_names_the_near_ones() -> None:
-    with pytest.raises(UsageError, match=r'unknown model "Qwen3-235B"; near it: Qwen3-235B-A22B.*config\.json'):
-        load_model("Qwen3-235B")
-
-
-def test_tensor_parallel_shares() -> None:
-    """Shares add up to the whole, but for what every rank holds."""
-    spec = load_model("Llama-3.1-70B")
-    whole, part = layer_parameters(spec), layer_parameters(spec, 8)
-    assert (part[:, 0] * 8 == whole[:, 0]).all() and (part[:, 1] * 8 == whole[:, 1]).all()
-    down = 7168 * (1536 + 512 + 64)  # MLA's down-projections, on every rank
-    mla, mla8 = layer_parameters(load_model("DeepSeek-V3"))[0, 0], layer_parameters(load_model("DeepSeek-V3"), 8)[0, 0]
-    assert (mla8 - down) * 8 == mla - down
-    one_kv_head = 2 * 8192 * 128
-    assert layer_parameters(spec, 16)[0, 0] - one_kv_head == (whole[0, 0] - 8 * one_kv_head) / 16
-
-
-# --- config.json
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_gives_the_catalogue_s_numbers(name: str, tmp_path: Path) -> None:
     write(tmp_path, CONFIGS[name])
@@ -348,7 +249,7 @@ def test_bad_config_is_one_line(name: str, change: dict[str, Any], said: str, tm
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "not whole JSON"), ('{"model_type": ', "not whole JSON"), ("[1, 2]", "not a model's configuration"),
+        ("", "not whole JSON"), ('{"model_type": ', "not whole JSON"), ("[1, 2]", "not a JSON object"),
         ("[" * 100_000, "not"), ('{"a": ' + "1" * 5000 + "}", "does not accept"),
         ('{"a": "' + "x" * (5 << 20) + '"}', "are more than"),
     ],
@@ -384,95 +285,54 @@ def test_any_value_gives_a_model_or_one_line(tmp_path_factory: Any, name: str, d
         assert "\n" not in error.line()
 
 
-# --- an entry in the catalogue's form
+# --- what recordings and placements need to know, of any family, with flags
 
 
-def test_own_entry(tmp_path: Path) -> None:
-    raw = json.loads((Path(str(load_model.__code__.co_filename)).parent / "data" / "models.json").read_text())
-    for name in ("DeepSeek-V3", "gpt-oss-20b", "Qwen3.5-397B-A17B", "GPT-3-175B"):
-        path = tmp_path / "mine.json"
-        path.write_text(json.dumps(raw[name]))
-        assert dataclasses.replace(load_model(path), name=name) == load_model(name)
-    entry = raw["DeepSeek-V3"]
-    for change, said in (
-        ({"layer": 3}, "unknown key layer"),
-        ({"attention": {**entry["attention"], "kind": "mamba"}}, "attention.kind is mamba, not one of mha, gqa, mla"),
-        ({"attention": {**entry["attention"], "kv_lora_rank": None}}, "attention.kv_lora_rank is None, not a whole"),
-        ({"attention": {"kind": "mla", "heads": 8, "v_head_dim": 9}}, "attention: kv_lora_rank is missing"),
-        ({"attention": {"kind": "gqa", "heads": 8, "head_dim": 9}}, "attention: kv_heads is missing"),
-        ({"attention": {**entry["attention"], "kind": "mha", "head_dim": 9}}, "is a dimension of mla"),
-        ({"moe": {**entry["moe"], "top_k": 257}}, "moe.top_k is 257, not a whole number <= 256"),
-        ({"moe": {"experts": 8, "width": 9}}, "moe.top_k is missing"),
-        ({"moe": {**entry["moe"], "layers": [61]}}, "moe.layers is not a list of different layers in 0..60"),
-        ({"moe": {**entry["moe"], "layers": {"first": 3, "last": 9}}}, "unknown key moe.layers.last"),
-        ({"dense_width": 0}, "add dense_width"),
-        ({"full_layers": [0, 1]}, "no window is given"),
-        ({"checkpoint": {"weights": "fp7"}}, "weights is fp7, not one of"),
-    ):
-        path.write_text(json.dumps(entry | change))
-        with pytest.raises(FormatError) as caught:
-            load_model(path)
-        assert said in caught.value.line() and str(path) in caught.value.line()
+@pytest.mark.parametrize(
+    ("config", "experts", "moe"),
+    [
+        ({"n_routed_experts": 8, "first_k_dense_replace": 3, "moe_layer_freq": 1}, 8, (3, 4, 5)),
+        ({"n_routed_experts": 8, "moe_layer_freq": [0, 1, 1, 0, 1, 1]}, 8, (1, 2, 4, 5)),
+        ({"num_experts": 8, "decoder_sparse_step": 2, "mlp_only_layers": [5]}, 8, (1, 3)),
+        ({"num_local_experts": 8, "interleave_moe_layer_step": 2}, 8, (1, 3, 5)),
+        ({"num_local_experts": 8}, 8, None),
+        ({"num_experts": 8, "first_k_dense_replace": 1, "decoder_sparse_step": 2}, 8, None),
+        ({"num_experts": 8, "num_local_experts": 8}, 8, None),
+    ],
+)
+def test_configs(tmp_path: Path, config: dict[str, Any], experts: int, moe: tuple[int, ...] | None) -> None:
+    save(tmp_path / "c.json", {"num_hidden_layers": 6, "num_experts_per_tok": 2, "hidden_size": 64, **config})
+    spec = described(tmp_path / "c.json")
+    assert (spec.num_experts, spec.moe_layers, spec.top_k, spec.hidden) == (experts, moe, 2, 64)
 
 
-# --- the catalogue of hardware
+def test_a_multimodal_config_keeps_its_numbers_inside(tmp_path: Path) -> None:
+    inner = {"num_hidden_layers": 4, "num_local_experts": 16, "num_experts_per_tok": 1, "moe_layers": [1, 3]}
+    spec = described(save(tmp_path / "c.json", {"hidden_size": 1, "text_config": inner}))
+    assert (spec.num_experts, spec.top_k, spec.moe_layers) == (16, 1, (1, 3))
 
 
-@pytest.mark.parametrize("name", hardware_names())
-def test_hardware_entries(name: str) -> None:
-    h = hardware(name)
-    assert set(h.sources) == set(REQUIRED)
-    assert h.flops["bf16"] > 1e14 and h.memory_bytes > 1.6e10 and h.memory_bytes_per_s > 8e11
-    assert h.scale_up.bytes_per_s > h.scale_out.bytes_per_s > 1e9
-    assert h.sources["usd_per_hour"].startswith("assumption")
-    assert h.flops.get("fp4", 1e99) > h.flops.get("fp8", 0) >= h.flops["bf16"] or "fp8" not in h.flops
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([1], "is not a JSON object"),
+        ({"num_experts": 8, "num_local_experts": 4}, "num_experts and num_local_experts differ"),
+        ({"num_experts": "8"}, "num_experts is 8, not a whole number"),
+        ({"num_hidden_layers": 2, "moe_layer_freq": [1]}, "moe_layer_freq is not 2 zeros and ones"),
+        ({"num_hidden_layers": 2, "mlp_only_layers": [7]}, "mlp_only_layers is not a list of different layers in 0..1"),
+    ],
+)
+def test_bad_configs(tmp_path: Path, config: Any, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        described(save(tmp_path / "c.json", config))
 
 
-def test_hardware_facts() -> None:
-    assert hardware("gb200").scale_up_size == 72
-    assert hardware("H800").scale_up.bytes_per_s == 200e9 and hardware("h100_sxm").scale_up.bytes_per_s == 450e9
-    assert "fp8" not in hardware("A100").flops and "fp4" not in hardware("H200").flops
-    for name in ("h100_sxm", "h200_sxm", "b200_sxm", "b300_sxm", "gb200", "gb300", "MI300X", "v5e", "TPU v6e"):
-        assert hardware(name)
-
-
-def test_unknown_hardware_names_the_near_ones() -> None:
-    with pytest.raises(UsageError, match=r'unknown hardware "H1000"; near it: .*H100-SXM'):
-        hardware("H1000")
-    with pytest.raises(UsageError, match="the catalogue has A100"):
-        hardware("")
-
-
-def test_own_hardware(tmp_path: Path) -> None:
-    path = tmp_path / "own.json"
-    path.write_text(json.dumps({"h100-sxm": {"usd_per_hour": 1.5}}))
-    ours, theirs = hardware("H100", path), hardware("H100")
-    assert ours.usd_per_hour == 1.5 and ours.flops == theirs.flops and str(path) in ours.sources["usd_per_hour"]
-    assert ours.sources["flops"] == theirs.sources["flops"] and theirs.usd_per_hour == 3.0
-    new = {
-        "flops": {"bf16": 1e15}, "memory_bytes": 1e11, "memory_bytes_per_s": 1e13, "scale_up_size": 4, "watts": 500,
-        "scale_up": {"bytes_per_s": 1e11, "latency_s": 1e-6}, "scale_out": {"bytes_per_s": 1e10, "latency_s": 1e-6},
-        "usd_per_hour": 2,
-    }  # fmt: skip
-    path.write_text(json.dumps({"Mine": new | {"aliases": ["m1"], "sources": {"watts": "my bill"}}}))
-    assert hardware("M1", path).sources["watts"] == "my bill" and "Mine" in hardware_names(path)
-    for change, said in (
-        ({"watts": None}, "Mine: watts is missing"),
-        ({"watts": "500"}, "Mine: watts is 500, not a number"),
-        ({"watts": float("nan")}, "watts is nan"),
-        ({"memory": 1e11}, "unknown key memory"),
-        ({"flops": {"bf17": 1e15}}, "flops: unknown key bf17"),
-        ({"flops": {}}, "flops is empty"),
-        ({"scale_up": 1e11}, "scale_up is 100000000000.0, not an object"),
-        ({"scale_up": {"bytes_per_s": 1e11}}, "scale_up: latency_s is missing"),
-        ({"scale_up_size": 0}, "scale_up_size is 0"),
-        ({"sources": ["x"]}, "sources is"),
-        ({"aliases": [1]}, "aliases is not a list of names"),
-    ):
-        path.write_text(json.dumps({"Mine": new | change}))
-        with pytest.raises(FormatError) as caught:
-            hardware("Mine", path)
-        assert said in caught.value.line() and str(path) in caught.value.line()
-    path.write_text('{"Mine": 3}')
-    with pytest.raises(FormatError, match="Mine is not an object"):
-        hardware("H100", path)
+def test_flags_and_config_may_not_differ(tmp_path: Path) -> None:
+    config = save(tmp_path / "c.json", {"num_experts": 8, "num_hidden_layers": 4, "first_k_dense_replace": 1})
+    with pytest.raises(UsageError, match=r"--num-experts 16, but .* says 8; leave one of the two out"):
+        described(config, num_experts=16)
+    with pytest.raises(UsageError, match="--dense-layers contradicts"):
+        described(config, dense_layers=[2])
+    with pytest.raises(UsageError, match=r"--top-k 0 is outside"):
+        described(config, top_k=0)
+    assert described(config, dense_layers=[0]).moe_layers == (1, 2, 3)
