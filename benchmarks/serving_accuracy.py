@@ -18,10 +18,10 @@ from moeplan.cluster import Dispatch
 from moeplan.errors import MoeplanError
 from moeplan.model.catalogue import load_model
 from moeplan.model.parameters import parameters
-from moeplan.perf.constants import Constants, Engine, Generation, constants
+from moeplan.perf.constants import Constants, EngineFit, GenerationFit, load_constants
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
-from moeplan.perf.routing import popular
+from moeplan.perf.routing import ExpertRanks, routing_from_counts
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning.strategies.eplb import rebalance
@@ -67,7 +67,7 @@ def published() -> list[Row]:
     rows = {row["id"]: row for row in st.each(st.strings("published_targets.csv"))}
     name = "sglang-ep32-prefill-4k"  # its note gives the figure with perfectly balanced experts
     rows[f"{name}, balanced"] = rows[name] | {"value": "59337"}
-    bare = dataclasses.replace(constants(), engine=Engine(0.0, 0.0, 0.0))
+    bare = dataclasses.replace(load_constants(), engine=EngineFit(0.0, 0.0, 0.0))
     out: list[Row] = [
         ("target", "tokens a GPU", "published, tokens/s/node", "model", "error", "bar", "reached",
          "step, ms (published)", "idle share", "error without the engine's constants")
@@ -102,7 +102,7 @@ class Group:
 
 def hopper() -> Constants:
     """As fitted on Hopper, for every machine."""
-    return dataclasses.replace(constants(), blackwell=Generation(1.0, 1.0))
+    return dataclasses.replace(load_constants(), blackwell=GenerationFit(1.0, 1.0))
 
 
 def groups() -> tuple[Group, ...]:
@@ -129,7 +129,7 @@ def points() -> list[Row]:
     out: list[Row] = [("TPOT against", "part", *SCORES)]
     for group in groups():
         tables = [st.served(*table) for table in group.tables]
-        errors = [table.errors(group.c or constants()) for table in tables]
+        errors = [table.errors(group.c or load_constants()) for table in tables]
         error, fitted = np.concatenate(errors), np.concatenate([table.fitted for table in tables])
         for part, chosen in (("fit", fitted), ("check", ~fitted), ("all", fitted | ~fitted)):
             if chosen.any() and not (part == "all" and (fitted.all() or not fitted.any())):
@@ -139,7 +139,7 @@ def points() -> list[Row]:
 
 def small_kernels() -> list[Row]:
     """Data-parallel rows of the fit part, with `engine.expert_layer_s` and without."""
-    c = constants()
+    c = load_constants()
     without = dataclasses.replace(c, engine=dataclasses.replace(c.engine, expert_layer_s=0.0))
     out: list[Row] = [("machine", "rows", "median error", "bias", "median error without", "bias without")]
     for system in ("b200_sxm", "b300_sxm"):
@@ -187,7 +187,7 @@ def first_tokens() -> list[Row]:
     for row in _rows():
         place = hardware(row["system"].split("_")[0])
         try:
-            serving = st.serving(row, place, constants())
+            serving = st.serving(row, place, load_constants())
         except MoeplanError:
             continue
         batch = st.layout(row)[4]
@@ -242,7 +242,7 @@ def _rows() -> Iterator[dict[str, str]]:
 
 def _all_points() -> Iterator[tuple[dict[str, str], float]]:
     for table in _tables():
-        yield from zip(st.each(table.rows), table.errors(constants()).tolist(), strict=True)
+        yield from zip(st.each(table.rows), table.errors(load_constants()).tolist(), strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,8 @@ def eplb_step(name: str, slots: str, overlap: bool, scale: float = 1.0) -> tuple
     else:
         held, place = np.full(gpus, 288 // gpus), rebalance(load, 288, 1, 1, gpus)
     assert DEEPSEEK.moe is not None
-    routing = popular(DEEPSEEK.moe, load, place, tokens * gpus, gpus, mode=mode, nodes=nodes, slots_per_gpu=held)
+    ranks = ExpertRanks(gpus, nodes, dispatch=mode)
+    routing = routing_from_counts(DEEPSEEK.moe, load, place, tokens * gpus, ranks, slots_per_gpu=held)
     parallel = Parallel(dp=gpus, ep=gpus, redundant=32)  # as to memory and slots; the loads are those given
     at = StepModel(DEEPSEEK, hardware("h100"), parallel, FP8, StepOptions(overlap=overlap))
     step = at.decode(256, 2000, routing=routing) if decode else at.prefill(tokens / context, context, routing=routing)

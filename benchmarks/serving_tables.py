@@ -21,6 +21,7 @@ from moeplan.model.catalogue import load_model
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.operators import Device
 from moeplan.perf.serving import ServingFigures, aggregated, disaggregated
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
 from time_tables import Columns, Table, read
@@ -92,7 +93,7 @@ def dtype(row: dict[str, str]) -> str:
     return "bf16" if row["precision"] == "bf16" else DTYPES[mode]
 
 
-def serving(row: dict[str, str], hardware: Hardware, c: Constants) -> ServingFigures:
+def serving(row: dict[str, str], hardware: Hardware, constants: Constants) -> ServingFigures:
     """What the model says about a row."""
     spec = load_model(row["model"])
     tp, dp, _, ep, batch = layout(row)
@@ -100,19 +101,19 @@ def serving(row: dict[str, str], hardware: Hardware, c: Constants) -> ServingFig
     matrices = "bf16" if wide == "fp4" and spec.attention.kind == "mla" else wide
     kv = "fp8" if row["backend"] == "trtllm" and wide != "bf16" and spec.moe is None else "bf16"
     parallel = Parallel(tp=tp, dp=dp, ep=ep if spec.moe else 1)
-    at = StepModel(spec, hardware, parallel, Precision(matrices, wide, kv), StepOptions(constants=c))
+    at = StepModel(spec, hardware, parallel, Precision(matrices, wide, kv), StepOptions(constants=constants))
     load = Workload(int(row["isl"]), int(row["osl"]))
     if row["mode"] == "disagg":
         return disaggregated(at, at, load, batch, usable=USABLE)
     return aggregated(at, load, batch, mixed=row["backend"] != "sglang", usable=USABLE)
 
 
-def predict(hardware: Hardware, rows: Columns, c: Constants) -> np.ndarray:
+def predict(device: Device, rows: Columns) -> np.ndarray:
     """Time per output token of each row, in seconds; NaN where the model says that it cannot be."""
     out = []
     for row in each(rows):
         try:
-            out.append(serving(row, hardware, c).tpot_s)
+            out.append(serving(row, device.hardware, device.constants).tpot_s)
         except MoeplanError:
             out.append(np.nan)
     return np.array(out)

@@ -20,8 +20,9 @@ import time_fit as fits
 import time_tables as tf
 from moeplan.cluster import Dispatch
 from moeplan.perf.collectives import expert_exchange, uniform_messages
-from moeplan.perf.constants import FILE, Constants, constants
+from moeplan.perf.constants import FILE, Constants, load_constants
 from moeplan.perf.hardware import hardware
+from moeplan.perf.operators import Device
 from time_report import SCORES, Row, percent, scores, signed
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "accuracy.md"
@@ -87,7 +88,7 @@ HEAD = ("against", "part", *SCORES)
 
 def kernels() -> list[Row]:
     """One row per bar and part."""
-    c, out = constants(), [HEAD]
+    c, out = load_constants(), [HEAD]
     for what, tables, mask, median_bar, worst_bar in bars():
         part = {"fit": [], "check": []}  # type: ignore[var-annotated]
         for table in tables():
@@ -129,7 +130,7 @@ def published() -> list[Row]:
     """DeepEP's README (V1, H800 with 400 Gb/s a GPU), 128 tokens, hidden 7168, top-8, 256 experts: never fitted."""
     out: list[Row] = [("GPUs", "direction", "published, us", "model, us", "error")]
     rows = tf.read("published_targets.csv")
-    h800 = hardware("h800")
+    h800 = Device(hardware("h800"))
     for name, value in zip(rows["id"], rows["value"], strict=True):
         if not str(name).startswith("deepep-ll-ep"):
             continue
@@ -147,7 +148,7 @@ def misses() -> list[Row]:
              "decode": ("step", (1, 128, 1024, 8192, 65536)), "mla decode": ("step", (1, 128, 1024, 8192)),
              "mla layer": ("isl", (1, 64, 1024, 4096)), "experts": ("num_tokens", (1, 64, 512, 4096)),
              "normal": ("num_token", (128, 512, 4096, 32768))}  # fmt: skip
-    c, found = constants(), []
+    c, found = load_constants(), []
     for fit in fits.FITS:
         for table in fit.tables():
             key = max((k for k in bands if table.name.startswith(k)), key=len, default=None)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from moeplan.perf.constants import FILE, FORMAT, Constants, constants
+from moeplan.perf.constants import FILE, FORMAT, Constants, load_constants
 from moeplan.perf.hardware import hardware
 from serving_tables import FIT_MODELS, served
 from time_tables import (
@@ -257,7 +257,7 @@ def main() -> None:
         sys.exit(f"{', '.join(sorted(unknown))}: no such group to fit; there are {', '.join(f.group for f in FITS)}")
     if only:  # the rest as it is
         groups = json.loads(FILE.read_text(encoding="utf-8"))["groups"]
-        kept = constants()
+        kept = load_constants()
         known |= {name: getattr(kept, name) for name in known if name not in only}
     else:  # kernels are fitted as they are on Hopper
         known["blackwell"] = Constants.groups()["blackwell"](1.0, 1.0)

@@ -27,8 +27,8 @@ from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware, Link, hardware
 from moeplan.perf.memory import Precision
-from moeplan.perf.routing import Routing, replayed
-from moeplan.perf.step import decode_step
+from moeplan.perf.routing import Routing, counted_routing
+from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning import Options, Plan, RequestSet, solve
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, folds_of, group_test, rng_of
@@ -101,11 +101,12 @@ class Steps:
         """float64 [S], each with `load` times the requests: that many independent ones of the same routing."""
         routing = (self.flat if world.flat else self.nodes).part(load)
         cluster, spec = place.cluster, place.spec
-        step = decode_step(
+        per_node = cluster.num_gpus if world.flat else cluster.gpus_per_node
+        timed = StepModel(
             spec, world.machine, parallel_of(cluster, spec, place.redundant), Precision.of_checkpoint(spec),
-            self.batch * load, CONTEXT, routing=routing, mode=Dispatch.PICK,
-            gpus_per_node=cluster.num_gpus if world.flat else cluster.gpus_per_node,
+            StepOptions(Dispatch.PICK, gpus_per_node=per_node),
         )  # fmt: skip
+        step = timed.decode(self.batch * load, CONTEXT, routing=routing)
         seconds = np.asarray(step.seconds)
         return 1e3 * (seconds.mean(axis=1) if seconds.ndim > 1 else seconds)
 
@@ -120,7 +121,7 @@ def counted(place: Place, links: Any, picks: Any, touched: Any) -> Steps:
         links, picks, touched = links[:, :, None], picks[:, :, None], touched[:, :, None]
     slots = (moe.experts + place.redundant) / cluster.num_gpus
     near, flat = (
-        replayed(picks, touched, links, gpus_per_node=size, slots=slots)
+        counted_routing(picks, touched, links, gpus_per_node=size, slots=slots)
         for size in (cluster.gpus_per_node, cluster.num_gpus)
     )
     return Steps(near, flat, batch)

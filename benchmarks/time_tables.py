@@ -20,18 +20,20 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 
+from mla_blocks import mla_layer_decode, mla_layer_prefill
 from moeplan.cluster import Dispatch
 from moeplan.perf import attention, operators
 from moeplan.perf.collectives import expert_exchange, uniform_messages
 from moeplan.perf.constants import Constants
-from moeplan.perf.hardware import Hardware, hardware
+from moeplan.perf.hardware import hardware
+from moeplan.perf.operators import Device
 
 MEASURED = Path(__file__).parents[1].parent / "shared" / "measured"
 SEED = 0
 MACHINES = ("h100", "h200")
 
 Columns = dict[str, np.ndarray]
-Predict = Callable[[Hardware, Columns, Constants], np.ndarray]
+Predict = Callable[[Device, Columns], np.ndarray]
 Way = Literal["dispatch", "combine"]
 
 
@@ -69,9 +71,9 @@ class Table:
             self, rows={name: column[mask] for name, column in self.rows.items()}, seconds=self.seconds[mask]
         )
 
-    def errors(self, c: Constants) -> np.ndarray:
+    def errors(self, constants: Constants) -> np.ndarray:
         """Relative errors, model over measurement less 1."""
-        return self.predict(hardware(self.machine), self.rows, c) / self.seconds - 1
+        return self.predict(Device(hardware(self.machine), constants), self.rows) / self.seconds - 1
 
 
 def read(name: str) -> Columns:
@@ -93,8 +95,8 @@ def _table(name: str, machine: str, file: str, shape: tuple[str, ...], predict: 
 def gemm_table(machine: str, kind: str) -> Table:
     name = "bfloat16" if kind == "bf16" else kind
 
-    def predict(hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
-        return operators.gemm(hw, r["m"], r["n"], r["k"], kind, c).seconds
+    def predict(device: Device, r: Columns) -> np.ndarray:
+        return operators.gemm(device, r["m"], r["n"], r["k"], kind).seconds
 
     return _table(f"gemm {kind}", machine, "gemm_{}.parquet", ("n", "k"), predict, lambda r: r["gemm_dtype"] == name)
 
@@ -114,9 +116,9 @@ def prefill_table(machine: str, group: str) -> Table:
             return r["kernel_source"] == "triton"
         return (r["kernel_source"] == "fa3") & (r["attn_dtype"] == ("bfloat16" if group == "bf16" else group))
 
-    def predict(hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
+    def predict(device: Device, r: Columns) -> np.ndarray:
         kind = "fp8" if group == "fp8" else "bf16"
-        return attention.attention_prefill(hw, _heads(r), r["batch_size"], r["isl"], kind=kind, c=c).seconds
+        return attention.attention_prefill(device, _heads(r), r["batch_size"], r["isl"], dtype=kind).seconds
 
     return _table(f"prefill {group}", machine, "context_attention_{}.parquet", HEADS, predict, keep)
 
@@ -127,20 +129,21 @@ def decode_table(machine: str, group: str) -> Table:
             return r["kernel_source"] == "triton"
         return (r["kernel_source"] == "fa3") & (r["kv_cache_dtype"] == ("bfloat16" if group == "bf16" else group))
 
-    def predict(hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
+    def predict(device: Device, r: Columns) -> np.ndarray:
         kind, held = "fp8" if group == "fp8" else "bf16", r["step"] + 1
-        return attention.attention_decode(hw, _heads(r), r["batch_size"], held, kv_kind=kind, warm=True, c=c).seconds
+        return attention.attention_decode(device, _heads(r), r["batch_size"], held, kv_dtype=kind, warm=True).seconds
 
     return _table(f"decode {group}", machine, "generation_attention_{}.parquet", HEADS, predict, keep)
 
 
 def mla_table(machine: str) -> Table:
-    def predict(hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
+    def predict(device: Device, r: Columns) -> np.ndarray:
         out = np.empty(len(r["step"]))
         for kind in ("bf16", "fp8"):
             at = (r["kv_cache_dtype"] == "fp8") == (kind == "fp8")
+            shape = attention.MlaShape(heads=r["num_heads"][at])
             out[at] = attention.mla_decode(
-                hw, r["batch_size"][at], r["step"][at] + 1, r["num_heads"][at], kv_kind=kind, warm=True, c=c
+                device, shape, r["batch_size"][at], r["step"][at] + 1, kv_dtype=kind, warm=True
             ).seconds
         return out
 
@@ -149,16 +152,16 @@ def mla_table(machine: str) -> Table:
 
 
 def mla_layer_table(machine: str, phase: str) -> Table:
-    def predict(hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
+    def predict(device: Device, r: Columns) -> np.ndarray:
         out = np.empty(len(r["isl"]))
         for heads in np.unique(r["num_heads"]):
             at = r["num_heads"] == heads
             shape = attention.MlaShape(heads=int(heads))
             size = r["batch_size"][at], r["isl"][at]
             out[at] = (
-                attention.mla_layer_decode(hw, shape, *size, kind="fp8_block", down=False, warm=True, c=c).seconds
+                mla_layer_decode(device, shape, *size, dtype="fp8_block", down=False, warm=True).seconds
                 if phase == "generation"
-                else attention.mla_layer_prefill(hw, shape, *size, kind="fp8_block", down=False, c=c).seconds
+                else mla_layer_prefill(device, shape, *size, dtype="fp8_block", down=False).seconds
             )
         return out
 
@@ -198,10 +201,9 @@ def deepgemm_table(machine: str) -> Table:
     return dataclasses.replace(table, rows=rows)
 
 
-def _experts(kernel: str, hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
-    return operators.expert_gemm(
-        hw, r["picks"], r["experts"], r["hidden_size"], r["inter_size"], kernel=kernel, c=c
-    ).seconds
+def _experts(kernel: str, device: Device, r: Columns) -> np.ndarray:
+    sizes = r["picks"], r["experts"], r["hidden_size"], r["inter_size"]
+    return operators.expert_gemm(device, *sizes, kernel=kernel).seconds
 
 
 def low_latency_table(direction: Way) -> Table:
@@ -220,7 +222,7 @@ def normal_table(direction: Way) -> Table:
     return table.where((rows["node_num"] <= 4) & (rows["num_token"] >= 128))
 
 
-def _exchange(mode: Dispatch, direction: Way, hw: Hardware, r: Columns, c: Constants) -> np.ndarray:
+def _exchange(mode: Dispatch, direction: Way, device: Device, r: Columns) -> np.ndarray:
     out = np.empty(len(r["num_token"]))
     for nodes in np.unique(r["node_num"]):
         at = r["node_num"] == nodes
@@ -230,7 +232,7 @@ def _exchange(mode: Dispatch, direction: Way, hw: Hardware, r: Columns, c: Const
         # its normal test lets a token's experts lie on at most 4 nodes (tests/test_internode.py)
         messages = uniform_messages(mode, int(nodes), 8, tokens, 8, 256, max_nodes=4 if mode is Dispatch.NODE else 0)
         units = r["units"][at].astype(float) if mode is Dispatch.NODE else 1.0
-        out[at] = expert_exchange(hw, mode, messages, 7168, 8, int(nodes), direction, units=units, c=c).seconds
+        out[at] = expert_exchange(device, mode, messages, 7168, 8, int(nodes), direction, units=units).seconds
     return out
 
 

@@ -19,10 +19,11 @@ from moeplan.perf.collectives import (
     send,
     uniform_messages,
 )
-from moeplan.perf.constants import constants
+from moeplan.perf.constants import load_constants
 from moeplan.perf.hardware import hardware
+from moeplan.perf.operators import Device
 
-H100 = hardware("H100")
+H100 = Device(hardware("H100"))
 
 
 @pytest.mark.parametrize("mode", list(Dispatch))
@@ -93,7 +94,7 @@ def test_group_limited_routing_reaches_fewer_nodes() -> None:
 
 
 def test_all_reduce_takes_the_quicker_way() -> None:
-    fit = constants().collective
+    fit = load_constants().collective
     assert all_reduce(H100, 1e6, 1).seconds == 0
     assert all_reduce(H100, 16e3, 8).bound == "latency"
     large = 1e9
@@ -136,5 +137,5 @@ def test_measured_deepep_is_met(shared: Path, way: str) -> None:
         bar = (rows["num_token"] >= 8) & (rows["num_token"] <= 256) & (rows["node_num"] >= 2)
         if make is time_tables.normal_table:
             bar = rows["num_token"] >= 512
-        error = abs(table.errors(constants())[bar & ~table.fitted])
+        error = abs(table.errors(load_constants())[bar & ~table.fitted])
         assert np.median(error) <= median and error.max() <= worst

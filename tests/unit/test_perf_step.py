@@ -16,13 +16,14 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.model.parameters import parameters
 from moeplan.perf.collectives import UNITS_GIVEN
-from moeplan.perf.constants import Generation, constants, for_generation
+from moeplan.perf.constants import GenerationFit, for_generation, load_constants
+from moeplan.perf.context import default_dispatch
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.operators import UNITS
-from moeplan.perf.routing import Routing, distinct_experts, popular, replayed, uniform
-from moeplan.perf.setup import default_mode
-from moeplan.perf.step import Step, decode_step, prefill_step
+from moeplan.perf.routing import ExpertRanks, Routing, counted_routing, routing_from_counts, uniform_routing
+from moeplan.perf.step import Step
+from moeplan.perf.step_model import StepModel, StepOptions, Workload
 from moeplan.types import Placement
 
 H100, B200 = hardware("H100"), hardware("B200")
@@ -44,6 +45,19 @@ LAYOUTS = [
     (LLAMA, Parallel(tp=4, pp=2), False),
     (LLAMA, Parallel(tp=4, dp=2), False),
 ]
+
+
+def decode_step(  # type: ignore[no-untyped-def]
+    spec, machine, parallel, precision, batch, context, workload=None, routing=None, **options
+) -> Step:
+    return StepModel(spec, machine, parallel, precision, StepOptions(**options)).decode(
+        batch, context, workload, routing
+    )
+
+
+def prefill_step(spec, machine, parallel, precision, batch, tokens, decoding=(0, 0), **options) -> Step:  # type: ignore[no-untyped-def]
+    model = StepModel(spec, machine, parallel, precision, StepOptions(**options))
+    return model.prefill(batch, tokens, decoding=decoding)
 
 
 def adds_up(step: Step) -> None:
@@ -105,7 +119,7 @@ def test_uniform_routing_is_what_draws_give() -> None:
     """Mean exact; distinct experts and the busiest GPU as in 200 drawn steps."""
     moe, tokens, gpus = DEEPSEEK.moe, 512, 32
     assert moe is not None
-    got = uniform(moe, tokens, gpus)
+    got = uniform_routing(moe, tokens, ExpertRanks(gpus))
     rng = np.random.default_rng(0)
     busiest, touched = [], []
     for _ in range(200):
@@ -117,16 +131,16 @@ def test_uniform_routing_is_what_draws_give() -> None:
     assert got.picks.max() == pytest.approx(np.mean(busiest), rel=0.01)
     assert got.experts.sum() == pytest.approx(np.mean(touched), rel=0.01)
     few = [len(set(np.argsort(rng.random((16, 256)), axis=1)[:, :8].ravel())) for _ in range(200)]
-    assert distinct_experts(256, 8, 16) == pytest.approx(np.mean(few), rel=0.02)
-    assert uniform(moe, 16, 1).experts.item() == pytest.approx(float(distinct_experts(256, 8, 16)))
+    assert uniform_routing(moe, 16, ExpertRanks(1)).experts.item() == pytest.approx(np.mean(few), rel=0.02)
+    assert uniform_routing(moe, 16, ExpertRanks(1)).experts.item() == pytest.approx(256 * (1 - (1 - 8 / 256) ** 16))
 
 
 def test_balanced_and_skewed_loads() -> None:
     moe = DEEPSEEK.moe
     assert moe is not None
-    even = uniform(moe, 1024, 64, balanced=True)
+    even = uniform_routing(moe, 1024, ExpertRanks(64), balanced=True)
     assert np.ptp(even.picks) == 0 and even.source == "balanced"
-    skewed = uniform(moe, 1024, 64, skew=2.0)
+    skewed = uniform_routing(moe, 1024, ExpertRanks(64), skew=2.0)
     assert skewed.load_ratio == pytest.approx(2.0) and skewed.picks.sum() == pytest.approx(1024 * 8)
     assert "skew" in skewed.source
 
@@ -135,8 +149,9 @@ def test_a_part_of_a_step() -> None:
     """Half of a uniform step touches the experts that a step of half the tokens touches."""
     moe = DEEPSEEK.moe
     assert moe is not None
-    whole = uniform(moe, 1024, 64, mode=Dispatch.PICK, nodes=8, balanced=True)
-    half, small = whole.part(0.5), uniform(moe, 512, 64, mode=Dispatch.PICK, nodes=8, balanced=True)
+    ranks = ExpertRanks(64, 8, dispatch=Dispatch.PICK)
+    whole, small = (uniform_routing(moe, tokens, ranks, balanced=True) for tokens in (1024, 512))
+    half = whole.part(0.5)
     assert np.allclose(half.picks, small.picks) and np.allclose(half.experts, small.experts)
     assert half.messages is not None and small.messages is not None
     assert np.allclose(half.messages.received_out, small.messages.received_out)
@@ -156,7 +171,7 @@ def replay_of(steps: int, layers: int, cluster: Cluster, batch: int, experts: in
         index = np.tile(np.arange(batch), cluster.num_gpus)
         out.append(step_messages(who, Dispatch.PICK, drawn, np.arange(rows), sources, index))
     links, picks, touched = (np.stack(x) for x in zip(*out, strict=True))
-    return replayed(picks, touched, links, gpus_per_node=cluster.gpus_per_node, slots=experts / cluster.num_gpus)
+    return counted_routing(picks, touched, links, gpus_per_node=cluster.gpus_per_node, slots=experts / cluster.num_gpus)
 
 
 def test_replayed_steps_come_as_arrays_and_agree_with_uniform() -> None:
@@ -185,17 +200,18 @@ def test_recorded_counts() -> None:
     moe = OSS.moe
     assert moe is not None
     even, place = np.ones((2, 128)), np.tile(np.arange(128), (2, 1))
-    got = popular(moe, even, place, 512, 16, mode=Dispatch.PICK, nodes=2)
-    plain = uniform(moe, 512, 16, mode=Dispatch.PICK, nodes=2)
+    ranks = ExpertRanks(16, 2, dispatch=Dispatch.PICK)
+    got = routing_from_counts(moe, even, place, 512, ranks)
+    plain = uniform_routing(moe, 512, ranks)
     assert got.load_ratio == pytest.approx(plain.load_ratio, rel=0.05)
     assert got.experts.mean() == pytest.approx(plain.experts.mean(), rel=0.01)
     hot = even.copy()
     hot[:, 0] = 20
     copied = np.concatenate([place, np.zeros((2, 16), int)], axis=1)
     copied = np.sort(copied, axis=1)[:, np.arange(144).reshape(9, 16).T.ravel()]  # one copy of expert 0 on most GPUs
-    spread = popular(moe, hot, copied, 512, 16, mode=Dispatch.PICK, nodes=2)
-    assert popular(moe, hot, place, 512, 16).load_ratio > 1.5 > spread.load_ratio
-    uneven = popular(moe, even, place, 512, 10, slots_per_gpu=[13] * 8 + [12] * 2)
+    spread = routing_from_counts(moe, hot, copied, 512, ranks)
+    assert routing_from_counts(moe, hot, place, 512, ExpertRanks(16)).load_ratio > 1.5 > spread.load_ratio
+    uneven = routing_from_counts(moe, even, place, 512, ExpertRanks(10), slots_per_gpu=[13] * 8 + [12] * 2)
     assert uneven.picks.shape == (32, 2, 10) and uneven.picks.sum(axis=2).mean() == pytest.approx(2048, rel=0.01)
 
 
@@ -223,16 +239,16 @@ def test_overlap_pays_for_large_batches_only() -> None:
 def test_what_hides_is_travel_alone() -> None:
     step = decode_step(DEEPSEEK, H100, EP72, FP8, 64, 16000, overlap=True)
     combine = next(o for o in step.operators if o.name == "combine")
-    assert float(combine.exposed) >= 2 * 58 * constants().low_latency_combine.launch_s * 0.999
+    assert float(combine.exposed) >= 2 * 58 * load_constants().low_latency_combine.launch_s * 0.999
     assert float(combine.hidden) > 0
 
 
-def test_default_modes() -> None:
-    assert default_mode(LLAMA, Parallel(tp=2, dp=2), prefill=False) is None
-    assert default_mode(DEEPSEEK, Parallel(tp=8, ep=8), prefill=False) is None
-    assert default_mode(DEEPSEEK, EP72, prefill=False) is Dispatch.PICK
-    assert default_mode(DEEPSEEK, EP72, prefill=True) is Dispatch.NODE
-    assert default_mode(DEEPSEEK, Parallel(dp=8), prefill=False) is Dispatch.ALLGATHER
+def test_default_dispatch() -> None:
+    assert default_dispatch(LLAMA, Parallel(tp=2, dp=2), prefill=False) is None
+    assert default_dispatch(DEEPSEEK, Parallel(tp=8, ep=8), prefill=False) is None
+    assert default_dispatch(DEEPSEEK, EP72, prefill=False) is Dispatch.PICK
+    assert default_dispatch(DEEPSEEK, EP72, prefill=True) is Dispatch.NODE
+    assert default_dispatch(DEEPSEEK, Parallel(dp=8), prefill=False) is Dispatch.ALLGATHER
 
 
 def test_parallelism_pays_and_costs_what_it_should() -> None:
@@ -248,19 +264,19 @@ def test_parallelism_pays_and_costs_what_it_should() -> None:
 
 def test_drafts_enlarge_the_step() -> None:
     plain = decode_step(DEEPSEEK, H100, EP72, FP8, 32, 4000)
-    verified = decode_step(DEEPSEEK, H100, EP72, FP8, 32, 4000, tokens=2)
-    drafted = decode_step(DEEPSEEK, H100, EP72, FP8, 32, 4000, tokens=2, drafts=1)
+    verified = decode_step(DEEPSEEK, H100, EP72, FP8, 32, 4000, Workload(1, 1, drafts=1, module=False))
+    drafted = decode_step(DEEPSEEK, H100, EP72, FP8, 32, 4000, Workload(1, 1, drafts=1))
     assert plain.seconds < verified.seconds < drafted.seconds < 2 * plain.seconds
     assert verified.exposed("experts") > plain.exposed("experts")  # more distinct experts
     assert drafted.exposed("drafts") == pytest.approx(float(drafted.seconds - verified.seconds))
     adds_up(drafted)
     with pytest.raises(UsageError, match="has no module for multi-token prediction"):
-        decode_step(LLAMA, H100, Parallel(tp=8), FP8, 8, 100, tokens=2, drafts=1)
+        decode_step(LLAMA, H100, Parallel(tp=8), FP8, 8, 100, Workload(1, 1, drafts=1))
 
 
 def test_beams_read_their_prefix_once() -> None:
     alone = decode_step(LLAMA, H100, Parallel(tp=8), FP8, 64, 8100)
-    beams = decode_step(LLAMA, H100, Parallel(tp=8), FP8, 64, 8100, beams=4, prefix=8000)
+    beams = decode_step(LLAMA, H100, Parallel(tp=8), FP8, 16, 8100, Workload(8000, 200, beams=4))
     assert beams.exposed("attention") < 0.5 * alone.exposed("attention")
     assert beams.exposed("dense ffn") == alone.exposed("dense ffn")
 
@@ -297,9 +313,9 @@ def test_dtypes() -> None:
 
 
 def test_another_generation_is_two_ratios() -> None:
-    c = constants()
+    c = load_constants()
     assert for_generation(c, False) is c
-    changed = replace(c, blackwell=Generation(0.5, 0.9))
+    changed = replace(c, blackwell=GenerationFit(0.5, 0.9))
     new = for_generation(changed, True)
     assert new.gemm_bf16.launch_s == pytest.approx(0.5 * c.gemm_bf16.launch_s)
     assert new.gemm_bf16.memory == pytest.approx(0.9 * c.gemm_bf16.memory)
@@ -315,7 +331,7 @@ def test_another_generation_is_two_ratios() -> None:
         (Parallel(dp=12, ep=12, redundant=8), {}, "tp x dp = 12 GPUs do not fill nodes of 8; use a multiple of 8"),
         (
             Parallel(dp=8),
-            {"mode": Dispatch.PICK},
+            {"dispatch": Dispatch.PICK},
             "dispatch pick needs whole experts, but ep 1 is less than tp x dp = 8",
         ),
         (Parallel(tp=8), {"overlap": True}, "two-batch overlap hides dispatch and combine, and here is neither"),

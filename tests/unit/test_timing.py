@@ -19,8 +19,8 @@ from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import hardware
 from moeplan.perf.memory import Parallel, Precision
-from moeplan.perf.routing import replayed
-from moeplan.perf.step import decode_step
+from moeplan.perf.routing import counted_routing
+from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning import RequestSet, Signature, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.replay import Setup, compare, measure, replay, timing
@@ -64,10 +64,10 @@ def test_times_are_those_of_the_time_model(mode: Dispatch, home: Deployment) -> 
     (links, picks, touched), live = _counted(cluster, mode, TINY, 8)
     found = step_times(cluster, mode, TINY, H100, links, picks, touched, context=1000)
     parallel = Parallel(tp=4, dp=2, ep=8) if home is Deployment.NODES else Parallel(tp=1, dp=8, ep=8)
-    routing = replayed(picks, touched, links, gpus_per_node=4, slots=4)
-    step = decode_step(
-        TINY, H100, parallel, Precision("bf16"), live, 1000, routing=routing, mode=mode, gpus_per_node=4
-    )  # fmt: skip
+    routing = counted_routing(picks, touched, links, gpus_per_node=4, slots=4)
+    step = StepModel(TINY, H100, parallel, Precision("bf16"), StepOptions(mode, gpus_per_node=4)).decode(
+        live, 1000, routing=routing
+    )
     assert found.ms == pytest.approx(1e3 * np.asarray(step.seconds)) and found.ms.shape == (3,)
     assert found.idle_share == pytest.approx(step.idle_share) and (found.idle_share > 0).all()
     assert (found.idle_share < 1).all()
@@ -78,11 +78,10 @@ def test_slots_do_not_matter_to_counted_steps() -> None:
     cluster = Cluster(2, 4)
     (links, picks, touched), live = _counted(cluster, Dispatch.PICK, TINY, 8)
     found = step_times(cluster, Dispatch.PICK, TINY, H100, links, picks, touched).ms
-    routing = replayed(picks, touched, links, gpus_per_node=4, slots=7)
-    step = decode_step(
-        TINY, H100, parallel_of(cluster, TINY, 24), Precision("bf16"), live, 4096, routing=routing,
-        mode=Dispatch.PICK, gpus_per_node=4,
-    )  # fmt: skip
+    routing = counted_routing(picks, touched, links, gpus_per_node=4, slots=7)
+    options = StepOptions(Dispatch.PICK, gpus_per_node=4)
+    model_ = StepModel(TINY, H100, parallel_of(cluster, TINY, 24), Precision("bf16"), options)
+    step = model_.decode(live, 4096, routing=routing)
     assert found == pytest.approx(1e3 * np.asarray(step.seconds))
 
 

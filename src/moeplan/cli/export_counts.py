@@ -132,8 +132,8 @@ def _step_ms(
     from moeplan.model.catalogue import load_model
     from moeplan.perf.hardware import hardware as machine_of
     from moeplan.perf.memory import Precision
-    from moeplan.perf.routing import popular
-    from moeplan.perf.step import decode_step
+    from moeplan.perf.routing import ExpertRanks, routing_from_counts
+    from moeplan.perf.step_model import StepModel, StepOptions
     from moeplan.replay.timing import CONTEXT, parallel_of
 
     if batch < 1:
@@ -148,13 +148,10 @@ def _step_ms(
     ms = {}
     for way in ways:
         parallel = parallel_of(cluster, spec, way.placement.redundant)
-        routing = popular(
-            moe, counts.counts, way.placement.slots, batch * cluster.num_groups, cluster.num_gpus, mode=Dispatch.PICK,
-            nodes=cluster.nodes,
-        )  # fmt: skip
-        step = decode_step(
-            spec, machine, parallel, Precision.of_checkpoint(spec), batch, tokens, routing=routing, mode=Dispatch.PICK,
-            gpus_per_node=cluster.gpus_per_node,
-        )  # fmt: skip
+        ranks = ExpertRanks(cluster.num_gpus, cluster.nodes, dispatch=Dispatch.PICK)
+        routing = routing_from_counts(moe, counts.counts, way.placement.slots, batch * cluster.num_groups, ranks)
+        options = StepOptions(Dispatch.PICK, gpus_per_node=cluster.gpus_per_node)
+        timed = StepModel(spec, machine, parallel, Precision.of_checkpoint(spec), options)
+        step = timed.decode(batch, tokens, routing=routing)
         ms[way.name] = float(np.mean(step.seconds)) * 1e3
     return {"model": spec.name, "hardware": machine.name, "context": tokens, "batch": batch, "ms": ms}

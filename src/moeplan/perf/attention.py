@@ -7,18 +7,15 @@ key-value head share tiles. Latent attention (MLA): DeepSeek-V3 (arXiv 2412.1943
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.perf.constants import Constants, Decode, Prefill, constants
-from moeplan.perf.hardware import Hardware
-from moeplan.perf.operators import DTYPES, UNITS, Number, Time, arrays, dtype, gemm, kernel_time, overlap, total
+from moeplan.perf.constants import DecodeFit, PrefillFit
+from moeplan.perf.operators import FORMATS, UNITS, Device, Number, Time, arrays, find_format, kernel_time
 
-__all__ = [
-    "Heads", "MlaShape", "absorb", "attention_decode", "attention_prefill", "mla_decode", "mla_layer_decode",
-    "mla_layer_prefill",
-]  # fmt: skip
+__all__ = ["Heads", "MlaShape", "absorb", "attention_decode", "attention_prefill", "mla_decode"]
 
 #: Keys and values up to this many bytes stay in the L2 cache from one call to the next (80 % of an H100's 50 MB).
 CACHED_BYTES = 40e6
@@ -46,17 +43,35 @@ class Heads:
         return arrays(self.heads, self.kv_heads, self.head_dim, values, self.window)
 
 
+@dataclass(frozen=True)
+class MlaShape:
+    """Widths of multi-head latent attention; DeepSeek-V3's by default (its config.json)."""
+
+    hidden: int = 7168
+    heads: int = 128
+    query_rank: int = 1536
+    latent: int = 512
+    rope: int = 64
+    nope: int = 128
+    value: int = 128
+
+    @property
+    def expanded(self) -> Heads:
+        """As prefill computes it: keys and values made from the latents, one of each for every head."""
+        return Heads(self.heads, self.heads, self.nope + self.rope, self.value)
+
+
 def attention_prefill(
-    hardware: Hardware, shape: Heads, batch: Number, tokens: Number, *, context: Number = 0, kind: str = "bf16",
-    c: Constants | None = None,
-) -> Time:  # fmt: skip
+    device: Device, shape: Heads, batch: Number, tokens: Number, *, context: Number = 0, dtype: str = "bf16"
+) -> Time:
     """Causal attention of `tokens` new tokens per request, after `context` earlier ones (chunked prefill).
 
     Args:
-        kind: bf16 or fp8.
+        dtype: bf16 or fp8.
     """
-    fit: Prefill = getattr(c or constants(), f"prefill_{kind}")
-    rate, size = (hardware.flops[dtype(kind, hardware).rate], DTYPES[kind].input_bytes)
+    hardware = device.hardware
+    fit: PrefillFit = getattr(device.constants, f"prefill_{dtype}")
+    rate, size = hardware.flops[find_format(dtype, hardware).rate], FORMATS[dtype].input_bytes
     batch, tokens, context = arrays(batch, tokens, context)
     heads, kv_heads, head_dim, values, window = shape.arrays()
     seen = np.where(window > 0, window, np.inf)
@@ -86,148 +101,98 @@ def _causal_pairs(tokens: Number, context: Number, seen: Number) -> Number:
 
 
 def attention_decode(
-    hardware: Hardware, shape: Heads, batch: Number, context: Number, *, tokens: Number = 1, kv_kind: str = "bf16",
-    warm: bool = False, c: Constants | None = None,
-) -> Time:  # fmt: skip
+    device: Device,
+    shape: Heads,
+    batch: Number,
+    context: Number,
+    *,
+    tokens: Number = 1,
+    kv_dtype: str = "bf16",
+    warm: bool = False,
+) -> Time:
     """Attention of `tokens` new tokens per request (more than one when speculating) over `context` cached ones.
 
     Args:
-        kv_kind: bf16 or fp8 keys and values.
+        kv_dtype: bf16 or fp8 keys and values.
         warm: keys and values up to 40 MB are still in the L2 cache, as when a kernel is timed over and over; in a real
             step the other layers have pushed them out.
     """
-    fit: Decode = getattr(c or constants(), f"decode_{kv_kind}")
+    fit: DecodeFit = getattr(device.constants, f"decode_{kv_dtype}")
     batch, context, tokens = arrays(batch, context, tokens)
     heads, kv_heads, head_dim, values, window = shape.arrays()
     keys = np.where(window > 0, np.minimum(context, window), context)
     group = np.ceil(heads / kv_heads * tokens / 64)
     width = head_dim + values
-    launches = _launches(fit.launch_s, head_dim, values)
-    tiles, read, moved = batch * kv_heads * group, batch * keys * kv_heads * width, 2 * batch * tokens * heads * width
-    return _decode(hardware, fit, launches, tiles, keys, read, width, moved, kv_kind, warm)
+    read = _CacheRead(
+        launch_s=_launches(fit.launch_s, head_dim, values),
+        tiles=batch * kv_heads * group,
+        keys=keys,
+        values=batch * keys * kv_heads * width,
+        width=width,
+        moved=2 * batch * tokens * heads * width,
+    )
+    return _decode(device, fit, read, kv_dtype, warm)
 
 
 def mla_decode(
-    hardware: Hardware, batch: Number, context: Number, heads: Number, *, tokens: Number = 1, latent: int = 512,
-    rope: int = 64, kv_kind: str = "bf16", warm: bool = False, c: Constants | None = None,
-) -> Time:  # fmt: skip
+    device: Device,
+    shape: MlaShape,
+    batch: Number,
+    context: Number,
+    *,
+    tokens: Number = 1,
+    kv_dtype: str = "bf16",
+    warm: bool = False,
+) -> Time:
     """Multi-head latent attention in its absorbed form: all heads share one latent of `latent` + `rope` values a token.
 
     fp8 latents are converted to bf16 first, as SGLang 0.5.14 does on Hopper.
     """
-    fit = (c or constants()).mla_decode
-    batch, context, heads, tokens = arrays(batch, context, heads, tokens)
+    fit, latent, rope = device.constants.mla_decode, shape.latent, shape.rope
+    batch, context, heads, tokens = arrays(batch, context, shape.heads, tokens)
     group = np.ceil(heads * tokens / 64)
-    read = batch * context * (latent + rope)
-    moved = 2 * batch * tokens * heads * (2 * latent + rope)
-    return _decode(
-        hardware, fit, fit.launch_s, batch * group, context, read, 2 * latent + rope, moved, kv_kind, warm, mla=True
+    read = _CacheRead(
+        launch_s=fit.launch_s,
+        tiles=batch * group,
+        keys=context,
+        values=batch * context * (latent + rope),
+        width=2 * latent + rope,
+        moved=2 * batch * tokens * heads * (2 * latent + rope),
     )
+    return _decode(device, fit, read, kv_dtype, warm, latents=True)
 
 
-def _decode(
-    hardware: Hardware, fit: Decode, launches: Number, tiles: Number, keys: Number, values: Number, width: Number,
-    moved: Number, kv_kind: str, warm: bool, mla: bool = False,
-) -> Time:  # fmt: skip
-    """Tiles of 64 rows over `keys` each; `values` cached numbers are read, once; `moved` bytes of q and output."""
-    size, bandwidth = DTYPES[kv_kind].input_bytes, hardware.memory_bytes_per_s
-    converted = size < 2 and mla
-    convert = fit.convert_s + values * (size + 2) / (bandwidth * fit.convert) if converted else 0.0
-    held = values * (2 if converted else size)
+class _CacheRead(NamedTuple):
+    """What a decode kernel does: tiles of 64 rows over `keys` keys each, `width` operations a row and key.
+
+    `values`: cached numbers that are read, once. `moved`: bytes of queries and outputs.
+    """
+
+    launch_s: Number
+    tiles: Number
+    keys: Number
+    values: Number
+    width: Number
+    moved: Number
+
+
+def _decode(device: Device, fit: DecodeFit, read: _CacheRead, kv_dtype: str, warm: bool, latents: bool = False) -> Time:
+    size, bandwidth = FORMATS[kv_dtype].input_bytes, device.hardware.memory_bytes_per_s
+    converted = size < 2 and latents
+    convert = fit.convert_s + read.values * (size + 2) / (bandwidth * fit.convert) if converted else 0.0
+    held = read.values * (2 if converted else size)
     speed = np.where(warm & (held <= CACHED_BYTES), fit.cache, 1.0)
-    memory = (held / speed + moved) / (bandwidth * fit.memory)
-    operations = 2 * 64 * tiles * keys * width / (hardware.flops["bf16"] * fit.compute)
-    waves = np.ceil(tiles / UNITS)
-    split = np.where((tiles < UNITS) & (keys > 128), fit.split_s, 0.0)
-    return kernel_time(launches + split, operations + waves * fit.tile_s, memory, fit.overlap, convert)
+    memory = (held / speed + read.moved) / (bandwidth * fit.memory)
+    operations = 2 * 64 * read.tiles * read.keys * read.width / (device.hardware.flops["bf16"] * fit.compute)
+    waves = np.ceil(read.tiles / UNITS)
+    split = np.where((read.tiles < UNITS) & (read.keys > 128), fit.split_s, 0.0)
+    return kernel_time(read.launch_s + split, operations + waves * fit.tile_s, memory, fit.overlap, convert)
 
 
-@dataclass(frozen=True)
-class MlaShape:
-    """Widths of multi-head latent attention; DeepSeek-V3's by default (its config.json)."""
-
-    hidden: int = 7168
-    heads: int = 128
-    query_rank: int = 1536
-    latent: int = 512
-    rope: int = 64
-    nope: int = 128
-    value: int = 128
-
-    @property
-    def expanded(self) -> Heads:
-        """As prefill computes it: keys and values made from the latents, one of each for every head."""
-        return Heads(self.heads, self.heads, self.nope + self.rope, self.value)
-
-
-def mla_layer_decode(
-    hardware: Hardware, shape: MlaShape, batch: Number, context: Number, *, tokens: Number = 1, kind: str = "bf16",
-    kv_kind: str = "bf16", down: bool = True, warm: bool = False, c: Constants | None = None,
-) -> Time:  # fmt: skip
-    """A decode attention block on an accelerator that holds shape.heads heads: projections, absorption, attention.
-
-    Args:
-        down: with the projection down to latents (the measured blocks of SGLang begin after it).
-    """
-    c = c or constants()
-    batch, tokens = arrays(batch, tokens)
-    rows = batch * tokens
-    core = mla_decode(
-        hardware, batch, context, shape.heads, tokens=tokens, latent=shape.latent, rope=shape.rope, kv_kind=kv_kind,
-        warm=warm, c=c,
-    )  # fmt: skip
-    return total(
-        *_projections(hardware, shape, rows, kind, down, c),
-        absorb(hardware, shape, rows, shape.nope, c),
-        core,
-        absorb(hardware, shape, rows, shape.value, c),
-        _rest(hardware, rows * shape.hidden, c, c.mla_layer.decode_s),
-    )
-
-
-def mla_layer_prefill(
-    hardware: Hardware, shape: MlaShape, batch: Number, tokens: Number, *, context: Number = 0, kind: str = "bf16",
-    down: bool = True, graph: bool = False, c: Constants | None = None,
-) -> Time:  # fmt: skip
-    """A prefill attention block: projections, keys and values from latents, attention of `nope` + `rope` wide keys.
-
-    Without a CUDA graph the block takes at least the host's time to launch it. `down` as in `mla_layer_decode`.
-    """
-    c = c or constants()
-    batch, tokens, context = arrays(batch, tokens, context)
-    rows, all_rows = batch * tokens, batch * (tokens + context)
-    made = shape.heads * (shape.nope + shape.value)
-    time = total(
-        *_projections(hardware, shape, rows, kind, down, c),
-        gemm(hardware, all_rows, made, shape.latent, kind, c),
-        attention_prefill(hardware, shape.expanded, batch, tokens, context=context, c=c),
-        _rest(hardware, rows * shape.hidden + all_rows * made, c, 0.0),
-    )
-    if graph:
-        return time
-    host = c.mla_layer.host_s + batch * c.mla_layer.host_request_s
-    return Time(overlap(time.seconds, host, 8.0), {**time.parts, "host": np.zeros_like(time.seconds) + host})
-
-
-def _projections(hardware: Hardware, shape: MlaShape, rows: Number, kind: str, down: bool, c: Constants) -> list[Time]:
-    """Down to latents, up to queries, and out."""
-    latents = [gemm(hardware, rows, shape.query_rank + shape.latent + shape.rope, shape.hidden, kind, c)]
-    return [
-        *(latents if down else []),
-        gemm(hardware, rows, shape.heads * (shape.nope + shape.rope), shape.query_rank, kind, c),
-        gemm(hardware, rows, shape.hidden, shape.heads * shape.value, kind, c),
-    ]
-
-
-def absorb(hardware: Hardware, shape: MlaShape, rows: Number, width: int, c: Constants) -> Time:
+def absorb(device: Device, shape: MlaShape, rows: Number, width: int) -> Time:
     """One product per head between its own width and the latent, bf16, heads side by side."""
-    fit = c.gemm_bf16
+    fit, hardware = device.constants.gemm_bf16, device.hardware
     tiles = np.ceil(rows / 64) * np.ceil(shape.latent / 128) * shape.heads
     compute = np.ceil(tiles / UNITS) * 2 * 64 * 128 * width * UNITS / (hardware.flops["bf16"] * fit.compute)
     moved = 2 * shape.heads * (width * shape.latent + rows * (width + shape.latent))
     return kernel_time(fit.launch_s, compute, moved / (hardware.memory_bytes_per_s * fit.memory), fit.overlap)
-
-
-def _rest(hardware: Hardware, values: Number, c: Constants, fixed: float) -> Time:
-    """Norms, rotation and copies: bf16 values read once and written once."""
-    return kernel_time(fixed, 0.0, 4 * values / (hardware.memory_bytes_per_s * c.mla_layer.moves), 1.0)

@@ -10,16 +10,15 @@ P: GPUs. Ring and one-shot all-reduce: Thakur, Rabenseifner and Gropp, IJHPCA 19
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Dispatch, message_bytes
 from moeplan.errors import UsageError
-from moeplan.perf.constants import Constants, DeepEP, constants
-from moeplan.perf.hardware import Hardware
-from moeplan.perf.operators import Number, Time, overlap
+from moeplan.perf.constants import DeepEPFit
+from moeplan.perf.operators import Device, Number, Time, overlap
 
 __all__ = ["UNITS_GIVEN", "Messages", "all_reduce", "expert_exchange", "messages_between", "send", "uniform_messages"]
 
@@ -87,7 +86,7 @@ def _padded(counts: npt.NDArray[Any], gpus_per_node: int) -> Array:
 
 
 def uniform_messages(
-    mode: Dispatch, nodes: int, gpus_per_node: int, tokens: Number, top_k: int, num_experts: int, max_nodes: int = 0
+    dispatch: Dispatch, nodes: int, gpus_per_node: int, tokens: Number, top_k: int, num_experts: int, max_nodes: int = 0
 ) -> Messages:
     """Expected messages of a GPU that has `tokens` tokens, when every expert is as likely as any other.
 
@@ -97,14 +96,14 @@ def uniform_messages(
     tokens = np.asarray(tokens, np.float64)[..., None]
     gpus = nodes * gpus_per_node
     reach = min(max_nodes, nodes) if max_nodes else nodes
-    if mode is Dispatch.PICK:
+    if dispatch is Dispatch.PICK:
         up, out = top_k * (gpus_per_node - 1) / gpus, top_k * (1 - 1 / nodes)
     else:
         on_gpu = _hit(num_experts * reach / nodes, num_experts / gpus, top_k) * reach / nodes
         on_node = _hit(num_experts * reach / nodes, num_experts / nodes, top_k) * reach / nodes
-        if mode is Dispatch.ALLGATHER:
+        if dispatch is Dispatch.ALLGATHER:
             on_gpu = on_node = 1.0
-        if mode is Dispatch.GPU:
+        if dispatch is Dispatch.GPU:
             up, out = (gpus_per_node - 1) * on_gpu, (gpus - gpus_per_node) * on_gpu
         else:
             up, out = nodes * (gpus_per_node - 1) * on_gpu, (nodes - 1) * on_node
@@ -118,8 +117,8 @@ def _hit(experts: float, held: float, picks: int) -> float:
 
 
 def expert_exchange(
-    hardware: Hardware,
-    mode: Dispatch,
+    device: Device,
+    dispatch: Dispatch,
     messages: Messages,
     hidden: int,
     top_k: int,
@@ -127,7 +126,6 @@ def expert_exchange(
     direction: Literal["dispatch", "combine"],
     *,
     units: Number = UNITS_GIVEN,
-    c: Constants | None = None,
 ) -> Time:
     """Dispatch, or combine, of one layer.
 
@@ -141,9 +139,9 @@ def expert_exchange(
     """
     if direction not in ("dispatch", "combine"):
         raise UsageError(f"direction {direction} is unknown", hint="use dispatch or combine")
-    size = getattr(message_bytes(mode, hidden, top_k), direction)
-    family = "low_latency" if mode is Dispatch.PICK else "normal"
-    fit: DeepEP = getattr(c or constants(), f"{family}_{direction}")
+    size = getattr(message_bytes(dispatch, hidden, top_k), direction)
+    family = "low_latency" if dispatch is Dispatch.PICK else "normal"
+    hardware, fit = device.hardware, cast(DeepEPFit, getattr(device.constants, f"{family}_{direction}"))
     up = size * messages.busiest_up / (hardware.scale_up.bytes_per_s * fit.scale_up)
     out = size * messages.busiest_out / (hardware.scale_out.bytes_per_s * fit.scale_out)
     link = hardware.scale_out if nodes > 1 else hardware.scale_up
@@ -157,7 +155,7 @@ def expert_exchange(
     return Time(np.asarray(latency + moved, np.float64)[()], parts)
 
 
-def all_reduce(hardware: Hardware, data_bytes: Number, gpus: int, c: Constants | None = None) -> Time:
+def all_reduce(device: Device, data_bytes: Number, gpus: int) -> Time:
     """Sum of `data_bytes` over `gpus` GPUs, as in tensor parallelism.
 
     Inside a node the quicker of one-shot (everybody reads everything) and ring; over several, reduce-scatter inside,
@@ -166,7 +164,7 @@ def all_reduce(hardware: Hardware, data_bytes: Number, gpus: int, c: Constants |
     Raises:
         UsageError: more GPUs than one node has, but not a multiple of them.
     """
-    fit = (c or constants()).collective
+    hardware, fit = device.hardware, device.constants.collective
     data = np.asarray(data_bytes, np.float64)
     inside = min(gpus, hardware.scale_up_size)
     if gpus % inside:
@@ -187,9 +185,9 @@ def all_reduce(hardware: Hardware, data_bytes: Number, gpus: int, c: Constants |
     return Time((up + out + latency)[()], {"scale_up": up, "scale_out": out, "latency": latency})
 
 
-def send(hardware: Hardware, data_bytes: Number, *, between_nodes: bool = True, c: Constants | None = None) -> Time:
+def send(device: Device, data_bytes: Number, *, between_nodes: bool = True) -> Time:
     """From one GPU to another, as between stages of a pipeline or from prefill to decode."""
-    fit = (c or constants()).collective
+    hardware, fit = device.hardware, device.constants.collective
     data = np.asarray(data_bytes, np.float64)
     level, share = (hardware.scale_out, fit.scale_out) if between_nodes else (hardware.scale_up, fit.scale_up)
     moved, latency = data / (level.bytes_per_s * share), fit.launch_s + level.latency_s + 0 * data

@@ -1,7 +1,7 @@
 """What measurement adds to datasheets: efficiencies and overheads, fitted by `benchmarks/time_fit.py`.
 
-`data/constants.json` holds each constant with its unit, meaning, origin and error; `constants()` reads and checks it.
-Shares and ratios refer to the datasheet figures of `Hardware`, so that they carry over to other hardware; times are
+`data/constants.json` holds each constant with its unit, meaning, origin and error; `load_constants` reads and checks
+it. Shares and ratios refer to the datasheet figures of `Hardware`, so that they carry over to other hardware; times are
 those of Hopper. Derived from the data base of aiconfigurator-core 0.12.0 (Apache-2.0); no measured row is shipped.
 """
 
@@ -17,28 +17,15 @@ from moeplan.errors import FormatError
 from moeplan.io.catalogue import read_object
 from moeplan.perf.hardware import DATA
 
-__all__ = [
-    "Collective",
-    "Constants",
-    "Decode",
-    "DeepEP",
-    "Engine",
-    "Experts",
-    "Gemm",
-    "Generation",
-    "Layer",
-    "Prefill",
-    "constants",
-    "for_generation",
-]
+__all__ = ["Constants", "EngineFit", "GenerationFit", "for_generation", "load_constants"]
 
 FILE = DATA / "constants.json"
 FORMAT = "moeplan-constants", 1
 #: Times and ratios that a kernel may lack; everything else divides.
-MAY_BE_ZERO = (
-    "fill", "split_s", "convert_s", "doubling", "unit_bytes_per_s", "throttle", "decode_s", "step_s", "request_s",
+MAY_BE_ZERO = {
+    *("fill", "split_s", "convert_s", "doubling", "unit_bytes_per_s", "throttle", "decode_s", "step_s", "request_s"),
     "expert_layer_s",
-)  # fmt: skip
+}
 
 
 def _value(unit: str, meaning: str) -> Any:
@@ -62,7 +49,7 @@ class Roofline(Launched):
 
 
 @dataclass(frozen=True)
-class Gemm(Roofline):
+class GemmFit(Roofline):
     """One dense matrix product, of one kernel library."""
 
     feed: float = _value("bytes per peak bf16 operation", "what one of 132 units can load")
@@ -73,7 +60,7 @@ class Gemm(Roofline):
 
 
 @dataclass(frozen=True)
-class Prefill(Roofline):
+class PrefillFit(Roofline):
     """Attention of many new tokens."""
 
     softmax: float = _value("peak operations per pair", "exponentials of one (query, key) pair")
@@ -81,7 +68,7 @@ class Prefill(Roofline):
 
 
 @dataclass(frozen=True)
-class Decode(Roofline):
+class DecodeFit(Roofline):
     """Attention of one or few new tokens per request."""
 
     cache: float = _value("ratio to memory bandwidth", "bandwidth of keys and values that already lie in the L2 cache")
@@ -92,7 +79,7 @@ class Decode(Roofline):
 
 
 @dataclass(frozen=True)
-class Experts(Roofline):
+class ExpertsFit(Roofline):
     """The routed experts of one rank: two grouped products, an activation, and their data movement."""
 
     moves: float = _value("share of peak", "bandwidth of permuting, activating and adding up")
@@ -100,7 +87,7 @@ class Experts(Roofline):
 
 
 @dataclass(frozen=True)
-class Collective(Launched):
+class CollectiveFit(Launched):
     """All-reduce, all-gather and point-to-point transfers."""
 
     scale_up: float = _value("share of link", "bandwidth inside a node")
@@ -108,7 +95,7 @@ class Collective(Launched):
 
 
 @dataclass(frozen=True)
-class DeepEP(Collective):
+class DeepEPFit(CollectiveFit):
     """Dispatch or combine by DeepEP's kernels; `launch_s` is apart from the links' latency."""
 
     hops: float = _value("link latencies", "latencies one after the other")
@@ -118,7 +105,7 @@ class DeepEP(Collective):
 
 
 @dataclass(frozen=True)
-class Layer:
+class MlaFit:
     """What a whole attention block costs beyond its kernels."""
 
     decode_s: float = _value("s", "small kernels of an MLA block under a CUDA graph")
@@ -128,7 +115,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineFit:
     """What an engine adds to its kernels in a step."""
 
     step_s: float = _value("s", "between two steps: scheduling and sampling that no kernel hides")
@@ -139,7 +126,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationFit:
     """What sets another generation of accelerators apart from Hopper, in two ratios."""
 
     overhead: float = _value("ratio to Hopper", "launches and all else that is a time")
@@ -150,24 +137,24 @@ class Generation:
 class Constants:
     """All constants; each group is one kernel family."""
 
-    gemm_bf16: Gemm
-    gemm_fp8: Gemm
-    gemm_fp8_block: Gemm
-    prefill_bf16: Prefill
-    prefill_fp8: Prefill
-    decode_bf16: Decode
-    decode_fp8: Decode
-    mla_decode: Decode
-    mla_layer: Layer
-    experts_deepgemm: Experts
-    experts_cutlass: Experts
-    low_latency_dispatch: DeepEP
-    low_latency_combine: DeepEP
-    normal_dispatch: DeepEP
-    normal_combine: DeepEP
-    collective: Collective
-    engine: Engine
-    blackwell: Generation
+    gemm_bf16: GemmFit
+    gemm_fp8: GemmFit
+    gemm_fp8_block: GemmFit
+    prefill_bf16: PrefillFit
+    prefill_fp8: PrefillFit
+    decode_bf16: DecodeFit
+    decode_fp8: DecodeFit
+    mla_decode: DecodeFit
+    mla_layer: MlaFit
+    experts_deepgemm: ExpertsFit
+    experts_cutlass: ExpertsFit
+    low_latency_dispatch: DeepEPFit
+    low_latency_combine: DeepEPFit
+    normal_dispatch: DeepEPFit
+    normal_combine: DeepEPFit
+    collective: CollectiveFit
+    engine: EngineFit
+    blackwell: GenerationFit
 
     @classmethod
     def groups(cls) -> dict[str, type]:
@@ -181,21 +168,21 @@ _RATES = ("compute", "memory")
 
 
 @lru_cache(maxsize=16)
-def for_generation(c: Constants, blackwell: bool) -> Constants:
+def for_generation(constants: Constants, blackwell: bool) -> Constants:
     """Constants for a generation: as fitted on Hopper, or changed by the two ratios of Blackwell."""
-    if not blackwell or c.blackwell == Generation(1.0, 1.0):
-        return c
-    ratios = dict.fromkeys(_OVERHEADS, c.blackwell.overhead) | dict.fromkeys(_RATES, c.blackwell.rates)
+    if not blackwell or constants.blackwell == GenerationFit(1.0, 1.0):
+        return constants
+    ratios = dict.fromkeys(_OVERHEADS, constants.blackwell.overhead) | dict.fromkeys(_RATES, constants.blackwell.rates)
     groups = {}
-    for group in fields(c):
-        values = getattr(c, group.name)
+    for group in fields(constants):
+        values = getattr(constants, group.name)
         changed = {f.name: getattr(values, f.name) * ratios[f.name] for f in fields(values) if f.name in ratios}
         groups[group.name] = replace(values, **changed)
     return Constants(**groups)
 
 
 @cache
-def constants(path: Path = FILE) -> Constants:
+def load_constants(path: Path = FILE) -> Constants:
     """Read and check a file of constants.
 
     Raises:

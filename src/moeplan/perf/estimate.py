@@ -205,7 +205,7 @@ class Estimate:
             "phase": self.phase,
             "parallel": {"tp": p.tp, "dp": p.dp, "ep": p.ep, "pp": p.pp, "gpus": p.gpus, "redundant": p.redundant},
             "precision": {name: getattr(model.precision, name) for name in ("weights", "experts", "kv")},
-            "dispatch": step.mode.value if step.mode else None,
+            "dispatch": step.dispatch.value if step.dispatch else None,
             "overlap": model.options.overlap,
             "routing": step.routing if self.measured is None else "real",
             "load_ratio": step.load_ratio,

@@ -10,310 +10,257 @@ out, router), `dispatch`, `shared`, `experts`, `combine`. `other`: what is no pa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from moeplan.errors import UsageError
-from moeplan.model.spec import CompleteSpec, LinearAttention
+from moeplan.model.spec import LinearAttention
 from moeplan.perf.attention import Heads, MlaShape, absorb, attention_decode, attention_prefill, mla_decode
-from moeplan.perf.constants import Constants
-from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import STATE_BYTES, Parallel, Precision
-from moeplan.perf.operators import Time, elementwise, gemm, kernel_time
+from moeplan.perf.context import StepContext
+from moeplan.perf.memory import STATE_BYTES
+from moeplan.perf.operators import Number, Time, elementwise, gemm, kernel_time
 
-__all__ = [
-    "Call", "KernelDtypes", "Rows", "attention_calls", "dense_calls", "head_calls", "kinds", "router_calls",
-    "shared_calls",
-    "timed",
-]  # fmt: skip
-
-Product = tuple[str, str, float, float, float, str, float]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One operator: `count` calls of `time` each, in a stage of the layer."""
-
-    name: str
-    stage: str
-    time: Time
-    count: float
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What one accelerator's data-parallel rank works on in a step.
-
-    Attributes:
-        batch: sequences, each with its own keys and values. tokens: new tokens of each. context: tokens that each has
-            before them. shared: how many sequences share one cache of the first `prefix` tokens (beams); else 1 and 0.
-        prefill: many new tokens at a time, as against decode.
-        logits: rows of logits that the step makes. beside: decoding sequences that share a prefill step.
-    """
-
-    batch: float
-    tokens: float
-    context: float
-    prefill: bool
-    logits: float
-    shared: int = 1
-    prefix: float = 0.0
-    beside: Rows | None = None
-
-    @property
-    def rows(self) -> float:
-        """Tokens of the step: what matrix products see."""
-        return self.batch * self.tokens + (self.beside.rows if self.beside else 0.0)
-
-
-@dataclass(frozen=True)
-class KernelDtypes:
-    """Kernels that dtypes lead to on a piece of hardware: of matrices, of experts, of cached keys and values."""
-
-    weights: str
-    experts: str
-    kv: str
-
-
-def kinds(spec: CompleteSpec, hardware: Hardware, precision: Precision) -> KernelDtypes:
-    """Which kernels run.
-
-    fp8 weights have block scales where the checkpoint has (DeepSeek-V3's recipe), else one scale per row. Weights of a
-    dtype that the hardware cannot multiply in are converted to bf16 on the way (weight-only).
-
-    Raises:
-        UsageError: keys and values in a dtype that no attention kernel here reads.
-    """
-    block = spec.checkpoint is not None and "fp8" in spec.checkpoint
-    if precision.kv not in ("bf16", "fp8"):
-        raise UsageError(f"no attention kernel is modelled for {precision.kv} keys and values", hint="use bf16 or fp8")
-    experts = precision.experts or precision.weights
-    return KernelDtypes(_kind(precision.weights, hardware, block), _kind(experts, hardware, True), precision.kv)
-
-
-def _kind(dtype: str, hardware: Hardware, block: bool) -> str:
-    if dtype == "fp8":
-        if "fp8" not in hardware.flops:
-            return "w8"
-        return "fp8_block" if block else "fp8"
-    if dtype in ("fp4", "mxfp4"):
-        return "fp4" if "fp4" in hardware.flops else "int4"
-    if dtype == "int8" and "int8" not in hardware.flops:
-        return "w8"
-    return {"fp32": "bf16"}.get(dtype, dtype)
-
-
-def timed(hardware: Hardware, c: Constants, products: Iterable[Product]) -> list[Call]:
-    """Matrix products (name, stage, m, n, k, kind, count), each kind's at once."""
-    by_kind: dict[str, list[Product]] = {}
-    for product in products:
-        by_kind.setdefault(product[5], []).append(product)
-    out = []
-    for kind, group in by_kind.items():
-        m, n, k = np.array([p[2:5] for p in group], np.float64).T
-        time = gemm(hardware, m, n, k, kind, c)
-        seconds = np.asarray(time.seconds)
-        parts = {name: np.broadcast_to(part, seconds.shape) for name, part in time.parts.items()}
-        for i, p in enumerate(group):
-            one = Time(float(seconds[i]), {name: float(part[i]) for name, part in parts.items()})
-            out.append(Call(p[0], p[1], one, p[6]))
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-def attention_calls(
-    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, counts: tuple[int, int],
-    c: Constants,
-) -> tuple[list[Product], list[Call]]:  # fmt: skip
-    """Attention blocks: matrix products, and the rest.
-
-    Args:
-        counts: layers with full attention, and with a window or linear attention.
-    """
-    a, tp, full, other = spec.attention, parallel.tp, *counts
-    products: list[Product] = []
-    calls: list[Call] = []
-    if a.kind == "mla":
-        return _mla(spec, hardware, tp, kind, rows, full + other, c)
-    heads, kv_heads = -(-a.heads // tp), -(-a.kv_heads // tp)
-    windowed = 0 if spec.linear else other
-    queries = heads * a.head_dim * (2 if a.output_gate else 1)
-    made, n = queries + kv_heads * (a.head_dim + a.v_head_dim), full + windowed
-    products.append(("qkv projection", "prepare", rows.rows, made, spec.hidden, kind.weights, n))
-    products.append(("output projection", "core", rows.rows, spec.hidden, heads * a.v_head_dim, kind.weights, n))
-    for count, window in ((full, 0), (windowed, spec.window)):
-        if count:
-            shape = Heads(heads, kv_heads, a.head_dim, a.v_head_dim, window)
-            core = _softmax(hardware, shape, kind, rows, c)
-            calls += [Call("attention", "core", part, count) for part in core]
-    # rotation with the norms of queries and keys, then the write to the cache
-    calls.append(Call("norms and rest", "prepare", elementwise(hardware, 4 * rows.rows * made, 2, c), n))
-    if spec.linear and other:
-        gdn = _linear(spec, hardware, spec.linear, tp, kind, rows, other, c)
-        products, calls = products + gdn[0], calls + gdn[1]
-    norm = elementwise(hardware, 8 * rows.rows * spec.hidden, 1, c)
-    calls.append(Call("norms and rest", "prepare", norm, full + other))
-    return products, calls
-
-
-def _softmax(hardware: Hardware, shape: Heads, kind: KernelDtypes, rows: Rows, c: Constants) -> list[Time]:
-    """Attention of one layer: of the prompts and, in a mixed step, of the sequences that decode beside them."""
-    if rows.prefill:
-        new = attention_prefill(hardware, shape, rows.batch, rows.tokens, context=rows.context, c=c)
-        return [new, *(_softmax(hardware, shape, kind, rows.beside, c) if rows.beside else [])]
-    return [
-        attention_decode(hardware, shape, batch, context, tokens=tokens, kv_kind=kind.kv, c=c)
-        for batch, context, tokens in _caches(rows)
-    ]
-
-
-def _caches(rows: Rows) -> list[tuple[float, float, float]]:
-    """(sequences, cached tokens, new tokens of each) of each read: beams read their prefix once, then their own."""
-    if rows.shared <= 1:
-        return [(rows.batch, rows.context + rows.tokens, rows.tokens)]
-    own = max(rows.context - rows.prefix, 0.0) + rows.tokens
-    return [(rows.batch / rows.shared, rows.prefix, rows.tokens * rows.shared), (rows.batch, own, rows.tokens)]
-
-
-def _mla(
-    spec: CompleteSpec, hardware: Hardware, tp: int, kind: KernelDtypes, rows: Rows, n: int, c: Constants
-) -> tuple[list[Product], list[Call]]:
-    a = spec.attention
-    shape = MlaShape(
-        spec.hidden, -(-a.heads // tp), a.q_lora_rank, a.kv_lora_rank, a.qk_rope_head_dim, a.qk_nope_head_dim,
-        a.v_head_dim,
-    )  # fmt: skip
-    up = shape.heads * (shape.nope + shape.rope)
-    latents = shape.latent + shape.rope
-    down = latents + (shape.query_rank or up)
-    products: list[Product] = [("qkv projection", "prepare", rows.rows, down, spec.hidden, kind.weights, n)]
-    if shape.query_rank:
-        products.append(("qkv projection", "prepare", rows.rows, up, shape.query_rank, kind.weights, n))
-    products.append(("output projection", "core", rows.rows, spec.hidden, shape.heads * shape.value, kind.weights, n))
-    calls = [Call("norms and rest", "prepare", elementwise(hardware, 8 * rows.rows * spec.hidden, 1, c), n)]
-    decoding = rows.beside if rows.prefill else rows
-    if rows.prefill:
-        seen, made = rows.batch * (rows.tokens + rows.context), shape.heads * (shape.nope + shape.value)
-        products.append(("qkv projection", "prepare", seen, made, shape.latent, kind.weights, n))
-        new = attention_prefill(hardware, shape.expanded, rows.batch, rows.tokens, context=rows.context, c=c)
-        moved = 4 * (rows.rows * (up + latents) + seen * made)
-        calls.append(Call("attention", "core", new, n))
-        calls.append(Call("norms and rest", "prepare", elementwise(hardware, moved, 3, c), n))
-    if decoding:
-        for batch, context, tokens in _caches(decoding):
-            read = mla_decode(
-                hardware, batch, context, shape.heads, tokens=tokens, latent=shape.latent, rope=shape.rope,
-                kv_kind=kind.kv, c=c,
-            )  # fmt: skip
-            calls.append(Call("attention", "core", read, n))
-        calls.append(Call("attention", "core", absorb(hardware, shape, decoding.rows, shape.value, c), n))
-        calls.append(Call("qkv projection", "prepare", absorb(hardware, shape, decoding.rows, shape.nope, c), n))
-        moved = 4 * decoding.rows * spec.hidden / (hardware.memory_bytes_per_s * c.mla_layer.moves)
-        calls.append(Call("norms and rest", "prepare", kernel_time(c.mla_layer.decode_s, 0.0, moved, 1.0), n))
-    return products, calls
-
+__all__ = ["Batch", "Call", "LayerCalls"]
 
 #: Tokens of a chunk in which a gated delta net is computed in prefill (flash-linear-attention).
 CHUNK = 64
 
 
-def _linear(
-    spec: CompleteSpec,
-    hardware: Hardware,
-    linear: LinearAttention,
-    tp: int,
-    kind: KernelDtypes,
-    rows: Rows,
-    n: int,
-    c: Constants,
-) -> tuple[list[Product], list[Call]]:
-    """Gated delta nets: the state is read and written once per decode step, or once per chunk of prefill."""
-    heads, channels = -(-linear.value_heads // tp), -(-linear.channels // tp)
-    values = heads * linear.value_dim
-    products: list[Product] = [
-        ("qkv projection", "prepare", rows.rows, channels + values + 2 * heads, spec.hidden, kind.weights, n),
-        ("output projection", "core", rows.rows, spec.hidden, values, kind.weights, n),
-    ]
-    state = heads * linear.key_dim * linear.value_dim
-    passes = rows.batch * (np.ceil(rows.tokens / CHUNK) if rows.prefill else rows.tokens)
-    passes += rows.beside.rows if rows.beside else 0
-    moved = passes * state * 2 * STATE_BYTES + rows.rows * (channels + values) * 4
-    inside = heads * CHUNK * (linear.key_dim + linear.value_dim) if rows.prefill else 0
-    operations = 2.0 * rows.rows * (2 * state + inside)
-    fit = c.gemm_bf16
-    core = kernel_time(
-        (6 if rows.prefill else 2) * fit.launch_s,
-        operations / (hardware.flops["bf16"] * fit.compute),
-        moved / (hardware.memory_bytes_per_s * fit.memory),
-        fit.overlap,
-    )
-    conv = elementwise(hardware, 4 * rows.rows * channels, 1, c)
-    gate = elementwise(hardware, 6 * rows.rows * values, 1, c)
-    rest = [Call("norms and rest", "core", part, n) for part in (conv, gate)]
-    return products, [Call("attention", "core", core, n), *rest]
+class Product(NamedTuple):
+    """Matrix products of [m, k] inputs and [k, n] weights; `times` of them in a step."""
+
+    name: str
+    stage: str
+    m: float
+    n: float
+    k: float
+    dtype: str
+    times: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feed-forward and head
+class Call(NamedTuple):
+    """One operator: calls of `time` each, in a stage of the layer; `times` of them in a step."""
+
+    name: str
+    stage: str
+    time: Time
+    times: float
 
 
-def dense_calls(
-    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
-) -> tuple[list[Product], list[Call]]:
-    """Feed-forward networks of the layers without experts."""
-    return _ffn("dense ffn", "other", spec, hardware, spec.dense_width / parallel.tp, kind, rows.rows, n, c)
+@dataclass(frozen=True)
+class Batch:
+    """What one accelerator's data-parallel rank works on in a step.
+
+    Attributes:
+        sequences: each with its own keys and values. tokens: new tokens of each. context: tokens that each has before
+            them. sharing: how many sequences share one cache of the first `prefix` tokens (beams); else 1 and 0.
+        logits: rows of logits that the step makes. decoding: sequences that decode beside a prefill.
+    """
+
+    sequences: float
+    tokens: float
+    context: float
+    logits: float
+    sharing: int = 1
+    prefix: float = 0.0
+    decoding: Batch | None = None
+
+    @property
+    def rows(self) -> float:
+        """Tokens of the step: what matrix products see."""
+        return self.sequences * self.tokens + (self.decoding.rows if self.decoding else 0.0)
+
+    def part(self, count: int, prefill: bool) -> Batch:
+        """One of `count` equal parts; of a single prompt, its tokens are parted."""
+        if count == 1:
+            return self
+        decoding = self.decoding.part(count, False) if self.decoding else None
+        logits = self.logits / count
+        if prefill and self.sequences < count:
+            before = self.context + self.tokens * (count - 1) / count / 2
+            return replace(self, tokens=self.tokens / count, context=before, logits=logits, decoding=decoding)
+        return replace(self, sequences=self.sequences / count, logits=logits, decoding=decoding)
+
+    def caches(self) -> list[tuple[float, float, float]]:
+        """(sequences, cached tokens, new tokens) of each read: beams read their prefix once, then their own."""
+        if self.sharing <= 1:
+            return [(self.sequences, self.context + self.tokens, self.tokens)]
+        own = max(self.context - self.prefix, 0.0) + self.tokens
+        shared = (self.sequences / self.sharing, self.prefix, self.tokens * self.sharing)
+        return [shared, (self.sequences, own, self.tokens)]
 
 
-def shared_calls(
-    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, kind: KernelDtypes, rows: Rows, n: int, c: Constants
-) -> tuple[list[Product], list[Call]]:
-    """Experts that every token passes."""
-    moe = spec.moe
-    if moe is None or not moe.shared:
-        return [], []
-    width = moe.shared * moe.shared_width / parallel.tp
-    return _ffn("shared experts", "shared", spec, hardware, width, kind, rows.rows, n, c, norm=False)
+class LayerCalls:
+    """The calls of one step, all but the routed experts and what travels.
 
+    Args:
+        context: the phase of the step model. batch: what a rank works on.
+    """
 
-def _ffn(
-    name: str, stage: str, spec: CompleteSpec, hardware: Hardware, width: float, kind: KernelDtypes, rows: float,
-    n: int, c: Constants, norm: bool = True,
-) -> tuple[list[Product], list[Call]]:  # fmt: skip
-    up = 2 if spec.gated else 1
-    products: list[Product] = [
-        (name, stage, rows, up * width, spec.hidden, kind.weights, n),
-        (name, stage, rows, spec.hidden, width, kind.weights, n),
-    ]
-    calls = [Call(name, stage, elementwise(hardware, 2 * rows * width * (up + 1), 1, c), n)]
-    if norm:
-        calls.append(Call("norms and rest", stage, elementwise(hardware, 8 * rows * spec.hidden, 1, c), n))
-    return products, calls
+    def __init__(self, context: StepContext, batch: Batch) -> None:
+        self.context, self.batch = context, batch
+        self.spec, self.device, self.tp = context.spec, context.device, context.parallel.tp
+        self.weights, self.rows = context.dtypes.weights, batch.rows
+        self.products: list[Product] = []
+        self.others: list[Call] = []
 
+    def calls(self) -> list[Call]:
+        """Of all layers, the embedding and the head."""
+        spec, moe_layers = self.spec, self.context.moe_layers
+        self._attention()
+        if spec.layers > moe_layers:
+            width = spec.dense_width / self.tp
+            self._ffn("dense ffn", "other", width, spec.layers - moe_layers)
+            self._moves("norms and rest", "other", 8 * self.rows * spec.hidden, 1, spec.layers - moe_layers)
+        if spec.moe is not None and moe_layers:
+            self._router(self.rows / (self.tp if self.context.dispatch else 1), moe_layers)
+            if spec.moe.shared:  # experts that every token passes
+                self._ffn("shared experts", "shared", spec.moe.shared * spec.moe.shared_width / self.tp, moe_layers)
+        self._head()
+        return [*self._timed(), *self.others]
 
-def router_calls(
-    spec: CompleteSpec, hardware: Hardware, rows: float, n: int, c: Constants
-) -> tuple[list[Product], list[Call]]:
-    """Norm before the experts, router, choice of the top k, adding up with what is shared."""
-    assert spec.moe is not None
-    products: list[Product] = [("router", "core", rows, spec.moe.experts, spec.hidden, "bf16", n)]
-    top = elementwise(hardware, 8 * rows * spec.moe.experts, 1, c)
-    norm = elementwise(hardware, 8 * rows * spec.hidden, 1, c)
-    added = elementwise(hardware, 6 * rows * spec.hidden, 1, c)
-    rest = [Call("norms and rest", "core", norm, n), Call("norms and rest", "prepare", added, n)]
-    return products, [Call("router", "core", top, n), *rest]
+    def _product(self, name: str, stage: str, shape: tuple[float, float, float], count: float, dtype: str = "") -> None:
+        self.products.append(Product(name, stage, *shape, dtype or self.weights, count))
 
+    def _call(self, name: str, stage: str, time: Time, count: float) -> None:
+        self.others.append(Call(name, stage, time, count))
 
-def head_calls(
-    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, rows: Rows, c: Constants
-) -> tuple[list[Product], list[Call]]:
-    """Embedding, last norm, logits, and choosing tokens from them."""
-    vocab = spec.vocab / parallel.tp
-    embed = elementwise(hardware, 4 * rows.rows * spec.hidden, 1, c)
-    norm = elementwise(hardware, 8 * rows.logits * spec.hidden, 1, c)
-    sample = elementwise(hardware, 3 * 4 * rows.logits * spec.vocab, 3, c)
-    calls = [Call("head", "other", embed, 1), Call("head", "other", norm, 1), Call("sampling", "other", sample, 1)]
-    return [("head", "other", rows.logits, vocab, spec.hidden, "bf16", 1)], calls
+    def _moves(self, name: str, stage: str, moved_bytes: Number, kernels: int, count: float) -> None:
+        """Kernels that read and write, and compute next to nothing."""
+        self._call(name, stage, elementwise(self.device, moved_bytes, kernels), count)
+
+    def _timed(self) -> Iterable[Call]:
+        """The matrix products, each dtype's at once."""
+        by_dtype: dict[str, list[Product]] = {}
+        for product in self.products:
+            by_dtype.setdefault(product.dtype, []).append(product)
+        for dtype, group in by_dtype.items():
+            m, n, k = np.array([(p.m, p.n, p.k) for p in group], np.float64).T
+            time = gemm(self.device, m, n, k, dtype)
+            seconds = np.asarray(time.seconds)
+            parts = {name: np.broadcast_to(part, seconds.shape) for name, part in time.parts.items()}
+            for i, p in enumerate(group):
+                one = Time(float(seconds[i]), {name: float(part[i]) for name, part in parts.items()})
+                yield Call(p.name, p.stage, one, p.times)
+
+    # Attention
+
+    def _attention(self) -> None:
+        """Attention blocks of all layers: with full attention, and with a window or linear attention."""
+        spec, a, tp, rows = self.spec, self.spec.attention, self.tp, self.rows
+        full = len(spec.full_layers)
+        other = spec.layers - full
+        if a.kind == "mla":
+            self._mla(full + other)
+            return
+        heads, kv_heads = -(-a.heads // tp), -(-a.kv_heads // tp)
+        windowed = 0 if spec.linear else other
+        queries = heads * a.head_dim * (2 if a.output_gate else 1)
+        made, count = queries + kv_heads * (a.head_dim + a.v_head_dim), full + windowed
+        self._product("qkv projection", "prepare", (rows, made, spec.hidden), count)
+        self._product("output projection", "core", (rows, spec.hidden, heads * a.v_head_dim), count)
+        for layers, window in ((full, 0), (windowed, spec.window)):
+            if layers:
+                shape = Heads(heads, kv_heads, a.head_dim, a.v_head_dim, window)
+                for time in self._softmax(shape, self.batch, self.context.prefill):
+                    self._call("attention", "core", time, layers)
+        # rotation with the norms of queries and keys, then the write to the cache
+        self._moves("norms and rest", "prepare", 4 * rows * made, 2, count)
+        if spec.linear and other:
+            self._linear(spec.linear, other)
+        self._moves("norms and rest", "prepare", 8 * rows * spec.hidden, 1, full + other)
+
+    def _softmax(self, shape: Heads, batch: Batch, prefill: bool) -> list[Time]:
+        """Attention of one layer: of the prompts and, in a mixed step, of the sequences that decode beside them."""
+        if prefill:
+            new = attention_prefill(self.device, shape, batch.sequences, batch.tokens, context=batch.context)
+            return [new, *(self._softmax(shape, batch.decoding, False) if batch.decoding else [])]
+        return [
+            attention_decode(self.device, shape, count, held, tokens=tokens, kv_dtype=self.context.dtypes.kv)
+            for count, held, tokens in batch.caches()
+        ]
+
+    def _mla(self, count: int) -> None:
+        a, hidden, rows, batch = self.spec.attention, self.spec.hidden, self.rows, self.batch
+        heads = -(-a.heads // self.tp)
+        shape = MlaShape(
+            hidden, heads, a.q_lora_rank, a.kv_lora_rank, a.qk_rope_head_dim, a.qk_nope_head_dim, a.v_head_dim
+        )
+        up, latents = heads * (shape.nope + shape.rope), shape.latent + shape.rope
+        self._product("qkv projection", "prepare", (rows, latents + (shape.query_rank or up), hidden), count)
+        if shape.query_rank:
+            self._product("qkv projection", "prepare", (rows, up, shape.query_rank), count)
+        self._product("output projection", "core", (rows, hidden, heads * shape.value), count)
+        self._moves("norms and rest", "prepare", 8 * rows * hidden, 1, count)
+        decoding: Batch | None = batch
+        if self.context.prefill:
+            decoding = batch.decoding
+            seen, made = batch.sequences * (batch.tokens + batch.context), heads * (shape.nope + shape.value)
+            self._product("qkv projection", "prepare", (seen, made, shape.latent), count)
+            new = attention_prefill(self.device, shape.expanded, batch.sequences, batch.tokens, context=batch.context)
+            self._call("attention", "core", new, count)
+            self._moves("norms and rest", "prepare", 4 * (rows * (up + latents) + seen * made), 3, count)
+        if decoding:
+            self._mla_decode(shape, decoding, count)
+
+    def _mla_decode(self, shape: MlaShape, batch: Batch, count: int) -> None:
+        """Absorbed attention of the sequences that decode."""
+        device = self.device
+        for sequences, held, tokens in batch.caches():
+            read = mla_decode(device, shape, sequences, held, tokens=tokens, kv_dtype=self.context.dtypes.kv)
+            self._call("attention", "core", read, count)
+        self._call("attention", "core", absorb(device, shape, batch.rows, shape.value), count)
+        self._call("qkv projection", "prepare", absorb(device, shape, batch.rows, shape.nope), count)
+        fit = device.constants.mla_layer
+        moved = 4 * batch.rows * shape.hidden / (device.hardware.memory_bytes_per_s * fit.moves)
+        self._call("norms and rest", "prepare", kernel_time(fit.decode_s, 0.0, moved, 1.0), count)
+
+    def _linear(self, linear: LinearAttention, count: int) -> None:
+        """Gated delta nets: the state is read and written once per decode step, or once per chunk of prefill."""
+        batch, rows, prefill, hidden = self.batch, self.rows, self.context.prefill, self.spec.hidden
+        heads, channels = -(-linear.value_heads // self.tp), -(-linear.channels // self.tp)
+        values = heads * linear.value_dim
+        self._product("qkv projection", "prepare", (rows, channels + values + 2 * heads, hidden), count)
+        self._product("output projection", "core", (rows, hidden, values), count)
+        state = heads * linear.key_dim * linear.value_dim
+        passes = batch.sequences * (np.ceil(batch.tokens / CHUNK) if prefill else batch.tokens)
+        passes += batch.decoding.rows if batch.decoding else 0
+        moved = passes * state * 2 * STATE_BYTES + rows * (channels + values) * 4
+        inside = heads * CHUNK * (linear.key_dim + linear.value_dim) if prefill else 0
+        operations = 2.0 * rows * (2 * state + inside)
+        fit, hardware = self.device.constants.gemm_bf16, self.device.hardware
+        core = kernel_time(
+            (6 if prefill else 2) * fit.launch_s,
+            operations / (hardware.flops["bf16"] * fit.compute),
+            moved / (hardware.memory_bytes_per_s * fit.memory),
+            fit.overlap,
+        )
+        self._call("attention", "core", core, count)
+        for width in (4 * rows * channels, 6 * rows * values):  # convolution, gate
+            self._moves("norms and rest", "core", width, 1, count)
+
+    # Feed-forward and head
+
+    def _ffn(self, name: str, stage: str, width: float, count: int) -> None:
+        up, hidden = 2 if self.spec.gated else 1, self.spec.hidden
+        self._product(name, stage, (self.rows, up * width, hidden), count)
+        self._product(name, stage, (self.rows, hidden, width), count)
+        self._moves(name, stage, 2 * self.rows * width * (up + 1), 1, count)
+
+    def _router(self, rows: float, count: int) -> None:
+        """Norm before the experts, router, choice of the top k, adding up with what is shared."""
+        assert self.spec.moe is not None
+        experts, hidden = self.spec.moe.experts, self.spec.hidden
+        self._product("router", "core", (rows, experts, hidden), count, "bf16")
+        self._moves("router", "core", 8 * rows * experts, 1, count)
+        self._moves("norms and rest", "core", 8 * rows * hidden, 1, count)
+        self._moves("norms and rest", "prepare", 6 * rows * hidden, 1, count)
+
+    def _head(self) -> None:
+        """Embedding, last norm, logits, and choosing tokens from them."""
+        spec, logits = self.spec, self.batch.logits
+        self._product("head", "other", (logits, spec.vocab / self.tp, spec.hidden), 1, "bf16")
+        self._moves("head", "other", 4 * self.rows * spec.hidden, 1, 1)
+        self._moves("head", "other", 8 * logits * spec.hidden, 1, 1)
+        self._moves("sampling", "other", 3 * 4 * logits * spec.vocab, 3, 1)

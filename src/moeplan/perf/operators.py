@@ -11,29 +11,29 @@ each begins follows the fit rows). Roofline: Williams, Waterman and Patterson, C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import UsageError
-from moeplan.perf.constants import Constants, Gemm, constants
+from moeplan.perf.constants import Constants, GemmFit, load_constants
 from moeplan.perf.hardware import Hardware
 
 __all__ = [
-    "DTYPES",
+    "FORMATS",
     "UNITS",
-    "Dtype",
+    "Device",
     "Number",
+    "NumberFormat",
     "Time",
     "arrays",
-    "dtype",
     "elementwise",
     "expert_gemm",
+    "find_format",
     "gemm",
     "kernel_time",
     "overlap",
-    "total",
 ]
 
 Number = float | npt.NDArray[np.float64]
@@ -41,6 +41,18 @@ Number = float | npt.NDArray[np.float64]
 UNITS = 132
 #: Kernels of this length and more run at the clock that the power limit sustains.
 SUSTAINED_S = 1e-3
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator as kernels see it: the figures of its datasheet, and how much of them kernels reach.
+
+    Attributes:
+        hardware: peak rates and links. constants: fitted efficiencies and overheads; default: those moeplan comes with.
+    """
+
+    hardware: Hardware
+    constants: Constants = field(default_factory=load_constants)
 
 
 @dataclass(frozen=True)
@@ -70,20 +82,8 @@ class Time:
         return Time(self.seconds * count, {name: part * count for name, part in self.parts.items()})
 
 
-def total(*times: Time) -> Time:
-    """One after the other."""
-    parts: dict[str, Number] = {}
-    for time in times:
-        for name, part in time.parts.items():
-            parts[name] = parts.get(name, 0.0) + part
-    seconds: Number = 0.0
-    for time in times:
-        seconds = seconds + time.seconds
-    return Time(seconds, parts)
-
-
 @dataclass(frozen=True)
-class Dtype:
+class NumberFormat:
     """How a product's numbers are kept: bytes of a weight and of an input, peak rate used, whose constants."""
 
     weight_bytes: float
@@ -94,44 +94,52 @@ class Dtype:
 
 #: fp8: one scale per row; fp8_block: per 128 x 128 weights (DeepSeek-V3). int4 and w8 (8-bit) weights become bf16 on
 #: the way. Unmeasured ones borrow a kernel's constants.
-DTYPES = {
-    "bf16": Dtype(2, 2, "bf16", "gemm_bf16"),
-    "fp8": Dtype(1, 1, "fp8", "gemm_fp8"),
-    "fp8_block": Dtype(1 + 4 / 128**2, 1 + 4 / 128, "fp8", "gemm_fp8_block"),
-    "int8": Dtype(1, 1, "int8", "gemm_fp8"),
-    "int4": Dtype(0.5 + 2 / 128, 2, "bf16", "gemm_bf16"),
-    "w8": Dtype(1, 2, "bf16", "gemm_bf16"),
-    "fp4": Dtype(0.5 + 1 / 16, 0.5 + 1 / 16, "fp4", "gemm_fp8_block"),
+FORMATS = {
+    "bf16": NumberFormat(2, 2, "bf16", "gemm_bf16"),
+    "fp8": NumberFormat(1, 1, "fp8", "gemm_fp8"),
+    "fp8_block": NumberFormat(1 + 4 / 128**2, 1 + 4 / 128, "fp8", "gemm_fp8_block"),
+    "int8": NumberFormat(1, 1, "int8", "gemm_fp8"),
+    "int4": NumberFormat(0.5 + 2 / 128, 2, "bf16", "gemm_bf16"),
+    "w8": NumberFormat(1, 2, "bf16", "gemm_bf16"),
+    "fp4": NumberFormat(0.5 + 1 / 16, 0.5 + 1 / 16, "fp4", "gemm_fp8_block"),
 }
-_FEWEST_WAVES = ((128, 32), (128, 64), (128, 128), (128, 256))
-_CUBLAS = ((64, 32), (64, 64), (64, 128), (64, 256), (128, 128), (128, 256))
-_TILES = {"gemm_bf16": _CUBLAS, "gemm_fp8": ((128, 128),), "gemm_fp8_block": _FEWEST_WAVES}
 
 
-def dtype(name: str, hardware: Hardware) -> Dtype:
-    """A dtype that the hardware can compute with.
+def _tiles(shapes: tuple[tuple[int, int], ...], splits: tuple[int, ...] = (1,)) -> npt.NDArray[np.float64]:
+    """float64 [3, tiles]: rows, columns and splits of k of each tile that a kernel may choose."""
+    return np.array([(rows, columns, split) for rows, columns in shapes for split in splits], np.float64).T
+
+
+_TILES = {
+    "gemm_bf16": _tiles(((64, 32), (64, 64), (64, 128), (64, 256), (128, 128), (128, 256)), (1, 2, 4, 8, 16)),
+    "gemm_fp8": _tiles(((128, 128),)),
+    "gemm_fp8_block": _tiles(((128, 32), (128, 64), (128, 128), (128, 256))),
+}
+
+
+def find_format(dtype: str, hardware: Hardware) -> NumberFormat:
+    """The format of a dtype that the hardware can compute with.
 
     Raises:
         UsageError: unknown, or without a peak rate on this hardware.
     """
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name} is unknown", hint=f"use one of {', '.join(DTYPES)}")
-    found = DTYPES[name]
+    if dtype not in FORMATS:
+        raise UsageError(f"dtype {dtype} is unknown", hint=f"use one of {', '.join(FORMATS)}")
+    found = FORMATS[dtype]
     if found.rate not in hardware.flops:
-        fits = [other for other, kind in DTYPES.items() if kind.rate in hardware.flops]
-        raise UsageError(f"{hardware.name} does not compute in {name}", hint=f"use one of {', '.join(fits)}")
+        fits = [other for other, form in FORMATS.items() if form.rate in hardware.flops]
+        raise UsageError(f"{hardware.name} does not compute in {dtype}", hint=f"use one of {', '.join(fits)}")
     return found
 
 
-def gemm(hardware: Hardware, m: Number, n: Number, k: Number, kind: str = "bf16", c: Constants | None = None) -> Time:
+def gemm(device: Device, m: Number, n: Number, k: Number, dtype: str = "bf16") -> Time:
     """[m, k] inputs times [k, n] weights, bf16 results; fp8 kernels first convert the inputs from bf16."""
-    form = dtype(kind, hardware)
-    fit: Gemm = getattr(c or constants(), form.kernel)
+    hardware = device.hardware
+    form = find_format(dtype, hardware)
+    fit: GemmFit = getattr(device.constants, form.kernel)
     m, n, k = arrays(m, n, k)
     tiles = _TILES[form.kernel]
-    splits = (1, 2, 4, 8, 16) if form.kernel == "gemm_bf16" else (1,)
-    shape = (len(tiles) * len(splits),) + (1,) * np.broadcast(m, n, k).ndim
-    rows, columns, split = np.array([(r, c, s) for r, c in tiles for s in splits], np.float64).T.reshape(3, *shape)
+    rows, columns, split = tiles.reshape(3, tiles.shape[1], *(1,) * np.broadcast(m, n, k).ndim)
     if form.kernel != "gemm_bf16":
         rows = np.where(m <= 64, 64.0, rows)
     if form.kernel == "gemm_fp8":
@@ -143,24 +151,27 @@ def gemm(hardware: Hardware, m: Number, n: Number, k: Number, kind: str = "bf16"
     operations = 2 * rows * columns / (hardware.flops[form.rate] / UNITS * fit.compute)
     loads = (rows * form.input_bytes + columns * form.weight_bytes) / (hardware.flops["bf16"] / UNITS * fit.feed)
     tile = (k / split + fit.fill) * np.maximum(operations, loads)
-    compute = (waves * tile + fit.split_s * np.log2(split)).min(axis=0)
-    compute = compute * (1 + fit.throttle * compute / (compute + SUSTAINED_S))
+    compute = _throttled((waves * tile + fit.split_s * np.log2(split)).min(axis=0), fit)
     bandwidth = hardware.memory_bytes_per_s
     memory = (form.input_bytes * m * k + form.weight_bytes * n * k + 2 * m * n) / (bandwidth * fit.memory)
     convert = (2 + 2 * form.input_bytes) * m * k / (bandwidth * fit.quantise) if form.input_bytes < 2 else 0.0
     return kernel_time(fit.launch_s, compute, memory, fit.overlap, convert)
 
 
+def _throttled(compute: Number, fit: GemmFit) -> Number:
+    """Long products run slower by the power limit."""
+    return compute * (1 + fit.throttle * compute / (compute + SUSTAINED_S))
+
+
 def expert_gemm(
-    hardware: Hardware,
+    device: Device,
     picks: Number,
     experts: Number,
     hidden: Number,
     inter: Number,
-    kind: str = "fp8_block",
+    dtype: str = "fp8_block",
     *,
     kernel: str = "deepgemm",
-    c: Constants | None = None,
 ) -> Time:
     """The routed experts of one rank in one layer: gate, up and down products, gated activation, adding up.
 
@@ -176,14 +187,18 @@ def expert_gemm(
     """
     if kernel not in ("deepgemm", "contiguous", "cutlass"):
         raise UsageError(f"expert kernel {kernel} is unknown", hint="use deepgemm, contiguous or cutlass")
-    form, c = dtype(kind, hardware), c or constants()
-    fit = c.experts_cutlass if kernel == "cutlass" else c.experts_deepgemm
+    hardware, constants = device.hardware, device.constants
+    form = find_format(dtype, hardware)
+    fit = constants.experts_cutlass if kernel == "cutlass" else constants.experts_deepgemm
     picks, experts, hidden, inter = arrays(picks, experts, hidden, inter)
-    weights = 3 * hidden * inter
-    if kernel == "contiguous":
-        compute = _contiguous(hardware, form, picks, experts, hidden, inter, c.gemm_fp8_block)
+    weights, rate = 3 * hidden * inter, hardware.flops[form.rate]
+    if kernel == "contiguous":  # two grouped products of long blocks, at the rate of a dense one with its power limit
+        dense = constants.gemm_fp8_block
+        rows = picks + experts * BLOCK_ROWS / 2
+        work = 2 * rows * (2 * inter * (hidden + dense.fill) + hidden * (inter + dense.fill))
+        compute = _throttled(work / (rate * dense.compute), dense)
     else:
-        compute = 2 * (picks + experts * fit.rows) * weights / (hardware.flops[form.rate] * fit.compute)
+        compute = 2 * (picks + experts * fit.rows) * weights / (rate * fit.compute)
     memory = experts * weights * form.weight_bytes / (hardware.memory_bytes_per_s * fit.memory)
     moved = picks * (hidden * (4 + 2 * form.input_bytes) + inter * (6 + 2 * form.input_bytes))
     moves = moved / (hardware.memory_bytes_per_s * fit.moves)
@@ -194,21 +209,11 @@ def expert_gemm(
 BLOCK_ROWS = 128
 
 
-def _contiguous(
-    hardware: Hardware, form: Dtype, picks: Number, experts: Number, hidden: Number, inter: Number, fit: Gemm
-) -> Number:
-    """Operations of two grouped products of long blocks, at the rate of a dense product with its power limit."""
-    rows = picks + experts * BLOCK_ROWS / 2
-    work = 2 * rows * (2 * inter * (hidden + fit.fill) + hidden * (inter + fit.fill))
-    compute = work / (hardware.flops[form.rate] * fit.compute)
-    return compute * (1 + fit.throttle * compute / (compute + SUSTAINED_S))
-
-
-def elementwise(hardware: Hardware, moved_bytes: Number, kernels: Number = 1, c: Constants | None = None) -> Time:
+def elementwise(device: Device, moved_bytes: Number, kernels: Number = 1) -> Time:
     """Norms, activations, residuals, rotations: bytes read and written, by `kernels` launches."""
-    c = c or constants()
-    memory = np.asarray(moved_bytes, np.float64) / (hardware.memory_bytes_per_s * c.mla_layer.moves)
-    return kernel_time(np.asarray(kernels, np.float64) * c.gemm_bf16.launch_s, 0.0, memory, 1.0)
+    constants = device.constants
+    memory = np.asarray(moved_bytes, np.float64) / (device.hardware.memory_bytes_per_s * constants.mla_layer.moves)
+    return kernel_time(np.asarray(kernels, np.float64) * constants.gemm_bf16.launch_s, 0.0, memory, 1.0)
 
 
 def arrays(*values: Number) -> tuple[npt.NDArray[np.float64], ...]:

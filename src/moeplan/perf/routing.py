@@ -16,9 +16,24 @@ from moeplan.cluster import Dispatch
 from moeplan.model.spec import CompleteMoe
 from moeplan.perf.collectives import Messages, messages_between, uniform_messages
 
-__all__ = ["Routing", "distinct_experts", "popular", "replayed", "uniform"]
+__all__ = ["ExpertRanks", "Routing", "counted_routing", "routing_from_counts", "uniform_routing"]
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExpertRanks:
+    """The GPUs that share the experts.
+
+    Attributes:
+        gpus, nodes: how many, and the nodes that they fill. redundant: extra slots per layer.
+        dispatch: how tokens travel; None: they do not.
+    """
+
+    gpus: int
+    nodes: int = 1
+    redundant: int = 0
+    dispatch: Dispatch | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +73,15 @@ class Routing:
         return Routing(self.picks * share, experts, m, self.slots, self.source)
 
 
-def replayed(
-    picks: npt.ArrayLike, experts: npt.ArrayLike, links: npt.ArrayLike | None, *, gpus_per_node: int, slots: float,
+def counted_routing(
+    picks: npt.ArrayLike,
+    experts: npt.ArrayLike,
+    links: npt.ArrayLike | None,
+    *,
+    gpus_per_node: int,
+    slots: float,
     padded: bool = False,
-) -> Routing:  # fmt: skip
+) -> Routing:
     """From the arrays of a replayed step (`moeplan.cluster.step_messages`).
 
     Args:
@@ -72,16 +92,15 @@ def replayed(
     return Routing(np.asarray(picks, np.float64), np.asarray(experts, np.float64), messages, float(slots), "replay")
 
 
-def distinct_experts(experts: float, top_k: int, tokens: npt.ArrayLike) -> Array:
-    """Expected distinct experts that `tokens` tokens pick: E (1 - (1 - k / E)^t)."""
-    miss = 1 - top_k / experts
-    return np.asarray(experts * (1 - miss ** np.asarray(tokens, np.float64)), np.float64)
-
-
-def uniform(
-    moe: CompleteMoe, tokens: float, gpus: int, *, redundant: int = 0, mode: Dispatch | None = None, nodes: int = 1,
-    own_tokens: float | None = None, balanced: bool = False, skew: float = 1.0,
-) -> Routing:  # fmt: skip
+def uniform_routing(
+    moe: CompleteMoe,
+    tokens: float,
+    ranks: ExpertRanks,
+    *,
+    own_tokens: float | None = None,
+    balanced: bool = False,
+    skew: float = 1.0,
+) -> Routing:
     """Every expert as likely as any other; the GPUs' loads differ by chance alone.
 
     A GPU's picks are a sum of `tokens` independent draws; the P loads of a step are put at the normal quantiles of
@@ -89,13 +108,12 @@ def uniform(
     noise floor. A larger `skew` puts the busiest GPU at `skew` x the mean; the others share the rest evenly.
 
     Args:
-        tokens: of the step, over all `gpus` GPUs that share the experts.
-        redundant: extra slots, taken to halve experts evenly.
-        mode: how tokens travel; None: they do not.
-        nodes: nodes that the GPUs fill. own_tokens: tokens that one GPU sends (default: tokens / gpus).
+        tokens: of the step, over all GPUs that share the experts. Redundant slots are taken to halve experts evenly.
+        own_tokens: tokens that one GPU sends (default: tokens / gpus).
         balanced: every GPU serves the same.
     """
-    held = (moe.experts + redundant) / gpus
+    gpus = ranks.gpus
+    held = (moe.experts + ranks.redundant) / gpus
     share = 1 / gpus
     mean = tokens * moe.top_k * share
     spread = _quantiles(gpus) * np.sqrt(_variance(moe, tokens, share))
@@ -104,11 +122,10 @@ def uniform(
     picks = np.clip(mean + spread, 0.0, tokens * min(moe.top_k, held))
     if skew * mean > picks.max() and gpus > 1:
         picks = np.append(np.full(gpus - 1, mean * (gpus - skew) / (gpus - 1)), skew * mean)
-    miss = np.clip(1 - moe.top_k / (moe.experts + redundant), 0.0, 1.0)
+    miss = np.clip(1 - moe.top_k / (moe.experts + ranks.redundant), 0.0, 1.0)
     ratio = picks / mean if mean > 0 else np.ones(gpus)
     experts = np.minimum(held * (1 - miss ** (tokens * ratio)), picks)
-    sends = tokens / gpus if own_tokens is None else own_tokens
-    messages = None if mode in (None, Dispatch.ALLGATHER) else _messages(moe, mode, nodes, gpus, sends, ratio[None])
+    messages = _messages(moe, ranks, tokens / gpus if own_tokens is None else own_tokens, ratio[None])
     source = "balanced" if balanced else "uniform"
     return Routing(picks[None], experts[None], messages, held, source if skew <= 1 else f"skewed x{skew:g}")
 
@@ -128,28 +145,35 @@ def _quantiles(count: int) -> Array:
     return out
 
 
-def popular(
-    moe: CompleteMoe, load: npt.ArrayLike, slots: npt.ArrayLike, tokens: float, gpus: int, *,
-    mode: Dispatch | None = None, nodes: int = 1, slots_per_gpu: npt.ArrayLike | None = None, steps: int = 32,
+def routing_from_counts(
+    moe: CompleteMoe,
+    load: npt.ArrayLike,
+    slots: npt.ArrayLike,
+    tokens: float,
+    ranks: ExpertRanks,
+    *,
+    slots_per_gpu: npt.ArrayLike | None = None,
+    steps: int = 32,
     seed: int = 0,
-) -> Routing:  # fmt: skip
-    """Steps drawn from how often each expert is picked, and where its copies lie: when counts are all that is known.
+) -> Routing:
+    """Steps drawn from how often each expert is picked, and where its replicas lie: when counts are all that is known.
 
     Tokens are drawn independently of one another, which evens out what requests of one kind do together; a replay of
     a trace does not.
 
     Args:
-        load: [L, E], picks of each expert, in any unit. slots: int [L, S], the expert of each slot; copies share alike.
+        load: [L, E], picks of each expert, in any unit. slots: int [L, S], the expert of each slot; replicas share
+            alike. Redundant slots are counted here, not in `ranks`.
         tokens: of one step, over all GPUs. slots_per_gpu: int [P], where GPUs hold unlike numbers of slots.
         steps: drawn; the arrays' first axis.
     """
-    load, slots = np.asarray(load, np.float64), np.asarray(slots, np.int64)
+    load, slots, gpus = np.asarray(load, np.float64), np.asarray(slots, np.int64), ranks.gpus
     layers, count = slots.shape
     held = np.full(gpus, count // gpus) if slots_per_gpu is None else np.asarray(slots_per_gpu)
-    copies = np.zeros_like(load)
+    replicas = np.zeros_like(load)
     for layer in range(layers):
-        copies[layer] = np.bincount(slots[layer], minlength=load.shape[1])
-    chance = np.minimum(load / load.sum(axis=1, keepdims=True) * moe.top_k, 1.0) / copies  # of a token, per copy
+        replicas[layer] = np.bincount(slots[layer], minlength=load.shape[1])
+    chance = np.minimum(load / load.sum(axis=1, keepdims=True) * moe.top_k, 1.0) / replicas  # of a token, per replica
     per_slot = np.take_along_axis(chance, slots, axis=1)
     starts = np.concatenate([[0], np.cumsum(held)[:-1]])
 
@@ -160,19 +184,19 @@ def popular(
     normal = np.random.default_rng(seed).standard_normal((steps, layers, gpus))
     picks = np.maximum(mean + spread * normal, 0.0)
     experts = np.minimum(by_gpu(1 - (1 - per_slot) ** tokens), np.maximum(picks, 0.0))
-    ratio = picks / (tokens * moe.top_k / gpus)
-    messages = None if mode in (None, Dispatch.ALLGATHER) else _messages(moe, mode, nodes, gpus, tokens / gpus, ratio)
+    messages = _messages(moe, ranks, tokens / gpus, picks / (tokens * moe.top_k / gpus))
     return Routing(picks, experts, messages, count / gpus, "recorded counts")
 
 
-def _messages(moe: CompleteMoe, mode: Dispatch, nodes: int, gpus: int, tokens: float, ratio: Array) -> Messages:
+def _messages(moe: CompleteMoe, ranks: ExpertRanks, tokens: float, ratio: Array) -> Messages | None:
     """Each GPU sends alike and receives in proportion to its load; tokens reach each node alike."""
-    aligned = moe.groups > 1 and moe.groups % nodes == 0
-    per_gpu = uniform_messages(
-        mode, nodes, gpus // nodes, tokens, moe.top_k, moe.experts, max_nodes=moe.groups_kept if aligned else 0
-    )
+    dispatch, nodes = ranks.dispatch, ranks.nodes
+    if dispatch is None or dispatch is Dispatch.ALLGATHER:
+        return None
+    reach = moe.groups_kept if moe.groups > 1 and moe.groups % nodes == 0 else 0
+    per_gpu = uniform_messages(dispatch, nodes, ranks.gpus // nodes, tokens, moe.top_k, moe.experts, max_nodes=reach)
     same = np.ones_like(ratio)
-    out = ratio if mode is not Dispatch.NODE else same
+    out = ratio if dispatch is not Dispatch.NODE else same
     return Messages(
         per_gpu.sent_up * same, per_gpu.received_up * ratio, per_gpu.sent_out * same, per_gpu.received_out * out
-    )  # fmt: skip
+    )

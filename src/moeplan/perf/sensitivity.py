@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 
-from moeplan.perf.constants import Constants, constants
+from moeplan.perf.constants import Constants, load_constants
 from moeplan.perf.serving import ServingFigures, aggregated, used
 from moeplan.perf.step_model import StepModel, Workload
 
@@ -39,9 +39,8 @@ def changed(model: StepModel, knob: str, factor: float) -> StepModel:
     was."""
     h = model.hardware
     if knob == "overhead":
-        return replace(
-            model, options=replace(model.options, constants=_slower(model.options.constants or constants(), factor))
-        )
+        constants = _slower(model.options.constants or load_constants(), factor)
+        return replace(model, options=replace(model.options, constants=constants))
     if knob == "flops":
         h = replace(h, flops={dtype: rate * factor for dtype, rate in h.flops.items()})
     elif knob == "memory_bandwidth":
@@ -55,11 +54,11 @@ def changed(model: StepModel, knob: str, factor: float) -> StepModel:
     return replace(model, hardware=h)
 
 
-def _slower(c: Constants, factor: float) -> Constants:
+def _slower(constants: Constants, factor: float) -> Constants:
     """All times among the constants, and the rate at which units copy messages."""
     groups = {}
-    for group in fields(c):
-        values = getattr(c, group.name)
+    for group in fields(constants):
+        values = getattr(constants, group.name)
         new = {}
         for f in fields(values):
             unit = f.metadata["unit"]

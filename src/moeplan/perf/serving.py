@@ -134,7 +134,7 @@ def disaggregated(
     tpot = _seconds(step.seconds) / workload.accepted
     alone = prefill_seconds(prefill, workload.prompt, chunk=chunk)
     cache = kv_bytes(prefill.spec, workload.prompt, prefill.precision.kv, 1) / prefill.parallel.tp
-    moved = _seconds(send(prefill.hardware, cache, c=prefill.options.constants).seconds)
+    moved = _seconds(send(prefill.device, cache).seconds)
     wanted = running * decode.parallel.dp * decode_workers / (workload.output * tpot)
     most = prefill.parallel.dp * prefill_workers / alone
     rate, busy = min(wanted, most), min(wanted / most, 1.0)

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from moeplan.cluster import Dispatch
 from moeplan.errors import UsageError
 from moeplan.model.spec import CompleteSpec
-from moeplan.perf.constants import Constants
+from moeplan.perf.constants import load_constants
+from moeplan.perf.context import StepContext, StepOptions, build_context
 from moeplan.perf.hardware import Hardware
+from moeplan.perf.layers import Batch
 from moeplan.perf.memory import Parallel, Precision, kv_bytes
-from moeplan.perf.operators import elementwise
+from moeplan.perf.operators import Device, Number, elementwise
 from moeplan.perf.routing import Routing
-from moeplan.perf.setup import Operator
-from moeplan.perf.step import Step, decode_step, prefill_step
+from moeplan.perf.step import Operator, Step
+from moeplan.perf.step_time import step_time
 
 __all__ = ["StepModel", "StepOptions", "Workload"]
 
 #: Tokens of a cache block (vLLM's default): what a beam copies when it branches.
 BLOCK = 16
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """How steps run.
-
-    Attributes:
-        dispatch: how tokens reach their experts; None: the usual way of the phase. A prefill never uses `pick`.
-        overlap: two-batch overlap.
-        gpus_per_node: GPUs that the fast network joins; None: the hardware's.
-        balanced: uniform routing without the chance that loads one GPU more than another.
-        skew: load of the busiest GPU over the mean, where uniform routing gives less.
-        constants: fitted efficiencies; None: those that moeplan comes with.
-    """
-
-    dispatch: Dispatch | None = None
-    overlap: bool = False
-    gpus_per_node: int | None = None
-    balanced: bool = False
-    skew: float = 1.0
-    constants: Constants | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +61,15 @@ class Workload:
         return self.drafts > 0 and self.module
 
 
+_PLAIN = Workload(1, 1)
+
+
 @dataclass(frozen=True)
 class StepModel:
     """The time of a step: model, accelerators, how the one is spread over the other, dtypes, and how steps run.
 
     Example:
-        >>> from moeplan.model.spec import model
+        >>> from moeplan.model.catalogue import load_model
         >>> from moeplan.perf.hardware import hardware
         >>> from moeplan.perf.memory import Parallel, Precision
         >>> llama = StepModel(load_model("Llama-3.1-70B"), hardware("H100"), Parallel(tp=8), Precision("fp8"))
@@ -98,7 +82,7 @@ class StepModel:
     hardware: Hardware
     parallel: Parallel
     precision: Precision
-    options: StepOptions = StepOptions()
+    options: StepOptions = field(default_factory=StepOptions)
 
     @property
     def gpus_per_node(self) -> int:
@@ -132,6 +116,19 @@ class StepModel:
             "overlap": self.options.overlap,
         }
 
+    @cached_property
+    def _decoding(self) -> StepContext:
+        return build_context(self.spec, self.hardware, self.parallel, self.precision, self.options, prefill=False)
+
+    @cached_property
+    def _prefilling(self) -> StepContext:
+        return build_context(self.spec, self.hardware, self.parallel, self.precision, self.options, prefill=True)
+
+    @property
+    def device(self) -> Device:
+        """The accelerator, with constants as given."""
+        return Device(self.hardware, self.options.constants or load_constants())
+
     def decode(
         self, batch: float, context: float, workload: Workload | None = None, routing: Routing | None = None
     ) -> Step:
@@ -142,21 +139,27 @@ class StepModel:
             routing: what the step's routing did, of the whole batch; None: uniform.
 
         Raises:
-            PlanError: a layout that is impossible. UsageError: a dtype or dispatch mode that this set-up cannot have.
+            PlanError: a layout that is impossible. UsageError: a dtype or dispatch mode that this set-up cannot have;
+                drafts of a model that makes none; routing of another number of layers.
         """
-        o, load = self.options, workload or Workload(1, 1)
-        step = decode_step(
-            self.spec, self.hardware, self.parallel, self.precision, batch * load.beams, context, routing=routing,
-            mode=o.dispatch, overlap=o.overlap, tokens=load.drafts + 1, drafts=load.drafts if load.module else 0,
-            beams=load.beams, prefix=min(load.prompt, context), gpus_per_node=o.gpus_per_node,
-            balanced=o.balanced, skew=o.skew, c=o.constants,
-        )  # fmt: skip
-        return step if load.beams == 1 else self._reordered(step, batch * load.beams)
+        work = workload or _PLAIN
+        sequences, tokens = batch * work.beams, work.drafts + 1
+        prefix = min(work.prompt, context)
+        rows = Batch(sequences, tokens, context, sequences * tokens, sharing=work.beams, prefix=prefix)
+        step = step_time(self._decoding, rows, routing)
+        if work.mtp:
+            step = self._drafted(step, rows, work.drafts)
+        return step if work.beams == 1 else self._reordered(step, sequences)
 
     def prefill(
-        self, batch: float, tokens: float, context: float = 0.0, *, decoding: tuple[float, float] = (0, 0),
+        self,
+        batch: float,
+        tokens: float,
+        context: float = 0.0,
+        *,
+        decoding: tuple[float, float] = (0, 0),
         routing: Routing | None = None,
-    ) -> Step:  # fmt: skip
+    ) -> Step:
         """A prefill step of `tokens` tokens of each of `batch` prompts, after `context` earlier ones.
 
         Args:
@@ -164,15 +167,25 @@ class StepModel:
 
         Other arguments and errors as in `decode`.
         """
-        o = self.options
-        return prefill_step(
-            self.spec, self.hardware, self.parallel, self.precision, batch, tokens, context=context, routing=routing,
-            mode=o.dispatch if o.dispatch is not Dispatch.PICK else None, overlap=o.overlap,
-            gpus_per_node=o.gpus_per_node, balanced=o.balanced, skew=o.skew, decoding=decoding, c=o.constants,
-        )  # fmt: skip
+        sequences, held = decoding
+        beside = Batch(sequences, 1, held, sequences) if sequences else None
+        rows = Batch(batch, tokens, context, batch + sequences, decoding=beside)
+        return step_time(self._prefilling, rows, routing)
+
+    def _drafted(self, step: Step, rows: Batch, drafts: int) -> Step:
+        """With the draft tokens that the model's own module makes, one after the other."""
+        if not self.spec.mtp_layers:
+            raise UsageError(f"{self.spec.name} has no module for multi-token prediction", hint="leave drafts out")
+        module = self._decoding.draft_module()
+        one = step_time(module, replace(rows, tokens=1, logits=rows.sequences), engine=False)
+        parts: dict[str, Number] = {}
+        for operator in one.operators:
+            parts[operator.bound] = parts.get(operator.bound, 0.0) + drafts * operator.exposed
+        draft = Operator("drafts", drafts * one.seconds, 0.0, parts)
+        return replace(step, operators=(*step.operators, draft), waiting=step.waiting + drafts * one.waiting)
 
     def _reordered(self, step: Step, sequences: float) -> Step:
         """With the copy of each beam's last block, read and written."""
         block = kv_bytes(self.spec, BLOCK, self.precision.kv, self.parallel.tp)
-        time = elementwise(self.hardware, 2 * sequences * block, 1, self.options.constants)
+        time = elementwise(self.device, 2 * sequences * block)
         return replace(step, operators=(*step.operators, Operator("beam reorder", time.seconds, 0.0, time.parts)))

@@ -17,11 +17,11 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.frames import data_frame
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
+from moeplan.perf.context import default_dispatch
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision, check_parallel, largest_batch
 from moeplan.perf.named import list_hardware
 from moeplan.perf.serving import cost
-from moeplan.perf.setup import default_mode
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.progress import Progress
@@ -275,7 +275,7 @@ def _expert_ranks(spec: CompleteSpec, stage: int, tp: int) -> list[int]:
 
 def with_overlap(model: StepModel) -> bool:
     """Whether two-batch overlap has messages to hide."""
-    return default_mode(model.spec, model.parallel, prefill=False) is Dispatch.PICK
+    return default_dispatch(model.spec, model.parallel, prefill=False) is Dispatch.PICK
 
 
 def sweep(

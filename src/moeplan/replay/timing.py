@@ -22,8 +22,8 @@ from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware, hardware
 from moeplan.perf.memory import Parallel, Precision, memory
-from moeplan.perf.routing import Routing, replayed
-from moeplan.perf.step import decode_step
+from moeplan.perf.routing import Routing, counted_routing
+from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.types import ModelShape
 
 __all__ = [
@@ -49,7 +49,7 @@ def step_times(
     cluster: Cluster, mode: Dispatch, spec: CompleteSpec, machine: Hardware, links: npt.ArrayLike, picks: npt.ArrayLike,
     touched: npt.ArrayLike, *, context: int = CONTEXT,
 ) -> StepTimes:  # fmt: skip
-    """Decode steps as `moeplan.cluster.step_messages` counted them, timed by `moeplan.perf.step.decode_step`.
+    """Decode steps as `moeplan.cluster.step_messages` counted them, timed by `moeplan.perf.step_model.StepModel`.
 
     All steps have as many tokens; B follows from the picks. Weights are in the checkpoint's dtypes, the KV cache in
     bf16, without two-batch overlap. Where fewer layers were counted than the model has MoE layers, their mean stands
@@ -68,10 +68,10 @@ def step_times(
     batch = float(picks.sum()) / np.prod(picks.shape[:2]) / spec.moe.top_k / cluster.num_groups
     parallel = parallel_of(cluster, spec)
     routing = routing_of(cluster, spec, links, picks, touched, parallel.redundant)
-    step = decode_step(
-        spec, machine, parallel, Precision.of_checkpoint(spec), batch, context, routing=routing, mode=mode,
-        gpus_per_node=cluster.gpus_per_node,
-    )  # fmt: skip
+    options = StepOptions(mode, gpus_per_node=cluster.gpus_per_node)
+    step = StepModel(spec, machine, parallel, Precision.of_checkpoint(spec), options).decode(
+        batch, context, routing=routing
+    )
     seconds, waiting = np.asarray(step.seconds, np.float64), np.asarray(step.waiting, np.float64)
     if seconds.ndim > 1:
         seconds, waiting = seconds.mean(axis=1), waiting.mean(axis=1)
@@ -95,7 +95,7 @@ def routing_of(
     if arrays[1].shape[1] != len(spec.moe.layers):
         arrays = [values[:, :, None] for values in arrays]
     slots = (spec.moe.experts + redundant) / cluster.num_gpus
-    return replayed(arrays[1], arrays[2], arrays[0], gpus_per_node=cluster.gpus_per_node, slots=slots)
+    return counted_routing(arrays[1], arrays[2], arrays[0], gpus_per_node=cluster.gpus_per_node, slots=slots)
 
 
 def parallel_of(cluster: Cluster, spec: CompleteSpec, redundant: int | None = None) -> Parallel:
@@ -151,10 +151,9 @@ class Timing:
         if self.context < 1:
             raise UsageError(f"--context {self.context} is not positive")
         try:
-            decode_step(
-                spec, self.machine, parallel_of(cluster, spec), Precision.of_checkpoint(spec), 1, self.context,
-                mode=mode, gpus_per_node=cluster.gpus_per_node,
-            )  # fmt: skip
+            options = StepOptions(mode, gpus_per_node=cluster.gpus_per_node)
+            precision = Precision.of_checkpoint(spec)
+            StepModel(spec, self.machine, parallel_of(cluster, spec), precision, options).decode(1, self.context)
         except PlanError as error:
             if cluster.deployment is not Deployment.NODES:
                 raise
