@@ -392,7 +392,7 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--limit", "0"], "--limit 0 is not positive"),
         (["--min-tokens", "0"], "--min-tokens 0 is not positive"),
         (["--aggregate", "2"], "--aggregate 2: no domain has so many requests, the largest has 1"),
-        (["--aggregate", "1"], "--aggregate 1 sums nothing; give 2 or more"),
+        (["--aggregate", "1"], "--aggregate 1 must be at least 2"),
         (["--prompts", "nothing.jsonl"], "nothing.jsonl: does not exist"),
     ],
 )

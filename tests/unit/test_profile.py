@@ -264,18 +264,19 @@ def requests_of(rows: list[int], prefill: list[int]) -> Requests:
 
 
 def test_stand_ins_come_from_the_decode_else_the_prompt():
-    stages = Stages.of(requests_of([30, 20, 20, 9], [10, 20, UNKNOWN, 1]), 5)  # the trace has decode rows: only they
+    # the trace has decode rows: only they stand in
+    stages = Stages.from_requests(requests_of([30, 20, 20, 9], [10, 20, UNKNOWN, 1]), 5)
     assert stages.first.tolist() == [10, 20, 20, 9] and stages.middle.tolist() == [15, 20, 20, 9]
     assert stages.usable.tolist() == [True, False, False, False]
     assert stages.lengths(OTHER).tolist() == [10, 20, 20, 9]
-    unknown = Stages.of(requests_of([30, 9], [UNKNOWN, UNKNOWN]), 5)
+    unknown = Stages.from_requests(requests_of([30, 9], [UNKNOWN, UNKNOWN]), 5)
     assert unknown.usable.tolist() == [True, False] and unknown.prefill == "first 5 recorded tokens"
-    assert Stages.of(requests_of([30], [30]), 5).decode == "rest of prompt"
-    assert Stages.of(requests_of([30], [0]), 5).prefill == "first 5 decode tokens"
+    assert Stages.from_requests(requests_of([30], [30]), 5).decode == "rest of prompt"
+    assert Stages.from_requests(requests_of([30], [0]), 5).prefill == "first 5 decode tokens"
     with pytest.raises(UsageError, match="needs requests of 40 decode tokens, the longest has 30"):
-        Stages.of(requests_of([30], [0]), 20)
+        Stages.from_requests(requests_of([30], [0]), 20)
     with pytest.raises(UsageError):
-        Stages.of(requests_of([30], [0]), 0)
+        Stages.from_requests(requests_of([30], [0]), 0)
 
 
 @pytest.mark.parametrize("kind", ["prefill only", "unknown phases", "one request", "one row", "one domain"])

@@ -160,7 +160,10 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         result = dataclasses.replace(result, signature=requests.known, provenance=origin, expected=expected)
         result.save(output)
-        echo(f"{opened.label}: {strategy} on {len(requests)} {opened.unit} in {origin.fit_seconds:.2f} s -> {output}")
+        echo(
+            f"{opened.label}: {strategy} on {len(requests)} {opened.request_noun} in {origin.fit_seconds:.2f} s"
+            f" -> {output}"
+        )
         for note in (*requests.notes, *origin.notes):
             echo(f"  - {note}")
         if not result.equal_groups:

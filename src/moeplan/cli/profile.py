@@ -68,7 +68,7 @@ def _summary(found: Profile) -> None:
     rows = [f"{int(stages.lengths(s).sum()):,} {name}" for s, name in enumerate(found.stage_labels.values())]
     named = ", ".join(text for text in rows if not text.startswith("0 "))
     domains = len(found.counts.domains)
-    echo(f"{len(requests):,} {found.trace.unit} of {domains} domain{'s' * (domains != 1)}; rows: {named}")
+    echo(f"{len(requests):,} {found.trace.request_noun} of {domains} domain{'s' * (domains != 1)}; rows: {named}")
     for notice in found.notices:
         echo(textwrap.fill(f"note: {notice}", 110, subsequent_indent="      "))
     for topic, sentence in sentences(found).items():

@@ -13,6 +13,7 @@ from moeplan.model.spec import ModelSpec
 from moeplan.trace.format import Request, layers_kept
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.retention import RetentionPolicy
+from moeplan.trace.writer import TraceWriter
 from moeplan.types import ModelShape
 
 __all__ = ["ImportOptions", "write_trace"]
@@ -83,8 +84,8 @@ def write_trace(
         OutputError: `out` exists or cannot be written.
     """
     shape, kept = layers_kept(stored, options.without_layers)
-    source.update(options.retention.source())
-    with options.retention.writer(out, shape, source=source, synthetic=synthetic, weights=weights) as writer:
+    how: Any = {"synthetic": synthetic, "weights": weights, "retention": options.retention}
+    with TraceWriter(out, shape, source=source, **how) as writer:
         for request in requests:
             writer.add_request(request if kept is None else replace(request, experts=request.experts[:, kept]))
     return open_trace(out)

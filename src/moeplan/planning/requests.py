@@ -132,7 +132,7 @@ def read_requests(
     if phase not in PHASES_MEASURED:
         raise UsageError(f"--phase {phase!r} is not one of {', '.join(PHASES_MEASURED)}")
     requests = trace.requests
-    stages = Stages.of(requests, signature_tokens)
+    stages = Stages.from_requests(requests, signature_tokens)
     start, stop = requests.offsets[:-1], requests.offsets[1:]
     signature = np.stack((start + stages.first, start + stages.middle), 1)
     use = np.stack((start + stages.middle, stop), 1)
@@ -178,14 +178,15 @@ def read_requests(
 def _read_sums(trace: Trace) -> RequestSet:
     """The sums that have rows of both phases, each in a request's place."""
     requests = trace.requests
-    index = np.flatnonzero(Stages.of(requests).usable)
+    usable = Stages.from_requests(requests).usable
+    index = np.flatnonzero(usable)
     if not len(index):
         raise UsageError(
             f"none of the {len(requests)} sums has prefill and decode rows",
             where=str(trace.path),
             hint="record both phases",
         )
-    parts = [part.counts[:2, Stages.of(requests).usable[part.first : part.first + len(part)]] for part in trace.sums()]
+    parts = [part.counts[:2, usable[part.first : part.first + len(part)]] for part in trace.sums()]
     none = np.zeros((len(index), 2), np.int64)
     notes = (
         f"{len(index)} of {len(requests)} sums of {trace.aggregate} requests are usable; each stands for a request",

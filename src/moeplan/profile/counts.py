@@ -116,7 +116,7 @@ def count(
     Args:
         trace: an opened trace.
         seed: of the sample of requests and of the reservoir of rows.
-        signature_tokens: see `Stages.of`.
+        signature_tokens: see `Stages.from_requests`.
         max_sample, reservoir_rows: upper bounds; memory bounds them further.
         progress: called with (requests done, requests, "").
 
@@ -131,7 +131,7 @@ def count(
         )
     shape, requests = trace.shape, trace.requests
     layers, experts = shape.num_layers, shape.num_experts
-    stages = Stages.of(requests, signature_tokens)
+    stages = Stages.from_requests(requests, signature_tokens)
     domains, domain, lumped = _lump(requests)
     rng = np.random.default_rng([seed, 1])
     sample = stratified(requests.domain, min(max_sample, max(1, SAMPLE_BYTES // (layers * experts * 4))), rng)

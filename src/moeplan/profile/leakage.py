@@ -134,7 +134,7 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
         left_out=left_out,
         splits=splits,
         all_layers=counts.shape.num_layers,
-        rows=counts.stages.named(PREFILL),
+        rows=counts.stages.phrase(PREFILL),
     )
 
 

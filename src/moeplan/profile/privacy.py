@@ -133,7 +133,7 @@ def _kind(counts: Counts, stage: int, kept: npt.NDArray[np.intp], seed: int) -> 
     size = np.bincount(domain[there], minlength=len(counts.domains))
     enough = size >= FOLDS
     if enough.sum() < 2:
-        return Skipped(f"needs 2 domains with {FOLDS} rows of {counts.stages.named(stage)}; there are {enough.sum()}")
+        return Skipped(f"needs 2 domains with {FOLDS} rows of {counts.stages.phrase(stage)}; there are {enough.sum()}")
     rng = np.random.default_rng([seed, 9, stage])
     rows = np.flatnonzero(there & enough[domain])
     rows = rows[stratified(domain[rows], MAX_ROWS, rng)]
@@ -199,7 +199,7 @@ def _link(counts: Counts, kept: npt.NDArray[np.intp]) -> Link | Skipped:
     members = [np.flatnonzero(usable & (domain == d)) for d in np.flatnonzero(~counts.is_lump)]
     members = [rows for rows in members if len(rows) >= LINE_UP]
     if not members:
-        named = [counts.stages.named(stage) for stage in (PREFILL, DECODE)]
+        named = [counts.stages.phrase(stage) for stage in (PREFILL, DECODE)]
         return Skipped(f"needs a domain of {LINE_UP} requests with rows of both {named[0]} and {named[1]}")
     most = max(LINE_UP, min(MAX_PER_DOMAIN, MAX_LINKED // len(members)))
     found: list[tuple[int, FloatArray]] = []

@@ -38,6 +38,7 @@ from moeplan.record.recording import (
 from moeplan.trace.format import JSON_NAME, UNKNOWN
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.retention import RetentionPolicy
+from moeplan.trace.writer import TraceWriter
 
 __all__ = [
     "Engine",
@@ -153,15 +154,15 @@ def record_served(
     if resume:
         sweep(out, begun=begun)
     meter = Meter(progress, len(requests))
-    with keep.writer(
+    with TraceWriter(
         out,
         layout.shape,
         source=source,
         part_picks=part_picks(layout.shape),
-        keep_on_error=True,
-        resume=begun,
+        retention=keep,
+        mode="resume" if begun else "record",
     ) as writer:
-        numbers = np.flatnonzero(writer.needed(domains)).tolist()
+        numbers = np.flatnonzero(writer.pending(domains)).tolist()
         with closing(in_order(ask, numbers, options.concurrency, server.stop)) as answers:
             for number, answer in zip(numbers, answers, strict=True):
                 prompt = prompts[number]

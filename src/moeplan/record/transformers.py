@@ -37,6 +37,7 @@ from moeplan.record.transformers_routers import PickTap
 from moeplan.trace.format import JSON_NAME
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.retention import RetentionPolicy
+from moeplan.trace.writer import TraceWriter
 
 __all__ = ["RecordOptions", "record_model"]
 
@@ -97,23 +98,23 @@ def record_model(
         sweep(out, begun=begun)
     meter = Meter(progress, len(requests))
     with (
-        keep.writer(
+        TraceWriter(
             out,
             loaded.shape,
             source=source,
             weights=options.weights,
             part_picks=part_picks(loaded.shape),
-            keep_on_error=True,
-            resume=begun,
+            retention=keep,
+            mode="resume" if begun else "record",
         ) as writer,
         _Generator(loaded, options) as generator,
     ):
-        needed = writer.needed(domains)
+        pending = writer.pending(domains)
         for start in range(0, len(requests), options.batch_size):
             batch = slice(start, start + options.batch_size)
-            if not needed[batch].any():
+            if not pending[batch].any():
                 continue
-            for request, new in zip(generator.run(requests[batch], start), needed[batch], strict=True):
+            for request, new in zip(generator.run(requests[batch], start), pending[batch], strict=True):
                 if new:
                     writer.add(**request)
                     meter.rows += len(request["experts"])

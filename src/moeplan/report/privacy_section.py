@@ -16,7 +16,7 @@ HEADING = "What the stored rows give away"
 def privacy_section(found: Profile, *, figures: bool = True) -> Section:
     """Kind and link in one sentence and one table; the reasons where neither can be measured."""
     item = found.privacy
-    stages = {name: found.counts.stages.named(i) for i, name in enumerate(item.kind)}
+    stages = {name: found.counts.stages.phrase(i) for i, name in enumerate(item.kind)}
     kinds = {stages[name]: kind for name, kind in item.kind.items() if isinstance(kind, Kind)}
     link = item.link if isinstance(item.link, Link) else None
     if not kinds and link is None:

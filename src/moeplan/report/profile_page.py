@@ -22,7 +22,7 @@ def profile_html(found: Profile) -> str:
     shape, requests = found.trace.shape, found.trace.requests
     subtitle = (
         f"{found.trace.path.name}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}; "
-        f"{len(requests):,} {found.trace.unit}, {int(requests.rows.sum()):,} tokens; seed {found.seed}"
+        f"{len(requests):,} {found.trace.request_noun}, {int(requests.rows.sum()):,} tokens; seed {found.seed}"
     )
     sections = [
         _trace(found),
@@ -57,7 +57,7 @@ def sentences(found: Profile) -> dict[str, str]:
 
 def _named(found: Profile) -> dict[str, str]:
     """The stages' labels as they read in a sentence."""
-    return {name: found.counts.stages.named(s) for s, name in enumerate(STAGES)}
+    return {name: found.counts.stages.phrase(s) for s, name in enumerate(STAGES)}
 
 
 def _stages(found: Profile) -> list[tuple[int, str]]:
@@ -95,7 +95,7 @@ def _trace(found: Profile) -> Section:
     domains = f"{len(counts.domains)} domain{'s' if len(counts.domains) != 1 else ''}"
     return Section(
         "What was recorded",
-        f"{total:,} {found.trace.unit} of {domains}; {both}.",
+        f"{total:,} {found.trace.request_noun} of {domains}; {both}.",
         table=Table(head, rows, caption),
         note="Imbalance: largest expert's load over the mean, mean over layers. Even experts: what as many independent "
         "picks would show if every expert were equally likely; small samples look uneven by themselves.",

@@ -1,4 +1,4 @@
-"""A part's columns: from token rows to a parquet table, and back from files that may lie."""
+"""Columns of parquet files: made from arrays, and read back with checks."""
 
 from __future__ import annotations
 
@@ -11,42 +11,12 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError
 from moeplan.io.paths import check_input
-from moeplan.trace.format import PHASES, UNKNOWN, part_schema
-from moeplan.types import ModelShape
+from moeplan.trace.format import PHASES
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["list_column", "list_values", "phase_column", "phase_names", "read_columns", "token_table"]
-
-
-def token_table(shape: ModelShape, items: Sequence[tuple[Any, ...]], first: int, *, weights: bool) -> pa.Table:
-    """Whole requests as a part.
-
-    Args:
-        items: (experts [rows, L, k], prefill rows, positions uint32 [rows], weights [rows, L, k] or None) each.
-        first: the number of the first request.
-        weights: the items have them.
-    """
-    import pyarrow as pa
-
-    schema = part_schema(shape, weights=weights)
-    rows = [len(item[0]) for item in items]
-    columns = [
-        pa.array(np.repeat(np.arange(first, first + len(rows), dtype=np.uint32), rows)),
-        pa.array(np.concatenate([item[2] for item in items])),
-        phase_column(np.concatenate([_phase_codes(len(item[0]), item[1]) for item in items])),
-        list_column(schema, "experts", [item[0] for item in items]),
-    ]
-    if weights:
-        columns.append(list_column(schema, "weights", [item[3] for item in items]))
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _phase_codes(rows: int, prefill: int) -> npt.NDArray[np.int8]:
-    if prefill == UNKNOWN:
-        return np.full(rows, PHASES.index("unknown"), np.int8)
-    return (np.arange(rows) >= prefill).astype(np.int8)
+__all__ = ["list_column", "list_values", "phase_column", "phase_names", "read_columns"]
 
 
 def phase_column(codes: npt.NDArray[np.int8]) -> pa.Array:
@@ -72,7 +42,7 @@ def list_column(schema: pa.Schema, name: str, blocks: Sequence[npt.NDArray[Any]]
 
 
 def read_columns(path: Path, names: list[str], *, at_most: int, optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Whole columns of a file whose footer declares no more rows than `at_most`; of `optional` those that it has."""
+    """Whole columns of a file whose footer declares no more rows than `at_most`; `optional` ones where present."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -80,14 +50,14 @@ def read_columns(path: Path, names: list[str], *, at_most: int, optional: Sequen
         check_input(path)
         footer = pq.read_metadata(path)
         if footer.num_rows > at_most:
-            raise FormatError(f"declares {footer.num_rows} rows, at most {at_most} belong there", where=str(path))
-        there = [name for name in optional if name in footer.schema.names]
-        table = pq.read_table(path, columns=[*names, *there], memory_map=False)
+            raise FormatError(f"declares {footer.num_rows} rows, expected at most {at_most}", where=str(path))
+        present = [name for name in optional if name in footer.schema.names]
+        table = pq.read_table(path, columns=[*names, *present], memory_map=False)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise FormatError(
-            f"is not a whole parquet file with columns {', '.join(names)} ({str(error).splitlines()[0][:120]})",
+            f"is not a valid parquet file with columns {', '.join(names)} ({str(error).splitlines()[0][:120]})",
             where=str(path),
-            hint="it may be cut off: record or import again",
+            hint="it may be truncated: record or import again",
         ) from None
     missing = [name for name in names if name not in table.column_names]
     if missing:

@@ -30,6 +30,7 @@ __all__ = [
     "WITHOUT_REQUESTS",
     "CountsProfile",
     "equal_ranks_notes",
+    "is_counts_profile",
     "make_counts",
     "read_counts",
     "write_counts",
@@ -151,6 +152,11 @@ def make_counts(
         )
     except FormatError as error:
         raise FormatError(error.what, where=error.where or where, hint=error.hint) from None
+
+
+def is_counts_profile(path: Path) -> bool:
+    """Whether a directory is a counts profile, good or damaged."""
+    return (path / JSON_NAME).is_file()
 
 
 def write_counts(profile: CountsProfile, out: Path) -> CountsProfile:

@@ -1,16 +1,16 @@
 """The trace format: names, schemas, and the two values that everything reads (`Requests`, `Rows`).
 
 A trace is a directory: `trace.json`, `requests.parquet` (one row per request) and `part-00000.parquet` .. (one row per
-token; version 2 has sums of requests instead, see `sums.py`). A request's rows are whole in one part, in order, prefill
-before decode; requests are numbered 0, 1, .. in the order of the parts. `docs/trace-format.md` says what MUST and MAY
-be there.
+token; version 2 has sums of requests instead, see `aggregation.py`). A request's rows are whole in one part, in order,
+prefill before decode; requests are numbered 0, 1, .. in the order of the parts. The documentation of the trace format
+says what MUST and MAY be there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ __all__ = [
     "Request",
     "Requests",
     "Rows",
+    "StoredRequest",
     "layer_spans",
     "part_schema",
 ]
@@ -68,6 +69,23 @@ class Request:
     weights: npt.NDArray[np.floating[Any]] | None = None
     dp_rank: int | None = None
     where: str | None = None
+
+
+class StoredRequest(NamedTuple):
+    """One row of `requests.parquet`: a request, or a sum of requests.
+
+    Attributes:
+        rows, prefill: token rows, and how many of them are prefill; see `Request`.
+        domain, arrival, dp_rank: see `Request`.
+        taken: how many requests (of a sum: of its domain) had been added to the writer when this one was stored.
+    """
+
+    rows: int
+    prefill: int
+    domain: str
+    arrival: float | None
+    dp_rank: int | None
+    taken: int
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import numpy as np
 from moeplan import embedded
 from moeplan.errors import FormatError, UsageError
 from moeplan.io.files import read_json, sha256
-from moeplan.trace.aggregation import SUMS_VERSION, Sums, read_sums
+from moeplan.trace.aggregation import AGGREGATED_VERSION, Sums, read_sums
 from moeplan.trace.columns import list_values, phase_names, read_columns
+from moeplan.trace.counts import is_counts_profile
 from moeplan.trace.format import (
     FORMAT,
     JSON_NAME,
@@ -68,8 +69,8 @@ class Trace:
         return f"{self.shape.name or self.path.name}{' (synthetic)' if self.synthetic else ''}"
 
     @property
-    def unit(self) -> str:
-        """What `requests` are called: requests, or sums of N requests."""
+    def request_noun(self) -> str:
+        """What `requests` are, for output: requests, or sums of N requests."""
         return "requests" if self.aggregate == 1 else f"sums of {self.aggregate} requests"
 
     @property
@@ -90,7 +91,7 @@ class Trace:
         """
         if self.aggregate > 1:
             raise UsageError(
-                f"holds sums of {self.aggregate} requests and no token rows, which this needs",
+                f"is aggregated (sums of {self.aggregate} requests): it has no token rows, which this needs",
                 where=str(self.path),
                 hint="use a trace made without --aggregate",
             )
@@ -103,7 +104,7 @@ class Trace:
     def sums(self) -> Iterator[Sums]:
         """Each part of a trace of sums in turn, verified."""
         if self.aggregate == 1:
-            raise UsageError("holds token rows, not sums of requests", where=str(self.path))
+            raise UsageError("has token rows, not sums of requests", where=str(self.path))
         _, keep = layers_kept(self._stored, self.without_layers)
         for part, first in self._checked_files():
             own = self.requests.between(first, first + part["requests"])
@@ -202,7 +203,7 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     head_path = root / JSON_NAME
     if not root.exists():
         raise FormatError("does not exist", where=str(root), hint="check the path")
-    if (root / "counts.json").is_file():
+    if is_counts_profile(root):
         raise FormatError(
             "holds counts without requests; this needs a trace",
             where=str(root),
@@ -220,11 +221,13 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise FormatError(f"is not a {FORMAT} file", where=where)
     version, aggregate = head.get("version"), head.get("aggregate", 1)
-    if not isinstance(version, int) or version > SUMS_VERSION:
+    if not isinstance(version, int) or version > AGGREGATED_VERSION:
         raise FormatError(
-            f"is of version {version}, this moeplan reads up to {SUMS_VERSION}", where=where, hint="update moeplan"
+            f"is of version {version}, this moeplan reads up to {AGGREGATED_VERSION}",
+            where=where,
+            hint="update moeplan",
         )
-    if type(aggregate) is not int or (aggregate > 1) != (version == SUMS_VERSION):
+    if type(aggregate) is not int or (aggregate > 1) != (version == AGGREGATED_VERSION):
         raise FormatError(f"is of version {version} and sums {str(aggregate)[:20]} requests a row", where=where)
     stored = ModelShape.from_dict(head.get("model"), where=where)
     shape, _ = layers_kept(stored, without_layers)

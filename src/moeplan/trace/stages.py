@@ -1,4 +1,4 @@
-"""What is known of a request before it decodes, and what comes after: one definition for `profile` and for plans."""
+"""Which rows of a request are known before it is assigned to a group, and which follow: one definition for all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Stages:
         rows, first, middle: int64 [R].
         usable: bool [R], requests with enough of both stages for what needs both.
         signature_tokens: N when the first N rows stand in for a prefill; then a request needs 2N rows.
-        source: what the first stage is of: prefill, or what has its first N rows stand in for it.
+        source: what the first stage is made of: the prefill, or the first N rows of the prompt, the decode or all rows.
         prefill, decode: what the stages are called in output.
     """
 
@@ -43,7 +43,7 @@ class Stages:
     decode: str
 
     @classmethod
-    def of(cls, requests: Requests, signature_tokens: int | None = None) -> Stages:
+    def from_requests(cls, requests: Requests, signature_tokens: int | None = None) -> Stages:
         """Stages as recorded, or with the first N rows of the decode standing in for the prefill and the rest for the
         decode; of the prompt where the trace has no decode; of all rows where no phase is known.
 
@@ -86,9 +86,10 @@ class Stages:
         )
 
     def label(self, stage: int) -> str:
+        """The name of a stage: 0 prefill, 1 decode, 2 the rows that are neither."""
         return (self.prefill, self.decode, "unknown phase" if self.signature_tokens is None else "not used")[stage]
 
-    def named(self, stage: int) -> str:
+    def phrase(self, stage: int) -> str:
         """The label as it reads in a sentence."""
         return self.label(stage) if self.signature_tokens is None else f"the {self.label(stage)}"
 

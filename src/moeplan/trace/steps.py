@@ -1,4 +1,4 @@
-"""Who decodes in a step, and at which row: one rule for steps that are replayed and for those a plan is weighed on."""
+"""Which requests decode in a step, and at which row: one rule for evaluation and for planning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Keys = npt.NDArray[np.floating[Any]]
 def draw_rows(
     span: Int64Array, steps: int, rng: np.random.Generator, dtype: type[np.float32] | type[np.float64] = np.float32
 ) -> tuple[Keys, Int64Array]:
-    """What chance decides for each request at each step.
+    """The random draws for each request at each step.
 
     Args:
         span: int64 [n, 2], first row and end of each request, at least one row.

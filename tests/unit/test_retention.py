@@ -38,17 +38,23 @@ def draw(lengths: list[tuple[int, int, str]]) -> list[Request]:
 
 
 def write(
-    path: Path, requests: list[Request], keep: RetentionPolicy, stop: RuntimeError | None = None, **options: Any
+    path: Path,
+    requests: list[Request],
+    keep: RetentionPolicy,
+    stop: RuntimeError | None = None,
+    *,
+    resume: bool = False,
+    **options: Any,
 ) -> Any:
-    """Record the requests that the writer still needs; `stop` ends the recording before it is complete.
+    """Record the requests that are still pending; `stop` ends the recording before it is complete.
 
     Returns:
         The trace, or None where nothing was written before the stop.
     """
-    writer = keep.writer(path, SHAPE, source=keep.source(), keep_on_error=True, **options)
+    writer = TraceWriter(path, SHAPE, source={}, retention=keep, mode="resume" if resume else "record", **options)
     with contextlib.suppress(RuntimeError), writer:
-        needed = writer.needed([domain for _, _, domain in requests])
-        for (picks, prefill, domain), new in zip(requests, needed, strict=True):
+        pending = writer.pending([domain for _, _, domain in requests])
+        for (picks, prefill, domain), new in zip(requests, pending, strict=True):
             if new:
                 writer.add(picks, prefill=prefill, domain=domain)
         if stop:
@@ -129,7 +135,7 @@ def test_nothing_of_a_single_request_is_on_disk(tmp_path: Path) -> None:
         table = pq.read_table(path / "requests.parquet").to_pydict()
         assert table["taken"] == [3, 3, 6, 6] and table["arrival"] == [None] * 4
         assert json.loads((path / "trace.json").read_text())["counts"]["requests"] == 12
-        with pytest.raises(UsageError, match="holds sums of 3 requests and no token rows"):
+        with pytest.raises(UsageError, match=r"is aggregated \(sums of 3 requests\): it has no token rows"):
             trace.load()
 
 
@@ -204,7 +210,7 @@ def test_a_head_that_lies(tmp_path: Path, change: dict[str, Any], message: str) 
         ("counts", [[1] * 24] * 4, r"row 0: its counts are not 2 picks a layer for each of 6 tokens"),
         ("counts", [[1] * 23] * 4, "row 0: 23 counts, expected 24"),
         ("counts", [[-1, 13, *[0] * 6] * 3] * 4, "its counts are not 2 picks a layer"),
-        ("counts", [[0.5] * 24] * 4, "column counts holds float64, not whole numbers"),
+        ("counts", [[0.5] * 24] * 4, "column counts holds float64, not integers"),
     ],
 )
 def test_a_part_that_lies(tmp_path: Path, column: str, value: Any, message: str) -> None:
@@ -224,8 +230,8 @@ def test_a_part_that_lies(tmp_path: Path, column: str, value: Any, message: str)
 def test_what_cannot_be_stored_so(tmp_path: Path) -> None:
     for flags, message in (
         ({"min_tokens": 0}, "--min-tokens 0 is not positive"),
-        ({"aggregate": 1}, "--aggregate 1 sums nothing; give 2 or more"),
-        ({"aggregate": -3}, "--aggregate -3 sums nothing"),
+        ({"aggregate": 1}, "--aggregate 1 must be at least 2"),
+        ({"aggregate": -3}, "--aggregate -3 must be at least 2"),
     ):
         with pytest.raises(UsageError, match=message):
             RetentionPolicy(**flags)
@@ -286,11 +292,11 @@ def test_import_trace_stores_less(full: Path, tmp_path: Path, capsys: pytest.Cap
     ("source", "flags", "message"),
     [
         ("full", ["--aggregate", "7"], "no domain has so many requests, the largest has 6"),
-        ("full", ["--aggregate", "1"], "--aggregate 1 sums nothing; give 2 or more"),
+        ("full", ["--aggregate", "1"], "--aggregate 1 must be at least 2"),
         ("full", ["--min-tokens", "0"], "--min-tokens 0 is not positive"),
         ("full", ["--min-tokens", "9"], "none of the 11 requests has 9 tokens"),
         ("full", ["--min-tokens", "6", "--aggregate", "4"], "no domain has 4 requests of at least 6 tokens"),
-        ("sums", ["--aggregate", "2"], "holds sums of 2 requests and no token rows"),
+        ("sums", ["--aggregate", "2"], "is aggregated (sums of 2 requests): it has no token rows"),
         ("none", [], "does not exist"),
     ],
 )
