@@ -25,9 +25,10 @@ from exact_bounds import (
 )
 from moeplan import open_trace
 from moeplan.cluster import Cluster, Dispatch, request_messages
-from moeplan.planning import Options, Plan, Problem, RequestSet, read_requests, solve
+from moeplan.planning import Plan, Problem, RequestSet, read_requests, solve
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.problem import GUARD, Stream
+from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.types import ModelShape
 
 SECONDS = 60.0  # for each programme
@@ -56,10 +57,8 @@ def _placement(requests: RequestSet, redundant: int) -> list[tuple[str, str]]:
     """Every layer of the whole trace: without a look at load, and within the plan's own load."""
     lines, stream = [], requests.stream(np.arange(len(requests)))
     for guard in (np.inf, GUARD):
-        problem = Problem(
-            requests.shape, Cluster(8, 1), redundant, requests.use, requests.use, stream, options=Options(guard=guard)
-        )
-        use, held, _ = _planned(problem, solve(problem, "moeplan"))
+        problem = Problem(requests.shape, Cluster(8, 1), redundant, requests.use, requests.use, stream)
+        use, held, _ = _planned(problem, solve(problem, MoeplanParams(guard)))
         found, room = float(use[held].sum()), problem.num_slots // 8
         if np.isinf(guard):
             bound = [best_placement(layer, room) for layer in use]
@@ -77,7 +76,7 @@ def _joint(problems: list[Problem]) -> str:
     """Groups and placement together, against the exact optimum."""
     pairs, total = [], 0.0
     for problem in problems:
-        use, held, _ = _planned(problem, solve(problem, "moeplan"))
+        use, held, _ = _planned(problem, solve(problem, MoeplanParams(guard=np.inf)))
         best = best_joint(problem.use, problem.cluster.nodes, held.sum(axis=2).max(), time_limit=SECONDS)
         pairs.append((float(use[held].sum()), best.value, best.proved))
         total += float(use.sum())
@@ -89,7 +88,7 @@ def _nodes(problems: list[Problem]) -> str:
     pairs, total = [], 0
     for problem in problems:
         problem = dataclasses.replace(problem, dispatch=Dispatch.NODE)
-        result, stream = solve(problem, "moeplan"), problem.stream
+        result, stream = solve(problem, MoeplanParams(guard=np.inf)), problem.stream
         _, _, group = _planned(problem, result)
         reached = request_messages(result.who, Dispatch.NODE, stream.experts, stream.starts, stream.stops, group)[:, 2]
         home = np.repeat(group, stream.stops - stream.starts)
@@ -142,7 +141,6 @@ def _cut(requests: RequestSet, n: int, nodes: int, layers: int, redundant: int, 
     return Problem(
         shape, Cluster(nodes, 1), redundant, use, use,
         Stream(np.ascontiguousarray(stream.experts[:, :layers]), stream.starts, stream.stops),
-        options=Options(guard=np.inf),
     )  # fmt: skip
 
 
@@ -155,7 +153,7 @@ def _generated(n: int, nodes: int, experts: int, redundant: int, seed: int, *, r
     starts = np.arange(n) * rows
     return Problem(
         ModelShape("generated", 1, experts, 3), Cluster(nodes, 1), redundant, use, use,
-        Stream(picks.reshape(-1, 1, 3), starts, starts + rows), options=Options(guard=np.inf),
+        Stream(picks.reshape(-1, 1, 3), starts, starts + rows),
     )  # fmt: skip
 
 

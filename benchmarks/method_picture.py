@@ -22,7 +22,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from moeplan import open_trace
 from moeplan.cluster import Cluster
-from moeplan.planning import Options, Plan, read_requests, solve
+from moeplan.planning import Plan, read_requests, solve
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.split import blocks, split
@@ -61,7 +61,7 @@ class Shown:
 def chosen() -> Shown:
     """Fit on one half; the middle request of the other."""
     requests = read_requests(open_trace("embedded"))
-    setup = Setup(Cluster(NODES, GPUS), ("moeplan",), options=Options(), seed=SEED)
+    setup = Setup(Cluster(NODES, GPUS), ("moeplan",), seed=SEED)
     seen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([SEED, 0, 0]))
     fit, test = np.flatnonzero(seen), np.flatnonzero(~seen)
     problem = fit_problem(requests, setup, fit)

@@ -13,6 +13,7 @@ The generator's presets are set to imbalance, domain similarity and prefill-deco
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from moeplan.cluster import Cluster
-from moeplan.planning import Options, RequestSet, read_requests, solve
+from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.strategies import find
+from moeplan.planning.strategies.paper import PaperParams
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.measure import StepFigures, measure_steps
@@ -40,7 +42,7 @@ KINDS = (
 
 def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], float], int, dict[str, int]]:
     """{(row, kind): median volume / linear's} of one seed, live requests a group, and those of unequal rows."""
-    setup = Setup(Cluster(8, 8), (), steps=BATCHES, folds=1, seed=seed, options=Options(clusters=8))
+    setup = Setup(Cluster(8, 8), (), steps=BATCHES, folds=1, seed=seed)
     chosen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([seed, 0]))
     fit, test = np.flatnonzero(chosen), np.flatnonzero(~chosen)
     draws = draw_steps(requests.measured_span[test], BATCHES, np.random.default_rng([seed, 2]))
@@ -55,8 +57,11 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
     base = {live: replay(linear, even, live)}
     out, fewer = {}, {}
     for row, name in ROWS:
-        result = solve(problem, name, seed)
-        signature = "prefill" if find(name).routed else "none"
+        strategy = find(name)
+        if isinstance(strategy, PaperParams):
+            strategy = dataclasses.replace(strategy, clusters=8)
+        result = solve(problem, strategy, seed)
+        signature = "prefill" if strategy.routed else "none"
         group = group_test(requests, fit, test, result, signature, np.random.default_rng([seed, 1]))
         size = min(live, int(np.bincount(group, minlength=8).min()))
         if size < SMALLEST:  # the original left a group (nearly) empty: there are no batches to speak of

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.planning import Problem, solve
 from moeplan.planning.expected_load import ExpectedLoad
-from moeplan.planning.planner import place_quickly
+from moeplan.planning.initial_placement import place_quickly
 from moeplan.planning.problem import Stream
 from moeplan.types import ModelShape
 
@@ -91,7 +91,7 @@ def replan(use: npt.NDArray[np.float64], redundant: int) -> tuple[float, list[fl
     for of in (slots, balanced.placement.slots.astype(np.int64)):
         served = ExpectedLoad(cluster, of, experts, True)
         gpu = served.loads(use)[1]
-        remote.append(1.0 - float((use.transpose(1, 0, 2) * served.kept).sum() / use.sum()))
+        remote.append(1.0 - float((use.transpose(1, 0, 2) * served.local_share).sum() / use.sum()))
         load.append(float((gpu.max(axis=1) / gpu.mean(axis=1)).mean()))
     return min(seconds), remote, load
 

@@ -24,8 +24,8 @@ from moeplan.importers.options import ImportOptions
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import ModelSpec
 from moeplan.perf.memory import model_shape
-from moeplan.planning import Options, RequestSet, read_requests
-from moeplan.planning.strategies import moeplan as ours
+from moeplan.planning import RequestSet, read_requests
+from moeplan.planning.strategies.moeplan import PARTS, MoeplanParams
 from moeplan.replay import Setup, compare
 from moeplan.replay.split import least_requests
 from moeplan.replay.statistics import change
@@ -39,7 +39,6 @@ TIMES = (0, 1, 2, 4)  # redundant slots, in multiples of the nodes
 #: What each dispatch mode is about.
 KEY = {"pick": "remote_share", "node": "remote_nodes_per_token"}
 #: Ablations: sets, and (mode, redundant slots on 8 nodes).
-PARTS: tuple[str, ...] = tuple(getattr(ours, "PARTS", ()))
 ABLATED = ("gpt-oss-20b", "maverick-mmlu", "deepseek-v2-lite-chat")
 ABLATED_AT = (("pick", 0), ("pick", 16), ("node", 0))
 
@@ -173,10 +172,10 @@ def ablations(sources: Iterable[str], steps: int) -> list[Setting]:
 
 def figures(setting: Setting) -> dict[str, Any]:
     """The comparison's own JSON, with `vs_eplb` (paired change and interval) beside `vs_linear`."""
-    options = Options(without=setting.without) if setting.guarded else Options(guard=float("inf"))
+    ours = MoeplanParams(without=setting.without) if setting.guarded else MoeplanParams(guard=float("inf"))
     setup = Setup(
-        Cluster(setting.nodes, setting.gpus), setting.strategies, setting.redundant, dispatch=Dispatch(setting.mode),
-        folds=setting.folds, block=SOURCES[setting.source].block, steps=setting.steps, options=options,
+        Cluster(setting.nodes, setting.gpus), (*setting.strategies[:-1], ours), setting.redundant,
+        dispatch=Dispatch(setting.mode), folds=setting.folds, block=SOURCES[setting.source].block, steps=setting.steps,
     )  # fmt: skip
     found = compare(requests_of(setting.source), setup)
     out = found.to_dict()

@@ -24,7 +24,7 @@ from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.routing import ExpertRanks, routing_from_counts
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions
-from moeplan.planning.strategies.eplb import rebalance
+from moeplan.planning.balance import rebalance_experts
 from time_report import SCORES, Row, percent, scores, signed
 
 DEEPSEEK = load_model("DeepSeek-V3")
@@ -268,7 +268,7 @@ def eplb_step(name: str, slots: str, overlap: bool, scale: float = 1.0) -> tuple
         held = np.full(gpus, 256 // gpus) + (np.arange(gpus) < 256 % gpus)
         place = np.tile(np.arange(256), (len(load), 1))
     else:
-        held, place = np.full(gpus, 288 // gpus), rebalance(load, 288, 1, 1, gpus)
+        held, place = np.full(gpus, 288 // gpus), rebalance_experts(load, 288, 1, 1, gpus)
     assert DEEPSEEK.moe is not None
     ranks = ExpertRanks(gpus, nodes, dispatch=mode)
     routing = routing_from_counts(DEEPSEEK.moe, load, place, tokens * gpus, ranks, slots_per_gpu=held)

@@ -29,7 +29,8 @@ from moeplan.perf.hardware import Hardware, Link, hardware
 from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
-from moeplan.planning import Options, Plan, RequestSet, solve
+from moeplan.planning import Plan, RequestSet, Strategy, solve
+from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.replay import Setup
 from moeplan.replay.comparison import fit_problem, folds_of, group_test, rng_of
 from moeplan.replay.measure import measure_steps
@@ -179,7 +180,7 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
 
         plans = {name: measured(_solved(requests, setup, fit, of, fold), sign) for name, of, sign in ROWS}
         for objective in OBJECTIVES:
-            result = _solved(requests, setup, fit, "moeplan", fold, Options(objective=objective))
+            result = _solved(requests, setup, fit, MoeplanParams(objective=objective), fold)
             plans[f"moeplan {objective}"] = measured(result, "prefill")
         for name, kept in plans.items():
             found.steps.setdefault(name, []).append(kept)
@@ -188,7 +189,7 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
                 for name, kept in plans.items():
                     found.ms.setdefault((name, world.name, load), []).append(kept.ms(place, world, load))
                 result = _timed(requests, setup, place, fit, fold, world, load)
-                won = next(found[1] for note in result.notes if (found := re.search(r"(\w+) it is", note)))
+                won = next(found[1] for note in result.notes if (found := re.search(r"chosen: (\w+)", note)))
                 found.won.setdefault((world.name, load), Counter())[won] += 1
                 kept = measured(result, "prefill")
                 found.ms.setdefault(("moeplan time", world.name, load), []).append(kept.ms(place, world, load))
@@ -196,11 +197,8 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
     return found
 
 
-def _solved(
-    requests: RequestSet, setup: Setup, fit: Array, strategy: str, fold: int, options: Options | None = None
-) -> Plan:
-    at = setup if options is None else replace(setup, options=options)
-    return solve(fit_problem(requests, at, fit), strategy, setup.seed + fold)
+def _solved(requests: RequestSet, setup: Setup, fit: Array, strategy: str | Strategy, fold: int) -> Plan:
+    return solve(fit_problem(requests, setup, fit), strategy, setup.seed + fold)
 
 
 def _timed(requests: RequestSet, setup: Setup, place: Place, fit: Array, fold: int, world: World, load: float) -> Plan:
@@ -209,7 +207,7 @@ def _timed(requests: RequestSet, setup: Setup, place: Place, fit: Array, fold: i
     def cost(links: Array, picks: Array, touched: Array) -> float:
         return float(counted(place, links[None], picks[None], touched[None]).ms(place, world, load)[0])
 
-    return _solved(requests, setup, fit, "moeplan", fold, Options(objective="time", cost=cost))
+    return _solved(requests, setup, fit, MoeplanParams(objective="time", step_cost=cost), fold)
 
 
 def joined(parts: Sequence[Steps]) -> Steps:

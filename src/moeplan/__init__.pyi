@@ -14,11 +14,13 @@ from .planning.balance import balance as balance
 from .planning.plan import Plan as Plan
 from .planning.plan import Provenance as Provenance
 from .planning.plan import Signature as Signature
-from .planning.problem import Options as Options
 from .planning.problem import Problem as Problem
+from .planning.problem import Strategy as Strategy
 from .planning.requests import RequestSet as RequestSet
 from .planning.requests import read_requests as read_requests
 from .planning.store import load_plan as load_plan
+from .planning.strategies.moeplan import MoeplanParams as MoeplanParams
+from .planning.strategies.paper import PaperParams as PaperParams
 from .profile.characterise import profile_trace as profile_trace
 from .replay.drift import DriftReport as DriftReport
 from .replay.settings import EvaluationSettings as EvaluationSettings

@@ -13,7 +13,8 @@ import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.errors import PlanError
-from moeplan.planning import Options, Plan, PlanningTask, RequestSet, read_requests, solve
+from moeplan.planning import MoveLimit, Plan, PlanningTask, RequestSet, Strategy, read_requests, solve
+from moeplan.planning.strategies import find
 from moeplan.replay import comparison, drift
 from moeplan.replay.comparison import Setup, check_shape, fit_problem
 from moeplan.replay.settings import EvaluationSettings
@@ -32,7 +33,7 @@ HELD_OUT = EvaluationSettings(fit=0.75, folds=1, steps=100, draws=200)
 def plan(
     requests: Trace | RequestSet,
     cluster: Cluster,
-    strategy: str | Options = "moeplan",
+    strategy: str | Strategy = "moeplan",
     *,
     redundant: int = 0,
     dispatch: Dispatch = Dispatch.PICK,
@@ -44,7 +45,7 @@ def plan(
 
     Args:
         requests: a trace, or `read_requests` of one.
-        strategy: a name, or a strategy's parameters.
+        strategy: a name, or a strategy with parameters, such as `MoeplanParams(guard=1.2)`.
         redundant: extra expert slots per layer, over all GPUs.
         dispatch: what a message is. replica_rule: which replica of an expert serves a token.
 
@@ -59,19 +60,18 @@ def plan(
     """
     task = PlanningTask(cluster, redundant, dispatch, replica_rule)
     requests = _for_plans(requests, None, task)
-    name, options = _strategy(strategy)
     if progress:
         progress(0, 2, "solving")
-    made = fit(requests, task, name, options, seed)
+    made = fit(requests, task, strategy, seed)
     if progress:
         progress(1, 2, "figures on a held-out quarter")
     settings = dataclasses.replace(HELD_OUT, seed=seed)
-    return dataclasses.replace(made, expected=expected_figures(requests, task, name, options, settings))
+    return dataclasses.replace(made, expected=expected_figures(requests, task, strategy, settings))
 
 
-def fit(requests: RequestSet, task: PlanningTask, strategy: str, options: Options, seed: int = 0) -> Plan:
+def fit(requests: RequestSet, task: PlanningTask, strategy: str | Strategy, seed: int = 0) -> Plan:
     """A plan fitted on all of these requests, without expected figures."""
-    problem = fit_problem(requests, _setup(task, EvaluationSettings(), (), options), np.arange(len(requests)))
+    problem = fit_problem(requests, _setup(task, EvaluationSettings(), ()), np.arange(len(requests)))
     return _with_origin(solve(problem, strategy, seed), requests)
 
 
@@ -92,13 +92,11 @@ def rebalance(
         4
     """
     requests = _for_plans(requests, plan, plan.task)
-    options = dataclasses.replace(drift.options_of(plan), max_moves=max_moves)
-    setup = _setup(plan.task, EvaluationSettings(), (), options)
-    problem = fit_problem(requests, setup, np.arange(len(requests)))
+    problem = fit_problem(requests, _setup(plan.task, EvaluationSettings(), ()), np.arange(len(requests)))
     if progress:
         progress(0, 1, "solving")
-    problem = dataclasses.replace(problem, old=plan.placement.slots)
-    return _with_origin(solve(problem, "moeplan", seed), requests)
+    limit = MoveLimit(plan.placement.slots, max_moves)
+    return _with_origin(solve(problem, drift.params_of(plan), seed, limit), requests)
 
 
 def evaluate(
@@ -124,13 +122,13 @@ def evaluate(
         check_shape(requests.shape, plan.model, "plan")
         requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     check_shape(requests.shape, plan.model, "plan")
-    return comparison.replay(requests, plan, _setup(plan.task, settings, (), Options()))
+    return comparison.replay(requests, plan, _setup(plan.task, settings, ()))
 
 
 def compare(
     requests: Trace | RequestSet,
     cluster: Cluster,
-    strategies: Sequence[str] = ("random", "linear", "eplb", "affinity", "paper", "moeplan"),
+    strategies: Sequence[str | Strategy] = ("random", "linear", "eplb", "affinity", "paper", "moeplan"),
     *,
     redundant: int = 0,
     dispatch: Dispatch = Dispatch.PICK,
@@ -141,7 +139,7 @@ def compare(
     """Fit each strategy on a part of the requests and measure it on the others, several times over.
 
     Args:
-        strategies: names; `linear`, the baseline, is always among them.
+        strategies: names, or strategies with parameters; `linear`, the baseline, is always among them.
 
     Raises:
         PlanError: slots that do not divide, more groups than requests, too few held-out requests a group.
@@ -158,7 +156,7 @@ def compare(
     task.check(requests.shape.num_experts)  # before a large trace is read
     if isinstance(requests, Trace):
         requests = read_requests(requests)
-    return comparison.compare(requests, _setup(task, settings, tuple(strategies), Options()), progress)
+    return comparison.compare(requests, _setup(task, settings, tuple(strategies)), progress)
 
 
 def detect_drift(
@@ -186,15 +184,16 @@ def detect_drift(
 
 
 def expected_figures(
-    requests: RequestSet, task: PlanningTask, strategy: str, options: Options, settings: EvaluationSettings
+    requests: RequestSet, task: PlanningTask, strategy: str | Strategy, settings: EvaluationSettings
 ) -> dict[str, Any] | None:
     """A strategy's figures on held-out requests; None where there are too few of them, or no token rows."""
     if requests.sums is not None:
         return None
     try:
-        row = comparison.compare(requests, _setup(task, settings, (strategy,), options)).row(strategy).to_dict()
+        table = comparison.compare(requests, _setup(task, settings, (strategy,)))
     except PlanError:
         return None
+    row = table.row(find(strategy).name).to_dict()
     return {key: row[key] for key in EXPECTED}
 
 
@@ -207,10 +206,6 @@ def _for_plans(requests: Trace | RequestSet, plan: Plan | None, task: PlanningTa
     return read_requests(requests, signature_tokens=plan.signature.tokens if plan else None, rows=False)
 
 
-def _strategy(strategy: str | Options) -> tuple[str, Options]:
-    return (strategy, Options()) if isinstance(strategy, str) else ("moeplan", strategy)
-
-
 def _with_origin(plan: Plan, requests: RequestSet) -> Plan:
     trace, origin = requests.trace, plan.provenance
     if trace is not None:
@@ -218,10 +213,6 @@ def _with_origin(plan: Plan, requests: RequestSet) -> Plan:
     return dataclasses.replace(plan, signature=requests.known, provenance=origin)
 
 
-def _setup(
-    task: PlanningTask, settings: EvaluationSettings, strategies: tuple[str, ...], options: Options
-) -> Setup:  # fmt: skip
+def _setup(task: PlanningTask, settings: EvaluationSettings, strategies: tuple[str | Strategy, ...]) -> Setup:
     chosen = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    return Setup(
-        task.cluster, strategies, task.redundant, task.replica_rule, task.dispatch, options=options, **chosen
-    )  # fmt: skip
+    return Setup(task.cluster, strategies, task.redundant, task.replica_rule, task.dispatch, **chosen)

@@ -313,6 +313,16 @@ class Routes:
         by_home = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_group, -1)
         return np.asarray(by_home.mean(axis=2).transpose(1, 0, 2), np.float64)
 
+    def remote_share(self, use: npt.NDArray[np.number], groups: Int64Array) -> float:
+        """Expected share of the requests' picks that another node than their group's serves.
+
+        Args:
+            use: [n, L, E], picks of each request. groups: int64 [n].
+        """
+        by_group = np.zeros((self.cluster.num_groups, *use.shape[1:]))
+        np.add.at(by_group, groups, use)
+        return float(1 - (by_group * self.local_share).sum() / max(float(by_group.sum()), 1.0))
+
 
 def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int = 0) -> Routes:
     """Apply a replica rule.

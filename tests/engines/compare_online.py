@@ -18,7 +18,7 @@ import numpy as np
 from moeplan.cluster import Cluster
 from moeplan.engines.plugins import online
 from moeplan.planning.expected_load import ExpectedLoad
-from moeplan.planning.planner import place_quickly
+from moeplan.planning.initial_placement import place_quickly
 from moeplan.types import Placement
 
 LAYERS, EXPERTS, REDUNDANT, NODES, PER_NODE, GROUPS = 58, 256, 32, 4, 8, 8
@@ -44,7 +44,7 @@ def line(name: str, plan: Placement, slots: np.ndarray, use: np.ndarray, seconds
     """One row of the table."""
     served = ExpectedLoad(Cluster(NODES, PER_NODE), slots.astype(np.int64), EXPERTS, False)
     gpu = served.loads(use)[1]
-    kept = (use.transpose(1, 0, 2) * served.kept).sum() / use.sum()
+    kept = (use.transpose(1, 0, 2) * served.local_share).sum() / use.sum()
     load = (gpu.max(axis=1) / gpu.mean(axis=1)).mean()
     moves = changed(plan.slots, slots, GPUS), changed(plan.slots, slots, NODES)
     print(f"{name:22}{kept:14.3f}{load:12.3f}{moves[0]:13d}{moves[1]:14d}{seconds:10.2f}")

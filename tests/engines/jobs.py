@@ -13,7 +13,7 @@ import environment
 import numpy as np
 
 from moeplan.engines.placement import EnginePlacement
-from moeplan.planning.planner import place_quickly
+from moeplan.planning.initial_placement import place_quickly
 
 
 def planned(layers: tuple[int, ...], experts: int, redundant: int, nodes: int, per_node: int, seed: int = 0) -> Any:

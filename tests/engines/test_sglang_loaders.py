@@ -15,11 +15,11 @@ from moeplan.cli.app import run as command_line
 from moeplan.cluster import Cluster, ReplicaRule, routes
 from moeplan.engines import sglang, vllm
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.plugins.online import gpu_unevenness
 from moeplan.engines.report import ExpertLayout
 from moeplan.model.spec import ModelSpec, Moe
+from moeplan.planning.balance import rebalance_experts
+from moeplan.planning.expected_load import load_ratio, shared_gpu_load
 from moeplan.planning.store import load_plan
-from moeplan.planning.strategies.eplb import rebalance
 
 pytestmark = [
     pytest.mark.engines,
@@ -44,7 +44,7 @@ TRAPS = {
 def placed() -> dict[str, EnginePlacement]:
     """By our planner (copies on different nodes), and by DeepSeek's balancer, which does not look."""
     ours, use = jobs.planned(MOE, EXPERTS, REDUNDANT, NODES, PER_NODE)
-    deep = rebalance(use.sum(axis=1), EXPERTS + REDUNDANT, 1, 1, RANKS)
+    deep = rebalance_experts(use.sum(axis=1), EXPERTS + REDUNDANT, 1, 1, RANKS)
     return {"ours": ours, "deepseek": EnginePlacement(deep, MOE, EXPERTS, RANKS, NODES)}
 
 
@@ -199,7 +199,7 @@ def test_deepseeks_maps_are_plans(answers: Any, name: str, tmp_path: Path) -> No
     theirs = answers[0][name]["slots"]
     groups, nodes = (4, 2) if name == "hierarchical" else (1, 1)
     some = counts.any(axis=1)  # without load all packings are as good
-    np.testing.assert_array_equal(theirs[some], rebalance(counts, 24, groups, nodes, 4)[some])
+    np.testing.assert_array_equal(theirs[some], rebalance_experts(counts, 24, groups, nodes, 4)[some])
     path = tmp_path / "deepseek.json"
     path.write_text(json.dumps({"physical_to_logical_map": theirs.tolist()}))
     spec = ModelSpec(layers=LAYERS, moe=Moe(experts=16, layers=MOE))
@@ -248,7 +248,8 @@ def test_the_plug_in_plans_online(answers: Any) -> None:
     before, now = placement.physical_to_logical, after[0][list(MOE)].astype(np.int32)
     EnginePlacement(now, MOE, 16, 4, 2)  # a sound placement
     load = counts[list(MOE)]
-    assert gpu_unevenness(now, load, 4).mean() < 0.5 * (gpu_unevenness(before, load, 4).mean() - 1) + 1
+    first, last = (load_ratio(shared_gpu_load(slots, load, 4)).mean() for slots in (before, now))
+    assert last < 0.5 * (first - 1) + 1
     assert any("slots change" in line for line in ranks[0]["log"])
 
 

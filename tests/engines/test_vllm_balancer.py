@@ -13,10 +13,10 @@ import pytest
 
 from moeplan.engines import vllm
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.plugins.online import gpu_unevenness
 from moeplan.engines.report import ExpertLayout
 from moeplan.model.spec import ModelSpec, Moe
-from moeplan.planning.strategies.eplb import rebalance
+from moeplan.planning.balance import rebalance_experts
+from moeplan.planning.expected_load import load_ratio, shared_gpu_load
 
 pytestmark = [
     pytest.mark.engines,
@@ -111,7 +111,7 @@ def test_online_all_ranks_take_what_one_plans(served: dict[str, Any]) -> None:
             assert rank["weights"][day]
     first, second = (ranks[0]["slots"][day].astype(np.int32) for day in (0, 1))
     EnginePlacement(second, MOE, EXPERTS, RANKS, NODES)
-    stale, now = (gpu_unevenness(of, counts[1], RANKS).mean() - 1 for of in (first, second))
+    stale, now = (load_ratio(shared_gpu_load(of, counts[1], RANKS)).mean() - 1 for of in (first, second))
     assert now < 0.5 * stale
     # An expert leaves its node less often than vLLM's own map for the same counts has it.
     theirs = served["idle"][0]["slots"][1]
@@ -152,8 +152,8 @@ def test_vllms_maps_are_plans(answers: dict[str, Any], name: str, tmp_path: Path
     _, counts = planned()
     theirs = answers[name]["slots"]
     groups, nodes = (4, NODES) if name == "hierarchical" else (1, 1)
-    ours = rebalance(counts[0], SLOTS, groups, nodes, RANKS)  # but for ties, which they break otherwise
-    loads = [gpu_unevenness(of.astype(np.int32), counts[0], RANKS) for of in (ours, theirs)]
+    ours = rebalance_experts(counts[0], SLOTS, groups, nodes, RANKS)  # but for ties, which they break otherwise
+    loads = [load_ratio(shared_gpu_load(of.astype(np.int32), counts[0], RANKS)) for of in (ours, theirs)]
     np.testing.assert_allclose(loads[0], loads[1], rtol=1e-6)
     path = tmp_path / "vllm.npy"
     np.save(path, theirs)

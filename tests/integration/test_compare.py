@@ -14,9 +14,10 @@ from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, token_me
 from moeplan.errors import PlanError, UsageError
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
-from moeplan.planning import Options, RequestSet, Signature, read_requests, solve
+from moeplan.planning import RequestSet, Signature, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.router import LocalityRouter
+from moeplan.planning.strategies.paper import PaperParams
 from moeplan.replay import Comparison, Setup, compare, replay
 from moeplan.replay.comparison import fit_problem, group_test
 from moeplan.replay.measure import measure_requests, measure_steps
@@ -348,8 +349,8 @@ def test_the_unbalanced_original_is_as_the_prototype(
     """K = 8, mean of seeds 0-3 (four folds each): `remote_share` against linear's 0.875."""
     changes = []
     for seed in range(4):
-        cluster, options = Cluster(8, SETS[name][0]), Options(clusters=8)
-        setup = Setup(cluster, ("paper-unbalanced",), folds=4, seed=seed, steps=1, draws=10, options=options)
+        cluster = Cluster(8, SETS[name][0])
+        setup = Setup(cluster, (PaperParams(8, equal=False),), folds=4, seed=seed, steps=1, draws=10)
         share = compare(real[name], setup).row("paper-unbalanced").figures["remote_share"].value
         assert share is not None
         changes.append(100 * (share / 0.875 - 1))

@@ -199,7 +199,7 @@ def test_a_plan_is_for_one_shape() -> None:
 )
 def test_a_head_that_cannot_be_planned_by(parts: dict[str, Path], head: dict[str, object], message: str) -> None:
     stored = planned(open_trace(parts["even"]), "linear")
-    assert drift_setup(dataclasses.replace(stored, params={"guard": None})).options.guard == float("inf")
+    assert drift_setup(dataclasses.replace(stored, params={"guard": None})).strategies[0].guard == float("inf")
     with pytest.raises(MoeplanError, match=message):
         drift_setup(dataclasses.replace(stored, params=head))
 

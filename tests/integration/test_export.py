@@ -19,8 +19,7 @@ from moeplan.engines.launch import Serving, launch
 from moeplan.engines.vllm import own_strategy, read
 from moeplan.errors import OutputError, PlanError, UsageError
 from moeplan.planning import read_requests
-from moeplan.planning.balance import balanced, gpu_load, load_ratio, spread
-from moeplan.planning.replica_value import remote_share
+from moeplan.planning.balance import balance, candidates, gpu_load, gpu_load_ratio, spread_slots
 from moeplan.planning.store import load_plan
 from moeplan.replay.measure import measure_requests
 from moeplan.trace import open_trace
@@ -307,7 +306,7 @@ def test_the_share_is_that_of_the_replay(plan: Path) -> None:
     for rule in (ReplicaRule.NEAREST_STATIC, ReplicaRule.HASH):
         who = routes(loaded.result.placement, loaded.cluster, rule)
         figures = measure_requests(requests, np.arange(len(requests)), groups, who, Dispatch.PICK)
-        ours = remote_share(requests, groups, loaded.result.placement, loaded.cluster, rule, 0)
+        ours = who.remote_share(requests.measured, groups)
         assert ours == pytest.approx(figures.remote.sum() / figures.picks.sum(), rel=1e-5)
 
 
@@ -395,12 +394,12 @@ def test_counts_say_nothing_before_all_is_checked(
 def test_copies_far_apart_are_even_where_the_nearest_is_taken() -> None:
     rng = np.random.default_rng(1)
     load, cluster = rng.zipf(1.5, (6, 64)).clip(1, 300).astype(float), Cluster(4, 4)
-    slots = spread(load, 96, cluster)
+    slots = spread_slots(load, 96, cluster)
     for row in slots.reshape(6, 4, 24):
         assert all(len(set(node.tolist())) == 24 for node in row)  # no node holds an expert twice
     assert (np.sort(np.unique(slots)) == np.arange(64)).all()
-    found = {way.name: way for way in balanced(load, cluster, 32, ReplicaRule.NEAREST_STATIC)}
-    one = {way.name: way for way in balanced(load, Cluster(1, 16), 32, ReplicaRule.HASH, distinct=True)}
+    found = {way.name: way for way in candidates(load, cluster, 32, ReplicaRule.NEAREST_STATIC)}
+    one = {way.name: way for way in candidates(load, Cluster(1, 16), 32, ReplicaRule.HASH, distinct=True)}
     assert one["spread"].ratio < one["linear"].ratio
     assert set(found) == {"linear", "eplb-global", "spread"}
     assert found["spread"].ratio <= found["eplb-global"].ratio < found["linear"].ratio
@@ -411,9 +410,23 @@ def test_load_follows_the_replica_rule() -> None:
     cluster = Cluster(2, 1)
     for rule in (ReplicaRule.NEAREST_STATIC, ReplicaRule.HASH):
         assert gpu_load([[6, 4, 2]], place, cluster, rule).tolist() == [[7.0, 5.0]]
-    assert load_ratio([[6, 4, 2]], place, cluster, ReplicaRule.HASH) == pytest.approx(7 / 6)
+    assert gpu_load_ratio([[6, 4, 2]], place, cluster, ReplicaRule.HASH) == pytest.approx(7 / 6)
     with pytest.raises(UsageError, match="no pick"):
-        load_ratio([[0, 0, 0]], place, cluster, ReplicaRule.HASH)
+        gpu_load_ratio([[0, 0, 0]], place, cluster, ReplicaRule.HASH)
+
+
+def test_balance_takes_counts_alone() -> None:
+    """The most even of the ways to balance; the same counts in any unit give the same slots."""
+    load, cluster = np.random.default_rng(2).zipf(1.5, (3, 16)).clip(1, 50), Cluster(2, 2)
+    placement = balance(load, cluster, redundant=4)
+    best = candidates(load, cluster, 4, ReplicaRule.NEAREST_STATIC)[1]
+    np.testing.assert_array_equal(placement.slots, best.placement.slots)
+    np.testing.assert_array_equal(balance(load / 8, cluster, redundant=4).slots, placement.slots)
+    for wrong in ([1.0, 2.0], [[1.0, -1.0]], [[1.0, np.nan]]):
+        with pytest.raises(UsageError, match="no expert load"):
+            balance(wrong, cluster)
+    with pytest.raises(PlanError, match="divide"):
+        balance(load, cluster, redundant=1)
 
 
 def test_real_counts_are_balanced_on_counts_of_another_run(
@@ -440,12 +453,12 @@ def test_ranks_that_deal_by_themselves_are_a_little_less_even(shared: Path, monk
         for name in ("in1000out1000", "in500out1500")
     )
     cluster, rule = Cluster(4, 8), ReplicaRule.NEAREST_STATIC
-    ways = {way.name: way.placement for way in balanced(fit, cluster, 32, rule)}
-    even = {name: load_ratio(other, place, cluster, rule) for name, place in ways.items()}
+    ways = {way.name: way.placement for way in candidates(fit, cluster, 32, rule)}
+    even = {name: gpu_load_ratio(other, place, cluster, rule) for name, place in ways.items()}
     monkeypatch.setattr(
         "moeplan.cluster._even_deal", lambda needs, count, rng: rng.integers(0, 720720, needs.shape) % count
     )
-    drawn = {name: load_ratio(other, place, cluster, rule) for name, place in ways.items()}
+    drawn = {name: gpu_load_ratio(other, place, cluster, rule) for name, place in ways.items()}
     assert (even["spread"], drawn["spread"]) == (pytest.approx(1.060, abs=2e-3), pytest.approx(1.083, abs=0.012))
     assert (even["eplb-global"], drawn["eplb-global"]) == (
         pytest.approx(1.136, abs=2e-3), pytest.approx(1.167, abs=0.012)

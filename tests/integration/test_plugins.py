@@ -32,9 +32,9 @@ from moeplan.engines.plugins.ranks import Ranks
 from moeplan.engines.plugins.settings import PluginSettings, asked
 from moeplan.engines.vllm import content
 from moeplan.io.files import write_json
-from moeplan.planning.expected_load import ExpectedLoad
-from moeplan.planning.planner import place_quickly
-from moeplan.planning.strategies.eplb import rebalance as eplb
+from moeplan.planning.balance import rebalance_experts as eplb
+from moeplan.planning.expected_load import ExpectedLoad, load_ratio, shared_gpu_load
+from moeplan.planning.initial_placement import place_quickly
 from moeplan.types import Placement
 
 LAYERS, EXPERTS, REDUNDANT, NODES, PER_NODE = 6, 32, 8, 4, 2
@@ -82,8 +82,8 @@ def test_a_map_planned_online_is_a_sound_placement(seed: int, nearest: bool, kin
     assert not online.twins(made) and made.num_slots == SLOTS
     if kind == "nothing":
         np.testing.assert_array_equal(rows, plan.slots)
-    before = online.gpu_unevenness(plan.slots, load, GPUS)
-    assert online.gpu_unevenness(rows, load, GPUS).mean() <= before.mean() + 1e-9 or nearest
+    before = load_ratio(shared_gpu_load(plan.slots, load, GPUS))
+    assert load_ratio(shared_gpu_load(rows, load, GPUS)).mean() <= before.mean() + 1e-9 or nearest
     np.testing.assert_array_equal(rows, online.rebalance(plan, load, old, nearest=nearest))
 
 
@@ -95,7 +95,7 @@ def test_online_evens_the_load_and_keeps_experts_where_they_are_asked_for(neares
         """Share of picks that stay on their node; the busiest GPU over the mean, less 1."""
         served = ExpectedLoad(Cluster(NODES, PER_NODE), slots.astype(np.int64), EXPERTS, nearest)
         gpu = served.loads(use)[1]
-        kept = (use.transpose(1, 0, 2) * served.kept).sum() / use.sum()
+        kept = (use.transpose(1, 0, 2) * served.local_share).sum() / use.sum()
         return float(kept), float((gpu.max(axis=1) / gpu.mean(axis=1)).mean()) - 1
 
     rows = []

@@ -18,13 +18,15 @@ import moeplan
 from exact_bounds import best_placement
 from moeplan._kernels import local_search
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, request_messages, routes
-from moeplan.planning import Options, read_requests, solve
-from moeplan.planning.assignment import equal_groups
+from moeplan.planning import MoveLimit, read_requests, solve
+from moeplan.planning.assignment import equal_groups, soft_groups
 from moeplan.planning.forecast import STRENGTHS, LocalityForecast
-from moeplan.planning.planner import PARTS, soft_groups
+from moeplan.planning.guard import GuardSettings
+from moeplan.planning.initial_placement import place_by_use
+from moeplan.planning.planner import SearchSettings
 from moeplan.planning.router import LinearRouter, by_layer
 from moeplan.planning.store import load_plan
-from moeplan.planning.strategies.paper import place_by_use
+from moeplan.planning.strategies.moeplan import PARTS, MoeplanParams
 from moeplan.replay import Setup, compare
 from moeplan.replay.comparison import fit_problem
 from moeplan.synthetic.generator import generate
@@ -240,9 +242,7 @@ def test_same_seed_same_plan_and_a_plan_is_read_back_as_it_was(trace: Trace, tmp
 def test_requests_all_alike_and_experts_that_nobody_uses(nodes: int, redundant: int) -> None:
     use = np.zeros((10, 2, 12), np.uint32)
     use[:, :, :3] = 5
-    task = dataclasses.replace(
-        problem(n=10, nodes=nodes, per_node=2, redundant=redundant), use=use, signature=use, options=Options()
-    )
+    task = dataclasses.replace(problem(n=10, nodes=nodes, per_node=2, redundant=redundant), use=use, signature=use)
     result = solve(task, "moeplan")
     assert result.placement.replica_count.min() >= 1
     by_gpu = result.placement.slots.reshape(2, 2 * nodes, -1)
@@ -271,8 +271,7 @@ def test_few_moves_improve_an_older_plan(trace: Trace) -> None:
     task = fit_problem(requests, setup, now[::2])
     kept = []
     for moves in (0, 8, 16):
-        options = Options(max_moves=moves, guard=float("inf"))
-        result = solve(dataclasses.replace(task, old=old.slots, options=options), "moeplan", 0)
+        result = solve(task, MoeplanParams(guard=float("inf")), 0, MoveLimit(old.slots, moves))
         sets = [[set(gpu.tolist()) for gpu in p.slots.reshape(-1, p.slots_per_gpu)] for p in (old, result.placement)]
         fresh = np.array([len(b - a) for a, b in zip(*sets, strict=True)]).reshape(old.num_layers, -1).sum(axis=1)
         assert fresh.max() <= moves
@@ -282,15 +281,18 @@ def test_few_moves_improve_an_older_plan(trace: Trace) -> None:
         kept.append(sum(float((use[i] * local[d]).sum()) for i, d in enumerate(group)) / use.sum())
     assert kept[0] < kept[1] < kept[2]
     with pytest.raises(moeplan.MoeplanError, match="older plan"):
-        solve(dataclasses.replace(task, old=old.slots), "paper", 0)
+        solve(task, "paper", 0, MoveLimit(old.slots, 0))
+    with pytest.raises(moeplan.MoeplanError, match="max_moves"):
+        MoveLimit(old.slots, -1)
+    with pytest.raises(moeplan.MoeplanError, match="slots, expected"):
+        solve(task, "moeplan", 0, MoveLimit(old.slots[1:], 1))
 
 
 def test_many_moves_are_all_made() -> None:
     """More than one sweep a move would allow: each sweep over the slots makes the best move there is."""
     task = problem(3, n=24, layers=1, experts=192, k=8, nodes=4, per_node=1)
     old = np.arange(192, dtype=np.int32)[None]
-    options = Options(max_moves=150, guard=float("inf"))
-    slots = solve(dataclasses.replace(task, old=old, options=options), "moeplan", 0).placement.slots
+    slots = solve(task, MoeplanParams(guard=float("inf")), 0, MoveLimit(old, 150)).placement.slots
     moved = [
         len(set(a.tolist()) - set(b.tolist())) for a, b in zip(slots.reshape(4, 48), old.reshape(4, 48), strict=True)
     ]
@@ -302,9 +304,7 @@ def test_the_guard_is_a_curve(trace: Trace) -> None:
     requests = read_requests(trace)
     reached, load = [], []
     for guard in (1.02, 1.2, float("inf")):
-        setup = Setup(
-            Cluster(8, 1), ("moeplan",), dispatch=Dispatch.NODE, folds=1, steps=60, options=Options(guard=guard)
-        )
+        setup = Setup(Cluster(8, 1), (MoeplanParams(guard),), dispatch=Dispatch.NODE, folds=1, steps=60)
         row = compare(requests, setup).row("moeplan")
         reached.append(row.figures["remote_nodes_per_token"].value)
         load.append(row.figures["node_load_ratio"].value)
@@ -315,19 +315,17 @@ def test_the_guard_is_a_curve(trace: Trace) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_left_out(part: str, trace: Trace) -> None:
     task = fit_problem(read_requests(trace), Setup(Cluster(4, 2), ()), np.arange(0, 400, 4))
-    result = solve(dataclasses.replace(task, options=Options(without=(part,))), "moeplan", 0)
+    result = solve(task, MoeplanParams(without=(part,)), 0)
     assert result.placement.replica_count.min() >= 1
     with pytest.raises(moeplan.MoeplanError, match="no part"):
-        solve(dataclasses.replace(task, options=Options(without=("luck",))), "moeplan", 0)
+        MoeplanParams(without=("luck",))
 
 
 def test_balance_comes_first_when_it_is_the_objective(trace: Trace) -> None:
     requests = read_requests(trace)
     load = {}
     for objective in ("bytes", "balance"):
-        setup = Setup(
-            Cluster(4, 4), ("moeplan",), redundant=16, folds=1, steps=60, options=Options(objective=objective)
-        )
+        setup = Setup(Cluster(4, 4), (MoeplanParams(objective=objective),), redundant=16, folds=1, steps=60)
         load[objective] = compare(requests, setup).row("moeplan").figures["gpu_load_total"].value
     assert load["balance"] < load["bytes"]
 
@@ -339,7 +337,7 @@ def test_every_home_rule_and_mode(mode: Dispatch, home: Deployment, rule: Replic
     """No GPU holds an expert twice, whatever the setting."""
     task = problem(n=40, nodes=2, per_node=2, redundant=4)
     cluster = Cluster(2, 2, home)
-    task = dataclasses.replace(task, cluster=cluster, dispatch=mode, rule=rule)
+    task = dataclasses.replace(task, cluster=cluster, dispatch=mode, replica_rule=rule)
     result = solve(task, "moeplan", 1)
     by_gpu = result.placement.slots.reshape(len(result.placement.slots), 4, -1)
     assert all(len(set(gpu.tolist())) == gpu.size for layer in by_gpu for gpu in layer)
@@ -350,18 +348,24 @@ def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
     """With a cost that counts messages alone, and one that counts the busiest GPU alone."""
     requests = read_requests(trace)
     task = fit_problem(requests, Setup(Cluster(4, 2), (), redundant=8), np.arange(0, 600, 2))
-    said = []
+    notes = []
     for cost in (lambda links, picks, touched: float(links.sum()), lambda links, picks, touched: float(picks.max())):
-        options = Options(objective="time", cost=cost)
-        result = solve(dataclasses.replace(task, options=options), "moeplan", 0)
-        said.append(next(note for note in result.notes if "it is" in note))
-    assert "bytes it is" in said[0]
-    for note in said:
+        result = solve(task, MoeplanParams(objective="time", step_cost=cost), 0)
+        notes.append(next(note for note in result.notes if "chosen" in note))
+    assert "chosen: bytes" in notes[0]
+    for note in notes:
         costs = {name: float(ms) for name, ms in re.findall(r"(\w+) (\d+\.\d+)", note)}
         assert costs.keys() >= {"bytes", "both", "balance", "linear"}
-        assert f"{min(costs, key=lambda name: costs[name])} it is" in note
+        assert f"chosen: {min(costs, key=lambda name: costs[name])}" in note
     with pytest.raises(moeplan.MoeplanError, match="what a step costs"):
-        Options(objective="time")
+        MoeplanParams(objective="time")
+    for wrong in ({"guard": 0.9}, {"objective": "speed"}):
+        with pytest.raises(moeplan.MoeplanError, match=next(iter(wrong))):
+            MoeplanParams(**wrong)
+    with pytest.raises(moeplan.MoeplanError, match="sweeps 0"):
+        SearchSettings(sweeps=0)
+    with pytest.raises(moeplan.MoeplanError, match="out of range"):
+        GuardSettings(factor=1.0)
 
 
 def test_of_many_requests_some_are_planned_on() -> None:

@@ -14,7 +14,8 @@ from moeplan.cli.app import run
 from moeplan.errors import MoeplanError
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.trace import import_trace
-from moeplan.planning import Options, Problem, read_requests, solve
+from moeplan.planning import Problem, read_requests, solve
+from moeplan.planning.strategies.paper import PaperParams
 from moeplan.profile import Skipped, profile
 from moeplan.profile.common import wilson
 from moeplan.profile.counts import count
@@ -140,7 +141,7 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     np.testing.assert_array_equal(requests.use, less.decode)
     np.testing.assert_array_equal(requests.signature, less.prefill)
     problem = problem_of(requests)
-    assert solve(problem, "paper").placement.slots.shape == (LAYERS, EXPERTS)
+    assert solve(problem, PaperParams(clusters=2)).placement.slots.shape == (LAYERS, EXPERTS)
     assert solve(problem, "eplb").equal_groups
     with pytest.raises(MoeplanError, match="do not tell what one token picks together"):
         solve(problem, "affinity")
@@ -150,10 +151,7 @@ def problem_of(requests: Any) -> Problem:
     from moeplan.cluster import Cluster
 
     everyone = np.arange(len(requests))
-    return Problem(
-        requests.shape, Cluster(2, 2), 0, requests.use, requests.signature, requests.stream(everyone),
-        options=Options(clusters=2),
-    )  # fmt: skip
+    return Problem(requests.shape, Cluster(2, 2), 0, requests.use, requests.signature, requests.stream(everyone))
 
 
 def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

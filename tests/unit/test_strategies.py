@@ -10,19 +10,19 @@ from scipy.optimize import linear_sum_assignment
 
 from moeplan.cluster import Cluster, Deployment, check_slots
 from moeplan.errors import PlanError, UsageError
-from moeplan.planning import Options, Problem, solve
+from moeplan.planning import Problem, Strategy, solve
 from moeplan.planning.assignment import equal_groups
+from moeplan.planning.balance import rebalance_experts
+from moeplan.planning.initial_placement import place_by_use
 from moeplan.planning.problem import Stream
 from moeplan.planning.strategies import available
-from moeplan.planning.strategies.eplb import rebalance
-from moeplan.planning.strategies.paper import map_clusters, place_by_use
+from moeplan.planning.strategies.paper import PaperParams, map_clusters
 from moeplan.types import ModelShape
 
 
 def problem(
     seed: int = 0, *, n: int = 24, layers: int = 2, experts: int = 12, k: int = 2, nodes: int = 2, per_node: int = 2,
-    redundant: int = 0, home: Deployment = Deployment.NODES, clusters: int | None = None, routing_groups: int = 1,
-    rows: int = 12,
+    redundant: int = 0, home: Deployment = Deployment.NODES, routing_groups: int = 1, rows: int = 12,
 ) -> Problem:  # fmt: skip
     """Requests of two kinds, each with its own half of the experts in front."""
     rng = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def problem(
     starts = np.arange(n) * rows
     return Problem(
         ModelShape("test", layers, experts, k, routing_groups=routing_groups), Cluster(nodes, per_node, home),
-        redundant, use, use, Stream(picks.reshape(-1, layers, k), starts, starts + rows), options=Options(clusters),
+        redundant, use, use, Stream(picks.reshape(-1, layers, k), starts, starts + rows),
     )  # fmt: skip
 
 
@@ -50,30 +50,34 @@ def problems(draw: st.DrawFn) -> Problem:
     return problem(
         draw(st.integers(0, 999)), n=draw(st.integers(gpus, gpus + 20)), layers=draw(st.integers(1, 3)),
         experts=experts, k=draw(st.integers(1, 3)), nodes=nodes, per_node=per_node, redundant=redundant, home=home,
-        clusters=draw(st.sampled_from([None, 1, 2, 5])), rows=4,
+        rows=4,
     )  # fmt: skip
 
 
+def with_clusters() -> list[Strategy]:
+    """Every strategy, and `paper` with clusters given."""
+    return [*available().values(), *(PaperParams(k, equal) for k in (1, 2, 5) for equal in (True, False))]
+
+
 @settings(max_examples=60, deadline=None)
-@given(problems(), st.sampled_from(sorted(available())), st.integers(0, 99))
-def test_every_strategy_keeps_the_invariants(task: Problem, name: str, seed: int) -> None:
-    if name == "eplb-hierarchical" and task.shape.routing_groups % task.cluster.nodes:
+@given(problems(), st.sampled_from(with_clusters()), st.integers(0, 99))
+def test_every_strategy_keeps_the_invariants(task: Problem, strategy: Strategy, seed: int) -> None:
+    if strategy.name == "eplb-hierarchical" and task.shape.routing_groups % task.cluster.nodes:
         with pytest.raises(PlanError, match="routing groups"):
-            solve(task, name, seed)
+            solve(task, strategy, seed)
         return
-    clusters = task.options.clusters
-    if name.startswith("paper") and clusters is not None and clusters > len(task.use):
+    if isinstance(strategy, PaperParams) and (strategy.clusters or 0) > len(task.use):
         with pytest.raises(PlanError, match="clusters"):
-            solve(task, name, seed)
+            solve(task, strategy, seed)
         return
-    result = solve(task, name, seed)
+    result = solve(task, strategy, seed)
     slots = result.placement.slots
     # Placement itself refuses a missing expert, an id out of range, slots that do not divide.
     assert slots.shape == (task.shape.num_layers, task.num_slots)
-    if not name.startswith("eplb"):  # the original may put two copies on one GPU; ours never do
+    if not strategy.name.startswith("eplb"):  # the original may put two copies on one GPU; ours never do
         held = np.sort(slots.reshape(*slots.shape[:1], task.cluster.num_gpus, -1), axis=2)
         assert (np.diff(held, axis=2) != 0).all()
-    again = solve(task, name, seed)
+    again = solve(task, strategy, seed)
     assert (again.placement.slots == slots).all()
     scores = result.router.scores(task.signature)
     assert scores.shape == (len(task.use), task.cluster.num_groups)
@@ -89,7 +93,7 @@ def test_eplb_reprints_its_readme() -> None:
             [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
         ]
     )
-    assert rebalance(weight, 16, 4, 2, 8).tolist() == [
+    assert rebalance_experts(weight, 16, 4, 2, 8).tolist() == [
         [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
         [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
     ]
@@ -131,8 +135,7 @@ def test_placement_phases_by_hand() -> None:
 
 
 def test_unbalanced_groups_that_share_a_cluster_have_the_same_experts_in_mind() -> None:
-    task = problem(nodes=4, per_node=1, clusters=2, n=40)
-    result = solve(task, "paper-unbalanced")
+    result = solve(problem(nodes=4, per_node=1, n=40), PaperParams(2, equal=False))
     assert not result.equal_groups and "K = 2" in result.notes[0]
 
 

@@ -10,10 +10,25 @@ import numpy.typing as npt
 from moeplan._kernels.compiled import compiled
 from moeplan._kernels.layer_state import Layer
 
-__all__ = ["Weights", "dear_move", "dearer", "load_penalty", "paid", "weigh"]
+__all__ = ["Weights", "dear_move", "dearer", "load_norm", "load_norm_slope", "load_penalty", "paid", "weigh"]
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
+
+
+def load_norm(load: Float) -> Float:
+    """Load imbalance: the 16-norm of load over its mean, over the last axis; the definition, in NumPy.
+
+    It is 1 where load is even, and near the largest load over the mean where one unit stands out; it is convex.
+    """
+    ratio = load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-12)
+    return np.asarray((ratio**16).mean(axis=-1) ** (1 / 16))
+
+
+def load_norm_slope(load: Float) -> Float:
+    """What one more pick on each unit adds to the `load_norm`, times all picks."""
+    ratio = load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-12)
+    return np.asarray((ratio / np.maximum(load_norm(load), 1e-12)[..., None]) ** 15)
 
 
 @compiled

@@ -65,16 +65,19 @@ def register(app: typer.Typer) -> None:
         claim_stdout(json)
         check_places(output)
         from moeplan.cluster import check_slots
-        from moeplan.planning import Options, read_requests
+        from moeplan.planning import read_requests
+        from moeplan.planning.strategies.paper import PaperParams
         from moeplan.replay import Setup
         from moeplan.replay import compare as run
         from moeplan.replay.comparison import strategy_names
         from moeplan.trace import open_trace
 
         cluster, mode, rule = o.cluster_of(nodes, gpus_per_node, home, dispatch, replica_rule)
+        paper = {params.name: params for params in (PaperParams(clusters), PaperParams(clusters, equal=False))}
+        chosen = tuple(paper.get(name, name) for name in strategy_names(strategies))
         setup = Setup(
-            cluster, strategy_names(strategies), redundant, rule, mode,
-            fit, folds, seed, block, steps, options=Options(clusters), hidden=hidden,
+            cluster, chosen, redundant, rule, mode,
+            fit, folds, seed, block, steps, hidden=hidden,
         )  # fmt: skip
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read

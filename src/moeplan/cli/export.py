@@ -201,7 +201,7 @@ def _copies(
         lines += [
             f"picks served on another node, modelled on {opened.label}{seen}:",
             f"  {worth.nearest:.3f} where the nearest copy is taken (SGLang)",
-            f"  {worth.any_copy:.3f} where any copy is (vLLM, TensorRT-LLM, vLLM-Ascend)",
+            f"  {worth.any_replica:.3f} where any copy is (vLLM, TensorRT-LLM, vLLM-Ascend)",
             f"  {worth.scattered:.3f} where requests and experts are scattered",
         ]
     if lost:

@@ -33,7 +33,7 @@ def from_counts(
     from moeplan.engines.files import EnginePlacement
     from moeplan.engines.from_placement import rule_of
     from moeplan.engines.launch import Serving
-    from moeplan.planning.balance import balanced, load_ratio
+    from moeplan.planning.balance import candidates, gpu_load_ratio
 
     if nodes is None or gpus_per_node is None:
         raise UsageError("counts do not say the cluster", where=source, hint="give --nodes and --gpus-per-node")
@@ -51,7 +51,7 @@ def from_counts(
         spec = spec if spec.moe_layers else spec.override(moe_layers=counts.layer_ids)
     cluster, rule = Cluster(nodes, gpus_per_node), rule_of(engine, nodes)
     groups = spec.moe.groups if spec.moe else 1
-    found = balanced(counts.counts, cluster, redundant, rule, routing_groups=groups, distinct=engine == "vllm-ascend")
+    found = candidates(counts.counts, cluster, redundant, rule, routing_groups=groups, distinct=engine == "vllm-ascend")
     best, linear = found[1], found[0]
     layers, experts = counts.counts.shape
     lines = [
@@ -64,7 +64,7 @@ def from_counts(
     held_out = {}
     for way in found:
         if other is not None:
-            held_out[way.name] = load_ratio(other.counts, way.placement, cluster, rule)
+            held_out[way.name] = gpu_load_ratio(other.counts, way.placement, cluster, rule)
         mark = " <- written" if way is best else ""
         measured = f"  {held_out[way.name]:.3f}" if other else ""
         lines.append(f"  {way.name:12s} {way.ratio:10.3f}" + measured + mark)

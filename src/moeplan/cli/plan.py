@@ -117,8 +117,10 @@ def register(app: typer.Typer) -> None:
 
         from moeplan.cluster import check_slots
         from moeplan.io.files import check_folder
-        from moeplan.planning import Options, read_requests, solve
+        from moeplan.planning import MoveLimit, read_requests, solve
         from moeplan.planning.store import load_plan
+        from moeplan.planning.strategies.moeplan import MoeplanParams
+        from moeplan.planning.strategies.paper import PaperParams
         from moeplan.replay import Setup
         from moeplan.replay.comparison import check_shape, fit_problem
         from moeplan.trace import open_trace
@@ -138,10 +140,12 @@ def register(app: typer.Typer) -> None:
         opened = open_trace(trace, without_layers=parse_layers(without_layers))
         timing = o.timing_of(opened.shape, cluster, mode, hardware, model, context_tokens)
         cost = None if timing is None else partial(_step_ms, timing, cluster, mode)
-        options = Options(clusters, guard, objective, max_moves=max_moves or 0, cost=cost)
+        params = (MoeplanParams(guard, objective, cost), PaperParams(clusters), PaperParams(clusters, equal=False))
+        chosen = {each.name: each for each in params}.get(strategy, strategy)
+        limit = None if old is None else MoveLimit(old.placement.slots, max_moves or 0)
         setup = Setup(
-            cluster, (strategy,), redundant, rule, mode, fit=0.75, folds=1, seed=seed, block=block, steps=100,
-            draws=200, options=options, timing=timing,
+            cluster, (chosen,), redundant, rule, mode, fit=0.75, folds=1, seed=seed, block=block, steps=100,
+            draws=200, timing=timing,
         )  # fmt: skip
         check_slots(opened.shape.num_experts, redundant, cluster)  # before a large trace is read
         if old is not None and start is not None:
@@ -149,10 +153,8 @@ def register(app: typer.Typer) -> None:
         with progress("plan") as report:
             requests = read_requests(opened, signature_tokens=signature_tokens, rows=False)
             problem = fit_problem(requests, setup, np.arange(len(requests)))
-            if old is not None:
-                problem = dataclasses.replace(problem, old=old.placement.slots)
             report(1, 3, "solving")
-            result = solve(problem, strategy, seed)
+            result = solve(problem, chosen, seed, limit)
             report(2, 3, "expected figures on an unseen quarter")
             expected = None if old is not None else _expected(requests, setup, strategy)
         origin = dataclasses.replace(
@@ -205,7 +207,7 @@ def register(app: typer.Typer) -> None:
 
 def _inherited(context: typer.Context, old: Plan, where: str, objective: str, guard: float) -> tuple[str, float]:
     """What an older plan was made for goes on, unless the command line says otherwise."""
-    from moeplan.replay.drift import options_of
+    from moeplan.replay.drift import params_of
 
     if old.params.get("objective") == "time":
         if not given(context, "objective") and not given(context, "hardware"):
@@ -213,10 +215,10 @@ def _inherited(context: typer.Context, old: Plan, where: str, objective: str, gu
                 "the plan was made with --objective time", where=where,
                 hint="give --hardware and --model again, or --objective bytes",
             )  # fmt: skip
-        before = options_of(old, "bytes")
+        before = params_of(old, "bytes")
         objective = objective if given(context, "objective") else "time"
     else:
-        before = options_of(old)
+        before = params_of(old)
         objective = objective if given(context, "objective") else before.objective
     guard = guard if given(context, "guard") else before.guard
     return objective, guard

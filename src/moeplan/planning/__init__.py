@@ -1,19 +1,20 @@
 """Plans: group requests and place experts. The front door is `solve`."""
 
 from moeplan.planning.plan import Plan, PlanningTask, Provenance, Signature
-from moeplan.planning.problem import Decision, Options, Problem
+from moeplan.planning.problem import MoveLimit, Problem, Solution, Strategy
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 
 __all__ = [
-    "Decision",
-    "Options",
+    "MoveLimit",
     "Plan",
     "PlanningTask",
     "Problem",
     "Provenance",
     "RequestSet",
     "Signature",
+    "Solution",
+    "Strategy",
     "read_requests",
     "solve",
 ]

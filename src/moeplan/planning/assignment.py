@@ -1,4 +1,4 @@
-"""Equal groups: the exact balanced assignment of requests to groups."""
+"""Groups of requests: the exact equal assignment, random ones, and soft memberships."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 from moeplan._kernels.transport import transport
 from moeplan.errors import PlanError
 
-__all__ = ["equal_groups", "random_groups"]
+__all__ = ["equal_groups", "random_groups", "soft_groups"]
 
 #: Scores are rounded to this many steps between the smallest and the largest of one call.
 _STEPS = 2**40 - 1
@@ -45,3 +45,25 @@ def random_groups(n: int, groups: int, rng: np.random.Generator) -> npt.NDArray[
     if groups > n:
         raise PlanError(f"{groups} groups for {n} requests", hint="use fewer nodes, or a trace with more requests")
     return np.asarray(rng.permutation(np.arange(n) % groups), np.int64)
+
+
+def soft_groups(score: npt.NDArray[np.float64], softness: float) -> npt.NDArray[np.float64]:
+    """Memberships float64 [n, D] that fade with the score: each row sums to 1, each column to n / D (Sinkhorn).
+
+    A new request will be like a group's members, not one of them. Partial membership keeps a placement from fitting
+    the few requests that happened to be in each group.
+
+    Args:
+        score: float64 [n, D]. softness: the width of the fade, in standard deviations of the score.
+    """
+    n, groups = score.shape
+    centred = score - score.mean(axis=1, keepdims=True)
+    spread = float(centred.std())
+    if spread <= 1e-12:
+        return np.full((n, groups), 1.0 / groups)
+    centred /= spread * softness
+    member = np.exp(np.maximum(centred - centred.max(axis=1, keepdims=True), -60.0))
+    for _ in range(50):
+        member *= (n / groups) / member.sum(axis=0)
+        member /= member.sum(axis=1, keepdims=True)
+    return np.asarray(member)

@@ -1,35 +1,34 @@
-"""A balanced placement where counts of picks are all that is known: which experts are busy, but not who asks for them.
+"""Balanced placements from expert load alone: which experts are busy, but not which requests ask for them.
 
 Names: L layers, E experts, S slots, N nodes, P GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Cluster, ReplicaRule, check_slots, routes
-from moeplan.errors import UsageError
-from moeplan.planning.packing import replicate, slots_from_nodes
-from moeplan.planning.strategies.eplb import rebalance
+from moeplan.errors import PlanError, UsageError
+from moeplan.planning.expected_load import load_ratio
+from moeplan.planning.packing import pack, replicate, slots_from_nodes
 from moeplan.types import Int32Array, Placement, has_duplicate_experts
 
-__all__ = ["Candidate", "balance", "balanced", "gpu_load", "load_ratio", "spread"]
+__all__ = ["Candidate", "balance", "candidates", "eplb_slots", "gpu_load_ratio", "linear_slots", "rebalance_experts"]
 
 FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to balance, and what it comes to.
+    """One way to balance.
 
     Attributes:
-        name: linear (experts in order, as an engine starts by itself), eplb (DeepSeek's, by nodes where the router's
-            groups allow it), eplb-global, or spread.
-        placement: its slots. ratio: `load_ratio` on the counts that it was made of.
+        name: linear (experts in order, an engine's own default), eplb (DeepSeek's hierarchical policy, where the
+            router's groups allow it), eplb-global, or spread.
+        placement: its slots. ratio: `gpu_load_ratio` on the counts that it was made from.
     """
 
     name: str
@@ -45,100 +44,165 @@ def balance(
     replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC,
     routing_groups: int = 1,
 ) -> Placement:
-    """A placement with even load from counts alone: the best of DeepSeek's balancer (EPLB) and its variants.
+    """The placement with the most even GPU load for given expert load: DeepSeek's EPLB, or replicas spread over nodes.
 
     Args:
-        counts: [L, E], picks of every expert in each MoE layer.
-        redundant: extra slots per layer, over all GPUs.
+        counts: [L, E], picks of every expert (any unit, finite, not negative).
+        cluster: nodes and GPUs per node.
+        redundant: R, extra slots per layer; E + R divides over the GPUs.
         replica_rule: how the engine chooses among replicas.
-        routing_groups: groups of the model's router (DeepSeek-V3: 8).
+        routing_groups: groups of experts of the model's router (DeepSeek-V3: 8).
 
     Raises:
-        PlanError: slots that do not divide over the GPUs. UsageError: a layer without a pick.
+        PlanError: slots that do not divide over the GPUs. UsageError: counts that are no load.
 
     Example:
-        >>> import moeplan, numpy
-        >>> counts = numpy.array([[90, 132, 40, 61, 104, 165, 39, 4]])
-        >>> moeplan.balance(counts, moeplan.Cluster(2, 2), redundant=4).slots
+        >>> counts = [[90, 132, 40, 61, 104, 165, 39, 4]]
+        >>> balance(counts, Cluster(nodes=2, gpus_per_node=2), redundant=4).slots
         array([[5, 4, 7, 5, 0, 6, 1, 3, 2, 1, 4, 0]], dtype=int32)
     """
-    load = np.asarray(counts)
-    if load.ndim != 2:
-        raise UsageError(f"counts of shape {load.shape}, expected [layers, experts]")
-    return balanced(load, cluster, redundant, replica_rule, routing_groups=routing_groups)[1].placement
+    return candidates(counts, cluster, redundant, replica_rule, routing_groups=routing_groups)[1].placement
 
 
-def balanced(
-    counts: npt.ArrayLike, cluster: Cluster, redundant: int, rule: ReplicaRule, *, routing_groups: int = 1,
+def candidates(
+    counts: npt.ArrayLike,
+    cluster: Cluster,
+    redundant: int,
+    replica_rule: ReplicaRule,
+    *,
+    routing_groups: int = 1,
     distinct: bool = False,
-) -> list[Candidate]:  # fmt: skip
-    """Every way, `linear` first, then the others with the best first.
+) -> list[Candidate]:
+    """Every way to balance: `linear` first, then the others, the most even first.
 
     Args:
-        counts: [L, E], picks of every expert. rule: how the engine chooses among copies.
-        routing_groups: of the router (DeepSeek-V3: 8). distinct: leave out ways that put an expert on a GPU twice.
+        counts, cluster, redundant, replica_rule, routing_groups: as for `balance`.
+        distinct: leave out ways that put two replicas of an expert on one GPU.
 
     Raises:
-        PlanError: slots that do not divide over the GPUs.
+        PlanError: slots that do not divide over the GPUs. UsageError: counts that are no load.
     """
     load = np.asarray(counts, np.float64)
+    if load.ndim != 2 or not np.isfinite(load).all() or (load < 0).any():
+        raise UsageError(f"counts of shape {load.shape} are no expert load", hint="give [layers, experts], 0 or more")
     experts = load.shape[1]
     check_slots(experts, redundant, cluster)
     slots = experts + redundant
-    made: dict[str, Callable[[], Int32Array]] = {
-        "linear": lambda: np.tile(np.arange(slots, dtype=np.int32) % experts, (len(load), 1)),
-        "eplb-global": lambda: rebalance(load, slots, 1, 1, cluster.num_gpus),
-    }
-    if cluster.nodes > 1 and routing_groups % cluster.nodes == 0 and slots % cluster.nodes == 0:
-        made["eplb"] = lambda: rebalance(load, slots, routing_groups, cluster.nodes, cluster.num_gpus)
-    # Copies as far apart as nodes are, if there are not too many of them; else as GPUs are.
+    made = {"linear": linear_slots(len(load), experts, slots)}
+    made["eplb-global"] = rebalance_experts(load, slots, 1, 1, cluster.num_gpus)
+    if cluster.nodes > 1 and _fits_nodes(slots, routing_groups, cluster):
+        made["eplb"] = rebalance_experts(load, slots, routing_groups, cluster.nodes, cluster.num_gpus)
+    # Replicas on different nodes, if there are not too many of them; else on different GPUs.
     apart = cluster if 0 < redundant <= experts * (cluster.nodes - 1) else Cluster(cluster.num_gpus, 1)
-    made["spread"] = lambda: spread(load, slots, apart)
+    made["spread"] = spread_slots(load, slots, apart)
     found = []
-    for name, make in made.items():
-        placement = Placement(make(), experts, cluster.nodes, cluster.gpus_per_node)
+    for name, of_slots in made.items():
+        placement = Placement(of_slots, experts, cluster.nodes, cluster.gpus_per_node)
         if distinct and name != "linear" and has_duplicate_experts(placement.slots, placement.num_gpus).any():
             continue
-        found.append(Candidate(name, placement, load_ratio(load, placement, cluster, rule)))
+        found.append(Candidate(name, placement, gpu_load_ratio(load, placement, cluster, replica_rule)))
     return [found[0], *sorted(found[1:], key=lambda candidate: (candidate.ratio, candidate.name))]
 
 
-def spread(load: FloatArray, slots: int, cluster: Cluster) -> Int32Array:
-    """Copies of an expert on different nodes, nodes and GPUs evenly loaded: int32 [L, S].
+def linear_slots(layers: int, experts: int, slots: int) -> Int32Array:
+    """int32 [L, S]: expert e in slot e, spare slots with experts 0, 1, .. again."""
+    return np.tile(np.arange(slots, dtype=np.int32) % experts, (layers, 1))
 
-    An engine that takes the nearest copy asks each of them from whole nodes, so copies share their expert's load evenly
-    only when they are as far apart as nodes are; DeepSeek's balancer takes it for granted that they share alike.
+
+def eplb_slots(
+    load: FloatArray, slots: int, cluster: Cluster, routing_groups: int, policy: str = "auto"
+) -> tuple[Int32Array, str]:
+    """DeepSeek's load balancer: slots int32 [L, S] from load [L, E], and which policy made them.
+
+    Args:
+        policy: hierarchical, global, or auto: hierarchical where the routing groups divide by the nodes.
+
+    Raises:
+        PlanError: hierarchical, where they do not.
     """
-    _, count = replicate(load, slots, most=cluster.nodes)
+    fits = _fits_nodes(slots, routing_groups, cluster)
+    if policy == "hierarchical" and not fits:
+        raise PlanError(
+            "eplb-hierarchical needs routing groups that divide by the nodes: "
+            f"{routing_groups} on {cluster.nodes} nodes",
+            hint="use eplb, or import the trace with --routing-groups",
+        )
+    if policy == "global" or not fits:
+        return rebalance_experts(load, slots, 1, 1, cluster.num_gpus), "global"
+    return rebalance_experts(load, slots, routing_groups, cluster.nodes, cluster.num_gpus), "hierarchical"
+
+
+def _fits_nodes(slots: int, routing_groups: int, cluster: Cluster) -> bool:
+    return routing_groups % cluster.nodes == 0 and slots % cluster.nodes == 0
+
+
+def rebalance_experts(weight: npt.ArrayLike, slots: int, routing_groups: int, nodes: int, gpus: int) -> Int32Array:
+    """DeepSeek's EPLB: int32 [L, S] from weight [L, E], expert load (deepseek-ai/EPLB at d52c72d5, `eplb.py`).
+
+    Hierarchical (`routing_groups` divides by `nodes`, nodes > 1): pack the router's groups of experts onto nodes, add
+    replicas inside each node, pack replicas onto its GPUs. Global (`nodes` = 1): replicas and GPUs, no groups, no
+    nodes. It balances load and nothing else; two replicas of an expert may come to lie on one GPU.
+    """
+    load = np.asarray(weight, np.float64)
+    layers, experts = load.shape
+    per_node, per_group = experts // nodes, experts // routing_groups
+    node, rank = pack(load.reshape(layers, routing_groups, per_group).sum(axis=2), nodes)
+    group_start = (node * (routing_groups // nodes) + rank) * per_group
+    place = (group_start[:, :, None] + np.arange(per_group)).reshape(layers, experts)  # expert -> its place by nodes
+    by_place = np.argsort(place, axis=1)
+
+    node_load = np.take_along_axis(load, by_place, axis=1).reshape(layers * nodes, per_node)
+    expert, count = replicate(node_load, slots // nodes)
+    replica_load = np.take_along_axis(node_load / count, expert, axis=1)
+
+    per_gpu = slots // gpus
+    gpu, rank = pack(replica_load, gpus // nodes)
+    held = np.empty_like(expert)
+    np.put_along_axis(held, gpu * per_gpu + rank, expert, axis=1)  # slot within the node -> expert within the node
+    held = held.reshape(layers, nodes, -1) + np.arange(nodes)[None, :, None] * per_node
+    return np.take_along_axis(by_place, held.reshape(layers, slots), axis=1).astype(np.int32)
+
+
+def spread_slots(load: FloatArray, slots: int, cluster: Cluster) -> Int32Array:
+    """int32 [L, S]: the replicas of an expert on different nodes, nodes and GPUs evenly loaded.
+
+    An engine that takes the nearest replica asks each of them from whole nodes, so replicas share their expert's load
+    evenly only when they are on different nodes; DeepSeek's balancer assumes that they always share it evenly.
+    """
+    _, count = replicate(load, slots, max_replicas=cluster.nodes)
     each = load / count
-    room = slots // cluster.nodes
-    held = np.zeros((len(load), cluster.nodes, room), np.int64)
+    slots_per_node = slots // cluster.nodes
+    held = np.zeros((len(load), cluster.nodes, slots_per_node), np.int64)
     for layer in range(len(load)):
         filled, weight = np.zeros(cluster.nodes, np.int64), np.zeros(cluster.nodes)
-        # Experts with several copies first, to the emptiest nodes: then the last of them finds as many as it needs.
+        # Experts with several replicas first, to the emptiest nodes: then the last of them finds enough nodes.
         order = np.lexsort((-each[layer], -count[layer]))
         for expert in order:
             if count[layer, expert] > 1:
                 nodes = np.lexsort((weight, filled))[: count[layer, expert]]
             else:
-                nodes = np.array([np.where(filled < room, weight, np.inf).argmin()])
+                nodes = np.array([np.where(filled < slots_per_node, weight, np.inf).argmin()])
             held[layer, nodes, filled[nodes]] = expert
             filled[nodes] += 1
             weight[nodes] += each[layer, expert]
-    by_copy = np.take_along_axis(each, held.reshape(len(load), -1), axis=1).reshape(held.shape)
-    return slots_from_nodes(held, by_copy, cluster.gpus_per_node)
+    replica_load = np.take_along_axis(each, held.reshape(len(load), -1), axis=1).reshape(held.shape)
+    return slots_from_nodes(held, replica_load, cluster.gpus_per_node)
 
 
-def gpu_load(counts: npt.ArrayLike, placement: Placement, cluster: Cluster, rule: ReplicaRule) -> FloatArray:
-    """float64 [L, P]: picks that each GPU serves, where every GPU asks for every expert alike."""
+def gpu_load(counts: npt.ArrayLike, placement: Placement, cluster: Cluster, replica_rule: ReplicaRule) -> FloatArray:
+    """float64 [L, P]: picks that each GPU serves of counts [L, E], where all GPUs ask for an expert equally often."""
     load = np.asarray(counts, np.float64)
-    who = routes(placement, cluster, rule)
-    return np.stack([load[layer] @ who.share(layer).mean(axis=0) for layer in range(len(load))])
+    applied = routes(placement, cluster, replica_rule)
+    return np.stack([load[layer] @ applied.share(layer).mean(axis=0) for layer in range(len(load))])
 
 
-def load_ratio(counts: npt.ArrayLike, placement: Placement, cluster: Cluster, rule: ReplicaRule) -> float:
-    """Picks of the busiest GPU over the mean, mean over layers (`gpu_load_total` of docs/metrics.md, from counts)."""
-    load = gpu_load(counts, placement, cluster, rule)
+def gpu_load_ratio(counts: npt.ArrayLike, placement: Placement, cluster: Cluster, replica_rule: ReplicaRule) -> float:
+    """Picks of the busiest GPU over the mean, mean over layers (`gpu_load_total` of the metrics, from counts alone).
+
+    Raises:
+        UsageError: a layer without a pick.
+    """
+    load = gpu_load(counts, placement, cluster, replica_rule)
     if not (load.sum(axis=1) > 0).all():
         raise UsageError("a layer has no pick", hint="count while requests run")
-    return float((load.max(axis=1) / load.mean(axis=1)).mean())
+    return float(load_ratio(load).mean())

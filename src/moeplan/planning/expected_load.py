@@ -1,6 +1,8 @@
-"""Who serves what in a placement, and what its load costs, by the expectation of the replica rule.
+"""Expected load of a placement, from counts of picks: which replica serves how much, and the penalty for imbalance.
 
-Messages are `moeplan.cluster`'s; here are only shares and loads of counts, for whole layers at once.
+Counting messages, and the replica rules themselves, are in `moeplan.cluster`; here are loads of whole layers at once.
+
+Names: L layers, N nodes, P GPUs, S slots, E experts; use [L, N, E] is the picks of each expert asked for at each node.
 """
 
 from __future__ import annotations
@@ -8,65 +10,87 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from moeplan._kernels.loads import load_norm, load_norm_slope
 from moeplan.cluster import Cluster
+from moeplan.planning.pricing import Pricing
 
-__all__ = ["ExpectedLoad", "Prices"]
+__all__ = ["ExpectedLoad", "load_per_replica", "load_ratio", "shared_gpu_load"]
 
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
-#: Of uneven nodes and of uneven GPUs, in shares of all picks.
-Prices = tuple[float, float]
+
+
+def load_ratio(load: npt.NDArray[np.number]) -> FloatArray:
+    """[..], the busiest unit's load over the mean of all units, from load [.., units]; 1 where there is no load."""
+    mean = load.mean(axis=-1)
+    return np.asarray(np.where(mean > 0, load.max(axis=-1) / np.where(mean > 0, mean, 1.0), 1.0))
+
+
+def load_per_replica(use: FloatArray, replicas: FloatArray, local: npt.NDArray[np.bool_]) -> FloatArray:
+    """float64 [L, N, E], the picks that one replica on each node serves, or would serve.
+
+    Args:
+        use: float64 [L, N, E]. replicas: [L, N, E], how many each node holds.
+        local: [L, N, E], whether a node's own replica serves all that the node asks for. What the other nodes ask for
+            is shared by all replicas of the expert.
+    """
+    shared = (use * ~local).sum(axis=1) / replicas.sum(axis=1)
+    return np.asarray(np.where(local, use, 0.0) + shared[:, None])
+
+
+def shared_gpu_load(slots: npt.NDArray[np.integer], load: npt.NDArray[np.floating], gpus: int) -> FloatArray:
+    """float64 [L, P], the picks that GPUs serve where all replicas of an expert share its load [L, E] alike."""
+    layers, experts = load.shape
+    count = np.zeros((layers, experts))
+    np.add.at(count, (np.arange(layers)[:, None], slots), 1.0)
+    each = np.asarray(load, np.float64) / np.maximum(count, 1.0)
+    by_slot = np.take_along_axis(each, slots.astype(np.int64), axis=1)
+    return np.asarray(by_slot.reshape(layers, gpus, -1).sum(axis=2))
 
 
 class ExpectedLoad:
-    """Who serves what in a placement, by the expectation of the replica rule.
+    """Loads of a placement, by the expectation of the replica rule.
+
+    Args:
+        slots: int64 [L, S]. experts: E.
+        nearest: a replica on its own node serves a pick; if not, all replicas share all picks (`hash`).
 
     Attributes:
-        on: float64 [L, P, E], 1 where a GPU holds an expert; kept: [N, L, E], share of a node's picks served there.
+        on_gpu: float64 [L, P, E], 1 where a GPU holds an expert.
+        local_share: float64 [N, L, E], the share of a node's picks that is served there.
+        local: bool [L, N, E], whether a node's own replica serves all its picks.
     """
 
     def __init__(self, cluster: Cluster, slots: Int64Array, experts: int, nearest: bool) -> None:
         layers, gpus = len(slots), cluster.num_gpus
         self.cluster = cluster
-        self.on = np.zeros((layers, gpus, experts))
+        self.on_gpu = np.zeros((layers, gpus, experts))
         gpu = np.repeat(np.arange(gpus), slots.shape[1] // gpus)
-        self.on[np.arange(layers)[:, None], gpu[None], slots] = 1.0
-        at = self.on.reshape(layers, cluster.nodes, -1, experts).sum(axis=2)
-        self.copies = at.sum(axis=1)
-        self.near = (at > 0) & nearest  # [L, N, E], a node whose own copy serves all it asks for
-        self.kept = np.where(self.near, 1.0, at / self.copies[:, None]).transpose(1, 0, 2)
+        self.on_gpu[np.arange(layers)[:, None], gpu[None], slots] = 1.0
+        self.replicas = self.on_gpu.reshape(layers, cluster.nodes, -1, experts).sum(axis=2)  # [L, N, E]
+        self.total = self.replicas.sum(axis=1)  # [L, E]
+        self.local = (self.replicas > 0) & nearest
+        self.local_share = np.where(self.local, 1.0, self.replicas / self.total[:, None]).transpose(1, 0, 2)
 
-    def by_copy(self, use: FloatArray) -> FloatArray:
-        """[L, N, E], what a copy on each node serves, or would, of use [L, N, E]."""
-        shared = (use * ~self.near).sum(axis=1) / self.copies
-        return np.asarray(np.where(self.near, use, 0.0) + shared[:, None])
+    def per_replica(self, use: FloatArray) -> FloatArray:
+        """`load_per_replica` of this placement."""
+        return load_per_replica(use, self.replicas, self.local)
 
     def loads(self, use: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """[L, N] and [L, P], the picks that nodes and GPUs serve of use [L, N, E]."""
-        by_gpu = (self.on * self.by_copy(use).repeat(self.cluster.gpus_per_node, axis=1)).sum(axis=2)
+        """float64 [L, N] and [L, P], the picks that nodes and GPUs serve."""
+        by_gpu = (self.on_gpu * self.per_replica(use).repeat(self.cluster.gpus_per_node, axis=1)).sum(axis=2)
         return by_gpu.reshape(*use.shape[:2], -1).sum(axis=2), by_gpu
 
-    def uneven(self, use: FloatArray) -> list[float]:
-        """Unevenness of nodes and of GPUs, mean over layers."""
-        return [float(_norm(load).mean()) for load in self.loads(use)]
+    def imbalance(self, use: FloatArray) -> list[float]:
+        """Load imbalance (the load norm) of nodes and of GPUs, mean over layers."""
+        return [float(load_norm(load).mean()) for load in self.loads(use)]
 
-    def slope(self, use: FloatArray, prices: Prices) -> FloatArray:
-        """[N, L, E]: what one more pick of an expert, asked at a node, adds to the price of load, in messages."""
+    def penalty_slope(self, use: FloatArray, pricing: Pricing) -> FloatArray:
+        """float64 [N, L, E], what one more pick of an expert, asked for at a node, adds to the load penalty."""
         by_node, by_gpu = self.loads(use)
-        steep = prices[1] * _steep(by_gpu) + prices[0] * _steep(by_node).repeat(self.cluster.gpus_per_node, axis=1)
-        paid = self.on * steep[:, :, None]
-        own = paid.reshape(*use.shape[:2], -1, use.shape[2]).sum(axis=2)
-        anyone = (paid.sum(axis=1) / self.copies)[:, None]
-        return np.asarray(np.where(self.near, own, anyone).transpose(1, 0, 2))
-
-
-def _norm(load: FloatArray) -> FloatArray:
-    """The 16-norm of load / mean over the last axis, as `placing` has it."""
-    ratio = load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-12)
-    return np.asarray((ratio**16).mean(axis=-1) ** (1 / 16))
-
-
-def _steep(load: FloatArray) -> FloatArray:
-    """Its slope, times the picks of the layer."""
-    ratio = load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-12)
-    return np.asarray((ratio / np.maximum(_norm(load), 1e-12)[..., None]) ** 15)
+        node_slope = pricing.node_penalty * load_norm_slope(by_node)
+        slope = pricing.gpu_penalty * load_norm_slope(by_gpu) + node_slope.repeat(self.cluster.gpus_per_node, axis=1)
+        on_gpu = self.on_gpu * slope[:, :, None]
+        own = on_gpu.reshape(*use.shape[:2], -1, use.shape[2]).sum(axis=2)
+        anyone = (on_gpu.sum(axis=1) / self.total)[:, None]
+        return np.asarray(np.where(self.local, own, anyone).transpose(1, 0, 2))

@@ -1,277 +1,263 @@
-"""Groups and placement in turn: the planner behind the strategy `moeplan` (docs/method.md)."""
+"""Groups and placement in turn: the planner behind the strategy `moeplan` (docs/method.md).
+
+Names: n fit requests, L layers, E experts, S slots, N nodes, P GPUs, D groups, T sampled token rows.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from moeplan._kernels import local_search
-from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule
-from moeplan.planning.assignment import equal_groups
-from moeplan.planning.expected_load import ExpectedLoad, Prices
+from moeplan.cluster import Deployment, ReplicaRule
+from moeplan.errors import UsageError
+from moeplan.planning.assignment import equal_groups, soft_groups
+from moeplan.planning.clustering import in_span, kmeans
+from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.forecast import LocalityForecast
-from moeplan.planning.packing import slots_from_nodes
-from moeplan.planning.problem import Problem
+from moeplan.planning.initial_placement import place_quickly
+from moeplan.planning.pricing import Pricing
+from moeplan.planning.problem import MoveLimit, Problem
 from moeplan.planning.router import LinearRouter, normalised
-from moeplan.planning.strategies.paper import in_span, kmeans, place_by_use
 from moeplan.types import Int32Array
 
-__all__ = ["PARTS", "Planner", "State", "place_quickly", "soft_groups"]
+__all__ = ["PARTS", "Planner", "SearchSettings", "State"]
 
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
-#: Slots [L, S] to begin from, for a use [L, N, E].
+#: Slots [L, S] to search from besides the current ones, for a use [L, N, E].
 Start = Callable[[FloatArray], Int64Array]
 
-#: What can be left out (`Options.without`), to see what it is worth.
+NO_SLOTS = np.zeros((0, 0), np.int64)
+#: What can be left out (`without`), to measure what it is worth.
 PARTS = ("forecast", "soft", "joint", "starts", "load-in-groups", "gpus", "guard")
 
-STARTS = 4
-SWEEPS = 30  # over all slots of a layer
-STEP = 0.5  # of a round towards the slopes of load that it found
-SOFTNESS = 0.3  # of memberships, in standard deviations of the score
-MOST_CLUSTERED = 1000  # requests that K-means looks at for a start
-NEAR = 0.1  # of a message between nodes: what one inside a node costs (links of 50 against 450 GB/s)
-MOST_ROWS = 8192  # token rows that the search looks at in modes other than `pick`
-BY = {Dispatch.NODE: local_search.BY_NODE, Dispatch.GPU: local_search.BY_GPU}
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long the planner searches, and how it smooths.
+
+    Attributes:
+        starts: groupings to search from, each by K-means with another seed.
+        trial_rounds, rounds: rounds of each start, and of the best start.
+        sweeps: over all slots of a layer, at most.
+        load_step: how far each round moves the load penalty of groups towards its new slope. Small steps, because
+            similar requests would otherwise all change their group at once.
+        softness: width of soft group memberships, in standard deviations of the score.
+        same_gpu_value: what a pick served on its own GPU is worth, in messages between nodes, when each group is a
+            GPU. About the ratio of link speeds, 50 against 450 GB/s.
+        max_requests: fit requests that are planned on; the regression's cost grows with their cube.
+        max_clustered: requests that K-means looks at for a start.
+        max_rows: token rows that messages are counted on, where they are not counted by pick.
+    """
+
+    starts: int = 4
+    trial_rounds: int = 3
+    rounds: int = 8
+    sweeps: int = 30
+    load_step: float = 0.5
+    softness: float = 0.3
+    same_gpu_value: float = 0.1
+    max_requests: int = 1000
+    max_clustered: int = 1000
+    max_rows: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise UsageError(f"{name} {value} is not positive")
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """One start: who decodes where, and which slot holds what."""
+    """Groups and a placement, after any round.
 
-    group: Int64Array  # [n]
-    score: FloatArray  # [n, D], what `group` was assigned by
-    slots: Int64Array  # [L, S]; empty before the first placement
+    Attributes:
+        group: int64 [n]. score: float64 [n, D], what `group` was assigned by.
+        slots: int64 [L, S]; empty before the first placement.
+        router: predicts the score from a signature; None before the first round.
+        load_penalty: float32 [D, L * E], what the load of a pick costs, in messages; None before the first round.
+        value: share of picks that stay on their node, less the load penalty.
+    """
+
+    group: Int64Array
+    score: FloatArray
+    slots: Int64Array
     router: LinearRouter | None = None
-    load_penalty: npt.NDArray[np.float32] | None = None  # [D, L * E], what the load of a pick costs, in messages
-    value: float = -np.inf  # picks found at home, as a share of all, less the price of their load
-
-    def afresh(self) -> State:
-        """The same, to go on from at other prices: values at different prices do not compare."""
-        return dataclasses.replace(self, slots=self.slots.copy(), value=-np.inf)
+    load_penalty: npt.NDArray[np.float32] | None = None
+    value: float = -np.inf
 
 
 class Planner:
-    """What stays the same while a plan is made."""
+    """Alternates between placement and groups. It holds what stays the same while a plan is made.
 
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem, self.cluster, self.seed = problem, problem.cluster, seed
+    Args:
+        without: parts to leave out, of `PARTS`. limit: a deployed placement to improve by few moves.
+    """
+
+    def __init__(
+        self, problem: Problem, settings: SearchSettings, without: tuple[str, ...], limit: MoveLimit | None, seed: int
+    ) -> None:
+        self.problem, self.settings, self.without, self.limit, self.seed = problem, settings, without, limit, seed
+        self.cluster = problem.cluster
+        self.slots_per_node = problem.num_slots // self.cluster.nodes
+        self.nearest = problem.replica_rule is not ReplicaRule.HASH
+        self.group_node = self.cluster.group_node(np.arange(self.cluster.num_groups))
         self.flat = problem.use.reshape(len(problem.use), -1).astype(np.float32)
         self.picks = np.maximum(self.flat.sum(axis=1, dtype=np.float64), 1.0)
-        self.node = self.cluster.group_node(np.arange(self.cluster.num_groups))
-        self.room = problem.num_slots // self.cluster.nodes
-        self.nearest = problem.rule is not ReplicaRule.HASH
-        self.foresight = LocalityForecast(problem.signature)
-        self.by, self.credit = local_search.BY_PICK, 1.0
-        self.without = problem.options.without
-
-    def rounds(self, count: int) -> int:
-        return 1 if "joint" in self.without else count
-
-    def by_token(self) -> None:
-        """From now on messages are counted as the dispatch mode does, on a sample of token rows."""
-        self.by = BY[self.problem.dispatch]
-        stream, rng = self.problem.stream, np.random.default_rng([self.seed, 0x50])
-        length = stream.stops - stream.starts
-        at = np.sort(rng.choice(int(length.sum()), min(MOST_ROWS, int(length.sum())), replace=False))
-        end = np.cumsum(length)
-        self.request = np.searchsorted(end, at, side="right")
-        row = stream.starts[self.request] + at - (end - length)[self.request]
-        picked = stream.experts[row]
-        self.rows = [np.ascontiguousarray(picked[:, i]) for i in range(picked.shape[1])]
-        self.draw = rng.random(len(row))
+        self.forecast = LocalityForecast(problem.signature)
 
     def starts(self) -> list[State]:
         """Groups around the centres of K-means of what requests used, from several seeds."""
         rng = np.random.default_rng([self.seed, 0x3A])
-        n, groups = len(self.flat), self.cluster.num_groups
-        some = np.arange(n) if n <= MOST_CLUSTERED else rng.choice(n, MOST_CLUSTERED, replace=False)
+        n, groups, sample = len(self.flat), self.cluster.num_groups, self.settings.max_clustered
+        chosen = np.arange(n) if n <= sample else rng.choice(n, sample, replace=False)
         points = normalised(self.problem.use)
-        spanned = in_span(points[some])
+        spanned = in_span(points[chosen])
         states = []
-        for _ in range(1 if "starts" in self.without else STARTS):
-            label = kmeans(spanned, min(groups, len(some)), int(rng.integers(1 << 31)))
-            centres = np.stack([points[some[label == k % (label.max() + 1)]].mean(axis=0) for k in range(groups)])
+        for _ in range(1 if "starts" in self.without else self.settings.starts):
+            label = kmeans(spanned, min(groups, len(chosen)), int(rng.integers(1 << 31)))
+            centres = np.stack([points[chosen[label == k % (label.max() + 1)]].mean(axis=0) for k in range(groups)])
             score = (points @ centres.T).astype(np.float64)
-            states.append(State(equal_groups(score), score, np.zeros((0, 0), np.int64)))
+            states.append(State(equal_groups(score), score, NO_SLOTS))
         return states
 
-    def again(self, slots: Int32Array) -> State:
-        """The groups that an older placement's router would make today."""
+    def from_placement(self, slots: Int32Array) -> State:
+        """The groups that a router fitted for the given placement makes."""
         n, groups = len(self.flat), self.cluster.num_groups
-        state = State(np.arange(n) % groups, np.zeros((n, groups)), slots.astype(np.int64))
+        state = State(np.arange(n) % groups, np.zeros((n, groups)), NO_SLOTS)
         use = self.by_node(self.use_by_group(self.members(state)))
-        self.assign(state, use, (0.0, 0.0))
-        return state.afresh()
+        return self.assign(state, slots.astype(np.int64), use, Pricing(0.0, 0.0))
 
-    def alternate(self, state: State, prices: Prices, rounds: int, start: Start | None = None) -> State:
-        """Placement for the groups, groups for the placement, until neither changes; the best state on the way."""
+    def alternate(self, state: State, pricing: Pricing, rounds: int, start: Start | None = None) -> State:
+        """Placement for the groups, groups for the placement, until the groups stay the same; the best state met."""
         best = state
         for turn in range(rounds):
-            use = self.place(state, prices, start if turn == 0 else None)
-            before = state.group
-            self.assign(state, use, prices)
-            if best is state or state.value > best.value:
-                best = dataclasses.replace(state, slots=state.slots.copy())
-            if (before == state.group).all():
+            slots, use = self.place(state, pricing, start if turn == 0 else None)
+            before, state = state, self.assign(state, slots, use, pricing)
+            if turn == 0 or state.value > best.value:
+                best = state
+            if (before.group == state.group).all():
                 break
         return best
 
-    def place(self, state: State, prices: Prices, start: Start | None = None) -> FloatArray:
-        """Improve the slots for the groups as they are; returns the use [L, N, E] that it was done for.
+    def place(self, state: State, pricing: Pricing, start: Start | None = None) -> tuple[Int64Array, FloatArray]:
+        """Slots [L, S] improved for the groups as they are, and the use [L, N, E] that it was done for.
 
-        A layer that ends better from `start`, slots [L, S] for that use, is taken from there.
+        A layer that ends better from `start` is taken from there.
         """
         member = self.members(state)
         by_group = self.use_by_group(member)  # [D, L, E]
         use = self.by_node(by_group)
-        if not state.slots.size:
-            state.slots = place_quickly(use, self.room, self.cluster.gpus_per_node, prices[0])
-        near = None
-        if self.cluster.deployment is Deployment.GPUS and self.cluster.gpus_per_node > 1:
-            near = np.ascontiguousarray(NEAR * by_group.transpose(1, 0, 2))
-            near /= np.maximum(use.sum(axis=(1, 2)), 1e-12)[:, None, None]
-        rows = None
-        if self.by != local_search.BY_PICK:
-            home = self.node[(np.cumsum(member[self.request], axis=1) < self.draw[:, None]).sum(axis=1)]
-            rows = [(of, home) for of in self.rows]
-        budget = -1
-        if self.problem.old is not None:  # moves are counted from the old plan, so each round begins there
-            state.slots, budget = self.problem.old.astype(np.int64), self.problem.options.max_moves
-        improve = partial(
-            local_search.improve, use, gpus_per_node=self.cluster.gpus_per_node, price_node=prices[0],
-            price_gpu=prices[1],
-            sweeps=max(SWEEPS, budget), nearest=self.nearest, near=near, rows=rows, by=self.by, credit=self.credit,
-            budget=budget,
-        )  # fmt: skip
-        value = improve(slots=state.slots)
+        if self.limit is not None:  # moves are counted from the deployed placement, so each round begins there
+            slots = self.limit.slots.astype(np.int64)
+        elif state.slots.size:
+            slots = state.slots.copy()
+        else:
+            slots = place_quickly(
+                use, self.slots_per_node, self.cluster.gpus_per_node, pricing.node_penalty, self.settings.sweeps
+            )
+        improve = partial(self._improve, use=use, by_group=by_group, member=member, pricing=pricing)
+        value = improve(slots)
         if start is not None:
             other = start(use)
-            better = improve(slots=other) > value
-            state.slots[better] = other[better]
-        return use
+            better = improve(other) > value
+            slots[better] = other[better]
+        return slots, use
+
+    def _improve(
+        self, slots: Int64Array, use: FloatArray, by_group: FloatArray, member: FloatArray, pricing: Pricing
+    ) -> FloatArray:
+        """Local search from the slots, which are changed; returns the value of each layer."""
+        same_gpu = None
+        if self.cluster.deployment is Deployment.GPUS and self.cluster.gpus_per_node > 1:
+            same_gpu = np.ascontiguousarray(self.settings.same_gpu_value * by_group.transpose(1, 0, 2))
+            same_gpu /= np.maximum(use.sum(axis=(1, 2)), 1e-12)[:, None, None]
+        rows, counted_by = None, local_search.BY_PICK
+        if pricing.rows is not None:
+            home, counted_by = pricing.rows.homes(member, self.group_node), pricing.rows.counted_by
+            rows = [(experts, home) for experts in pricing.rows.experts]
+        budget = -1 if self.limit is None else self.limit.max_moves
+        return local_search.improve(
+            use,
+            slots,
+            self.cluster.gpus_per_node,
+            pricing.node_penalty,
+            pricing.gpu_penalty,
+            max(self.settings.sweeps, budget),
+            nearest=self.nearest,
+            near=same_gpu,
+            rows=rows,
+            by=counted_by,
+            credit=pricing.sharing_credit,
+            budget=budget,
+        )
+
+    def assign(self, state: State, slots: Int64Array, use: FloatArray, pricing: Pricing) -> State:
+        """Equal groups by what the router predicts of each request, with that request left out of the fit."""
+        load = ExpectedLoad(self.cluster, slots, self.problem.shape.num_experts, self.nearest)
+        local = load.local_share[self.group_node]
+        if self.cluster.deployment is Deployment.GPUS and self.nearest:
+            local = local + self.settings.same_gpu_value * load.on_gpu.transpose(1, 0, 2)
+        local = local.reshape(len(self.group_node), -1).astype(np.float32)
+        share = self._local_share(slots, local, pricing)
+        # Load enters by its slope, so that requests leave a node that is too busy.
+        penalty = load.penalty_slope(use, pricing)[self.group_node].reshape(len(local), -1).astype(np.float32)
+        if "load-in-groups" in self.without:
+            penalty[:] = 0.0
+        if state.load_penalty is not None:
+            penalty = state.load_penalty + np.float32(self.settings.load_step) * (penalty - state.load_penalty)
+        if "forecast" in self.without:
+            router = LinearRouter(local - penalty, np.zeros(len(local)))
+            score = router.scores(self.problem.signature)
+        else:
+            target = share - (self.flat @ penalty.T) / self.picks[:, None]
+            router, score = self.forecast.fit(target, local - penalty)
+        group = equal_groups(score)
+        chosen = share[np.arange(len(share)), group]
+        member = np.zeros(share.shape)
+        member[np.arange(len(share)), group] = 1.0
+        imbalance = load.imbalance(self.by_node(self.use_by_group(member)))
+        penalties = (pricing.node_penalty, pricing.gpu_penalty)
+        value = float((chosen * self.picks).sum() / self.picks.sum() - np.dot(penalties, imbalance))
+        return State(group, score, slots, router, penalty, value)
+
+    def _local_share(self, slots: Int64Array, local: npt.NDArray[np.float32], pricing: Pricing) -> FloatArray:
+        """float64 [n, D], the share of each request's picks that sends no message, in each group."""
+        rows = pricing.rows
+        if rows is None:
+            return np.asarray((self.flat @ local.T) / self.picks[:, None])
+        sent = local_search.messages(
+            slots,
+            self.cluster.nodes,
+            self.cluster.gpus_per_node,
+            self.problem.shape.num_experts,
+            nearest=self.nearest,
+            rows=rows.experts,
+            request=rows.request,
+            requests=len(self.flat),
+            by=rows.counted_by,
+        )
+        sampled = np.bincount(rows.request, minlength=len(self.flat))[:, None] * self.problem.shape.num_layers
+        return np.asarray((1.0 - sent / np.maximum(sampled * self.problem.shape.top_k, 1))[:, self.group_node])
 
     def members(self, state: State) -> FloatArray:
-        """float64 [n, D], how much each request counts for each group."""
+        """float64 [n, D], how much of each request belongs to each group."""
         if "soft" in self.without:
             return np.asarray(np.eye(self.cluster.num_groups)[state.group])
-        return soft_groups(state.score, SOFTNESS)
-
-    def facing(self, slots: Int32Array, use: FloatArray) -> Int64Array:
-        """The same experts together, each node's share of them where it is asked for most: [L, S]."""
-        out = slots.astype(np.int64)
-        nodes = self.cluster.nodes
-        for layer, of in zip(out, use, strict=True):
-            parts = layer.reshape(nodes, -1).copy()
-            part, node = linear_sum_assignment(of[:, parts].sum(axis=2).T, maximize=True)
-            layer.reshape(nodes, -1)[node] = parts[part]
-        return out
-
-    def in_blocks(self, use: FloatArray) -> Int64Array:
-        """Slots [L, S]: each node holds the groups of the model's own router it asks for most, and copies it asks for.
-
-        A router that chooses groups before experts (DeepSeek-V3: 4 of 8) then reaches few nodes by itself.
-        """
-        layers, nodes, experts = use.shape
-        held = np.empty((layers, nodes, self.room), np.int64)
-        block = np.arange(experts).reshape(nodes, -1)
-        for of, into in zip(use, held, strict=True):
-            asked = of.copy()
-            part, node = linear_sum_assignment(of.reshape(nodes, nodes, -1).sum(axis=2).T, maximize=True)
-            into[node, : block.shape[1]] = block[part]
-            np.put_along_axis(asked, into[:, : block.shape[1]], -1.0, axis=1)
-            into[:, block.shape[1] :] = np.argsort(-asked, axis=1, kind="stable")[:, : self.room - block.shape[1]]
-        return on_gpus(held, use, self.cluster.gpus_per_node)
-
-    def by_node(self, by_group: FloatArray) -> FloatArray:
-        """float64 [L, N, E] from [D, L, E]."""
-        use = np.zeros((self.cluster.nodes, *by_group.shape[1:]))
-        np.add.at(use, self.node, by_group)
-        return np.ascontiguousarray(use.transpose(1, 0, 2))
+        return soft_groups(state.score, self.settings.softness)
 
     def use_by_group(self, member: FloatArray) -> FloatArray:
         """float64 [D, L, E]: expected picks of each expert by the requests of each group."""
         by_group = (member.astype(np.float32).T @ self.flat).astype(np.float64)
         return by_group.reshape(-1, self.problem.shape.num_layers, self.problem.shape.num_experts)
 
-    def assign(self, state: State, use: FloatArray, prices: Prices) -> None:
-        """Equal groups by what the router foretells; a request's own decode has no say in its own forecast."""
-        served = ExpectedLoad(self.cluster, state.slots, self.problem.shape.num_experts, self.nearest)
-        kept = served.kept[self.node]
-        if self.cluster.deployment is Deployment.GPUS and self.nearest:
-            kept = kept + NEAR * served.on.transpose(1, 0, 2)
-        kept = kept.reshape(len(self.node), -1).astype(np.float32)
-        share = (self.flat @ kept.T) / self.picks[:, None]
-        if self.by != local_search.BY_PICK:
-            sent = local_search.messages(
-                state.slots, self.cluster.nodes, self.cluster.gpus_per_node, self.problem.shape.num_experts,
-                nearest=self.nearest, rows=self.rows, request=self.request, requests=len(share), by=self.by,
-            )  # fmt: skip
-            seen = np.bincount(self.request, minlength=len(share))[:, None] * self.problem.shape.num_layers
-            share = (1.0 - sent / np.maximum(seen * self.problem.shape.top_k, 1))[:, self.node]
-        # Load enters by its slope, and the slope by little steps, or all who are alike would move at once.
-        load_penalty = served.slope(use, prices)[self.node].reshape(len(self.node), -1).astype(np.float32)
-        if "load-in-groups" in self.without:
-            load_penalty[:] = 0.0
-        state.load_penalty = (
-            load_penalty
-            if state.load_penalty is None
-            else state.load_penalty + np.float32(STEP) * (load_penalty - state.load_penalty)
-        )
-        if "forecast" in self.without:
-            state.router = LinearRouter(kept - state.load_penalty, np.zeros(len(kept)))
-            state.score = state.router.scores(self.problem.signature)
-        else:
-            target = share - (self.flat @ state.load_penalty.T) / self.picks[:, None]
-            state.router, state.score = self.foresight.fit(target, kept - state.load_penalty)
-        state.group = equal_groups(state.score)
-        found = share[np.arange(len(share)), state.group]
-        member = np.zeros(share.shape)
-        member[np.arange(len(share)), state.group] = 1.0
-        uneven = served.uneven(self.by_node(self.use_by_group(member)))
-        state.value = float((found * self.picks).sum() / self.picks.sum() - np.dot(prices, uneven))
-
-
-def place_quickly(use: FloatArray, room: int, gpus_per_node: int, price: float) -> Int64Array:
-    """Slots [L, S] for the use [L, N, E] of a grouping: nodes by search, GPUs dealt by load.
-
-    What an online balancer has time for: fractions of a second for a whole model. Each node holds `room` experts, one
-    copy of an expert at most; a pick without a copy at home is shared by all copies.
-    """
-    held = place_by_use(use, room)
-    slots = held.reshape(len(use), -1).astype(np.int64)
-    local_search.improve(use, slots, 1, price, 0.0, SWEEPS)
-    return on_gpus(slots.reshape(held.shape), use, gpus_per_node)
-
-
-def on_gpus(held: Int64Array, use: FloatArray, gpus_per_node: int) -> Int64Array:
-    """Slots [L, S] of what nodes hold [L, N, room]: GPUs dealt by load."""
-    served = ExpectedLoad(Cluster(use.shape[1], 1), held.reshape(len(held), -1), use.shape[2], True)
-    load = np.take_along_axis(served.by_copy(use), held, axis=2)
-    return slots_from_nodes(held, load, gpus_per_node).astype(np.int64)
-
-
-def soft_groups(score: FloatArray, softness: float) -> FloatArray:
-    """Memberships [n, D] that fade with the score: each row sums to 1, each column to n / D (Sinkhorn).
-
-    A new request will be like a group's members, not one of them. Counting neighbours in part keeps a placement from
-    fitting the few requests that happened to be in each group.
-    """
-    n, groups = score.shape
-    centred = score - score.mean(axis=1, keepdims=True)
-    spread = float(centred.std())
-    if spread <= 1e-12:
-        return np.full((n, groups), 1.0 / groups)
-    centred /= spread * softness
-    member = np.exp(np.maximum(centred - centred.max(axis=1, keepdims=True), -60.0))
-    for _ in range(50):
-        member *= (n / groups) / member.sum(axis=0)
-        member /= member.sum(axis=1, keepdims=True)
-    return np.asarray(member)
+    def by_node(self, by_group: FloatArray) -> FloatArray:
+        """float64 [L, N, E] from [D, L, E]."""
+        use = np.zeros((self.cluster.nodes, *by_group.shape[1:]))
+        np.add.at(use, self.group_node, by_group)
+        return np.ascontiguousarray(use.transpose(1, 0, 2))

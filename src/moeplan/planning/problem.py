@@ -1,27 +1,30 @@
-"""What a strategy is given, and what it must give back."""
+"""What a strategy is given, what it gives back, and what a strategy is.
+
+Names: n fit requests, L layers, E experts, k picks per token, S slots per layer, P GPUs, D groups.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.counting import count_pairs
-from moeplan.cluster import Cluster, Dispatch, ReplicaRule, check_slots
+from moeplan.cluster import Cluster, Dispatch, ReplicaRule, Routes, check_slots, routes
 from moeplan.errors import PlanError, UsageError
 from moeplan.planning.router import Router
-from moeplan.types import Int32Array, ModelShape
+from moeplan.types import Int32Array, ModelShape, Placement
 
-__all__ = ["GUARD", "OBJECTIVES", "Decision", "Options", "Problem", "StepCost", "Strategy", "Stream"]
+__all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "Problem", "Solution", "StepCost", "Strategy", "Stream"]
 
-#: A row is guarded, and counts, when its node_load_ratio is at most this many times linear's.
+#: The load guard: a row is eligible when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
-OBJECTIVES = ("bytes", "balance", "time")
-MOST_MOVES = 1_000_000
-#: Milliseconds of a step, from its messages [L, P, P], picks and distinct experts [L, P].
+MAX_MOVES = 1_000_000
+#: Milliseconds of a decode step, from its messages int32 [L, P, P], picks served and distinct experts int32 [L, P].
 StepCost = Callable[[Int32Array, Int32Array, Int32Array], float]
 
 Counts = npt.NDArray[np.uint32]
@@ -29,10 +32,10 @@ Counts = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Stream:
-    """Token rows of the fit requests, for what counts cannot say (co-activation).
+    """Token rows of the fit requests, for what counts cannot say (which experts a token picks together).
 
     Attributes:
-        experts: unsigned [T, L, k]; none where a trace holds sums of requests.
+        experts: unsigned [T, L, k]; empty where the trace is aggregated.
         starts, stops: int64 [n], each request's rows.
     """
 
@@ -42,51 +45,19 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Choices that a strategy may take.
-
-    Attributes:
-        clusters: K of the `paper` strategy; None picks it on the fit requests.
-        guard: most that `moeplan` lets node_load_ratio be, in multiples of linear's; infinite to leave load alone.
-        objective: what `moeplan` weighs: bytes (locality, load within the guard), balance (load first), or
-            time (the one of several such plans whose steps cost least).
-        without: parts of `moeplan` to leave out, for ablations (`moeplan.planning.planner.PARTS`).
-        cost: what `time` goes by.
-        max_moves: most copies of a layer that may be elsewhere than in the problem's old plan.
-    """
-
-    clusters: int | None = None
-    guard: float = GUARD
-    objective: str = "bytes"
-    without: tuple[str, ...] = ()
-    max_moves: int = 0
-    cost: StepCost | None = None
-
-    def __post_init__(self) -> None:
-        if self.clusters is not None and self.clusters < 1:
-            raise UsageError(f"--clusters {self.clusters} is not positive")
-        if not self.guard >= 1.0:
-            raise UsageError(f"--guard {self.guard:g} is below 1", hint=f"e.g. {GUARD:g}, or inf to leave load alone")
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"--objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
-        if self.objective == "time" and self.cost is None:
-            raise UsageError("--objective time needs to know what a step costs", hint="give --hardware and --model")
-        if not 0 <= self.max_moves <= MOST_MOVES:
-            raise UsageError(f"--max-moves {self.max_moves} is outside 0..{MOST_MOVES}")
-
-
-@dataclass(frozen=True)
 class Problem:
-    """Place experts, and group requests, for what the fit requests did.
+    """Place experts, and group requests, given the routing of the fit requests.
 
     Attributes:
         shape, cluster: the model and where it runs.
         redundant: R, extra slots per layer.
         use: uint32 [n, L, E], picks of each fit request in the rows that the plan is for (decode).
-        signature: uint32 [n, L, E], picks of each fit request in the rows known before (prefill, or what stands in).
+        signature: uint32 [n, L, E], picks of each fit request in the rows known before (prefill, or its substitute).
         stream: the token rows behind `use`.
-        rule, dispatch: how a replica is chosen, and what a message is.
-        old: int32 [L, S], the slots of an older plan to improve by few moves (`moeplan` only).
+        replica_rule, dispatch: how a replica is chosen, and what a message is.
+
+    Raises:
+        PlanError: slots that do not divide over the GPUs, counts of another shape, more groups than requests.
     """
 
     shape: ModelShape
@@ -95,10 +66,8 @@ class Problem:
     use: Counts
     signature: Counts
     stream: Stream
-    rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
+    replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
     dispatch: Dispatch = Dispatch.PICK
-    options: Options = field(default_factory=Options)
-    old: Int32Array | None = None
 
     def __post_init__(self) -> None:
         check_slots(self.shape.num_experts, self.redundant, self.cluster)
@@ -110,8 +79,6 @@ class Problem:
                 f"{self.cluster.num_groups} groups for {len(self.use)} fit requests",
                 hint="use fewer nodes, or a trace with more requests",
             )
-        if self.old is not None and self.old.shape != (self.shape.num_layers, self.num_slots):
-            raise PlanError(f"an old plan of {self.old.shape} slots for {(self.shape.num_layers, self.num_slots)}")
 
     @property
     def num_slots(self) -> int:
@@ -125,10 +92,10 @@ class Problem:
 
     @cached_property
     def pairs(self) -> npt.NDArray[np.uint32]:
-        """uint32 [L, E, E], how often two experts served the same token.
+        """uint32 [L, E, E], how often a token picked both experts.
 
         Raises:
-            PlanError: there are no token rows to tell.
+            PlanError: the trace is aggregated, so there are no token rows.
         """
         if not len(self.stream.experts):
             raise PlanError(
@@ -139,14 +106,26 @@ class Problem:
         count_pairs(self.stream.experts, self.stream.starts, self.stream.stops, out)
         return out
 
+    def routes(self, slots: npt.NDArray[np.integer], seed: int = 0) -> Routes:
+        """The replica rule applied to slots [L, S].
+
+        Raises:
+            PlanError, FormatError: the slots are no placement for this problem.
+        """
+        if slots.shape != (self.shape.num_layers, self.num_slots):
+            raise PlanError(f"slots of shape {slots.shape}, expected {(self.shape.num_layers, self.num_slots)}")
+        cluster = self.cluster
+        placement = Placement(slots.astype(np.int32), self.shape.num_experts, cluster.nodes, cluster.gpus_per_node)
+        return routes(placement, cluster, self.replica_rule, seed)
+
 
 @dataclass(frozen=True)
-class Decision:
-    """What a strategy decides.
+class Solution:
+    """What a strategy gives back.
 
     Attributes:
         slots: int32 [L, S], the expert in each slot.
-        router: how a new request finds its group; None for the locality router that every placement brings along.
+        router: how a new request finds its group; None for the locality router, which any placement has.
         notes: choices worth printing, one line each.
     """
 
@@ -156,15 +135,60 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """A way to plan.
+class MoveLimit:
+    """A placement to start from, and how far a new one may be from it.
 
     Attributes:
-        decide: (problem, seed) -> decision; the same seed, the same decision.
-        routed: it groups requests by signature; the others only place experts, and are shown with random groups.
-        equal: its groups are equal in size; False marks every figure of it, and none of them counts.
+        slots: int32 [L, S], the placement that is deployed.
+        max_moves: in each layer, the most replicas that may be on a GPU which did not hold their expert.
+
+    Raises:
+        UsageError: `max_moves` is out of range.
     """
 
-    decide: Callable[[Problem, int], Decision]
-    routed: bool = False
-    equal: bool = True
+    slots: Int32Array
+    max_moves: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_moves <= MAX_MOVES:
+            raise UsageError(f"max_moves {self.max_moves} is outside 0..{MAX_MOVES}")
+
+
+class Strategy(ABC):
+    """A way to plan. A strategy is a frozen dataclass derived from this; its fields are its parameters.
+
+    Attributes:
+        name: unique among the strategies.
+        routed: it groups requests by signature. The others only place experts, and are shown with random groups.
+        equal_groups: its groups are equal in size; if not, every figure of it is marked and never eligible.
+    """
+
+    routed = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    def equal_groups(self) -> bool:
+        return True
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        """Its parameters that are numbers or words, for a plan's record; infinity is None."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, (bool, int, float, str))}
+        return {name: None if value == np.inf else value for name, value in plain.items()}
+
+    @abstractmethod
+    def solve(self, problem: Problem, seed: int) -> Solution:
+        """Plan; the same seed gives the same solution."""
+
+    def rebalance(self, problem: Problem, limit: MoveLimit, seed: int) -> Solution:
+        """Improve a deployed placement by few moves.
+
+        Raises:
+            UsageError: this strategy cannot.
+        """
+        raise UsageError(
+            f"the strategy {self.name} cannot start from an older plan",
+            hint="use the strategy moeplan, or make a new plan",
+        )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, check_slots
 from moeplan.errors import PlanError, UsageError
-from moeplan.planning import Options, Plan, Problem, RequestSet, solve
+from moeplan.planning import Plan, Problem, RequestSet, Strategy, solve
 from moeplan.planning.assignment import equal_groups, random_groups
 from moeplan.planning.router import ClusterRouter, LocalityRouter
 from moeplan.planning.strategies import find
@@ -42,7 +42,7 @@ class Setup:
     """
 
     cluster: Cluster
-    strategies: tuple[str, ...]
+    strategies: tuple[str | Strategy, ...]
     redundant: int = 0
     rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
     dispatch: Dispatch = Dispatch.PICK
@@ -52,7 +52,6 @@ class Setup:
     block: int = 1
     steps: int = 500
     draws: int = 1000
-    options: Options = field(default_factory=Options)
     hidden: int | None = None
     timing: Timing | None = None
 
@@ -64,8 +63,8 @@ class Setup:
             raise UsageError(f"--seed {self.seed} is negative")
         if self.hidden is not None and self.hidden < 1:
             raise UsageError(f"--hidden {self.hidden} is not positive")
-        for name in self.strategies:
-            find(name)
+        for strategy in self.strategies:
+            find(strategy)
 
 
 def strategy_names(text: str) -> tuple[str, ...]:
@@ -94,7 +93,7 @@ class Row:
     signature: str
 
 
-def rows_of(strategies: tuple[str, ...], requests: RequestSet) -> list[Row]:
+def rows_of(strategies: tuple[str | Strategy, ...], requests: RequestSet) -> list[Row]:
     """The rows to show: each strategy in its own way, then the variants that split a gain into its parts.
 
     A strategy that groups requests comes with every signature kind that the trace allows; the others with random equal
@@ -102,18 +101,22 @@ def rows_of(strategies: tuple[str, ...], requests: RequestSet) -> list[Row]:
     """
     several = len(np.unique(requests.domain)) > 1
     rows: list[Row] = []
-    for name in dict.fromkeys(("linear", *strategies)):
-        strategy = find(name)
+    for name, strategy in _by_name(("linear", *strategies)).items():
         if strategy.routed:
             kinds = ["none", *(["domain"] if several else []), "oracle"]
             rows.append(Row(name, name, "prefill"))
-            if strategy.equal:
+            if strategy.equal_groups:
                 rows += [Row(f"{name}/{kind}", name, kind) for kind in kinds]
         else:
             rows.append(Row(name, name, "none"))
             if name in _ALSO_ROUTED:
                 rows.append(Row(f"{name}/prefill", name, "prefill"))
     return rows
+
+
+def _by_name(strategies: tuple[str | Strategy, ...]) -> dict[str, Strategy]:
+    """The strategies by name; of several with one name, the last."""
+    return {strategy.name: strategy for strategy in map(find, strategies)}
 
 
 def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None) -> Comparison:
@@ -135,6 +138,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     if least < cluster.num_groups:
         raise PlanError(f"{cluster.num_groups} groups for {least} fit requests", hint=more)
     live = live_requests([len(test) for _, test in folds], cluster, more)
+    chosen = _by_name(("linear", *setup.strategies))
     rows = rows_of(setup.strategies, requests)
     measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
     notes: dict[str, dict[str, None]] = {}
@@ -147,7 +151,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
             if progress:
                 progress(done, total, f"fold {fold + 1}, {row.name}")
             if row.strategy not in solved:
-                solved[row.strategy] = solve(problem, row.strategy, setup.seed + fold)
+                solved[row.strategy] = solve(problem, chosen[row.strategy], setup.seed + fold)
                 for note in solved[row.strategy].provenance.notes:
                     notes.setdefault(note, {})[str(fold + 1)] = None
             result = solved[row.strategy]
@@ -244,7 +248,7 @@ def fit_problem(requests: RequestSet, setup: Setup, fit: Int64Array) -> Problem:
     """The problem of one fold: only what the fit requests did."""
     return Problem(
         requests.shape, setup.cluster, setup.redundant, requests.use[fit], requests.signature[fit],
-        requests.stream(fit), setup.rule, setup.dispatch, setup.options,
+        requests.stream(fit), setup.rule, setup.dispatch,
     )  # fmt: skip
 
 

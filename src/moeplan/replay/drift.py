@@ -17,16 +17,17 @@ from scipy.special import stdtrit
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import FormatError, PlanError, UsageError
-from moeplan.planning import Options, Plan, RequestSet, solve
+from moeplan.planning import Plan, RequestSet, solve
 from moeplan.planning.problem import GUARD
 from moeplan.planning.strategies import available
+from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.progress import Progress
 from moeplan.replay.comparison import Row, Setup, fit_problem, folds_of, group_test, measure, rng_of
 from moeplan.replay.split import blocks, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import change, less_than
 from moeplan.replay.table import Comparison, Measured, tabulate
 
-__all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "drift", "drift_setup", "options_of"]
+__all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "drift", "drift_setup", "params_of"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -109,9 +110,11 @@ def drift_setup(plan: Plan, *, seed: int = 0, block: int = 1, steps: int = 500, 
         )
     if folds < 2:
         raise UsageError(f"{folds} fold does not tell one plan from the next", hint="use at least 2 folds")
+    params = params_of(plan)
+    strategy = params if anew(plan) == params.name else anew(plan)
     return Setup(
-        plan.cluster, (anew(plan),), plan.redundant, plan.replica_rule, plan.dispatch,
-        fit=0.5, folds=folds, seed=seed, block=block, steps=steps, options=options_of(plan),
+        plan.cluster, (strategy,), plan.redundant, plan.replica_rule, plan.dispatch,
+        fit=0.5, folds=folds, seed=seed, block=block, steps=steps,
     )  # fmt: skip
 
 
@@ -120,15 +123,15 @@ def anew(plan: Plan) -> str:
     return plan.strategy if plan.strategy in available() else "moeplan"
 
 
-def options_of(plan: Plan, objective: str | None = None) -> Options:
-    """The choices that the plan was made with, as far as it says; another objective instead.
+def params_of(plan: Plan, objective: str | None = None) -> MoeplanParams:
+    """The parameters that the plan was made with, as far as it says; another objective instead.
 
     Raises:
         FormatError: the plan's guard or objective is none.
     """
     guard, objective = plan.params.get("guard", GUARD), objective or plan.params.get("objective")
     try:
-        return Options(guard=float("inf") if guard is None else float(guard), objective=objective or Options.objective)
+        return MoeplanParams(float("inf") if guard is None else float(guard), objective or "bytes")
     except (TypeError, ValueError, UsageError):
         raise FormatError(
             f"guard {str(guard)[:20]!r} or objective {str(objective)[:20]!r} is none",
@@ -162,7 +165,7 @@ def drift(requests: RequestSet, plan: Plan, setup: Setup, progress: Progress | N
         if progress:
             progress(fold, setup.folds, f"fold {fold + 1}")
         problem = fit_problem(requests, setup, fit)
-        fresh = solve(problem, anew(plan), setup.seed + fold)
+        fresh = solve(problem, setup.strategies[0], setup.seed + fold)
         notes |= dict.fromkeys(fresh.notes)
         of = {"linear": solve(problem, "linear", setup.seed + fold), FRESH: fresh}
         draws = draw_steps(requests.measured_span[test], setup.steps, rng_of(setup, fold, 2))

@@ -12,6 +12,7 @@ from moeplan import __version__
 from moeplan.cluster import Dispatch, message_bytes
 from moeplan.planning.problem import GUARD
 from moeplan.planning.requests import RequestSet
+from moeplan.planning.strategies.paper import PaperParams
 from moeplan.replay.measure import RequestFigures, StepFigures
 from moeplan.replay.statistics import (
     Figure,
@@ -378,7 +379,7 @@ def _head(requests: RequestSet, setup: Setup, linear: list[Measured], live: int)
             "steps": setup.steps,
             "live_per_group": live,
             "bootstrap_draws": setup.draws,
-            "clusters": setup.options.clusters,
+            "clusters": next((s.clusters for s in setup.strategies if isinstance(s, PaperParams)), None),
             "hidden": setup.hidden or requests.shape.hidden,
             "timing": setup.timing.to_dict(cluster, setup.steps) if setup.timing else None,
         },

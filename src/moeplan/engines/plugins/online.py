@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moeplan.types import Int32Array, Placement, has_duplicate_experts
 
-__all__ = ["EVEN", "SECONDS", "TIED", "gpu_unevenness", "rebalance", "twins", "warm_up"]
+__all__ = ["EVEN", "SECONDS", "TIED", "rebalance", "twins", "warm_up"]
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -28,8 +28,6 @@ TIED = 0.5
 EVEN = 1.05
 #: Wall time for one re-plan; layers that are not reached stay as they are.
 SECONDS = 2.0
-#: Of uneven nodes and GPUs, in shares of all picks, as the planner's objective `both` has them.
-PRICE_NODE, PRICE_GPU = 0.2, 1.0
 #: Layers between looks at the clock: the search takes two at a time.
 BATCH = 4
 
@@ -57,6 +55,8 @@ def rebalance(
     """
     end = time.monotonic() + seconds
     from moeplan._kernels.local_search import improve
+    from moeplan.planning.expected_load import load_ratio, shared_gpu_load
+    from moeplan.planning.pricing import BOTH
 
     nearest = nearest and not has_duplicate_experts(plan.slots, plan.nodes).any()
     slots = plan.slots.astype(np.int64)
@@ -64,16 +64,16 @@ def rebalance(
         kept = _sound(old, plan, nearest)
         slots[kept] = old[kept]
     counted = np.asarray(load, np.float64)
-    uneven = gpu_unevenness(slots, counted, plan.num_gpus)
-    order = np.argsort(-uneven, kind="stable")
-    order = order[uneven[order] > EVEN]
+    ratio = load_ratio(shared_gpu_load(slots, counted, plan.num_gpus))
+    order = np.argsort(-ratio, kind="stable")
+    order = order[ratio[order] > EVEN]
     for first in range(0, len(order), BATCH):
         if time.monotonic() > end:
             break
         layers = order[first : first + BATCH]
         part = slots[layers]
         use = _use_by_node(plan, layers, counted[layers])
-        improve(use, part, plan.gpus_per_node, PRICE_NODE, PRICE_GPU, 1, nearest=nearest)
+        improve(use, part, plan.gpus_per_node, BOTH.node_penalty, BOTH.gpu_penalty, 1, nearest=nearest)
         slots[layers] = part
     return slots.astype(np.int32)
 
@@ -85,17 +85,6 @@ def _use_by_node(plan: Placement, layers: npt.NDArray[np.intp], load: Float64Arr
     held[np.arange(len(layers))[:, None, None], np.arange(plan.nodes)[None, :, None], by_node] = 1.0
     share = (1.0 - TIED) / plan.nodes + TIED * held / held.sum(axis=1, keepdims=True)
     return np.ascontiguousarray(share * load[:, None, :])
-
-
-def gpu_unevenness(slots: npt.NDArray[np.integer], load: npt.NDArray[np.floating], gpus: int) -> Float64Array:
-    """float64 [L]: the busiest GPU's share of picks over the mean, copies sharing alike; 1 where there is no load."""
-    layers, experts = load.shape
-    count = np.zeros((layers, experts))
-    np.add.at(count, (np.arange(layers)[:, None], slots), 1.0)
-    each = np.asarray(load, np.float64) / np.maximum(count, 1.0)
-    by_gpu = np.take_along_axis(each, slots.astype(np.int64), axis=1).reshape(layers, gpus, -1).sum(axis=2)
-    mean = by_gpu.mean(axis=1)
-    return np.where(mean > 0, by_gpu.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
 
 
 def twins(plan: Placement) -> str:

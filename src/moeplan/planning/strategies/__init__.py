@@ -1,7 +1,8 @@
 """One file per strategy; adding a strategy is adding a file.
 
-A strategy file has `STRATEGIES`, a dict from each name it offers to a `Strategy`. Names come from the files in this
-folder, so nothing else has to be told.
+A strategy file has a `Strategy` class, whose fields are its parameters, and a tuple `STRATEGIES`: an instance for each
+name that it offers, with the default parameters. Strategies are found by the files in this folder; nothing else lists
+them.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ __all__ = ["available", "find"]
 
 @cache
 def available() -> dict[str, Strategy]:
-    """Every strategy by name."""
-    found: dict[str, Strategy] = {}
-    for module in pkgutil.iter_modules(__path__):
-        found.update(importlib.import_module(f"{__name__}.{module.name}").STRATEGIES)
-    return found
+    """Every strategy by name, with its default parameters."""
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {strategy.name: strategy for module in modules for strategy in module.STRATEGIES}
 
 
-def find(name: str) -> Strategy:
-    """The strategy of that name.
+def find(strategy: str | Strategy) -> Strategy:
+    """The strategy of that name with its default parameters; a strategy itself is returned as it is.
 
     Raises:
-        UsageError: there is none; the error lists those there are.
+        UsageError: no such name; the error lists the available ones.
     """
-    strategies = available()
-    if name not in strategies:
-        raise UsageError(f"no strategy {name!r}", hint=f"choose among {', '.join(sorted(strategies))}")
-    return strategies[name]
+    if isinstance(strategy, Strategy):
+        return strategy
+    if strategy not in available():
+        raise UsageError(f"no strategy {strategy!r}", hint=f"choose among {', '.join(sorted(available()))}")
+    return available()[strategy]

@@ -1,19 +1,24 @@
-"""`linear`: what every engine does when told nothing."""
+"""`linear`: what every engine does by default."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
-from moeplan.planning.problem import Decision, Problem, Strategy
+from moeplan.planning.balance import linear_slots
+from moeplan.planning.problem import Problem, Solution, Strategy
 
 
-def linear(problem: Problem, seed: int) -> Decision:
-    """Expert e in slot e, spare slots holding experts 0, 1, .. again.
+@dataclass(frozen=True)
+class LinearParams(Strategy):
+    """Expert e in slot e, spare slots with experts 0, 1, .. again.
 
     The engines' own initial layout: SGLang 0.5.23 `--init-expert-location trivial`; vLLM 0.33.0's initial map.
     """
-    row = np.arange(problem.num_slots, dtype=np.int32) % problem.shape.num_experts
-    return Decision(np.tile(row, (problem.shape.num_layers, 1)))
+
+    name = "linear"
+
+    def solve(self, problem: Problem, seed: int) -> Solution:
+        return Solution(linear_slots(problem.shape.num_layers, problem.shape.num_experts, problem.num_slots))
 
 
-STRATEGIES = {"linear": Strategy(linear)}
+STRATEGIES = (LinearParams(),)

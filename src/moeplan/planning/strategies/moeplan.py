@@ -1,209 +1,199 @@
-"""`moeplan`: groups, placement and spare copies planned together, for requests not yet seen (docs/method.md).
+"""`moeplan`: groups, placement and replicas planned together, for held-out requests (docs/method.md).
 
-Alternate, from several starts: given the groups, each layer's slots are improved by swaps and replacements, at a price
-on uneven load; given the placement, a regression foretells from each fit request's signature, with that request left
-out, what it would keep at home in each group, and the groups are the exact equal assignment of these. So the plan is
-made for what its own router will do, not for what an oracle could. Then the price of uneven nodes rises until steps
-replayed on the fit requests keep the guard.
+From several starts, alternate: given the groups, each layer's slots are improved by swaps and replacements, with a
+penalty for load imbalance; given the placement, a regression predicts from each fit request's signature, with that
+request left out, what share of its picks would stay on each group's node, and the groups are the exact equal assignment
+of these predictions. So the plan is made for what its own router will do, not for what an oracle could. Then the
+penalty rises until steps replayed on the fit requests keep the load guard.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
-from moeplan._kernels import local_search
-from moeplan.cluster import Routes, routes
 from moeplan.errors import PlanError, UsageError
-from moeplan.planning.expected_load import Prices
-from moeplan.planning.guard import StepSampler
+from moeplan.planning.balance import eplb_slots, linear_slots
+from moeplan.planning.coactivation import coactivation_slots
+from moeplan.planning.guard import GuardSettings, StepSampler, keep_guard
+from moeplan.planning.initial_placement import by_router_group, orient_to_demand, place_by_use
 from moeplan.planning.packing import slots_from_nodes
-from moeplan.planning.planner import BY, PARTS, Planner, Start, State
-from moeplan.planning.problem import Decision, Problem, Strategy, Stream
-from moeplan.planning.strategies.affinity import affinity
-from moeplan.planning.strategies.eplb import eplb
-from moeplan.planning.strategies.linear import linear
-from moeplan.planning.strategies.paper import place_by_use
-from moeplan.types import Int32Array, Placement, has_duplicate_experts
+from moeplan.planning.planner import PARTS, Planner, SearchSettings, Start, State
+from moeplan.planning.pricing import BALANCE, BOTH, LOCALITY, Pricing, TokenSample
+from moeplan.planning.problem import GUARD, MoveLimit, Problem, Solution, StepCost, Strategy, Stream
+from moeplan.types import Int32Array, has_duplicate_experts
 
-__all__ = ["PARTS"]
+__all__ = ["OBJECTIVES", "PARTS", "MoeplanParams"]
 
-MOST = 1000  # fit requests that are planned on: the regression's cost grows with their cube
-TRIAL, ROUNDS = 3, 8  # rounds of each start, and of the best of them
-#: The first price of uneven nodes, and that of uneven GPUs where a node has several, by objective.
-PRICES: dict[str, Prices] = {"bytes": (0.02, 0.2), "both": (0.2, 1.0), "balance": (2.0, 2.0)}
-DEARER, RAISES, HALVINGS = (
-    2.0,
-    8,
-    3,
-)  # how the first price rises while the guard is broken, and halvings of its last rise
-MARGIN = 0.98  # of the guard, since unseen requests load nodes up to a few percent less evenly than the fit requests do
+OBJECTIVES = ("bytes", "balance", "time")
+#: Prices whose plans the objective `time` compares; the other objectives have one each.
+PRICES = {"bytes": LOCALITY, "both": BOTH, "balance": BALANCE}
+
+Plan = tuple[State, tuple[str, ...]]
 
 
-def moeplan(problem: Problem, seed: int) -> Decision:
-    """The best of several starts, held to the guard; from an older plan, the best that few moves reach."""
-    for part in problem.options.without:
-        if part not in PARTS:
-            raise UsageError(f"moeplan has no part {part!r} to leave out", hint=f"one of {', '.join(PARTS)}")
-    whole = len(problem.use)
-    if whole > MOST:
-        problem = _sample(problem, seed)
-    planner = Planner(problem, seed)
-    if planner.room >= problem.shape.num_experts and problem.old is None:
-        return _everything_everywhere(problem, planner)
-    if problem.options.objective == "time":
-        state, notes = _cheapest(planner)
+@dataclass(frozen=True)
+class MoeplanParams(Strategy):
+    """Groups, placement and replicas planned together.
+
+    Attributes:
+        guard: the most node load (node_load_ratio), in multiples of linear's; infinite to leave load alone.
+        objective: bytes (locality, load within the guard), balance (load first), or time (of plans at several prices,
+            the one whose steps cost least).
+        step_cost: milliseconds of a step, for the objective time.
+        without: parts to leave out, of `PARTS`, to measure what they are worth.
+        search, guard_search: how long and how smoothly to search, and how to hold the plan to the guard.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    guard: float = GUARD
+    objective: str = "bytes"
+    step_cost: StepCost | None = None
+    without: tuple[str, ...] = ()
+    search: SearchSettings = field(default_factory=SearchSettings)
+    guard_search: GuardSettings = field(default_factory=GuardSettings)
+    name = "moeplan"
+    routed = True
+
+    def __post_init__(self) -> None:
+        if not self.guard >= 1.0:
+            raise UsageError(f"guard {self.guard:g} is below 1", hint=f"e.g. {GUARD:g}, or inf to leave load alone")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if self.objective == "time" and self.step_cost is None:
+            raise UsageError(
+                "the objective time needs to know what a step costs", hint="give --hardware and --model, or step_cost"
+            )
+        for part in self.without:
+            if part not in PARTS:
+                raise UsageError(f"moeplan has no part {part!r} to leave out", hint=f"one of {', '.join(PARTS)}")
+
+    def solve(self, problem: Problem, seed: int) -> Solution:
+        return _solve(self, problem, None, seed)
+
+    def rebalance(self, problem: Problem, limit: MoveLimit, seed: int) -> Solution:
+        expected = (problem.shape.num_layers, problem.num_slots)
+        if limit.slots.shape != expected:
+            raise PlanError(f"a deployed placement of {limit.slots.shape} slots, expected {expected}")
+        return _solve(self, problem, limit, seed)
+
+
+STRATEGIES = (MoeplanParams(),)
+
+
+def _solve(params: MoeplanParams, problem: Problem, limit: MoveLimit | None, seed: int) -> Solution:
+    """The best of several starts, held to the guard; with a move limit, the best that few moves reach."""
+    total, most = len(problem.use), params.search.max_requests
+    if total > most:
+        problem = _sample(problem, most, seed)
+    if limit is None and problem.num_slots // problem.cluster.nodes >= problem.shape.num_experts:
+        return _full_replication(problem)
+    planner = Planner(problem, params.search, params.without, limit, seed)
+    if params.objective == "time":
+        state, notes = _least_step_cost(params, planner)
     else:
-        state, notes = _plan(planner, PRICES[problem.options.objective])
-    if whole > MOST:
-        notes = (*notes, f"moeplan: planned on {MOST} of {whole} fit requests, drawn by seed")
-    return Decision(state.slots.astype(np.int32), state.router, notes)
+        state, notes = _plan(params, planner, PRICES[params.objective])
+    if total > most:
+        notes = (*notes, f"moeplan: planned on {most} of {total} fit requests, drawn by seed")
+    return Solution(state.slots.astype(np.int32), state.router, notes)
 
 
-def _sample(problem: Problem, seed: int) -> Problem:
-    """The same with `MOST` of its requests."""
-    chosen = np.sort(np.random.default_rng([seed, 0x5A]).choice(len(problem.use), MOST, replace=False))
+def _sample(problem: Problem, count: int, seed: int) -> Problem:
+    """The same problem with some of its requests."""
+    chosen = np.sort(np.random.default_rng([seed, 0x5A]).choice(len(problem.use), count, replace=False))
     stream = problem.stream
     if len(stream.experts):
         stream = Stream(stream.experts, stream.starts[chosen], stream.stops[chosen])
-    return dataclasses.replace(problem, use=problem.use[chosen], signature=problem.signature[chosen], stream=stream)
+    return replace(problem, use=problem.use[chosen], signature=problem.signature[chosen], stream=stream)
 
 
-def _cheapest(planner: Planner) -> tuple[State, tuple[str, ...]]:
-    """Of plans at several prices of load, and of `linear` and `eplb` with a router of ours, the one whose steps,
-    replayed on the fit requests, cost least. (More copies touched are more weights read: that can cost more than the
-    messages that they save.)"""
-    problem, cost = planner.problem, planner.problem.options.cost
-    if cost is None or not len(problem.stream.experts):
-        raise PlanError("--objective time needs token rows to replay", hint="use a trace that is not of sums")
-    steps = StepSampler(problem, planner.seed)
-    best, least, said, dearest = None, np.inf, [], 0.0
-    made: dict[str, Callable[[], tuple[State, tuple[str, ...]]]] = {
-        name: partial(_plan, copy.copy(planner), prices) for name, prices in PRICES.items()
-    }
-    for other in (linear, eplb):
-        slots = other(problem, planner.seed).slots
-        if problem.old is None and not has_duplicate_experts(slots, problem.cluster.num_gpus).any():
-            made[other.__name__] = partial(_routed, planner, slots)
-    for name, make in made.items():
-        plan = make()
-        ms = steps.mean_cost(_routes(problem, plan[0].slots.astype(np.int32)), plan[0].group, cost)
-        said.append(f"{name} {ms:.3f}")
-        dearest = max(dearest, ms)
-        if ms < least:
-            best, least, won = plan, ms, name
-    assert best is not None
-    alike = ", though all cost the same" if dearest <= 1.001 * least else ""
-    return best[0], (*best[1], f"moeplan: ms a step on the fit requests, {', '.join(said)}: {won} it is{alike}")
-
-
-def _routed(planner: Planner, slots: Int32Array) -> tuple[State, tuple[str, ...]]:
-    return planner.again(slots), ()
-
-
-def _plan(planner: Planner, prices: Prices) -> tuple[State, tuple[str, ...]]:
-    """At given first prices of uneven nodes and GPUs."""
-    problem, seed = planner.problem, planner.seed
-    if problem.cluster.gpus_per_node == 1 or "gpus" in problem.options.without:
-        prices = (prices[0], 0.0)
-    if problem.old is not None:
-        best = planner.alternate(planner.again(problem.old), prices, TRIAL)
-    else:
-        # GPUs wait until a start is chosen: they say little about which groups are good, and cost most of the search.
-        tried = [planner.alternate(state, (prices[0], 0.0), planner.rounds(TRIAL)) for state in planner.starts()]
-        best = planner.alternate(max(tried, key=lambda state: state.value).afresh(), prices, planner.rounds(ROUNDS))
-    if not len(problem.stream.experts):
-        return best, ("moeplan: sums of requests have no rows to replay; the guard on node load was not checked",)
-    if problem.dispatch in BY and problem.shape.top_k > 1:  # a token's only pick shares its message with none
-        planner.by_token()
-        start: Start | None = partial(planner.facing, affinity(problem, seed).slots)
-        if problem.shape.routing_groups > 1 and problem.shape.routing_groups % problem.cluster.nodes == 0:
-            start = planner.in_blocks
-        if problem.old is not None:
-            start = None
-        best = planner.alternate(best.afresh(), prices, 2, start)
-    return _guarded(planner, best, prices)
-
-
-def _everything_everywhere(problem: Problem, planner: Planner) -> Decision:
-    """Every node holds every expert: nothing crosses, and the slots left over go to the busiest."""
+def _full_replication(problem: Problem) -> Solution:
+    """Every node holds every expert: no pick leaves its node, and spare slots go to the busiest experts."""
     cluster = problem.cluster
     use = np.repeat(problem.load[:, None, :], cluster.nodes, axis=1)
-    held = place_by_use(use, planner.room, cluster.gpus_per_node)
-    return Decision(slots_from_nodes(held, np.take_along_axis(use, held, axis=2), cluster.gpus_per_node))
+    held = place_by_use(use, problem.num_slots // cluster.nodes, cluster.gpus_per_node)
+    return Solution(slots_from_nodes(held, np.take_along_axis(use, held, axis=2), cluster.gpus_per_node))
 
 
-def _guarded(planner: Planner, state: State, prices: Prices) -> tuple[State, tuple[str, ...]]:
-    """The least price of uneven nodes at which steps of the fit requests keep the guard, and the plan that it gives."""
-    problem, seed = planner.problem, planner.seed
-    if np.isinf(problem.options.guard) or "guard" in problem.options.without:
-        return state, ("moeplan: node load was not guarded",)
-    steps = StepSampler(problem, seed)
-    allowed = MARGIN * problem.options.guard
-    allowed *= _steps_of(problem, linear(problem, seed).slots, steps, steps.random_groups)
-
-    def load(state: State) -> float:
-        return _steps_of(problem, state.slots.astype(np.int32), steps, state.group)
-
-    def at(state: State, price: float) -> State:
-        return planner.alternate(state.afresh(), (price, prices[1]), 2)
-
-    raised = [(prices[0], load(state), state)]
-    while raised[-1][1] > allowed and len(raised) <= RAISES:
-        price = DEARER * raised[-1][0]
-        state = at(raised[-1][2], price)
-        raised.append((price, load(state), state))
-    price, now, state = raised[-1]
-    if now > allowed:
-        price, now, state = min(raised, key=lambda one: one[1])
-        return _apart(planner, state, price, allowed, partial(at, price=price), load)
-    if len(raised) > 1:
-        low, _, loose = raised[-2]
-        for _ in range(HALVINGS):
-            middle = float(np.sqrt(low * price))
-            tried = at(loose, middle)
-            if load(tried) <= allowed:
-                state, price = tried, middle
-            else:
-                loose, low = tried, middle
-    return state, (f"moeplan: price of uneven load {price:.3g}",)
+def _plan(params: MoeplanParams, planner: Planner, pricing: Pricing) -> Plan:
+    """The plan at given first prices."""
+    problem, search = planner.problem, params.search
+    if problem.cluster.gpus_per_node == 1 or "gpus" in params.without:
+        pricing = replace(pricing, gpu_penalty=0.0)
+    if planner.limit is not None:
+        best = planner.alternate(planner.from_placement(planner.limit.slots), pricing, search.trial_rounds)
+    else:
+        trial_rounds, rounds = (1, 1) if "joint" in params.without else (search.trial_rounds, search.rounds)
+        # Load of GPUs waits until a start is chosen: it says little about which groups are good, and takes long.
+        nodes_only = replace(pricing, gpu_penalty=0.0)
+        tried = [planner.alternate(start, nodes_only, trial_rounds) for start in planner.starts()]
+        best = planner.alternate(max(tried, key=lambda state: state.value), pricing, rounds)
+    if not len(problem.stream.experts):
+        return best, ("moeplan: the trace is aggregated, so the guard on node load was not checked",)
+    rows = TokenSample.of(problem, search.max_rows, planner.seed)
+    if rows is not None:
+        pricing = replace(pricing, rows=rows)
+        best = planner.alternate(best, pricing, 2, _start_for_tokens(planner))
+    if np.isinf(params.guard) or "guard" in params.without:
+        return best, ("moeplan: node load was not guarded",)
+    best, note = keep_guard(planner, best, pricing, params.guard, params.guard_search)
+    return best, (f"moeplan: {note}",)
 
 
-def _apart(
-    planner: Planner, state: State, price: float, allowed: float, at: Callable[[State], State],
-    load: Callable[[State], float],
-) -> tuple[State, tuple[str, ...]]:  # fmt: skip
-    """Where even nodes are not enough: picks of a token that share a node come in bunches, which loads steps unevenly
-    whatever the totals. The most credit for sharing at which steps of the fit requests keep the guard."""
-    kept, most, low, high = None, 0.0, 0.0, 1.0
-    for _ in range(HALVINGS + 1 if planner.by != local_search.BY_PICK else 0):
-        planner.credit = (low + high) / 2
-        tried = at(state)
-        if load(tried) <= allowed:
-            kept, most, low = tried, planner.credit, planner.credit
-        else:
-            high = planner.credit
-    planner.credit = 1.0
-    if kept is None:
-        return state, (
-            f"moeplan: the guard on node load could not be kept with a margin; price of uneven load {price:.3g}",
-        )
-    return kept, (f"moeplan: price of uneven load {price:.3g}, credit for sharing a node {most:.3g}",)
+def _start_for_tokens(planner: Planner) -> Start | None:
+    """Another placement to search from where tokens share messages: one that keeps a token's experts together."""
+    problem = planner.problem
+    groups, nodes = problem.shape.routing_groups, problem.cluster.nodes
+    if planner.limit is not None:
+        return None
+    if groups > 1 and groups % nodes == 0:
+        gpus_per_node = problem.cluster.gpus_per_node
+        return partial(by_router_group, slots_per_node=planner.slots_per_node, gpus_per_node=gpus_per_node)
+    return partial(orient_to_demand, coactivation_slots(problem, planner.seed))
 
 
-def _steps_of(problem: Problem, slots: Int32Array, steps: StepSampler, group: npt.NDArray[np.int64]) -> float:
-    return steps.node_load_ratio(_routes(problem, slots), group)
+def _least_step_cost(params: MoeplanParams, planner: Planner) -> Plan:
+    """Of plans at several prices, and of `linear` and `eplb` with a router fitted to them, the one whose steps,
+    replayed on the fit requests, cost least.
+
+    A plan that reads more distinct experts reads more weights: that can cost more than the messages that it saves.
+    """
+    problem, cost = planner.problem, params.step_cost
+    if cost is None or not len(problem.stream.experts):
+        raise PlanError("the objective time needs token rows to replay", hint="use a trace that is not aggregated")
+    made: dict[str, Callable[[], Plan]] = {
+        name: partial(_plan, params, planner, pricing) for name, pricing in PRICES.items()
+    }
+    if planner.limit is None:
+        for name, slots in _balanced(problem).items():
+            made[name] = partial(_with_router, planner, slots)
+    steps = StepSampler(problem, planner.seed)
+    plans, costs = {}, {}
+    for name, make in made.items():
+        plans[name] = make()
+        state = plans[name][0]
+        costs[name] = steps.mean_cost(state.slots, state.group, cost)
+    best = min(costs, key=lambda name: costs[name])
+    tie = ", though all cost the same" if max(costs.values()) <= 1.001 * costs[best] else ""
+    listed = ", ".join(f"{name} {ms:.3f}" for name, ms in costs.items())
+    state, notes = plans[best]
+    return state, (*notes, f"moeplan: step time on the fit requests in ms: {listed}; chosen: {best}{tie}")
 
 
-def _routes(problem: Problem, slots: Int32Array) -> Routes:
-    cluster = problem.cluster
-    placement = Placement(slots, problem.shape.num_experts, cluster.nodes, cluster.gpus_per_node)
-    return routes(placement, cluster, problem.rule)
+def _balanced(problem: Problem) -> dict[str, Int32Array]:
+    """Slots of `linear` and `eplb`, unless a GPU would hold an expert twice."""
+    shape, cluster = problem.shape, problem.cluster
+    slots = {
+        "linear": linear_slots(shape.num_layers, shape.num_experts, problem.num_slots),
+        "eplb": eplb_slots(problem.load, problem.num_slots, cluster, shape.routing_groups)[0],
+    }
+    return {name: each for name, each in slots.items() if not has_duplicate_experts(each, cluster.num_gpus).any()}
 
 
-STRATEGIES = {"moeplan": Strategy(moeplan, routed=True)}
+def _with_router(planner: Planner, slots: Int32Array) -> Plan:
+    return planner.from_placement(slots), ()

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from moeplan.planning.problem import Decision, Problem, Strategy
+from moeplan.planning.problem import Problem, Solution, Strategy
 
 
-def random(problem: Problem, seed: int) -> Decision:
+@dataclass(frozen=True)
+class RandomParams(Strategy):
     """Every layer by itself: experts in random order, the first R again as spares, dealt to the GPUs like cards.
 
-    Copies of an expert lie next to each other in the deck, so that no GPU gets two of them.
+    Replicas of an expert lie next to each other in the deck, so that no GPU gets two of them.
     """
-    rng = np.random.default_rng([seed, 0xA5])
-    experts, gpus = problem.shape.num_experts, problem.cluster.num_gpus
-    slots = np.zeros((problem.shape.num_layers, problem.num_slots), np.int32)
-    copies = np.bincount(np.arange(problem.num_slots) % experts, minlength=experts)
-    for row in slots:
-        deck = np.repeat(rng.permutation(experts), copies)
-        table = rng.permutation(gpus)
-        row.reshape(gpus, -1)[table] = deck.reshape(-1, gpus).T
-    return Decision(slots)
+
+    name = "random"
+
+    def solve(self, problem: Problem, seed: int) -> Solution:
+        rng = np.random.default_rng([seed, 0xA5])
+        experts, gpus = problem.shape.num_experts, problem.cluster.num_gpus
+        slots = np.zeros((problem.shape.num_layers, problem.num_slots), np.int32)
+        replicas = np.bincount(np.arange(problem.num_slots) % experts, minlength=experts)
+        for row in slots:
+            deck = np.repeat(rng.permutation(experts), replicas)
+            table = rng.permutation(gpus)
+            row.reshape(gpus, -1)[table] = deck.reshape(-1, gpus).T
+        return Solution(slots)
 
 
-STRATEGIES = {"random": Strategy(random)}
+STRATEGIES = (RandomParams(),)
