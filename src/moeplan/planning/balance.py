@@ -54,7 +54,7 @@ def balance(
         routing_groups: groups of experts of the model's router (DeepSeek-V3: 8).
 
     Raises:
-        PlanError: slots that do not divide over the GPUs. UsageError: counts that are no load.
+        PlanError: slots that do not divide over the GPUs. UsageError: counts that are invalid, or a layer without a pick.
 
     Example:
         >>> counts = [[90, 132, 40, 61, 104, 165, 39, 4]]
@@ -80,11 +80,13 @@ def candidates(
         distinct: leave out ways that put two replicas of an expert on one GPU.
 
     Raises:
-        PlanError: slots that do not divide over the GPUs. UsageError: counts that are no load.
+        PlanError: slots that do not divide over the GPUs. UsageError: counts that are invalid, or a layer without a pick.
     """
     load = np.asarray(counts, np.float64)
-    if load.ndim != 2 or not np.isfinite(load).all() or (load < 0).any():
-        raise UsageError(f"counts of shape {load.shape} are no expert load", hint="give [layers, experts], 0 or more")
+    if load.ndim != 2:
+        raise UsageError(f"counts of shape {load.shape}, expected [layers, experts]")
+    if not np.isfinite(load).all() or (load < 0).any():
+        raise UsageError("counts must be finite, and 0 or more")
     experts = load.shape[1]
     check_slots(experts, redundant, cluster)
     slots = experts + redundant
