@@ -81,9 +81,7 @@ class World:
     @property
     def machine(self) -> Hardware:
         h100 = hardware("H100")
-        up, out = (
-            Link(link.bytes_per_s * self.factor, link.latency_s) for link in (h100.scale_up, h100.scale_out)
-        )
+        up, out = (Link(link.bytes_per_s * self.factor, link.latency_s) for link in (h100.scale_up, h100.scale_out))
         return replace(h100, scale_up=up, scale_out=out)
 
 

@@ -54,7 +54,7 @@ def balance(
         routing_groups: groups of experts of the model's router (DeepSeek-V3: 8).
 
     Raises:
-        PlanError: slots that do not divide over the GPUs. UsageError: counts that are invalid, or a layer without a pick.
+        PlanError: slots that do not divide over the GPUs. UsageError: invalid counts, or a layer without a pick.
 
     Example:
         >>> counts = [[90, 132, 40, 61, 104, 165, 39, 4]]
@@ -80,7 +80,7 @@ def candidates(
         distinct: leave out ways that put two replicas of an expert on one GPU.
 
     Raises:
-        PlanError: slots that do not divide over the GPUs. UsageError: counts that are invalid, or a layer without a pick.
+        PlanError: slots that do not divide over the GPUs. UsageError: invalid counts, or a layer without a pick.
     """
     load = np.asarray(counts, np.float64)
     if load.ndim != 2:
