@@ -7,22 +7,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from results_bars import (
-    GPU_STEP,
-    GPU_TOTAL,
-    OVER,
-    Bar,
-    LoadBar,
-    bar_row,
-    change_of,
-    load_row,
-    markdown,
-    name_of,
-    over_guard,
-    percent,
-)
 from results_parts import parts_section, signatures_section
 from results_settings import KEY, SOURCES, Results, Setting, cannot, requests_of
+from results_tables import OVER, change_of, markdown, name_of, over_guard, percent
 
 #: Rows that `moeplan` is held against: placements and routers that know no more of a request than it does.
 RIVALS = ("random", "linear", "linear/prefill", "eplb", "eplb/prefill", "affinity", "paper")
@@ -30,7 +17,7 @@ RIVALS = ("random", "linear", "linear/prefill", "eplb", "eplb/prefill", "affinit
 SHOWN = ("random", "eplb", "eplb/prefill", "affinity", "paper")
 #: Tables of wins and losses, by key; the mode's own where there is none.
 TALLIES = (
-    ("Wins / undecided / losses of `moeplan` on the figure of the mode, by paired intervals, guard or not:", None),
+    ("Wins / undecided / losses of `moeplan` on the figure of the mode, by paired intervals, eligible or not:", None),
     ("The same for the busiest GPU in a step (`gpu_load_ratio`), where nodes have several GPUs:", "gpu_load_ratio"),
     ("The same for kernels that pad every pair of nodes to the largest (`padded_ratio`):", "padded_ratio"),
 )
@@ -38,102 +25,83 @@ UNIT = {"pick": "picks served on another node", "node": "distinct other nodes a 
 GROUPED = {"none": "at random", "prefill": "signature", "domain": "domain", "oracle": "oracle"}
 
 
-def page(
-    results: Results, bars: Sequence[Bar | LoadBar], barred: Results, ablated: Results, parts: Sequence[str]
-) -> str:
-    """The whole page; sections without figures are left out.
+def page(results: Results, ablated: Results, parts: Sequence[str]) -> str:
+    """docs/results/strategies.md; sections without figures are left out.
 
     Args:
-        results: of the table; barred: of the bars' settings; ablated: with parts of `moeplan` left out.
+        results: of the tables; ablated: with parts of `moeplan` left out.
     """
-    any_setting = next(iter(results))
     sections = [
-        _head(any_setting, results),
-        _short(results, bars, barred),
-        bars_section(bars, barred),
+        _head(next(iter(results))),
         *(_set_section(name, results) for name in SOURCES),
         signatures_section(results),
         parts_section(ablated, parts),
-        REPRINT,
+        REPRODUCE,
     ]
     return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
 
 
-BARS_SAY = """
-What `moeplan` was asked for before it was written, guarded. *Same slots*: against `linear` with as many copies, which
-decides. *Without copies*: against `linear` at R = 0 (there 0.875 of the picks leave a node of 8). *Oracle*: the same
-placement with requests grouped by their own decode, so what a better signature could still give. *Unguarded*: a plan
-that may load nodes as it likes. Each bar stands twice: with one GPU a node, where only nodes have a load, and with
-several, where the plan also pays for uneven GPUs, out of locality.
-"""
+def summary(results: Results) -> str:
+    """The generated part of docs/results/index.md: wins and losses, and how often each strategy was better."""
+    return "\n".join([*_findings(results), "", *_tallies(results)])
 
-REPRINT = """
-## Reprint
 
-```console
-$ python benchmarks/strategies.py --write
-```
+REPRODUCE = """
+## Reproduce
 
-prints this page anew; `--only-bars` prints the bars alone, and `--sets`, `--nodes`, `--redundant`, `--modes`, `--folds`
-and `--steps` a part of the tables. The real sets are read from `../shared/traces`; they are not part of the project.
-One setting by hand:
+`python benchmarks/strategies.py --write` makes this page, the summary and the CSV file anew; `--sets`, `--nodes`,
+`--redundant`, `--modes`, `--folds` and `--steps` print a part. The real traces are read from
+`../shared/traces`; they are not part of the project. One setting by hand:
 
-```console
-$ moeplan import arrays maverick-mmlu.npz -o maverick --without-layers 45
-$ moeplan compare maverick --nodes 8 --gpus-per-node 6 --redundant 16 --steps 200
+```sh
+moeplan import arrays maverick-mmlu.npz -o maverick --without-layers 45
+moeplan compare maverick --nodes 8 --gpus-per-node 6 --redundant 16 --steps 200
 ```
 """
 
 
-def _head(setting: Setting, results: Results) -> str:
-    sets = ", ".join(name for name in SOURCES if any(key.source == name for key in results))
+def _head(setting: Setting) -> str:
     return f"""
-# Results
+# Strategies, all settings
 
-Every strategy on requests that its plan never saw: {setting.folds} splits, one half to fit and the other to measure,
-equal groups, {setting.steps} replayed steps a split ({sets}). Figures are changes against
-`linear` on the same slots, less is better; [95 % intervals] are of paired differences. What each figure means:
-[metrics.md](../reference/metrics.md); what each strategy does: [strategies.md](../concepts/strategies.md);
-how `moeplan` works: [method.md](../concepts/method.md). All of this page is printed by one [command](#reprint).
+Every strategy on held-out requests: {setting.folds} splits, one half to fit and the other to measure, equal groups,
+{setting.steps} replayed steps per split. Figures are changes against `linear` with as many slots; less is better;
+[95 % intervals] are of paired differences. Definitions: [Metrics](../reference/metrics.md) and
+[Strategies](../concepts/strategies.md). Every row of every setting: [strategies.csv](strategies.csv).
 
-A figure **counts** when groups are equal and the busiest node's load in a step is at most 1.05 x `linear`'s. Those that
-do not count carry {OVER}.
+A figure is eligible if groups are equal and the busiest node's load in a step is at most 1.05 x `linear`'s. Others
+carry {OVER}.
 """
 
 
-# ---- in short
+# ---- summary
 
 
-def _short(results: Results, bars: Sequence[Bar | LoadBar], barred: Results) -> str:
+def _findings(results: Results) -> list[str]:
     """What was won and what was lost."""
-    judged = [(bar.name, _verdict(bar, barred)) for bar in bars]
-    met = [name for name, verdict in judged if verdict.startswith("**yes")]
-    lines = ["## In short", ""]
-    if judged:
-        lines.append(f"- **Bars**: {len(met)} of {len(judged)} are met ([below](#the-bars)).")
+    lines = []
     for mode in KEY:
         ours = [(s, f["strategies"]["moeplan"]) for s, f in _guarded(results, mode)]
-        if not ours:
-            continue
-        counted = [row[KEY[mode]]["vs_linear"]["value"] for _, row in ours if row["guarded"]]
-        if counted:
+        eligible = [row[KEY[mode]]["vs_linear"]["value"] for _, row in ours if row["guarded"]]
+        if eligible:
             lines.append(
-                f"- **`{mode}`** ({UNIT[mode]}): `moeplan` keeps the guard in {len(counted)} of {len(ours)} settings, "
-                f"and changes the figure by {percent(max(counted), 0)} to {percent(min(counted), 0)} there."
+                f"- **`{mode}`** ({UNIT[mode]}): `moeplan` keeps the load guard in {len(eligible)} of {len(ours)} "
+                f"settings, and changes the figure by {percent(max(eligible), 0)} to {percent(min(eligible), 0)} there."
             )
         for setting, row in ours:
             if not row["guarded"]:
                 ratio = over_guard(results[setting], "moeplan")
-                lines.append(f"  - over the guard: {name_of(setting)}, node load {ratio:.3f} x `linear`'s.")
+                lines.append(f"    - over the guard: {name_of(setting)}, node load {ratio:.3f} x `linear`'s.")
     lost = [line for mode in KEY for line in _losses(results, mode)]
     if lost:
-        lines += [
-            "- **Lost**: settings where a row that counts is ahead beyond chance:",
-            *(f"  - {line}" for line in lost),
-        ]
+        lines += ["- **Lost**, beyond chance, to an eligible row:", *(f"    - {line}" for line in lost)]
     else:
-        lines.append("- **Lost**: no row that counts is ahead of `moeplan` on the figure of its mode, beyond chance.")
-    lines += [*_load_losses(results), *_padded_losses(results)]
+        lines.append("- **Lost**: no eligible row is ahead of `moeplan` on the figure of its mode, beyond chance.")
+    return [*lines, *_load_losses(results), *_padded_losses(results)]
+
+
+def _tallies(results: Results) -> list[str]:
+    lines = []
     for title, key in TALLIES:
         rows = []
         for name, mode in itertools.product(SOURCES, KEY):
@@ -142,12 +110,8 @@ def _short(results: Results, bars: Sequence[Bar | LoadBar], barred: Results) -> 
             if of:
                 cells = [_tally(of, rival, key or KEY[mode]) for rival in RIVALS]
                 rows.append([name, f"`{mode}`", str(len(of)), *cells])
-        lines += ["", title, "", *markdown(["set", "mode", "settings", *(f"`{rival}`" for rival in RIVALS)], rows)]
-    return "\n".join(lines)
-
-
-def _verdict(bar: Bar | LoadBar, results: Results) -> str:
-    return bar_row(bar, results)[5] if isinstance(bar, Bar) else load_row(bar, results)[4]
+        lines += [title, "", *markdown(["trace", "mode", "settings", *(f"`{rival}`" for rival in RIVALS)], rows), ""]
+    return lines[:-1]
 
 
 def _guarded(results: Results, mode: str) -> list[tuple[Setting, dict[str, Any]]]:
@@ -175,21 +139,20 @@ def _losses(results: Results, mode: str) -> Iterator[str]:
 
 
 def _load_losses(results: Results) -> Iterator[str]:
-    """How the busiest GPU of a step does beside `eplb`'s, which plans for nothing else."""
+    """The busiest GPU of a step beside `eplb`'s, which plans for nothing else."""
     key = "gpu_load_ratio"
-    for copies in (False, True):
+    for replicas in (False, True):
         rows = [
             (setting, found["strategies"])
             for mode in KEY
             for setting, found in _guarded(results, mode)
-            if setting.gpus > 1 and (setting.redundant > 0) is copies
+            if setting.gpus > 1 and (setting.redundant > 0) is replicas
         ]
         if rows:
             lost = [(r["moeplan"][key]["vs_eplb"]["value"], s) for s, r in rows if "moeplan" in r["eplb"]["beats"][key]]
             won = sum("eplb" in r["moeplan"]["beats"][key] for _, r in rows)
-            line = (
-                f"- **GPU load** in a step, {'with' if copies else 'without'} copies: above `eplb`'s beyond chance in "
-            )
+            with_replicas = "with" if replicas else "without"
+            line = f"- **GPU load** in a step, {with_replicas} replicas: above `eplb`'s beyond chance in "
             line += f"{len(lost)} of {len(rows)} settings, below in {won}"
             yield line + _worst(lost)
 
@@ -212,31 +175,6 @@ def _worst(lost: Sequence[tuple[float, Setting]]) -> str:
     return f"; at most {percent(value, 0)} ({name_of(setting)})."
 
 
-# ---- the bars
-
-
-def bars_section(bars: Sequence[Bar | LoadBar], results: Results) -> str:
-    """The two tables of bars."""
-    first = [bar_row(bar, results) for bar in bars if isinstance(bar, Bar)]
-    second = [load_row(bar, results) for bar in bars if isinstance(bar, LoadBar)]
-    lines = []
-    if first:
-        lines += [
-            "## The bars", "", *BARS_SAY.strip().splitlines(), "",
-            *markdown(
-                ["setting", "figure", "asked", "same slots", "without copies", "met", "oracle", "unguarded"], first
-            ),
-        ]  # fmt: skip
-    if second:
-        lines += [
-            "",
-            "Locality and load in one plan, in multiples of `eplb`'s in the same run: `remote_share` at most as said,",
-            f"`gpu_load_total` at most {GPU_TOTAL}, `gpu_load_ratio` at most {GPU_STEP}.", "",
-            *markdown(["setting", "`remote_share`", "`gpu_load_total`", "`gpu_load_ratio`", "met"], second),
-        ]  # fmt: skip
-    return "\n".join(lines)
-
-
 # ---- one set
 
 
@@ -256,8 +194,6 @@ def _set_section(name: str, results: Results) -> str:
         chosen = [setting for setting in own if setting.mode == mode and setting.guarded]
         if chosen:
             lines += ["", f"**`{mode}`**: {UNIT[mode]} (`{KEY[mode]}`).", "", *_main_table(chosen, results)]
-    for size in dict.fromkeys((setting.nodes, setting.redundant) for setting in own):
-        lines += ["", *_details([s for s in own if (s.nodes, s.redundant) == size], results)]
     return "\n".join(lines)
 
 
@@ -311,42 +247,43 @@ def _mark(row: dict[str, Any]) -> str:
     return "" if row["guarded"] else OVER
 
 
-def _details(settings: Sequence[Setting], results: Results) -> list[str]:
-    """Every row of the settings of one size: only `moeplan` plans for the mode; with others it changes the padding."""
-    first, found = settings[0], results[settings[0]]
-    modes = list(dict.fromkeys(setting.mode for setting in settings))
-    rows = [
-        _detail(f"`{name}`", row, first, [results[s]["strategies"][name] for s in settings if s.guarded])
-        for name, row in found["strategies"].items()
-        if not _ours(name)
-    ]
-    for setting in settings:
-        for name, row in results[setting]["strategies"].items():
-            if _ours(name) and (setting.guarded or name in ("moeplan", "moeplan/oracle")):
-                label = f"`{name}` for `{setting.mode}`" + ("" if setting.guarded else ", unguarded")
-                rows.append(_detail(label, row, first, [row if mode == setting.mode else None for mode in modes]))
-    loads = ["gpu_load_ratio", "gpu_load_total"] if first.gpus > 1 else []
-    floors = [f"{found['strategies']['linear'][key]['noise_floor']:.2f}" for key in (*loads, "node_load_ratio")]
-    rows.append(["(noise floor)", *[""] * (5 + len(modes)), *floors])
-    head = ["row", "groups", "`remote_share`", "vs `linear`, %", "remote nodes", "vs `linear`, %"]
-    head += [f"padded, `{mode}`" for mode in modes] + ["GPU load", "GPU load, total"][: len(loads)] + ["node load"]
-    title = f"{first.nodes} nodes x {first.gpus} GPU{'s' * (first.gpus > 1)}, R = {first.redundant}: every row"
-    return [
-        f"<details><summary>{title} ({found['setup']['live_per_group']} live requests a group)</summary>", "",
-        *markdown(head, rows), "", "</details>",
-    ]  # fmt: skip
+CSV_HEAD = (
+    "trace", "nodes", "gpus_per_node", "redundant", "live_per_group", "row", "planned_for", "load_guard", "groups",
+    "remote_share", "remote_share_change_pct", "remote_share_low", "remote_share_high",
+    "remote_nodes_per_token", "remote_nodes_change_pct", "remote_nodes_low", "remote_nodes_high",
+    "padded_pick", "padded_node", "gpu_load", "gpu_load_total", "node_load", "eligible",
+)  # fmt: skip
+
+
+def csv_rows(results: Results) -> Iterator[list[str]]:
+    """Every row of every setting. Only `moeplan` plans for the mode; for others the mode changes the padding alone."""
+    sizes = dict.fromkeys((s.source, s.nodes, s.gpus, s.redundant) for s in results if not s.without)
+    for size in sizes:
+        settings = [s for s in results if (s.source, s.nodes, s.gpus, s.redundant) == size and not s.without]
+        first = results[settings[0]]
+        head = [*map(str, size), str(first["setup"]["live_per_group"])]
+        for name, row in first["strategies"].items():
+            if not _ours(name):
+                padded = {s.mode: results[s]["strategies"][name] for s in settings if s.guarded}
+                yield [*head, name, "", "", *_csv_cells(name, row, padded)]
+        for setting in settings:
+            guard = "on" if setting.guarded else "off"
+            for name, row in results[setting]["strategies"].items():
+                if _ours(name) and (setting.guarded or name in ("moeplan", "moeplan/oracle")):
+                    yield [*head, name, setting.mode, guard, *_csv_cells(name, row, {setting.mode: row})]
 
 
 def _ours(row: str) -> bool:
     return row.partition("/")[0] == "moeplan"
 
 
-def _detail(label: str, row: dict[str, Any], setting: Setting, by_mode: Sequence[dict[str, Any] | None]) -> list[str]:
-    cells = [label, GROUPED[row["signature"]]]
+def _csv_cells(name: str, row: dict[str, Any], padded: dict[str, dict[str, Any]]) -> list[str]:
+    cells = [GROUPED[row["signature"]]]
     for key in ("remote_share", "remote_nodes_per_token"):
-        versus = "" if label == "`linear`" else change_of(row[key]).replace(" %", "", 1)
-        cells += [f"{row[key]['value']:.3f}", versus]
-    cells += ["" if of is None else f"{of['padded_ratio']['value']:.2f}" for of in by_mode]
-    if setting.gpus > 1:
-        cells += [f"{row[key]['value']:.2f}" for key in ("gpu_load_ratio", "gpu_load_total")]
-    return [*cells, f"{row['node_load_ratio']['value']:.2f}{_mark(row)}"]
+        cells.append(f"{row[key]['value']:.3f}")
+        versus = row[key].get("vs_linear")
+        numbers = [versus["value"], *versus["ci95"]] if versus and name != "linear" else []
+        cells += [f"{100 * number:+.1f}" for number in numbers] or ["", "", ""]
+    cells += [f"{padded[mode]['padded_ratio']['value']:.2f}" if mode in padded else "" for mode in KEY]
+    cells += [f"{row[key]['value']:.2f}" for key in ("gpu_load_ratio", "gpu_load_total", "node_load_ratio")]
+    return [*cells, "yes" if row["guarded"] else "no"]

@@ -1,26 +1,27 @@
-"""Sections of docs/results/strategies.md: what signatures are worth, and what each part of the method is."""
+"""Sections of docs/results/strategies.md: the effect of each signature, and of each part of the method."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from results_bars import OVER, change_of, markdown, percent
 from results_settings import ABLATED, ABLATED_AT, KEY, SOURCES, Results, Setting
+from results_tables import OVER, change_of, markdown, percent
 
 SIGNATURES_SAY = """
 The same placements of `moeplan` on 8 nodes, requests grouped by each kind of signature: change against `linear`, %.
-`none` is what placement gives alone; `domain` needs labels; `oracle` knows the decode and bounds what a better forecast
-could give to this placement. *Gap*: how much more leaves the node than under the oracle.
+`none` is the effect of placement alone; `domain` needs labels; `oracle` knows the decode and bounds what a better
+prediction could gain with this placement. *Gap*: how much more leaves the node than with the oracle.
 """
 HANDOVER_SAY = """
-Routing by prefill needs the KV cache moved to the group, where prefill ran elsewhere. Beside it the bytes between nodes
-that each decoded token saves, and after how many tokens the move has paid (sets with a recorded prefill; every request
-is charged).
+Routing by prefill moves the KV cache to the group if prefill ran elsewhere. The table shows its size, the bytes between
+nodes that each decoded token saves, and after how many tokens the move has paid off (traces with a recorded
+prefill; every request is charged).
 """
+HANDOVER_HEAD = ("trace", "mode", "R", "KV moved, MB/request", "saved, KB/token", "pays off after, tokens")
 PARTS_SAY = """
 `moeplan` with one part left out (8 nodes; change against `linear`, %; mode `node` on two splits). What each part is:
-[method.md](method.md#parts).
+[The planning method](../concepts/method.md#ablations).
 """
 
 
@@ -45,13 +46,13 @@ def signatures_section(results: Results) -> str:
     lines = [
         "## Signatures", "",
         *SIGNATURES_SAY.strip().splitlines(), "",
-        *markdown(["set", "mode", "R", *(kind for kind, _ in kinds), "gap"], rows),
+        *markdown(["trace", "mode", "R", *(kind for kind, _ in kinds), "gap"], rows),
     ]  # fmt: skip
     if moved:
         lines += [
             "",
             *HANDOVER_SAY.strip().splitlines(), "",
-            *markdown(["set", "mode", "R", "KV moved a request, MB", "saved a token, KB", "pays after, tokens"], moved),
+            *markdown(HANDOVER_HEAD, moved),
         ]  # fmt: skip
     return "\n".join(lines)
 
@@ -72,7 +73,7 @@ def parts_section(ablated: Results, parts: Sequence[str]) -> str:
     if not parts or not ablated:
         return ""
     lines = [
-        "## Parts of the method", "",
+        "## Ablations", "",
         *PARTS_SAY.strip().splitlines(), "",
     ]  # fmt: skip
     for name in ABLATED:

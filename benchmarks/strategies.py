@@ -1,7 +1,6 @@
-"""Reproduce the table of strategies on held-out requests, docs/results/strategies.md, with the targets of `moeplan`.
+"""Reproduce the results of every strategy on held-out requests: docs/results/.
 
-    python benchmarks/strategies.py --write            # everything, into docs/results/strategies.md
-    python benchmarks/strategies.py --only-bars        # the bars alone, printed
+    python benchmarks/strategies.py --write            # strategies.md, strategies.csv, the summary in index.md
     python benchmarks/strategies.py --sets embedded    # a part, printed
 
 Real sets are read from ../shared/traces and left out where it is absent. The figures of every setting are kept as JSON
@@ -11,16 +10,19 @@ in the --cache folder, named by the code that made them, so that a run that was 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from results_bars import Bar, bar_row, bars_of, load_bars_of, load_row, settings_of
-from results_page import bars_section, page
+from results_page import CSV_HEAD, csv_rows, page, summary
 from results_settings import ABLATED, KEY, PARTS, REAL, ROOT, SOURCES, TIMES, ablations, present, run, table
+from results_tables import change_of
 
-PAGE = ROOT / "docs" / "results" / "strategies.md"
+PAGES = ROOT / "docs" / "results"
 CACHE = Path(tempfile.gettempdir()) / "moeplan-strategies"
 NODES, FOLDS, STEPS = (8, 4), 4, 200
 
@@ -55,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--modes", type=one_of("mode", tuple(KEY)), help="dispatch modes: pick,node")
     out.add_argument("--folds", type=int, default=FOLDS, help="splits of each set")
     out.add_argument("--steps", type=int, default=STEPS, help="replayed steps a split")
-    out.add_argument("--only-bars", action="store_true", help="the bars alone")
     out.add_argument("--write", action="store_true", help="write the page; needs every set, node, replica and mode")
     out.add_argument("--cache", type=Path, default=CACHE, help="folder of the figures of finished settings")
     return out
@@ -66,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parser()
     given = flags.parse_args(arguments)
     part = any(value is not None for value in (given.sets, given.nodes, given.redundant, given.modes))
-    if given.write and (part or given.only_bars):
-        flags.error("--write is for the whole page: leave out --sets, --nodes, --redundant, --modes and --only-bars")
+    if given.write and part:
+        flags.error("--write is for all pages: leave out --sets, --nodes, --redundant and --modes")
     wanted = given.sets or list(SOURCES)
     there = present(wanted)
     if given.write and len(there) < len(wanted):
@@ -78,39 +79,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    whole = not part or given.only_bars
-    bars = [*bars_of(there, given.folds, given.steps), *load_bars_of(there, given.folds, given.steps)] if whole else []
-    results = run(list(settings_of(bars)), given.cache, say)
-    if given.only_bars:
-        print(bars_section(bars, results))
-        return
-    main_table = table(
+    settings = table(
         there, given.nodes or NODES, given.redundant or TIMES, given.modes or KEY, given.folds, given.steps
     )
-    shown = run(main_table, given.cache, say)
-    ablated = (
-        run(ablations([name for name in there if name in ABLATED], given.steps), given.cache, say) if whole else {}
-    )
-    text = page(shown, bars, results, ablated, PARTS)
-    if given.write:
-        unfinished = PAGE.with_suffix(".part")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(PAGE)
-    else:
+    results = run(settings, given.cache, say)
+    ablated = {}
+    if not part:
+        ablated = run(ablations([name for name in there if name in ABLATED], given.steps), given.cache, say)
+    text = page(results, ablated, PARTS)
+    if not given.write:
         print(text)
+        return
+    index = (PAGES / "index.md").read_text(encoding="utf-8")
+    filled = f"<!-- summary -->\n{summary(results)}\n<!-- /summary -->"
+    index = re.sub(r"<!-- summary -->.*<!-- /summary -->", lambda match: filled, index, flags=re.DOTALL)
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows([CSV_HEAD, *csv_rows(results)])
+    for name, content in (("strategies.md", text), ("strategies.csv", rows.getvalue()), ("index.md", index)):
+        unfinished = PAGES / f"{name}.part"
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(PAGES / name)
 
 
 def bench() -> list[tuple[str, str]]:
-    """(label, result) pairs: the bars."""
-    there = present(SOURCES)
-    bars = [*bars_of(there, FOLDS, STEPS), *load_bars_of(there, FOLDS, STEPS)]
-    results = run(list(settings_of(bars)), CACHE, lambda text: None)
-    lines = []
-    for bar in bars:
-        row = bar_row(bar, results) if isinstance(bar, Bar) else load_row(bar, results)
-        text = f"{row[3]} (asked {row[2]}), met: {row[5]}" if isinstance(bar, Bar) else f"{row[1]}, met: {row[-1]}"
-        lines.append((bar.name.replace("`", ""), text.replace("*", "").replace("`", "")))
-    return lines
+    """(label, result) pairs: `moeplan` against `linear` on 8 nodes, on the traces that are there."""
+    results = run(table(present(SOURCES), (8,), (0, 2), tuple(KEY), FOLDS, STEPS), CACHE, lambda text: None)
+    return [
+        (
+            f"{setting.source}, R = {setting.redundant}, {setting.mode}",
+            change_of(found["strategies"]["moeplan"][KEY[setting.mode]]),
+        )
+        for setting, found in results.items()
+        if setting.guarded
+    ]
 
 
 if __name__ == "__main__":
