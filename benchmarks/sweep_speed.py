@@ -10,9 +10,9 @@ import sys
 import time
 
 from moeplan.model.catalogue import load_model
-from moeplan.perf.hardware import hardware, hardware_names
+from moeplan.perf.cluster_search import smallest_cluster
+from moeplan.perf.hardware import hardware_names, load_hardware
 from moeplan.perf.memory import Precision
-from moeplan.perf.sizing import smallest_cluster
 from moeplan.perf.sweep import SweepSettings, sweep
 from moeplan.perf.use_cases import USE_CASES
 
@@ -37,11 +37,11 @@ def bench() -> list[tuple[str, str]]:
     )
     for name in MODELS:
         spec = load_model(name)
-        precision = Precision.choose(spec, "fp8" if name == "MoE-100T" else None)
+        precision = Precision.of_checkpoint(spec, "fp8" if name == "MoE-100T" else None)
         start = time.perf_counter()
         for case in USE_CASES.values():
             for machine in hardware_names():
-                smallest_cluster(spec, hardware(machine), case, precision)
+                smallest_cluster(spec, load_hardware(machine), case, precision)
         seconds = (time.perf_counter() - start) / len(USE_CASES)
         found.append((f"size, {name}, a use case on {len(hardware_names())} kinds of hardware", f"{seconds:.1f} s"))
     return found

@@ -21,7 +21,7 @@ import time_tables as tf
 from moeplan.cluster import Dispatch
 from moeplan.perf.collectives import expert_exchange, uniform_messages
 from moeplan.perf.constants import FILE, Constants, load_constants
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.operators import Device
 from time_report import SCORES, Row, percent, scores, signed
 
@@ -130,7 +130,7 @@ def published() -> list[Row]:
     """DeepEP's README (V1, H800 with 400 Gb/s a GPU), 128 tokens, hidden 7168, top-8, 256 experts: never fitted."""
     out: list[Row] = [("GPUs", "direction", "published, us", "model, us", "error")]
     rows = tf.read("published_targets.csv")
-    h800 = Device(hardware("h800"))
+    h800 = Device(load_hardware("h800"))
     for name, value in zip(rows["id"], rows["value"], strict=True):
         if not str(name).startswith("deepep-ll-ep"):
             continue

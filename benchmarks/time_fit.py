@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from moeplan.perf.constants import FILE, FORMAT, Constants, load_constants
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from serving_tables import FIT_MODELS, served
 from time_tables import (
     MACHINES,
@@ -284,7 +284,7 @@ def main() -> None:
     for name, (values, note) in STATED.items():
         groups[name] = {"file": None, "split": note, "median_error": None,
                         "values": _described(Constants.groups()[name], values, values)}  # fmt: skip
-    reference = {m: {k: v for k, v in dataclasses.asdict(hardware(m)).items() if k in USED} for m in MACHINES}
+    reference = {m: {k: v for k, v in dataclasses.asdict(load_hardware(m)).items() if k in USED} for m in MACHINES}
     FILE.parent.mkdir(exist_ok=True)
     unfinished = FILE.with_suffix(".part")
     unfinished.write_text(json.dumps({

@@ -25,7 +25,7 @@ import numpy as np
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
-from moeplan.perf.hardware import Hardware, Link, hardware
+from moeplan.perf.hardware import Hardware, Link, load_hardware
 from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
@@ -80,7 +80,7 @@ class World:
 
     @property
     def machine(self) -> Hardware:
-        h100 = hardware("H100")
+        h100 = load_hardware("H100")
         up, out = (Link(link.bytes_per_s * self.factor, link.latency_s) for link in (h100.scale_up, h100.scale_out))
         return replace(h100, scale_up=up, scale_out=out)
 
@@ -172,7 +172,7 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
 
         def measured(result: Plan, signature: str, fit: Array = fit, test: Array = test, draws: Any = draws) -> Steps:
             group = group_test(requests, fit, test, result, signature, rng_of(setup, fold, 1))  # noqa: B023
-            kept = Kept(place.spec, hardware("H100"), steps=steps, place=place)
+            kept = Kept(place.spec, load_hardware("H100"), steps=steps, place=place)
             measure_steps(requests, draws, group, live, result.who, setup.dispatch, kept)
             return joined(kept.kept)
 

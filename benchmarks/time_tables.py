@@ -25,7 +25,7 @@ from moeplan.cluster import Dispatch
 from moeplan.perf import attention, operators
 from moeplan.perf.collectives import expert_exchange, uniform_messages
 from moeplan.perf.constants import Constants
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.operators import Device
 
 MEASURED = Path(__file__).parents[1].parent / "shared" / "measured"
@@ -73,7 +73,7 @@ class Table:
 
     def errors(self, constants: Constants) -> np.ndarray:
         """Relative errors, model over measurement less 1."""
-        return self.predict(Device(hardware(self.machine), constants), self.rows) / self.seconds - 1
+        return self.predict(Device(load_hardware(self.machine), constants), self.rows) / self.seconds - 1
 
 
 def read(name: str) -> Columns:

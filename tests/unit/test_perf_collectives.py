@@ -20,10 +20,10 @@ from moeplan.perf.collectives import (
     uniform_messages,
 )
 from moeplan.perf.constants import load_constants
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.operators import Device
 
-H100 = Device(hardware("H100"))
+H100 = Device(load_hardware("H100"))
 
 
 @pytest.mark.parametrize("mode", list(Dispatch))

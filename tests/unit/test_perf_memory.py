@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model, model_names
 from moeplan.model.parameters import parameters
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.memory import (
+    MemoryModel,
     Parallel,
     Precision,
     activation_bytes,
@@ -23,8 +24,6 @@ from moeplan.perf.memory import (
     expert_bytes,
     kv_bytes,
     kv_bytes_per_token,
-    largest_batch,
-    memory,
     model_shape,
     weight_bytes,
 )
@@ -159,20 +158,19 @@ def test_impossible_layouts(spec: Any, parallel: Parallel, said: str) -> None:
 
 
 def test_known_fits() -> None:
-    h100, bf16 = hardware("H100"), Precision()
-    assert not memory(LLAMA, h100, Parallel(tp=1), bf16, batch=0, context=0).fits  # 141 GB of weights
-    assert memory(LLAMA, h100, Parallel(tp=4), bf16, batch=16, context=4096).fits
-    assert memory(OSS, h100, Parallel(), Precision.of_checkpoint(OSS), batch=8, context=4096).fits  # its card says so
+    h100, bf16 = load_hardware("H100"), Precision()
+    assert not MemoryModel(LLAMA, h100, Parallel(tp=1), bf16).need(0, 0).fits  # 141 GB of weights
+    assert MemoryModel(LLAMA, h100, Parallel(tp=4), bf16).need(16, 4096).fits
+    assert MemoryModel(OSS, h100, Parallel(), Precision.of_checkpoint(OSS)).need(8, 4096).fits  # its card says so
     fp8 = Precision.of_checkpoint(V3)
-    assert not memory(V3, h100, Parallel(tp=8, ep=8), fp8, batch=1, context=1024).fits
-    assert memory(V3, hardware("H200"), Parallel(tp=8, ep=8), fp8, batch=1, context=1024).fits
-    assert largest_batch(LLAMA, h100, Parallel(), bf16, context=4096) == 0
+    assert not MemoryModel(V3, h100, Parallel(tp=8, ep=8), fp8).need(1, 1024).fits
+    assert MemoryModel(V3, load_hardware("H200"), Parallel(tp=8, ep=8), fp8).need(1, 1024).fits
+    assert MemoryModel(LLAMA, h100, Parallel(), bf16).largest_batch(4096) == 0
 
 
 def test_parts_add_up() -> None:
-    m = memory(
-        V3, hardware("H100"), Parallel(dp=72, ep=72, redundant=32), Precision.of_checkpoint(V3), batch=128, context=4096
-    )
+    parallel = Parallel(dp=72, ep=72, redundant=32)
+    m = MemoryModel(V3, load_hardware("H100"), parallel, Precision.of_checkpoint(V3)).need(128, 4096)
     assert m.used == sum(m.weights.values()) + m.kv + m.activations
     assert m.kv == 128 * 4096 * 70272 and m.fits == (m.used <= 0.9 * m.capacity)
 
@@ -186,30 +184,26 @@ def test_parts_add_up() -> None:
 def test_largest_batch_is_the_largest(
     name: str, tp: int, dp: int, pp: int, kv: str, context: int, prefill: int, mtp: bool
 ) -> None:
-    spec, h = load_model(name), hardware("B200")
+    spec, h = load_model(name), load_hardware("B200")
     layout = Parallel(tp=tp, dp=dp, ep=1 if spec.moe is None else min(tp * dp, 8), pp=pp)
     precision = Precision(weights="fp8", kv=kv)
-    given_ = {"context": context, "prefill_tokens": prefill, "mtp": mtp}
+    model = MemoryModel(spec, h, layout, precision, mtp)
     try:
-        best = largest_batch(spec, h, layout, precision, **given_)
+        best = model.largest_batch(context, prefill)
     except PlanError:
         return
-    assert memory(spec, h, layout, precision, batch=best, **given_).fits or best == 0
-    assert not memory(spec, h, layout, precision, batch=best + 1, **given_).fits
+    assert model.need(best, context, prefill).fits or best == 0
+    assert not model.need(best + 1, context, prefill).fits
 
 
 def test_bad_counts() -> None:
-    h = hardware("H100")
-    for bad in (
-        {"context": -1},
-        {"context": 1, "usable": 0.0},
-        {"context": 1, "usable": 1.1},
-        {"context": 1, "prefill_tokens": -1},
-    ):
+    h = load_hardware("H100")
+    for usable, context, prefill in ((0.9, -1, 0), (0.0, 1, 0), (1.1, 1, 0), (0.9, 1, -1)):
+        model = MemoryModel(V3, h, Parallel(), Precision(), usable=usable)
         with pytest.raises(UsageError, match="below 0, or a usable share"):
-            largest_batch(V3, h, Parallel(), Precision(), **bad)
+            model.largest_batch(context, prefill)
         with pytest.raises(UsageError, match="below 0, or a usable share"):
-            memory(V3, h, Parallel(), Precision(), batch=1, **bad)
+            model.need(1, context, prefill)
 
 
 def test_activations() -> None:
@@ -225,10 +219,8 @@ def test_activations() -> None:
 
 def test_redundant_experts_lower_the_batch() -> None:
     """The `kv_tokens_lost` of a comparison are the tokens by which the largest batch falls."""
-    h, precision = hardware("H200"), Precision.of_checkpoint(V3)
-    batches = [
-        largest_batch(V3, h, Parallel(dp=64, ep=64, redundant=r), precision, context=1, usable=0.9) for r in (0, 64)
-    ]
+    h, precision = load_hardware("H200"), Precision.of_checkpoint(V3)
+    batches = [MemoryModel(V3, h, Parallel(dp=64, ep=64, redundant=r), precision).largest_batch(1) for r in (0, 64)]
     setup = SimpleNamespace(cluster=SimpleNamespace(num_gpus=64, gpus_per_group=1), redundant=64)
     tools = SimpleNamespace(requests=SimpleNamespace(shape=model_shape(V3)), setup=setup)
     lost = _Tools._memory(tools)["kv_tokens_lost"].value  # type: ignore[arg-type]

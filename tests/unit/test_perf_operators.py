@@ -20,10 +20,10 @@ from moeplan.perf.attention import (
     mla_decode,
 )
 from moeplan.perf.constants import FILE, Constants, load_constants
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.operators import FORMATS, UNITS, Device, elementwise, expert_gemm, gemm
 
-H100 = hardware("H100")
+H100 = load_hardware("H100")
 DEVICE = Device(H100)
 SIZES = st.integers(1, 20000)
 GROUPED = Heads(32, 8, 128)
@@ -167,7 +167,7 @@ def test_shipped_constants_are_described() -> None:
 def test_the_catalogue_still_says_what_the_shares_refer_to() -> None:
     """Where it fails: the catalogue's H100 or H200 changed, so refit by benchmarks/time_fit.py."""
     for name, figures in json.loads(FILE.read_text())["hardware"].items():
-        now = dataclasses.asdict(hardware(name))
+        now = dataclasses.asdict(load_hardware(name))
         assert {key: now[key] for key in figures} == figures
 
 

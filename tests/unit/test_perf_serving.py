@@ -9,12 +9,12 @@ import pytest
 
 from moeplan.errors import UsageError
 from moeplan.model.catalogue import load_model
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.serving import aggregated, cost, disaggregated, prefill_seconds
 from moeplan.perf.step_model import StepModel, Workload
 
-H200 = hardware("H200")
+H200 = load_hardware("H200")
 LLAMA = StepModel(load_model("Llama-3.1-70B"), H200, Parallel(tp=8), Precision("fp8"))
 DEEPSEEK = StepModel(load_model("DeepSeek-V3"), H200, Parallel(tp=8), Precision("fp8"))
 CHAT = Workload(1024, 1024)
@@ -46,7 +46,7 @@ def test_requests_that_do_not_fit_wait() -> None:
     with pytest.raises(
         UsageError, match=r"Llama-3.1-70B with one request of 1536 tokens does not fit H100-SXM at tp 1"
     ):
-        aggregated(replace(one, precision=Precision("bf16"), hardware=hardware("H100")), CHAT, 1)
+        aggregated(replace(one, precision=Precision("bf16"), hardware=load_hardware("H100")), CHAT, 1)
 
 
 def test_chunks_add_up_to_a_prompt() -> None:

@@ -11,17 +11,17 @@ import pytest
 from helpers import ROOT
 from moeplan.cli.app import run
 from moeplan.model.catalogue import load_model
-from moeplan.perf.hardware import hardware
+from moeplan.perf.cluster_search import SizingSettings, cluster_sizes, smallest_cluster
+from moeplan.perf.hardware import load_hardware
+from moeplan.perf.layouts import can_overlap, parallels
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.sensitivity import KNOBS, changed, elasticities, improvements, needs
 from moeplan.perf.serving import aggregated, holds
-from moeplan.perf.sizing import SizingSettings, cluster_sizes, smallest_cluster
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
-from moeplan.perf.sweep import parallels, with_overlap
 from moeplan.perf.use_cases import USE_CASES, UseCase
 
 LLAMA, DEEPSEEK = load_model("Llama-3.1-70B"), load_model("DeepSeek-V3")
-H100, H200, GB200 = hardware("H100"), hardware("H200"), hardware("GB200")
+H100, H200, GB200 = load_hardware("H100"), load_hardware("H200"), load_hardware("GB200")
 FP8 = Precision("fp8")
 
 
@@ -51,7 +51,7 @@ def test_the_smallest_is_found(name: str, case: str) -> None:
     for fewer in (n for n in cluster_sizes(8, gpus) if n < gpus):
         for parallel in parallels(spec, fewer, 8):
             layout = StepModel(spec, H200, parallel, precision, StepOptions(gpus_per_node=8))
-            for overlap in (False, True) if with_overlap(layout) else (False,):
+            for overlap in (False, True) if can_overlap(layout) else (False,):
                 tried = replace(layout, options=replace(layout.options, overlap=overlap))
                 assert holds(tried, use.workload) < 1 or use.miss(aggregated(tried, use.workload, 1)) > 1
     assert answer.smaller == max(n for n in cluster_sizes(8, gpus) if n < gpus) and answer.why
@@ -74,7 +74,7 @@ def test_more_requests_need_more() -> None:
 
 def test_memory_stops_what_does_not_fit() -> None:
     answer = smallest_cluster(
-        load_model("MoE-100T"), hardware("TPU-v5e"), USE_CASES["qa"], FP8, SizingSettings(max_gpus=1024)
+        load_model("MoE-100T"), load_hardware("TPU-v5e"), USE_CASES["qa"], FP8, SizingSettings(max_gpus=1024)
     )
     assert (
         not answer.meets and answer.step_model is None and answer.why.startswith("memory: ") and answer.memory_ratio > 5
@@ -195,7 +195,7 @@ def test_drafts_shorten_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         (["--use-case", "nothing"], "nothing"),
         (["--use-case", "qa", "--model", "Llama-9"], 'unknown model "Llama-9"; near it: '),
         (["--use-case", "qa", "--model", "{config}"], "config.json: num_hidden_layers is missing; add it"),
-        (["--use-case", "qa", "--hardware", "Mine", "--hardware-file", "{machine}"], "memory_bytes is missing; add it"),
+        (["--use-case", "qa", "--hardware", "Mine", "--hardware-file", "{machine}"], "memory_bytes is missing; docs/reference/catalogue.md lists the keys"),
     ],
 )
 def test_bad_input_gets_one_line(

@@ -18,7 +18,7 @@ from moeplan.model.parameters import parameters
 from moeplan.perf.collectives import UNITS_GIVEN
 from moeplan.perf.constants import GenerationFit, for_generation, load_constants
 from moeplan.perf.context import default_dispatch
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.operators import UNITS
 from moeplan.perf.routing import ExpertRanks, Routing, counted_routing, routing_from_counts, uniform_routing
@@ -26,7 +26,7 @@ from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
 from moeplan.types import Placement
 
-H100, B200 = hardware("H100"), hardware("B200")
+H100, B200 = load_hardware("H100"), load_hardware("B200")
 DEEPSEEK, LLAMA, OSS, QWEN = map(load_model, ("DeepSeek-V3", "Llama-3.1-70B", "gpt-oss-120b", "Qwen3.5-397B-A17B"))
 FP8 = Precision(weights="fp8")
 EP72 = Parallel(dp=72, ep=72, redundant=32)
@@ -306,7 +306,7 @@ def test_dtypes() -> None:
 
     assert seconds(H100, weights="int4") < seconds(H100, weights="fp8") < seconds(H100, weights="bf16")
     assert seconds(B200, weights="fp4") < seconds(B200, weights="fp8")
-    a100 = hardware("A100")  # multiplies in bf16; 8-bit weights are read as such
+    a100 = load_hardware("A100")  # multiplies in bf16; 8-bit weights are read as such
     assert seconds(a100, weights="fp8") < seconds(a100, weights="bf16")
     with pytest.raises(UsageError, match="no attention kernel is modelled for int8 keys and values; use bf16 or fp8"):
         seconds(H100, kv="int8")
@@ -354,7 +354,7 @@ def test_published_steps(shared: Path) -> None:
         pytest.skip("../shared/measured is not on this machine")
     with path.open(encoding="utf-8") as file:
         said = {row["id"]: float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "throughput"}
-    h800 = hardware("H800")
+    h800 = load_hardware("H800")
 
     def check(name: str, step: Step, tokens: int) -> None:
         assert 8 * tokens / float(step.seconds) == pytest.approx(said[name], rel=0.15), name

@@ -12,25 +12,14 @@ from hypothesis import strategies as st
 from moeplan.cli.app import run
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model
-from moeplan.perf.hardware import hardware
-from moeplan.perf.memory import Precision, check_parallel, largest_batch
+from moeplan.perf.hardware import load_hardware
+from moeplan.perf.layouts import TILE, LayoutChoice, can_overlap, node_parts, parallels
+from moeplan.perf.memory import MemoryModel, Precision, check_parallel
 from moeplan.perf.serving import cost
 from moeplan.perf.step_model import StepModel, StepOptions
-from moeplan.perf.sweep import (
-    TILE,
-    LayoutChoice,
-    Point,
-    SweepSettings,
-    best_within,
-    bound_shares,
-    node_parts,
-    parallels,
-    pareto,
-    sweep,
-    with_overlap,
-)
+from moeplan.perf.sweep import Point, SweepSettings, best_within, pareto, sweep
 
-H100, H200 = hardware("H100"), hardware("H200")
+H100, H200 = load_hardware("H100"), load_hardware("H200")
 DEEPSEEK, LLAMA = load_model("DeepSeek-V3"), load_model("Llama-3.1-70B")
 
 
@@ -48,7 +37,7 @@ def test_every_layout_is_possible(name: str, gpus: int, per_node: int) -> None:
     except PlanError:
         return
     assert len(found) == len(set(found))
-    precision = Precision.choose(spec, "bf16", None, "bf16")
+    precision = Precision.of_checkpoint(spec, "bf16")
     for parallel in found:
         check_parallel(spec, parallel)
         assert parallel.gpus == gpus
@@ -85,24 +74,24 @@ def test_a_layout_that_cannot_be_is_named(gpus: int, choice: LayoutChoice, text:
 
 def test_points_are_estimates() -> None:
     """Each set-up's figures are those of its step, and what does not fit is counted, not shown."""
-    precision = Precision.choose(DEEPSEEK, None, None, "bf16")
+    precision = Precision.of_checkpoint(DEEPSEEK)
     batches, counts = (1, 16, 256), (8, 16)
     found = sweep(DEEPSEEK, H200, SweepSettings(gpus=counts, batches=batches, choice=LayoutChoice(pp=(1,))))
     layouts = [p for gpus in counts for p in parallels(DEEPSEEK, gpus, 8, LayoutChoice(pp=(1,)))]
     assert len(found.points) + found.unfit == len(layouts) * len(batches)
     for p in found.points:
-        assert p.batch <= largest_batch(DEEPSEEK, H200, p.step_model.parallel, precision, context=4096)
+        assert p.batch <= MemoryModel(DEEPSEEK, H200, p.step_model.parallel, precision).largest_batch(4096)
         step = p.step_model.decode(p.batch, 4096)
         assert p.tpot_s == float(step.seconds)
         assert p.per_gpu_s == pytest.approx(p.batch * p.step_model.parallel.dp / p.tpot_s / p.step_model.parallel.gpus)
         assert (p.usd, p.kwh) == pytest.approx(cost(H200, p.per_gpu_s))
-        assert sum(bound_shares(step).values()) == pytest.approx(1) and p.bound == next(iter(bound_shares(step)))
+        assert sum(step.bound_shares().values()) == pytest.approx(1) and p.bound == next(iter(step.bound_shares()))
 
 
 def test_overlap_is_tried_where_it_can_be() -> None:
     found = sweep(DEEPSEEK, H200, SweepSettings(gpus=(16,), batches=(1, 64), overlap=True))
     both = [p for p in found.points if p.step_model.options.overlap]
-    assert both and all(with_overlap(p.step_model) and p.batch == 64 for p in both)
+    assert both and all(can_overlap(p.step_model) and p.batch == 64 for p in both)
     assert sweep(LLAMA, H200, SweepSettings(gpus=(8,), batches=(1,), contexts=(9,), overlap=True)).points
 
 
@@ -120,7 +109,7 @@ def test_too_many_set_ups_are_refused() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20))
 def test_pareto_against_all_pairs(pairs: list[tuple[int, int]]) -> None:
-    layout = StepModel(LLAMA, H100, parallels(LLAMA, 8, 8)[0], Precision.choose(LLAMA, None, None, "bf16"))
+    layout = StepModel(LLAMA, H100, parallels(LLAMA, 8, 8)[0], Precision.of_checkpoint(LLAMA))
     points = [Point(layout, 1, 1, t, y, "memory", 0.0, 0.0) for t, y in pairs]
     front = pareto(points)
     beaten = {

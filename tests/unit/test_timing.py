@@ -17,7 +17,7 @@ from moeplan.embedded import MODEL
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
-from moeplan.perf.hardware import hardware
+from moeplan.perf.hardware import load_hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.routing import counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
@@ -32,7 +32,7 @@ from moeplan.synthetic.generator import generate
 from moeplan.trace import open_trace
 from moeplan.types import ModelShape
 
-H100 = hardware("H100")
+H100 = load_hardware("H100")
 TINY = load_model(MODEL)  # 8 layers, 32 experts, top-4, 4 heads
 SHAPE = ModelShape("embedded", 8, 32, 4, hidden=192)
 KEYS = ("modelled_step_ms", "modelled_idle_share")

@@ -97,7 +97,7 @@ def register(app: typer.Typer) -> None:
         from moeplan.cluster import Dispatch
         from moeplan.perf.estimate import EstimateSettings
         from moeplan.perf.estimate import estimate as run
-        from moeplan.perf.hardware import hardware as find_hardware
+        from moeplan.perf.hardware import load_hardware as find_hardware
 
         machine = find_hardware(hardware, hardware_file).priced(usd_per_hour)
         settings = EstimateSettings(

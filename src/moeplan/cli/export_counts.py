@@ -130,7 +130,7 @@ def _step_ms(
     from moeplan.cluster import Dispatch
     from moeplan.embedded import MODEL, named
     from moeplan.model.catalogue import load_model
-    from moeplan.perf.hardware import hardware as machine_of
+    from moeplan.perf.hardware import load_hardware as machine_of
     from moeplan.perf.memory import Precision
     from moeplan.perf.routing import ExpertRanks, routing_from_counts
     from moeplan.perf.step_model import StepModel, StepOptions

@@ -11,11 +11,10 @@ from moeplan.errors import UsageError
 from moeplan.frames import data_frame
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
-from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Memory, Parallel, Precision, largest_batch, memory
-from moeplan.perf.named import find_hardware
+from moeplan.perf.hardware import Hardware, load_hardware
+from moeplan.perf.memory import Memory, MemoryModel, Parallel, Precision, check_parallel
 from moeplan.perf.routing import Routing
-from moeplan.perf.serving import cost
+from moeplan.perf.serving import Cost, cost
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
 
@@ -65,6 +64,26 @@ class EstimateSettings:
         if self.drafts < 0 or (self.drafts and self.phase == "prefill"):
             raise UsageError("draft tokens are of decode, and at least 0", hint="leave them out")
 
+    def parallel(self, spec: CompleteSpec, gpus: int, redundant: int = 0) -> Parallel:
+        """The layout on `gpus` accelerators, all of which are used; experts over all ranks of a stage.
+
+        Raises:
+            PlanError: a layout that is impossible. UsageError: a count below 1, or a product other than `gpus`.
+        """
+        tp, pp, dp, ep = self.tp, self.pp, self.dp, self.ep
+        if min(tp, pp, dp or 1, ep or 1) < 1:
+            raise UsageError("tp, pp, dp and ep must be at least 1")
+        if dp is None:
+            if gpus % (tp * pp):
+                raise UsageError(f"tp {tp} x pp {pp} does not divide the {gpus} GPUs", hint="choose tp and pp that do")
+            dp = gpus // (tp * pp)
+        if tp * dp * pp != gpus:
+            what = f"tp {tp} x dp {dp} x pp {pp} = {tp * dp * pp} GPUs, but there are {gpus}"
+            raise UsageError(what, hint=f"make their product {gpus}, or leave dp out")
+        parallel = Parallel(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
+        check_parallel(spec, parallel)
+        return parallel
+
     def workload(self, context: int) -> Workload:
         """What a request of `context` tokens asks for."""
         accepted = 1 + 0.8 * self.drafts if self.accepted is None else self.accepted
@@ -81,7 +100,7 @@ class EstimateSettings:
         if self.skew > 1 and self.skew > parallel.ep:
             raise UsageError(f"skew {self.skew:g} is more than the {parallel.ep} GPUs that share the experts")
         options = StepOptions(self.dispatch, self.overlap, gpus_per_node, self.balanced, self.skew)
-        precision = Precision.choose(spec, self.weights, self.experts, self.kv)
+        precision = Precision.of_checkpoint(spec, self.weights, self.experts, self.kv)
         return StepModel(spec, hardware, parallel, precision, options)
 
 
@@ -138,15 +157,15 @@ class Estimate:
     def __repr__(self) -> str:
         model, kind = self.step_model, "TPOT" if self.phase == "decode" else "TTFT"
         most = sorted(self.step.operators, key=lambda o: -float(o.exposed))[:3]
-        return "\n".join([
+        lines = [
             f"{model.spec.name}, {self.phase} on {model.parallel.gpus} x {model.hardware.name} ({model.layout}), "
             f"{self.batch:,} requests a rank of {self.context:,} tokens",
             f"  {kind} {self.tpot_ms or self.ttft_ms:.2f} ms, {self.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, "
-            f"{self.usd_per_million_tokens:.3f} USD per million tokens",
+            f"{self.cost.usd:.3f} USD per million tokens",
             "  most: " + ", ".join(f"{o.name} {1e3 * float(o.exposed):.2f} ms ({o.bound})" for o in most),
-            f"  memory of a GPU: {self.memory.used / 1e9:.1f} of {self.memory.usable / 1e9:.1f} GB"
-            + ("" if self.memory.fits else ": DOES NOT FIT"),
-        ])  # fmt: skip
+            f"  memory of a GPU: {self.memory.used / 1e9:.1f} of {self.memory.usable / 1e9:.1f} GB",
+        ]
+        return "\n".join(lines) + ("" if self.memory.fits else ": DOES NOT FIT")
 
     @property
     def step_ms(self) -> float:
@@ -175,12 +194,9 @@ class Estimate:
         return self.batch * parallel.dp * self.tokens_per_step / float(self.step.seconds) / parallel.gpus
 
     @property
-    def usd_per_million_tokens(self) -> float:
-        return cost(self.step_model.hardware, self.tokens_per_s_per_gpu)[0]
-
-    @property
-    def kwh_per_million_tokens(self) -> float:
-        return cost(self.step_model.hardware, self.tokens_per_s_per_gpu)[1]
+    def cost(self) -> Cost:
+        """Of a million tokens."""
+        return cost(self.step_model.hardware, self.tokens_per_s_per_gpu)
 
     def operators(self) -> list[dict[str, Any]]:
         """One row per operator; the exposed milliseconds add up to the step."""
@@ -218,8 +234,8 @@ class Estimate:
             "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
             "tpot_ms": self.tpot_ms,
             "ttft_ms": self.ttft_ms,
-            "usd_per_million_tokens": self.usd_per_million_tokens,
-            "kwh_per_million_tokens": self.kwh_per_million_tokens,
+            "usd_per_million_tokens": self.cost.usd,
+            "kwh_per_million_tokens": self.cost.kwh,
             "usd_per_gpu_hour": model.hardware.usd_per_hour,
             "memory": {
                 "weights_gb": sum(used.weights.values()) / 1e9,
@@ -270,7 +286,7 @@ def estimate(
         >>> round(step.tpot_ms)
         35
     """
-    spec, machine = load_model(model), find_hardware(hardware)
+    spec, machine = load_model(model), load_hardware(hardware)
     per_node = gpus_per_node if gpus_per_node is not None else machine.scale_up_size
     if nodes < 1 or per_node < 1:
         raise UsageError("nodes and gpus_per_node must be at least 1")
@@ -280,9 +296,7 @@ def estimate(
         gpus = per_node
     else:
         gpus = settings.tp * settings.pp * (settings.dp or 1)
-    parallel = Parallel.fill(
-        spec, gpus, tp=settings.tp, pp=settings.pp, dp=settings.dp, ep=settings.ep, redundant=redundant
-    )
+    parallel = settings.parallel(spec, gpus, redundant)
     return estimate_step(settings.step_model(spec, machine, parallel, per_node), batch, context, settings)
 
 
@@ -299,11 +313,6 @@ def estimate_step(
     prefill, workload = settings.phase == "prefill", settings.workload(context)
     step = model.prefill(batch, context) if prefill else model.decode(batch, context, workload, routing)
     rows = batch * context if prefill else batch * (workload.drafts + 1)
-    p, mtp = model.parallel, workload.drafts > 0
-    used = memory(
-        model.spec, model.hardware, p, model.precision, batch=batch, context=context, prefill_tokens=rows, mtp=mtp
-    )
-    most = largest_batch(
-        model.spec, model.hardware, p, model.precision, context=context, mtp=mtp, prefill_tokens=rows if prefill else 0
-    )
+    memory = MemoryModel(model.spec, model.hardware, model.parallel, model.precision, mtp=workload.drafts > 0)
+    used, most = memory.need(batch, context, rows), memory.largest_batch(context, rows if prefill else 0)
     return Estimate(model, workload, settings.phase, batch, context, step.mean(), used, most, routing)

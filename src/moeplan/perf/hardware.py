@@ -15,12 +15,13 @@ from moeplan.errors import FormatError, UsageError
 from moeplan.io.catalogue import find_name, plain_name, read_object
 from moeplan.io.json import convert
 
-__all__ = ["Hardware", "Link", "hardware", "hardware_list", "hardware_names"]
+__all__ = ["Hardware", "Link", "hardware_list", "hardware_names", "load_hardware"]
 
 DATA = Path(__file__).parent / "data"
 
 
-class Link(Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True)
+class Link:
     """A network of one level.
 
     Attributes:
@@ -28,8 +29,8 @@ class Link(Struct, frozen=True, forbid_unknown_fields=True):
         latency_s: of one message between two neighbours, by datasheet or measurement.
     """
 
-    bytes_per_s: Annotated[float, Meta(ge=1e3, le=1e18)]
-    latency_s: Annotated[float, Meta(ge=0.0, le=1.0)]
+    bytes_per_s: float
+    latency_s: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,13 @@ class FlopsEntry(Struct, forbid_unknown_fields=True):
     fp4: Flops | None = None
 
 
+class LinkEntry(Struct, forbid_unknown_fields=True):
+    """A network of one level."""
+
+    bytes_per_s: Annotated[float, Meta(ge=1e3, le=1e18)]
+    latency_s: Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
 class Notes(Struct, kw_only=True):
     """What an entry says beside the figures."""
 
@@ -98,59 +106,69 @@ class Entry(Notes, forbid_unknown_fields=True, kw_only=True):
     flops: FlopsEntry
     memory_bytes: Annotated[float, Meta(ge=1e6, le=1e16)]
     memory_bytes_per_s: Annotated[float, Meta(ge=1e6, le=1e18)]
-    scale_up: Link
+    scale_up: LinkEntry
     scale_up_size: Annotated[int, Meta(ge=1, le=1 << 24)]
-    scale_out: Link
+    scale_out: LinkEntry
     watts: Annotated[float, Meta(ge=1e-3, le=1e7)]
     usd_per_hour: Annotated[float, Meta(ge=0.0, le=1e6)]
 
     def hardware(self, name: str, where: str) -> Hardware:
         """The accelerator under its name."""
         given = {key: getattr(self, key) for key in (*REQUIRED, "sources")}
+        links = {key: Link(**asdict(given[key])) for key in ("scale_up", "scale_out")}
         flops = {dtype: rate for dtype, rate in asdict(self.flops).items() if rate is not None}
         if not flops:
             raise FormatError("flops is empty", where=where, hint='give e.g. {"bf16": 9.89e14}')
-        return Hardware(name=name, **{**given, "flops": flops})
+        return Hardware(name=name, **given | links | {"flops": flops})
 
 
-def hardware(name: str, extra: Path | None = None) -> Hardware:
+def load_hardware(name: str | Hardware, file: Path | None = None) -> Hardware:
     """The accelerator of that name, in any case and with any of `-`, `_`, space between its parts.
 
     Args:
-        name: a name or alias of the catalogue, or of `extra`.
-        extra: a JSON file in the form of `data/hardware.json` (docs/reference/catalogue.md). An entry whose name the
+        name: a name or alias of the catalogue, or of `file`; a description is returned as it is.
+        file: a JSON file in the form of `data/hardware.json` (docs/reference/catalogue.md). An entry whose name the
             catalogue knows overrides the fields it gives; a new one must give all but `sources` and `aliases`.
 
     Raises:
         UsageError: an unknown name.
-        FormatError: a field of `extra` that is missing, unknown, of a wrong type or out of range.
+        FormatError: a field of `file` that is missing, unknown, of a wrong type or out of range.
     """
-    entries, where = _entries(extra)
+    if isinstance(name, Hardware):
+        return name
+    entries, where = _entries(file)
     key = find_name(name, {key: entry.get("aliases", []) for key, entry in entries.items()}, "hardware")
     place = f"{where.get(key, str(DATA / 'hardware.json'))}, {key}"
     return convert(entries[key], Entry, place, "docs/reference/catalogue.md lists the keys").hardware(key, place)
 
 
 def hardware_list(
-    names: str | Sequence[str], file: Path | None = None, usd_per_hour: float | None = None, watts: float | None = None
+    names: str | Hardware | Sequence[str | Hardware],
+    file: Path | None = None,
+    usd_per_hour: float | None = None,
+    watts: float | None = None,
 ) -> list[Hardware]:
-    """Several accelerators: names, or "A,B", or "all"; each once.
+    """Several accelerators: names or descriptions, or "A,B", or "all"; each once.
+
+    Args:
+        usd_per_hour, watts: another price and board power, where there is one accelerator.
 
     Raises:
-        UsageError: an unknown name; a price or power where there are several. FormatError: as in `hardware`.
+        UsageError: an unknown name; a price or power where there are several. FormatError: as in `load_hardware`.
     """
     if isinstance(names, str):
         names = hardware_names(file) if names.strip().lower() == "all" else names.split(",")
-    found = list({each.name: each for each in (hardware(name.strip(), file) for name in names)}.values())
-    if len(found) > 1 and (usd_per_hour, watts) != (None, None):
+    listed = [names] if isinstance(names, Hardware) else names
+    found = [load_hardware(name.strip() if isinstance(name, str) else name, file) for name in listed]
+    if len(unique := {each.name: each for each in found}) > 1 and (usd_per_hour, watts) != (None, None):
         what = "a power" if usd_per_hour is None else "a price"
-        raise UsageError(f"{what} is of one kind of hardware, but {len(found)} are given", hint="use a hardware file")
-    return [each.priced(usd_per_hour, watts) for each in found]
+        raise UsageError(f"{what} is of one kind of hardware, but {len(unique)} are given", hint="use a hardware file")
+    return [each.priced(usd_per_hour, watts) for each in unique.values()]
 
 
-def hardware_names(extra: Path | None = None) -> tuple[str, ...]:
-    """All names, as the catalogue and `extra` spell them."""
-    return tuple(_entries(extra)[0])
+def hardware_names(file: Path | None = None) -> tuple[str, ...]:
+    """All names, as the catalogue and `file` spell them."""
+    return tuple(_entries(file)[0])
 
 
 @functools.cache
@@ -158,17 +176,17 @@ def _catalogue() -> dict[str, dict[str, Any]]:
     return read_object(DATA / "hardware.json")
 
 
-def _entries(extra: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Raw entries by name, and the file of those that `extra` touched."""
+def _entries(file: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Raw entries by name, and which of them are from the user's file."""
     entries, where = dict(_catalogue()), {}
-    for given, entry in ({} if extra is None else read_object(extra)).items():
-        at = f"{extra}, {given[:60]}"
+    for given, entry in ({} if file is None else read_object(file)).items():
+        at = f"{file}, {given[:60]}"
         data = {key: value for key, value in convert(entry, dict[str, Any], at).items() if value is not None}
         notes = convert(data, Notes, at)
         spelt = ((known, (known, *old.get("aliases", []))) for known, old in entries.items())
         name = next((known for known, names in spelt if plain_name(given) in map(plain_name, names)), given)
-        own = dict.fromkeys((key for key in data if key in REQUIRED), f"given in {extra}")
+        own = dict.fromkeys((key for key in data if key in REQUIRED), f"given in {file}")
         sources = entries.get(name, {}).get("sources", {}) | own | notes.sources
         entries[name] = entries.get(name, {}) | data | {"sources": sources}
-        where[name] = str(extra)
+        where[name] = str(file)
     return entries, where

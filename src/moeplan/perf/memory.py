@@ -29,19 +29,25 @@ from moeplan.perf.hardware import Hardware
 from moeplan.types import ModelShape
 
 __all__ = [
-    "DTYPE_BYTES", "KV_DTYPE_BYTES", "Memory", "Parallel", "Precision", "activation_bytes", "check_parallel",
-    "expert_bytes", "kv_bytes", "kv_bytes_per_token", "largest_batch", "memory", "model_shape",
+    "Memory",
+    "MemoryModel",
+    "Parallel",
+    "Precision",
+    "activation_bytes",
+    "check_parallel",
+    "expert_bytes",
+    "kv_bytes",
+    "kv_bytes_per_token",
+    "model_shape",
     "weight_bytes",
-]  # fmt: skip
+]
 
 FloatArray = npt.NDArray[np.float64]
 
 #: Bytes per weight of a matrix, its scales included: fp8 a float32 per 128 x 128 block (README_WEIGHTS.md of
 #: DeepSeek-V3), int4 a 16-bit scale per 128, fp4 (NVFP4) a byte per 16, mxfp4 a byte per 32 (OCP MX 1.0).
-DTYPE_BYTES = {
-    "fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "int8": 1.0, "int4": 0.5 + 2 / 128, "fp4": 0.5 + 1 / 16,
-    "mxfp4": 0.5 + 1 / 32,
-}  # fmt: skip
+DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2, "int8": 1.0, "int4": 0.5 + 2 / 128}
+DTYPE_BYTES |= {"fp4": 0.5 + 1 / 16, "mxfp4": 0.5 + 1 / 32}
 #: Bytes per number of the KV cache or of an activation; fp8 and int8 have one scale per tensor or head, not counted.
 KV_DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5 + 1 / 16}
 #: What no engine quantises: embedding, head, router, norms, biases. The state of linear attention is kept in float32.
@@ -66,35 +72,27 @@ class Precision:
     activations: str = "bf16"
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("weights", DTYPE_BYTES), ("experts", DTYPE_BYTES), ("kv", KV_DTYPE_BYTES), ("activations", KV_DTYPE_BYTES),
-        ):  # fmt: skip
+        matrices = dict.fromkeys(("weights", "experts"), DTYPE_BYTES)
+        for name, known in (matrices | dict.fromkeys(("kv", "activations"), KV_DTYPE_BYTES)).items():
             value = getattr(self, name)
             if value not in known and not (name == "experts" and value is None):
                 raise UsageError(f'unknown dtype "{value}" for {name}', hint=f"use {', '.join(known)}")
 
     @classmethod
-    def of_checkpoint(cls, spec: CompleteSpec) -> Precision:
-        """As published: the checkpoint's own weights, all else bf16."""
-        if spec.checkpoint is None:
-            raise UsageError(
-                f"the configuration of {spec.name} does not tell its weights' dtype", hint="give the dtype"
-            )
-        return cls(weights=spec.checkpoint[0], experts=spec.checkpoint[1])
-
-    @classmethod
-    def choose(
+    def of_checkpoint(
         cls, spec: CompleteSpec, weights: str | None = None, experts: str | None = None, kv: str = "bf16"
     ) -> Precision:
-        """The dtypes asked for, else the checkpoint's.
+        """The dtypes given; where none is, those of the published weights.
 
         Raises:
             UsageError: an unknown dtype, or none given for a model whose checkpoint is not known.
         """
-        if weights is not None:
-            return cls(weights=weights, experts=experts, kv=kv)
-        known = cls.of_checkpoint(spec)
-        return cls(weights=known.weights, experts=experts or known.experts, kv=kv)
+        if weights is None:
+            if spec.checkpoint is None:
+                what = f"the configuration of {spec.name} does not tell its weights' dtype"
+                raise UsageError(what, hint="give the dtype")
+            weights, experts = spec.checkpoint[0], experts or spec.checkpoint[1]
+        return cls(weights=weights, experts=experts, kv=kv)
 
     def describe(self, spec: CompleteSpec) -> str:
         """In words: "fp8 weights, bf16 KV cache"; experts only where they have another dtype."""
@@ -126,31 +124,6 @@ class Parallel:
     @property
     def moe_tp(self) -> int:
         return self.tp * self.dp // self.ep
-
-    @classmethod
-    def fill(
-        cls, spec: CompleteSpec, gpus: int, *, tp: int = 1, pp: int = 1, dp: int | None = None, ep: int | None = None,
-        redundant: int = 0,
-    ) -> Parallel:  # fmt: skip
-        """What was asked for, the rest filled in so that all `gpus` are used; experts over all ranks of a stage.
-
-        Raises:
-            PlanError: a layout that is impossible. UsageError: a count below 1, or a product other than `gpus`.
-        """
-        if min(tp, pp, dp or 1, ep or 1) < 1:
-            raise UsageError("tp, pp, dp and ep must be at least 1")
-        if dp is None:
-            if gpus % (tp * pp):
-                raise UsageError(f"tp {tp} x pp {pp} does not divide the {gpus} GPUs", hint="choose tp and pp that do")
-            dp = gpus // (tp * pp)
-        if tp * dp * pp != gpus:
-            raise UsageError(
-                f"tp {tp} x dp {dp} x pp {pp} = {tp * dp * pp} GPUs, but there are {gpus}",
-                hint=f"make their product {gpus}, or leave dp out",
-            )
-        parallel = cls(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
-        check_parallel(spec, parallel)
-        return parallel
 
 
 def check_parallel(spec: CompleteSpec, parallel: Parallel) -> None:
@@ -318,64 +291,71 @@ class Memory:
 USABLE = 0.9
 
 
-def memory(
-    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, batch: int, context: int,
-    prefill_tokens: int = 0, mtp: bool = False, usable: float = USABLE,
-) -> Memory:  # fmt: skip
-    """What a set-up takes.
+@dataclass(frozen=True)
+class MemoryModel:
+    """What a set-up takes of each accelerator's memory.
 
-    Args:
-        batch: requests of one data-parallel rank. context: tokens that each of them holds, prompt and answer.
-        prefill_tokens: of the largest prefill step of such a rank; a step has at least `batch` tokens.
+    Attributes:
+        spec, hardware, parallel, precision: the set-up. mtp: with the modules for multi-token prediction.
         usable: share of the memory that may be used, in (0, 1].
-
-    Raises:
-        PlanError: a layout that cannot be. UsageError: a count below 0, a share outside (0, 1].
     """
-    limit = _usable(hardware, usable, batch, context, prefill_tokens)
-    weights = weight_bytes(spec, parallel, precision, mtp=mtp)
-    kv = batch * _stage_kv(spec, parallel, precision.kv, context, mtp)
-    token, row = activation_bytes(spec, parallel, precision)
-    worst = int(np.argmax(weights.sum(axis=1) + kv))
-    return Memory(
-        weights=dict(zip(WEIGHTS, (float(v) for v in weights[worst]), strict=True)),
-        kv=float(kv[worst]),
-        activations=token * max(batch, prefill_tokens) + row * batch,
-        capacity=hardware.memory_bytes,
-        usable=limit,
-    )
 
+    spec: CompleteSpec
+    hardware: Hardware
+    parallel: Parallel
+    precision: Precision
+    mtp: bool = False
+    usable: float = USABLE
 
-def largest_batch(
-    spec: CompleteSpec, hardware: Hardware, parallel: Parallel, precision: Precision, *, context: int,
-    prefill_tokens: int = 0, mtp: bool = False, usable: float = USABLE,
-) -> int:  # fmt: skip
-    """The most requests that a data-parallel rank can hold at that context; 0 where not even one fits.
+    def need(self, batch: int, context: int, prefill_tokens: int = 0) -> Memory:
+        """What a batch takes.
 
-    The need is linear in the batch, with a kink where a decode step outgrows a prefill step; so it fits where both
-    lines do. Arguments and errors as in `memory`.
-    """
-    limit = _usable(hardware, usable, context, prefill_tokens)
-    weights = weight_bytes(spec, parallel, precision, mtp=mtp).sum(axis=1)
-    token, row = activation_bytes(spec, parallel, precision)
-    request = _stage_kv(spec, parallel, precision.kv, context, mtp) + row
-    beside_prefill = (limit - weights - token * prefill_tokens) / request
-    decode_only = (limit - weights) / (request + token)
-    return max(0, int(min(beside_prefill.min(), decode_only.min())))
+        Args:
+            batch: requests of one data-parallel rank. context: tokens that each of them holds, prompt and answer.
+            prefill_tokens: of the largest prefill step of such a rank; a step has at least `batch` tokens.
 
+        Raises:
+            PlanError: a layout that cannot be. UsageError: a count below 0, a share outside (0, 1].
+        """
+        limit = self._limit(batch, context, prefill_tokens)
+        weights = weight_bytes(self.spec, self.parallel, self.precision, mtp=self.mtp)
+        kv = batch * self._stage_kv(context)
+        token, row = activation_bytes(self.spec, self.parallel, self.precision)
+        worst = int(np.argmax(weights.sum(axis=1) + kv))
+        return Memory(
+            weights=dict(zip(WEIGHTS, (float(v) for v in weights[worst]), strict=True)),
+            kv=float(kv[worst]),
+            activations=token * max(batch, prefill_tokens) + row * batch,
+            capacity=self.hardware.memory_bytes,
+            usable=limit,
+        )
 
-def _usable(hardware: Hardware, share: float, *counts: int) -> float:
-    if min(counts) < 0 or not 0 < share <= 1:
-        raise UsageError("a count below 0, or a usable share of memory outside (0, 1]", hint="correct it")
-    return hardware.memory_bytes * share
+    def largest_batch(self, context: int, prefill_tokens: int = 0) -> int:
+        """The most requests that a data-parallel rank can hold at that context; 0 where not even one fits.
 
+        The need is linear in the batch, with a kink where a decode step outgrows a prefill step; so it fits where both
+        lines do. Arguments and errors as in `need`.
+        """
+        limit = self._limit(context, prefill_tokens)
+        weights = weight_bytes(self.spec, self.parallel, self.precision, mtp=self.mtp).sum(axis=1)
+        token, row = activation_bytes(self.spec, self.parallel, self.precision)
+        request = self._stage_kv(context) + row
+        beside_prefill = (limit - weights - token * prefill_tokens) / request
+        decode_only = (limit - weights) / (request + token)
+        return max(0, int(min(beside_prefill.min(), decode_only.min())))
 
-def _stage_kv(spec: CompleteSpec, parallel: Parallel, dtype: str, context: int, mtp: bool) -> FloatArray:
-    """KV cache of one request on one accelerator of each stage: float64 [pp] bytes."""
-    stages = _stages(spec.layers, parallel.pp)
-    out = np.array([kv_bytes(spec, context, dtype, parallel.tp, layers=stage) for stage in stages])
-    out[-1] += spec.mtp_layers * mtp * context * kv_values(spec, parallel.tp) * KV_DTYPE_BYTES[dtype]
-    return out
+    def _limit(self, *counts: int) -> float:
+        if min(counts) < 0 or not 0 < self.usable <= 1:
+            raise UsageError("a count below 0, or a usable share of memory outside (0, 1]", hint="correct it")
+        return self.hardware.memory_bytes * self.usable
+
+    def _stage_kv(self, context: int) -> FloatArray:
+        """KV cache of one request on one accelerator of each stage: float64 [pp] bytes."""
+        spec, tp, dtype = self.spec, self.parallel.tp, self.precision.kv
+        stages = _stages(spec.layers, self.parallel.pp)
+        out = np.array([kv_bytes(spec, context, dtype, tp, layers=stage) for stage in stages])
+        out[-1] += spec.mtp_layers * self.mtp * context * kv_values(spec, tp) * KV_DTYPE_BYTES[dtype]
+        return out
 
 
 def model_shape(spec: CompleteSpec, precision: Precision | None = None) -> ModelShape:

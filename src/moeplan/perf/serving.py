@@ -16,27 +16,19 @@ last block of each beam's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from moeplan.errors import UsageError
 from moeplan.perf.collectives import send
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import USABLE, Memory, kv_bytes, largest_batch, memory
+from moeplan.perf.memory import USABLE, Memory, MemoryModel, kv_bytes
 from moeplan.perf.operators import Number
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, Workload
 
-__all__ = [
-    "CHUNK",
-    "ServingFigures",
-    "aggregated",
-    "cost",
-    "disaggregated",
-    "holds",
-    "prefill_seconds",
-    "used",
-]
+__all__ = ["CHUNK", "ServingFigures", "aggregated", "cost", "disaggregated", "holds", "prefill_seconds", "used"]
 
 #: Tokens of a prefill chunk, engines' usual default.
 CHUNK = 8192
@@ -144,29 +136,34 @@ def disaggregated(
     return ServingFigures(alone + moved + queue + tpot, tpot, output, total, gpus, running, step, 0.0)
 
 
-def cost(hardware: Hardware, per_gpu_s: float) -> tuple[float, float]:
-    """(USD, kWh) per million tokens, at `per_gpu_s` tokens per second and accelerator.
+class Cost(NamedTuple):
+    """USD and kWh of a million tokens."""
+
+    usd: float
+    kwh: float
+
+
+def cost(hardware: Hardware, per_gpu_s: float) -> Cost:
+    """Of a million tokens, at `per_gpu_s` tokens per second and accelerator.
 
     The accelerator's own price and board power, at full power all the time: an upper bound on energy, less the host.
     """
     hours = 1e6 / per_gpu_s / 3600
-    return hours * hardware.usd_per_hour, hours * hardware.watts / 1000
+    return Cost(hours * hardware.usd_per_hour, hours * hardware.watts / 1000)
 
 
 def holds(model: StepModel, workload: Workload, *, chunk: int = CHUNK, usable: float = USABLE) -> int:
     """Requests that a data-parallel rank's memory holds; of beams, the prompt once and each answer. 0: not even one."""
-    return largest_batch(
-        model.spec, model.hardware, model.parallel, model.precision, context=_held(workload),
-        prefill_tokens=min(chunk, workload.prompt), usable=usable, mtp=workload.mtp,
-    )  # fmt: skip
+    return _memory(model, workload, usable).largest_batch(_held(workload), min(chunk, workload.prompt))
 
 
-def used(model: StepModel, workload: Workload, each: int) -> Memory:
-    """What `each` requests of a data-parallel rank take, counted as `holds` counts."""
-    return memory(
-        model.spec, model.hardware, model.parallel, model.precision, batch=each, context=_held(workload),
-        prefill_tokens=min(CHUNK, workload.prompt), mtp=workload.mtp,
-    )  # fmt: skip
+def used(model: StepModel, workload: Workload, batch: int) -> Memory:
+    """What `batch` requests of a data-parallel rank take, counted as `holds` counts."""
+    return _memory(model, workload, USABLE).need(batch, _held(workload), min(CHUNK, workload.prompt))
+
+
+def _memory(model: StepModel, workload: Workload, usable: float) -> MemoryModel:
+    return MemoryModel(model.spec, model.hardware, model.parallel, model.precision, workload.mtp, usable)
 
 
 def _held(workload: Workload) -> int:

@@ -98,3 +98,11 @@ class Step:
     def exposed(self, name: str) -> Number:
         """Exposed seconds of one operator; 0 where there is none."""
         return next((operator.exposed for operator in self.operators if operator.name == name), 0.0)
+
+    def bound_shares(self) -> dict[str, float]:
+        """Share of the step by what bounds its operators, largest first."""
+        seconds: dict[str, float] = {}
+        for operator in self.operators:
+            seconds[operator.bound] = seconds.get(operator.bound, 0.0) + float(operator.exposed)
+        total = sum(seconds.values())
+        return {name: value / total for name, value in sorted(seconds.items(), key=lambda item: -item[1])}

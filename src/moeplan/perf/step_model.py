@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,9 +70,9 @@ class StepModel:
 
     Example:
         >>> from moeplan.model.catalogue import load_model
-        >>> from moeplan.perf.hardware import hardware
+        >>> from moeplan.perf.hardware import load_hardware
         >>> from moeplan.perf.memory import Parallel, Precision
-        >>> llama = StepModel(load_model("Llama-3.1-70B"), hardware("H100"), Parallel(tp=8), Precision("fp8"))
+        >>> llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("H100"), Parallel(tp=8), Precision("fp8"))
         >>> step = llama.decode(batch=16, context=2000)
         >>> max(step.operators, key=lambda operator: operator.exposed).name
         'dense ffn'
@@ -82,7 +82,7 @@ class StepModel:
     hardware: Hardware
     parallel: Parallel
     precision: Precision
-    options: StepOptions = field(default_factory=StepOptions)
+    options: StepOptions = StepOptions()
 
     @property
     def gpus_per_node(self) -> int:

@@ -7,54 +7,25 @@ step. Prefill is left out, as it is where prefill has workers of its own; `moepl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
 from moeplan.frames import data_frame
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
-from moeplan.perf.context import default_dispatch
-from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Parallel, Precision, check_parallel, largest_batch
-from moeplan.perf.named import list_hardware
+from moeplan.perf.hardware import Hardware, hardware_list
+from moeplan.perf.layouts import LayoutChoice, node_parts, step_models
+from moeplan.perf.memory import MemoryModel, Precision
 from moeplan.perf.serving import cost
-from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.progress import Progress
 
-__all__ = [
-    "LayoutChoice",
-    "Point",
-    "Sweep",
-    "SweepSettings",
-    "best_within",
-    "bound_shares",
-    "node_parts",
-    "parallels",
-    "pareto",
-    "step_models",
-    "sweep",
-    "thinned",
-    "with_overlap",
-]
+__all__ = ["LayoutChoice", "Point", "Sweep", "SweepSettings", "best_within", "pareto", "sweep", "thinned"]
 
-#: Columns of the narrowest part of an expert that a grouped product is worth calling for.
-TILE = 64
 #: Sweeps larger than this are a mistake more often than a wish.
 MOST_SETUPS = 200_000
-
-
-@dataclass(frozen=True)
-class LayoutChoice:
-    """Which ways to spread a model to try; None: all that are possible."""
-
-    tp: tuple[int, ...] | None = None
-    pp: tuple[int, ...] | None = None
-    ep: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,77 +178,6 @@ class Sweep:
         return data_frame(self.to_dict()["points"])
 
 
-def parallels(spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()) -> list[Parallel]:
-    """All layouts of a model on `gpus` accelerators in nodes of `per_node`.
-
-    Neither stages nor tensor-parallel groups straddle nodes or leave one half filled. Experts are spread over all ranks
-    of a stage, with as few redundant slots as make them divide, or, with one data-parallel rank, each split over all
-    ranks (ep 1); where a stage has more than twice as many ranks as experts, each expert is split over several. No part
-    of an expert is narrower than a kernel's tile.
-
-    Raises:
-        PlanError: nothing is possible; the message is that of the first layout refused.
-    """
-    found: list[Parallel] = []
-    refused: list[PlanError] = []
-    for pp in choice.pp or _divisors(gpus):
-        if gpus % pp or pp > spec.layers:
-            refused.append(PlanError(f"pp {pp} does not divide {gpus} GPUs, or is more than {spec.layers} layers"))
-            continue
-        stage = gpus // pp
-        if not _fills(stage, per_node, gpus):
-            continue
-        for tp in choice.tp or _divisors(stage):
-            if stage % tp or not _fills(tp, per_node, stage):
-                refused.append(PlanError(f"tp {tp} x pp {pp} does not divide {gpus} GPUs in nodes of {per_node}"))
-                continue
-            for ep in choice.ep or _expert_ranks(spec, stage, tp):
-                slots = spec.moe.experts if spec.moe else 0
-                parallel = Parallel(tp, stage // tp, ep, pp, -slots % ep)
-                try:
-                    check_parallel(spec, parallel)
-                except PlanError as error:
-                    refused.append(error)
-                    continue
-                if spec.moe and spec.moe.width / parallel.moe_tp < TILE:
-                    refused.append(PlanError(f"tp {tp} with ep {ep} cuts experts of width {spec.moe.width} too thin"))
-                    continue
-                found.append(parallel)
-    if not found:
-        none = PlanError(f"{gpus} GPUs do not fill nodes of {per_node}", hint=f"use a multiple of {per_node}")
-        raise next(iter(refused), none)
-    return found
-
-
-def node_parts(per_node: int) -> list[int]:
-    """Accelerators of a part of one node: powers of two, and all of it."""
-    return [*(1 << i for i in range((per_node - 1).bit_length())), per_node]
-
-
-@lru_cache(maxsize=512)
-def _divisors(count: int) -> tuple[int, ...]:
-    low = [d for d in range(1, int(count**0.5) + 1) if count % d == 0]
-    return tuple(sorted({*low, *(count // d for d in low)}))
-
-
-def _fills(stage: int, per_node: int, gpus: int) -> bool:
-    """Whether groups of `stage` accelerators, `gpus` in all, neither straddle nodes nor leave one half filled."""
-    return stage % per_node == 0 if stage > per_node else gpus <= per_node or per_node % stage == 0
-
-
-def _expert_ranks(spec: CompleteSpec, stage: int, tp: int) -> list[int]:
-    """Ranks that may share the experts of a stage."""
-    if spec.moe is None:
-        return [1]
-    whole = stage if stage <= 2 * spec.moe.experts else max(d for d in _divisors(stage) if d <= spec.moe.experts)
-    return [whole, 1] if stage == tp and whole > 1 else [whole]
-
-
-def with_overlap(model: StepModel) -> bool:
-    """Whether two-batch overlap has messages to hide."""
-    return default_dispatch(model.spec, model.parallel, prefill=False) is Dispatch.PICK
-
-
 def sweep(
     model: str | Path | ModelSpec,
     hardware: str | Hardware | Sequence[str | Hardware],
@@ -302,13 +202,14 @@ def sweep(
         10
     """
     spec = load_model(model)
-    precision = Precision.choose(spec, settings.weights, settings.experts, settings.kv)
+    precision = Precision.of_checkpoint(spec, settings.weights, settings.experts, settings.kv)
+    options = StepOptions(overlap=settings.overlap, gpus_per_node=settings.gpus_per_node)
     tried: list[StepModel] = []
     refused = None
-    for each in list_hardware(hardware):
+    for each in hardware_list(hardware):
         for gpus in settings.counts(each):
             try:
-                tried += step_models(spec, each, gpus, precision, settings)
+                tried += step_models(spec, each, gpus, precision, settings.choice, options)
             except PlanError as error:
                 refused = error
     if not tried and refused:
@@ -319,7 +220,7 @@ def sweep(
     points, unfit = [], 0
     for done, step_model in enumerate(tried):
         for context in settings.contexts:
-            most = largest_batch(spec, step_model.hardware, step_model.parallel, precision, context=context)
+            most = MemoryModel(spec, step_model.hardware, step_model.parallel, precision).largest_batch(context)
             fits = [batch for batch in settings.batches if batch <= most]
             unfit += len(settings.batches) - len(fits)
             least = 2 * step_model.parallel.pp if step_model.options.overlap else 1  # micro-batches are halved
@@ -331,34 +232,12 @@ def sweep(
     return Sweep(spec, settings, precision, tuple(points), unfit)
 
 
-def step_models(
-    spec: CompleteSpec, hardware: Hardware, gpus: int, precision: Precision, settings: SweepSettings
-) -> list[StepModel]:
-    """`parallels` as step models; with `overlap`, each also with two-batch overlap, where that is possible."""
-    per_node, found = settings.gpus_per_node or hardware.scale_up_size, []
-    for parallel in parallels(spec, gpus, per_node, settings.choice):
-        model = StepModel(spec, hardware, parallel, precision, StepOptions(gpus_per_node=per_node))
-        found.append(model)
-        if settings.overlap and with_overlap(model):
-            found.append(replace(model, options=replace(model.options, overlap=True)))
-    return found
-
-
 def _point(model: StepModel, batch: int, context: int) -> Point:
     step = model.decode(batch, context)
     seconds = float(step.seconds)
     each = batch * model.parallel.dp / seconds / model.parallel.gpus
     usd, kwh = cost(model.hardware, each)
-    return Point(model, batch, context, seconds, each, next(iter(bound_shares(step))), usd, kwh)
-
-
-def bound_shares(step: Step) -> dict[str, float]:
-    """Share of the step by what bounds its operators, largest first."""
-    seconds: dict[str, float] = {}
-    for operator in step.operators:
-        seconds[operator.bound] = seconds.get(operator.bound, 0.0) + float(operator.exposed)
-    total = sum(seconds.values())
-    return {name: value / total for name, value in sorted(seconds.items(), key=lambda item: -item[1])}
+    return Point(model, batch, context, seconds, each, next(iter(step.bound_shares())), usd, kwh)
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:

@@ -20,8 +20,8 @@ from moeplan.embedded import MODEL, WORD, named
 from moeplan.errors import MoeplanError, PlanError, UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
-from moeplan.perf.hardware import Hardware, hardware
-from moeplan.perf.memory import Parallel, Precision, memory
+from moeplan.perf.hardware import Hardware, load_hardware
+from moeplan.perf.memory import MemoryModel, Parallel, Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.types import ModelShape
@@ -175,9 +175,8 @@ class Timing:
                 f"times: the trace gives {layers} of {spec.name}'s {held} MoE layers; their mean stands for each of "
                 "the others"
             )
-        need = memory(
-            spec, self.machine, parallel, Precision.of_checkpoint(spec), batch=live, context=self.context
-        )  # fmt: skip
+        precision = Precision.of_checkpoint(spec)
+        need = MemoryModel(spec, self.machine, parallel, precision).need(live, self.context)
         if not need.fits:
             out.append(
                 f"times are of a set-up that does not fit: {live} requests of {self.context:,} tokens a group take "
@@ -217,7 +216,7 @@ def timing_of(
     Raises:
         UsageError: unknown names, or as in `Timing.check`. FormatError: a file that does not describe a model.
     """
-    timing = Timing(model_of(shape, name), hardware(machine), context)
+    timing = Timing(model_of(shape, name), load_hardware(machine), context)
     timing.check(shape, cluster, mode)
     return timing
 

@@ -19,8 +19,7 @@ from moeplan.errors import UsageError
 from moeplan.model.spec import ModelSpec
 from moeplan.perf.collectives import Messages
 from moeplan.perf.estimate import Estimate, EstimateSettings, MeasuredRouting, estimate_step
-from moeplan.perf.hardware import Hardware
-from moeplan.perf.named import find_hardware
+from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.routing import Routing
 from moeplan.perf.step_model import StepModel
 from moeplan.planning import Plan, RequestSet
@@ -88,7 +87,7 @@ def estimate_plan(
         UsageError: a model that is not the trace's; settings that the plan answers; more requests than a group has.
         PlanError: too few requests for the plan's groups.
     """
-    spec, machine = model_of(requests.shape, model), find_hardware(hardware)
+    spec, machine = model_of(requests.shape, model), load_hardware(hardware)
     settings = settings or EstimateSettings()
     mode = settings.dispatch or plan.dispatch
     settings = dataclasses.replace(settings, dispatch=mode)

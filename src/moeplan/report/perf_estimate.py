@@ -24,10 +24,7 @@ def estimate_html(found: Estimate) -> str:
     facts, layout, load, step = found.to_dict(), found.step_model, found.workload, found.step
     batch, context, prefill = found.batch, found.context, found.phase == "prefill"
     gpus = f"{layout.parallel.gpus} x {layout.hardware.name} ({layout.layout}, {batch:,} requests a rank)"
-    sections = [
-        _figures(facts, layout),
-        time_section(f"{facts['phase']} step", f"On {gpus}", {facts["phase"]: step}),
-    ]
+    sections = [_figures(facts, layout), time_section(f"{facts['phase']} step", f"On {gpus}", {facts["phase"]: step})]
     if can_skew(layout):
         line = skewed(layout, batch, context, load=load, prefill=prefill, up_to=facts["load_ratio"])
         curve = {f"{batch:,} requests a rank": line}
