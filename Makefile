@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-all test-lowest test-engines check hooks bench clean
+.PHONY: demo docs test test-all test-lowest test-engines check hooks bench clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,11 @@ $(DEV): $(READY)
 
 demo: $(READY)
 	$(BIN)/moeplan demo
+
+# The documentation site, into site/: strict (a dead link fails), without network.
+docs: $(DEV)
+	$(BIN)/python docs/command_line.py
+	$(BIN)/zensical build --strict --clean
 
 # The fast lane, for every change: all but the tests marked slow, and those that need an engine.
 test: $(DEV)

@@ -1,0 +1,7 @@
+"""One decode step of DeepSeek-V3 on two kinds of hardware: `python examples/estimate_step.py`."""
+
+import moeplan as mp
+
+for hardware in ("H100", "B200"):
+    step = mp.estimate("deepseek-v3", hardware, nodes=9, gpus_per_node=8, redundant=32)
+    print(step)
