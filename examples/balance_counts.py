@@ -1,10 +1,10 @@
-"""Counts of picks per expert to a placement file for SGLang, when nothing else is known: `python examples/balance_counts.py`."""
+"""Counts of picks per expert to a placement file for SGLang: `python examples/balance_counts.py`."""
 
 import numpy as np
 
 import moeplan as mp
 
-# Counts [layers, experts], for example from SGLang's expert distribution recorder; here: 4 layers with a few hot experts.
+# Counts [layers, experts], for example from SGLang's recorder; here: 4 layers with a few hot experts.
 rng = np.random.default_rng(0)
 counts = rng.gamma(shape=0.5, scale=1000.0, size=(4, 64)).astype(np.int64) + 1
 

@@ -2,6 +2,9 @@
 
 import moeplan as mp
 
-for hardware in ("H100", "B200"):
-    step = mp.estimate("deepseek-v3", hardware, nodes=9, gpus_per_node=8, redundant=32)
-    print(step)
+estimates = {
+    hardware: mp.estimate("deepseek-v3", hardware, nodes=9, gpus_per_node=8, redundant=32)
+    for hardware in ("H100", "B200")
+}
+for hardware, estimate in estimates.items():
+    print(f"{hardware}\n{estimate}\n")
