@@ -101,24 +101,26 @@ def bench() -> list[tuple[str, str]]:
     solve(drawn(64, 2, 256, 8, 640, 64, Dispatch.NODE), "moeplan")  # compiles
     solve(drawn(64, 2, 256, 8, 640, 64, Dispatch.PICK), "moeplan")
     out = []
-    for name, layers, experts, bar in (("58 x 256", 58, 256, 0.5), ("60 x 1024", 60, 1024, 1.0)):
+    for name, layers, experts, target in (("58 x 256", 58, 256, 0.5), ("60 x 1024", 60, 1024, 1.0)):
         rng = np.random.default_rng(1)
         use = rng.gamma(0.5, size=(layers, 1, experts)) * rng.gamma(1.0, size=(layers, 8, experts))
         seconds, remote, load = replan(use, 64)
         out.append(
             (
                 f"re-plan of a grouping, {name}, 64 GPUs, 64 redundant",
-                f"{seconds:.2f} s (bar {bar:g}; {published_eplb(use, 64)}); remote {remote[0]:.3f}, GPU "
+                f"{seconds:.2f} s (target {target:g}; {published_eplb(use, 64)}); remote {remote[0]:.3f}, GPU "
                 f"load {load[0]:.2f} (eplb {remote[1]:.3f}, {load[1]:.2f})",
             )
         )
     task = drawn(10_000, 58, 256, 8, 50_000, 64, Dispatch.PICK)
-    for mode, bar in ((Dispatch.PICK, 10), (Dispatch.NODE, 30)):
+    for mode, target in ((Dispatch.PICK, 10), (Dispatch.NODE, 30)):
         start = time.perf_counter()
         result = solve(Problem(**{**vars(task), "dispatch": mode}), "moeplan")
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        out.append((f"plan {mode.value}, 58 x 256, 10,000 requests", f"{seconds:.1f} s (bar {bar}), {memory:.1f} GB"))
+        out.append(
+            (f"plan {mode.value}, 58 x 256, 10,000 requests", f"{seconds:.1f} s (target {target}), {memory:.1f} GB")
+        )
     start = time.perf_counter()
     solve(task, "eplb")
     out.append(("our eplb on the same", f"{time.perf_counter() - start:.2f} s"))
@@ -128,7 +130,7 @@ def bench() -> list[tuple[str, str]]:
         start = time.perf_counter()
         result.router.scores(one)
         times.append(time.perf_counter() - start)
-    out.append(("route one request, 58 x 256, 8 groups", f"{1e6 * float(np.median(times)):.0f} us (bar 50)"))
+    out.append(("route one request, 58 x 256, 8 groups", f"{1e6 * float(np.median(times)):.0f} us (target 50)"))
     return out
 
 

@@ -35,7 +35,7 @@ COUNTS = tf.MEASURED.parent / "traces" / "sglang_logical_count"
 # ---------------------------------------------------------------------------------------------------------------------
 # Published figures
 
-#: id in published_targets.csv: (accelerators, expert slots beyond 256, absolutely balanced, has a bar).
+#: id in published_targets.csv: (accelerators, expert slots beyond 256, absolutely balanced, has a target).
 #: `deepseek-online-decode` states 14,800 tokens/s a node at 20-22 a user: 14800 / 8 / 21 = 88 requests a GPU.
 TARGETS = {
     "deepseek-profile-decode": ("h800", 128, 0, True, True),
@@ -69,18 +69,18 @@ def published() -> list[Row]:
     rows[f"{name}, balanced"] = rows[name] | {"value": "59337"}
     bare = dataclasses.replace(load_constants(), engine=EngineFit(0.0, 0.0, 0.0))
     out: list[Row] = [
-        ("target", "tokens a GPU", "published, tokens/s/node", "model", "error", "bar", "reached",
+        ("published result", "tokens a GPU", "published, tokens/s/node", "model", "error", "target", "met",
          "step, ms (published)", "idle share", "error without the engine's constants")
     ]  # fmt: skip
-    for name, (*_, bar) in TARGETS.items():
+    for name, (*_, target) in TARGETS.items():
         step, tokens = target_step(name, rows[name])
         plain, _ = target_step(name, rows[name], bare)
         said, seconds = float(rows[name]["value"]), float(step.seconds)
         error = 8 * tokens / seconds / said - 1
-        reached = ("yes" if abs(error) <= 0.15 else "**no**") if bar else "-"
+        met = ("yes" if abs(error) <= 0.15 else "**no**") if target else "-"
         out.append((
-            name, f"{tokens:g}", f"{said:,.0f}", f"{8 * tokens / seconds:,.0f}", signed(error), "15 %" if bar else "-",
-            reached, f"{1e3 * seconds:.1f} ({8e3 * tokens / said:.1f})", percent(float(step.idle_share)),
+            name, f"{tokens:g}", f"{said:,.0f}", f"{8 * tokens / seconds:,.0f}", signed(error), "15 %" if target else "-",
+            met, f"{1e3 * seconds:.1f} ({8e3 * tokens / said:.1f})", percent(float(step.idle_share)),
             signed(8 * tokens / float(plain.seconds) / said - 1),
         ))  # fmt: skip
     return out
@@ -92,11 +92,11 @@ def published() -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Serving points under one bar: (system, kind, ep > 1) tables, and the bar on the median."""
+    """Serving points under one target: (system, kind, ep > 1) tables, and the target on the median."""
 
     what: str
     tables: tuple[tuple[str, str, bool], ...]
-    bar: float | None
+    target: float | None
     c: Constants | None = None
 
 
@@ -125,7 +125,7 @@ def groups() -> tuple[Group, ...]:
 
 
 def points() -> list[Row]:
-    """One row per bar and part."""
+    """One row per target and part."""
     out: list[Row] = [("TPOT against", "part", *SCORES)]
     for group in groups():
         tables = [st.served(*table) for table in group.tables]
@@ -133,7 +133,7 @@ def points() -> list[Row]:
         error, fitted = np.concatenate(errors), np.concatenate([table.fitted for table in tables])
         for part, chosen in (("fit", fitted), ("check", ~fitted), ("all", fitted | ~fitted)):
             if chosen.any() and not (part == "all" and (fitted.all() or not fitted.any())):
-                out.append((group.what, part, *scores(error[chosen], group.bar)))
+                out.append((group.what, part, *scores(error[chosen], group.target)))
     return out
 
 
@@ -290,8 +290,8 @@ def needed_ratio(name: str, gain: float) -> float:
 
 def eplb() -> list[Row]:
     out: list[Row] = [
-        ("counts", "load ratio, linear 256", "eplb 288", "step, ms", "with eplb", "gain", "published", "error", "bar",
-         "reached", "needed", "gain without overlap")
+        ("counts", "load ratio, linear 256", "eplb 288", "step, ms", "with eplb", "gain", "published", "error", "target",
+         "met", "needed", "gain without overlap")
     ]  # fmt: skip
     names = ("decode_in2000out100", "prefill_in1024", "prefill_in2048", "prefill_in4096")
     for name in (f"{n}.json" for n in names):
@@ -321,7 +321,7 @@ def speed() -> list[Row]:
         "DeepSeek-V3 prefill, EP 72, two-batch overlap": lambda: decode.prefill(4, 4096),
         "Llama-3.1-70B decode, TP 8": lambda: llama.decode(64, 2000),
     }  # fmt: skip
-    out: list[Row] = [("one estimate, warm", "ms", "bar", "reached")]
+    out: list[Row] = [("one estimate, warm", "ms", "target", "met")]
     for what, call in cases.items():
         best = min(_mean_seconds(call) for _ in range(5))
         out.append((what, f"{1e3 * best:.2f}", "2 ms", "yes" if best <= 2e-3 else "**no**"))
@@ -343,7 +343,7 @@ SECTIONS = [
         "that send and receive hide behind nothing, and `engine` is charged here, too. Routing is uniform (with "
         "the load that chance gives the busiest GPU), or balanced where the source says so. EP144 online: 88 requests "
         "a GPU, from 14,800 tokens/s a node at 20-22 a user; its TPOT is the step. SGLang's prefill rows do not state "
-        "their batch; 16,384 tokens a GPU are assumed, so they have no bar. The last column leaves out `engine`, which "
+        "their batch; 16,384 tokens a GPU are assumed, so they have no target. The last column leaves out `engine`, which "
         "is fitted on servers of other models whose tokens are not dispatched; see the next section.",
         published,
     ),
@@ -373,7 +373,7 @@ SECTIONS = [
     (
         "Time to first token of servers",
         "The model gives the time of a prompt that finds a place at once: its own prefill and half a step. Nothing is "
-        "fitted to these rows, and there is no bar. Measured TTFT is of servers kept full, where a prompt waits for "
+        "fitted to these rows, and there is no target. Measured TTFT is of servers kept full, where a prompt waits for "
         "others; how long depends on how requests come, which the rows do not say. If all come at once, a prompt waits "
         "for half of the others: `below both`, `between`, `above both` say where rows lie against these two times (not "
         "where prefill has workers of its own). So the model's TTFT is a lower bound, and no estimate of a busy "
@@ -387,7 +387,7 @@ SECTIONS = [
         "(decode) and 16,384 (prefill) tokens a GPU; 32 seeded steps drawn from the counts, on which `eplb` is also "
         "fitted. Published by SGLang: 2.54x decode, EP 72; 1.49x prefill, EP 32, whose prompt length is not stated. "
         "`needed`: the load ratio of `linear` at which the model gives the published gain, the counts' differences "
-        "being scaled; a gain that misses the bar is `no: at` that ratio.",
+        "being scaled; a gain that misses the target is `no: at` that ratio.",
         eplb,
     ),
     ("Speed", "On the machine that wrote this page.", speed),

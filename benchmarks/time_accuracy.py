@@ -47,17 +47,17 @@ def busy_ranks(r: tf.Columns) -> np.ndarray:
     return (r["num_tokens"] >= 512) & (r["moe_ep_size"] >= 8) & (r["moe_ep_size"] <= 128)
 
 
-#: (what, its tables, which rows, bar on the median, bar on every row)
-Bar = tuple[str, Callable[[], list[tf.Table]], Mask, float | None, float | None]
+#: (what, its tables, which rows, target on the median, target on every row)
+Target = tuple[str, Callable[[], list[tf.Table]], Mask, float | None, float | None]
 
 
 def both(
-    what: str, make: Callable[..., tf.Table], *args: str, mask: Mask = everything, bar: float | None = 0.15
-) -> list[Bar]:
-    return [(f"{what}, {m.upper()}", lambda m=m: [make(m, *args)], mask, bar, None) for m in tf.MACHINES]  # type: ignore[misc]
+    what: str, make: Callable[..., tf.Table], *args: str, mask: Mask = everything, target: float | None = 0.15
+) -> list[Target]:
+    return [(f"{what}, {m.upper()}", lambda m=m: [make(m, *args)], mask, target, None) for m in tf.MACHINES]  # type: ignore[misc]
 
 
-def bars() -> Iterator[Bar]:
+def targets() -> Iterator[Target]:
     for way in ("dispatch", "combine"):
         yield (f"DeepEP low latency {way}, 2-8 nodes, 8-256 tokens",
                lambda way=way: [tf.low_latency_table(way)], nodes(2, 8, 256), 0.08, 0.20)  # type: ignore[misc]  # fmt: skip
@@ -67,12 +67,12 @@ def bars() -> Iterator[Bar]:
         yield (f"DeepEP normal {way}, 1-4 nodes, 512 tokens or more, all SM counts",
                lambda way=way: [tf.normal_table(way)], nodes(1, 512, 10**9), 0.15, None)  # type: ignore[misc]  # fmt: skip
     yield from both("experts of the hottest rank (`wideep_moe`), 512 tokens or more, EP 8-128", tf.cutlass_table,
-                    mask=busy_ranks, bar=0.12)  # fmt: skip
-    yield from both("the same, all rows", tf.cutlass_table, bar=None)
-    yield from both("experts, DeepGEMM, uniform loads (`wideep_generation_moe`)", tf.deepgemm_table, bar=None)
+                    mask=busy_ranks, target=0.12)  # fmt: skip
+    yield from both("the same, all rows", tf.cutlass_table, target=None)
+    yield from both("experts, DeepGEMM, uniform loads (`wideep_generation_moe`)", tf.deepgemm_table, target=None)
     for kind in ("bf16", "fp8", "fp8_block"):
         yield from both(f"GEMM {kind}", tf.gemm_table, kind)
-        yield from both(f"GEMM {kind}, 4096^3 or more", tf.gemm_table, kind, mask=big, bar=0.08)
+        yield from both(f"GEMM {kind}, 4096^3 or more", tf.gemm_table, kind, mask=big, target=0.08)
     for kind in ("bf16", "fp8"):
         yield from both(f"attention, prefill, {kind}", tf.prefill_table, kind)
         yield from both(f"attention, decode, {kind} keys and values", tf.decode_table, kind)
@@ -87,16 +87,16 @@ HEAD = ("against", "part", *SCORES)
 
 
 def kernels() -> list[Row]:
-    """One row per bar and part."""
+    """One row per target and part."""
     c, out = load_constants(), [HEAD]
-    for what, tables, mask, median_bar, worst_bar in bars():
+    for what, tables, mask, median_target, worst_target in targets():
         part = {"fit": [], "check": []}  # type: ignore[var-annotated]
         for table in tables():
             chosen, error = mask(table.rows), table.errors(c)
             part["fit"].append(error[chosen & table.fitted])
             part["check"].append(error[chosen & ~table.fitted])
         for name, errors in part.items():
-            out.append((what, name, *scores(np.concatenate(errors), median_bar, worst_bar)))
+            out.append((what, name, *scores(np.concatenate(errors), median_target, worst_target)))
     return out
 
 
@@ -236,7 +236,7 @@ def bench() -> list[tuple[str, str]]:
     if not tf.MEASURED.is_dir():
         return [("time accuracy", "skipped: ../shared/measured is not on this machine")]
     rows = [*kernels()[1:], *serving_accuracy.points()[1:]]
-    return [(row[0], f"{row[3]} of {row[2]} rows, bar {row[7]}") for row in rows if row[1] == "check"]
+    return [(row[0], f"{row[3]} of {row[2]} rows, target {row[7]}") for row in rows if row[1] == "check"]
 
 
 def main() -> None:
