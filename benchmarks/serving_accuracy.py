@@ -79,8 +79,9 @@ def published() -> list[Row]:
         error = 8 * tokens / seconds / said - 1
         met = ("yes" if abs(error) <= 0.15 else "**no**") if target else "-"
         out.append((
-            name, f"{tokens:g}", f"{said:,.0f}", f"{8 * tokens / seconds:,.0f}", signed(error), "15 %" if target else "-",
-            met, f"{1e3 * seconds:.1f} ({8e3 * tokens / said:.1f})", percent(float(step.idle_share)),
+            name, f"{tokens:g}", f"{said:,.0f}", f"{8 * tokens / seconds:,.0f}", signed(error),
+            "15 %" if target else "-", met,
+            f"{1e3 * seconds:.1f} ({8e3 * tokens / said:.1f})", percent(float(step.idle_share)),
             signed(8 * tokens / float(plain.seconds) / said - 1),
         ))  # fmt: skip
     return out
@@ -290,8 +291,8 @@ def needed_ratio(name: str, gain: float) -> float:
 
 def eplb() -> list[Row]:
     out: list[Row] = [
-        ("counts", "load ratio, linear 256", "eplb 288", "step, ms", "with eplb", "gain", "published", "error", "target",
-         "met", "needed", "gain without overlap")
+        ("counts", "load ratio, linear 256", "eplb 288", "step, ms", "with eplb", "gain", "published", "error",
+         "target", "met", "needed", "gain without overlap")
     ]  # fmt: skip
     names = ("decode_in2000out100", "prefill_in1024", "prefill_in2048", "prefill_in4096")
     for name in (f"{n}.json" for n in names):
@@ -343,7 +344,7 @@ SECTIONS = [
         "that send and receive hide behind nothing, and `engine` is charged here, too. Routing is uniform (with "
         "the load that chance gives the busiest GPU), or balanced where the source says so. EP144 online: 88 requests "
         "a GPU, from 14,800 tokens/s a node at 20-22 a user; its TPOT is the step. SGLang's prefill rows do not state "
-        "their batch; 16,384 tokens a GPU are assumed, so they have no target. The last column leaves out `engine`, which "
+        "their batch; 16,384 tokens a GPU are assumed, so they have no target. The last column leaves out `engine`, "
         "is fitted on servers of other models whose tokens are not dispatched; see the next section.",
         published,
     ),

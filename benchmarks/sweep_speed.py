@@ -1,6 +1,6 @@
 """Time to sweep 1,000 set-ups, and to size a cluster for each of the four use cases, in one process.
 
-The target: 1,000 set-ups in 5 s or less on two cores. The sweep uses one. Set-ups are of the model whose steps take long
+The target: 1,000 set-ups in 5 s on two cores. The sweep uses one. Set-ups are of the model whose steps take long
 to estimate: DeepSeek-V3, on several nodes, with and without two-batch overlap.
 """
 
