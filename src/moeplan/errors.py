@@ -6,7 +6,10 @@ prints its one line and exits with status 2. Anything else that escapes is a def
 
 from __future__ import annotations
 
-__all__ = ["FormatError", "MoeplanError", "OutputError", "PlanError", "ServerError", "UsageError"]
+import contextlib
+from collections.abc import Iterator
+
+__all__ = ["FormatError", "MoeplanError", "OutputError", "PlanError", "ServerError", "UsageError", "located"]
 
 
 class MoeplanError(Exception):
@@ -28,6 +31,17 @@ class MoeplanError(Exception):
         if self.hint:
             text = f"{text.rstrip('.')}; {self.hint}"
         return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Give `where` to errors from the block that do not name a place."""
+    try:
+        yield
+    except MoeplanError as error:
+        error.where = error.where or where
+        error.args = (error.line(),)
+        raise
 
 
 class FormatError(MoeplanError):

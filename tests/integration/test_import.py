@@ -203,7 +203,7 @@ def changed(step: int, layer: str, value: Any) -> list[dict[str, Any]]:
     ("content", "message"),
     [
         ("[" * 100_000, "nested too deeply"),
-        (json.dumps(steps())[:-20], "not whole JSON .*; the file may be cut off"),
+        (json.dumps(steps())[:-20], "invalid or truncated JSON .*; the file may be truncated"),
         ({"1": []}, "not a list of steps"),
         ([1], "not a list of steps"),
         ([], "holds no step"),

@@ -266,7 +266,7 @@ def test_logical_count_with_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({}, 'has no list "logical_count"'),
+        ({}, "logical_count is missing"),
         ({"logical_count": []}, "is not a table of counts"),
         ({"logical_count": [[1, 2], [3]]}, "is not a table of counts"),
         ({"logical_count": [["a"]]}, "is not a table of counts"),
@@ -376,12 +376,12 @@ def test_a_counts_profile_comes_back_as_it_was(tmp_path: Path) -> None:
     [
         ({"format": "moeplan-trace"}, "is not a moeplan-counts file"),
         ({"version": 2}, "version 2 is not 1; use a newer moeplan"),
-        ({"model": None}, "has no model or no source"),
+        ({"model": None}, "model is None, not an object"),
         ({"stage": "noon"}, "phase 'noon' is not one of prefill, decode, mixed, unknown"),
         ({"checksum": "0"}, "checksum differs from counts.json"),
         ({"model": {"layer_ids": [1, 2], "num_layers": 2, "num_experts": 4}}, "are not of the shape in counts.json"),
         ({"model": {"layer_ids": [2, 1], "num_layers": 2, "num_experts": 3}}, "do not rise"),
-        ({"model": {"layer_ids": "12", "num_layers": 2, "num_experts": 3}}, "layer_ids is not a list"),
+        ({"model": {"layer_ids": "12", "num_layers": 2, "num_experts": 3}}, "layer_ids is 12, not a list"),
         ({"model": {"layer_ids": [1, 2], "num_layers": 2, "num_experts": 3, "top_k": 4}}, "top-4 of 3 experts"),
     ],
 )

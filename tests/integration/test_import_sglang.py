@@ -90,8 +90,8 @@ def test_sglang_start_length_and_builds_that_ignore_it(tmp_path: Path) -> None:
     [
         ({"meta_info": {}}, "has no routed_experts in meta_info or sglext; start the server"),
         (sglang("not base64"), "routed_experts is not base64"),
-        (sglang(raw64(picks(5))[:-4]), "117 bytes are no whole rows of 3 layers x top-2 int32"),
-        (sglang(raw64(picks(5, layers=4))), "160 bytes are no whole rows of 3 layers"),
+        (sglang(raw64(picks(5))[:-4]), "117 bytes are not a whole number of rows of 3 layers x top-2 int32"),
+        (sglang(raw64(picks(5, layers=4))), "160 bytes are not a whole number of rows of 3 layers"),
         (sglang(raw64(changed(1, 2, [-1, 2]))), "row 1, layer 2: expert -1 is outside 0..7"),
         (sglang(raw64(changed(1, 2, [2**31 - 1, 2]))), "expert 2147483647 is outside 0..7"),
         (sglang(""), "0 rows, but 3 prompt and 3 completion tokens make 5"),

@@ -146,13 +146,13 @@ def objects() -> str:
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        ({}, "r.json, line 1: is no completion or chat response: it has no choices"),
-        ({"choices": []}, "it has no choices"),
+        ({}, "r.json, line 1: choices is missing; give responses of completions or chats"),
+        ({"choices": []}, "choices is empty"),
         (
             vllm(routed_experts=None),
             "choice 0: has no routed_experts; start the server with --enable-return-routed-experts",
         ),
-        (vllm(routed_experts=[1]), "routed_experts is a list, not base64 text"),
+        (vllm(routed_experts=[1]), r"choices\[0\].routed_experts is a list, not text or an object"),
         (vllm(routed_experts="%%%"), "routed_experts is not base64"),
         (vllm(routed_experts="AAA"), "routed_experts is not base64 .*; the response may be cut off"),
         (vllm(routed_experts="AAAA"), "is not a whole .npy array"),
@@ -164,9 +164,15 @@ def objects() -> str:
         (vllm(routed_experts=lying((4, 3, 2))), "needs 24 bytes, 30 are there"),
         (vllm(routed_experts=lying((5, 10**9, 2))), "is no .tokens, layers, picks."),
         (vllm(routed_experts={"data": "AAAA", "shape": [3], "dtype": "uint8"}), "in 1 dimensions"),
-        (vllm(routed_experts={"data": "AAAA", "shape": "3", "dtype": "uint8"}), "shape is not a list"),
-        (vllm(routed_experts={"data": "AAAA", "shape": [1, 1, 3], "dtype": "object"}), "dtype is 'object'"),
-        (vllm(routed_experts={"data": "AAAA", "shape": [1, 1, 3], "dtype": "uint8", "start": -1}), "start is '-1'"),
+        (vllm(routed_experts={"data": "AAAA", "shape": "3", "dtype": "uint8"}), "shape is 3, not a list"),
+        (
+            vllm(routed_experts={"data": "AAAA", "shape": [1, 1, 3], "dtype": "object"}),
+            "dtype is object, which is not supported",
+        ),
+        (
+            vllm(routed_experts={"data": "AAAA", "shape": [1, 1, 3], "dtype": "uint8", "start": -1}),
+            "start is -1, not a whole number >= 0",
+        ),
         (vllm(changed(2, 1, [8, 1])), "row 2, layer 1: expert 8 is outside 0..7"),
         (vllm(changed(2, 1, [3, 3])), "row 2, layer 1: expert 3 is picked twice"),
         (vllm(changed(3, 2, [0, 0])), "row 3, layer 2: expert 0 is picked twice; .* did not capture this token"),
@@ -175,10 +181,10 @@ def objects() -> str:
             vllm(routed_experts={"data": "AAAA", "shape": [1, 3, 1], "dtype": "uint8", "start": 10**19}, prompt=None),
             "a start of 10000000000000000000 is beyond any sequence",
         ),
-        (vllm(prompt=-1), "usage.prompt_tokens is '-1', not a whole number"),
+        (vllm(prompt=-1), "usage.prompt_tokens is -1, not a whole number"),
         (vllm(prompt=9, completion=None), "5 rows are fewer than the prompt's 9"),
         (vllm(picks(0), prompt=1, completion=0), "holds no response with a row"),
-        (7, "r.json, line 1: is no object"),
+        (7, "r.json, line 1: is 7, not an object"),
     ],
 )
 def test_bad_vllm_responses(tmp_path: Path, response: Any, message: str) -> None:
@@ -229,6 +235,8 @@ def test_files_that_are_no_json(tmp_path: Path, content: bytes) -> None:
 def test_a_later_line_that_is_cut_off_names_itself(tmp_path: Path) -> None:
     path = save(tmp_path / "r.jsonl", vllm(), vllm())
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(FormatError, match=r"r.jsonl, line 2: is not whole JSON .*; the file may be cut off"):
+    with pytest.raises(
+        FormatError, match=r"r.jsonl, line 2: is invalid or truncated JSON .*; the file may be truncated"
+    ):
         import_vllm([path], tmp_path / "t", E8)
     assert not (tmp_path / "t").exists()

@@ -31,7 +31,7 @@ from moeplan.engines.plugins.balancer import Balancer
 from moeplan.engines.plugins.ranks import Ranks
 from moeplan.engines.plugins.settings import PluginSettings, asked
 from moeplan.engines.vllm import content
-from moeplan.io.files import write_json
+from moeplan.io.json import write_json
 from moeplan.planning.balance import rebalance_experts as eplb
 from moeplan.planning.expected_load import ExpectedLoad, load_ratio, shared_gpu_load
 from moeplan.planning.initial_placement import place_quickly

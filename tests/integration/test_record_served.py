@@ -325,7 +325,7 @@ def test_another_recording_is_not_resumed(fake: Fake, tmp_path: Path, small_part
             "15 rows, but 12 prompt and 1 completion tokens",
         ),
         ({"usage": None}, "does not count its tokens"),
-        ({"choices": []}, "has no choices"),
+        ({"choices": []}, "choices is empty"),
         ({"choices": [{"routed_experts": "!!"}]}, "not base64"),
         ({"choices": [{"routed_experts": "AAAA"}]}, "row 0"),
         ({"choices": [{"routed_experts": 5}]}, "row 0"),

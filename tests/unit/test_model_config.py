@@ -249,7 +249,7 @@ def test_bad_config_is_one_line(name: str, change: dict[str, Any], said: str, tm
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "not whole JSON"), ('{"model_type": ', "not whole JSON"), ("[1, 2]", "not a JSON object"),
+        ("", "invalid or truncated JSON"), ('{"model_type": ', "invalid or truncated JSON"), ("[1, 2]", "is a list, not an object"),
         ("[" * 100_000, "not"), ('{"a": ' + "1" * 5000 + "}", "does not accept"),
         ('{"a": "' + "x" * (5 << 20) + '"}', "are more than"),
     ],
@@ -315,7 +315,7 @@ def test_a_multimodal_config_keeps_its_numbers_inside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ([1], "is not a JSON object"),
+        ([1], "is a list, not an object"),
         ({"num_experts": 8, "num_local_experts": 4}, "num_experts and num_local_experts differ"),
         ({"num_experts": "8"}, "num_experts is 8, not a whole number"),
         ({"num_hidden_layers": 2, "moe_layer_freq": [1]}, "moe_layer_freq is not 2 zeros and ones"),

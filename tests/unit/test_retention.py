@@ -190,8 +190,8 @@ def test_a_recording_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     [
         ({"version": 1}, "is of version 1 and sums 3 requests a row"),
         ({"aggregate": 1}, "is of version 2 and sums 1 requests a row"),
-        ({"aggregate": "3"}, "is of version 2 and sums 3 requests a row"),
-        ({"aggregate": True}, "is of version 2 and sums True requests a row"),
+        ({"aggregate": "3"}, "aggregate is 3, not a whole number"),
+        ({"aggregate": True}, "aggregate is True, not a whole number"),
     ],
 )
 def test_a_head_that_lies(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -205,8 +205,8 @@ def test_a_head_that_lies(tmp_path: Path, change: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("request", [0, 0, 0, 1], "row 2: request 0 where prefill of 1 belongs"),
-        ("phase", ["prefill", "decode", "decode", "prefill"], "row 2: request 1 where prefill of 1 belongs"),
+        ("request", [0, 0, 0, 1], "row 2: request 0, expected prefill of 1"),
+        ("phase", ["prefill", "decode", "decode", "prefill"], "row 2: request 1, expected prefill of 1"),
         ("counts", [[1] * 24] * 4, r"row 0: its counts are not 2 picks a layer for each of 6 tokens"),
         ("counts", [[1] * 23] * 4, "row 0: 23 counts, expected 24"),
         ("counts", [[-1, 13, *[0] * 6] * 3] * 4, "its counts are not 2 picks a layer"),

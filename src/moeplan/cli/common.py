@@ -82,7 +82,7 @@ def emit_json(target: str | None, data: Any) -> None:
     if target == "-":
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return
-    from moeplan.io.files import write_json
+    from moeplan.io.json import write_json
 
     write_json(Path(target), data)
 

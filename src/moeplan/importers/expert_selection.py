@@ -17,7 +17,7 @@ import numpy.typing as npt
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.sources import source_files
-from moeplan.io.files import read_json
+from moeplan.io.json import read_json
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import Request
 from moeplan.trace.reader import Trace

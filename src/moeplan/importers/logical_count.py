@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions
-from moeplan.io.files import read_json
+from moeplan.io.json import read_json
 from moeplan.trace.counts import MAX_CELLS, CountsProfile, make_counts, write_counts
 
 __all__ = ["import_logical_count", "read_logical_count"]
 
 #: A thousand passes of DeepSeek-V3; parsed JSON takes many times its size in memory.
 MAX_JSON_BYTES = 64 * 1024 * 1024
+
+
+class _LogicalCount(msgspec.Struct):
+    logical_count: list[Any]
 
 
 def import_logical_count(
@@ -35,12 +40,9 @@ def read_logical_count(path: Path, options: ImportOptions | None = None, *, phas
         FormatError: truncated, ragged, negative or fractional counts, or nothing counted.
     """
     options = options or ImportOptions()
-    data = read_json(path, max_bytes=MAX_JSON_BYTES)
-    value = data.get("logical_count") if isinstance(data, dict) else None
-    if not isinstance(value, list):
-        raise FormatError('has no list "logical_count"', where=str(path))
+    data: _LogicalCount = read_json(path, _LogicalCount, max_bytes=MAX_JSON_BYTES)
     try:
-        totals = np.array(value)
+        totals = np.array(data.logical_count)
     except (ValueError, OverflowError):
         totals = np.array("")
     if totals.dtype.kind not in "iuf" or totals.ndim not in (2, 3) or totals.size > MAX_CELLS:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -20,7 +21,7 @@ from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
 from moeplan.importers.sources import source_files
-from moeplan.io.jsonl import json_lines, whole
+from moeplan.io.json import read_json_lines
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN, Request, layer_spans
 from moeplan.trace.reader import Trace
@@ -36,6 +37,19 @@ PSEUDO_REQUESTS = (
 )
 
 Int64Array = npt.NDArray[np.int64]
+
+
+Index = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Line(msgspec.Struct):
+    step: Index
+    block: str
+    layer: Index
+    top_indices: list[list[int]]
+    rank: Index | None = None
+    num_tokens: Index | None = None
+    topk: Index | None = None
 
 
 @dataclass
@@ -99,13 +113,11 @@ def _steps(path: Path, notes: dict[str, None]) -> Iterator[_Step]:
     """The steps of one file, each whole once the next begins."""
     step: _Step | None = None
     rank: int | None = None
-    for where, line in json_lines(path, max_bytes=MAX_LINE_BYTES):
-        if not isinstance(line, dict) or not {"step", "block", "layer", "top_indices"} <= line.keys():
-            raise FormatError("is not a line of a router trace (step, block, layer, top_indices)", where=where)
-        if line["block"] != "decoder":
-            notes[f"lines of block {str(line['block'])[:20]} were left out: only the decoder is read"] = None
+    for where, line in read_json_lines(path, _Line, max_bytes=MAX_LINE_BYTES):
+        if line.block != "decoder":
+            notes[f"lines of block {line.block[:20]} were left out: only the decoder is read"] = None
             continue
-        number, layer, own_rank = (whole(line.get(key, 0), key, where) or 0 for key in ("step", "layer", "rank"))
+        number, layer, own_rank = line.step, line.layer, line.rank or 0
         if rank is not None and own_rank != rank:
             raise FormatError(f"rank {own_rank} in a file of rank {rank}", where=where, hint="give one file per rank")
         rank = own_rank
@@ -113,32 +125,33 @@ def _steps(path: Path, notes: dict[str, None]) -> Iterator[_Step]:
             if step is not None:
                 yield step
                 if number < step.number:
-                    raise FormatError(f"step {number} after step {step.number}", where=where, hint="steps must rise")
+                    raise FormatError(
+                        f"step {number} after step {step.number}", where=where, hint="steps must increase"
+                    )
             step = _Step(number, f"{path}, step {number}")
         if layer in step.layers:
             raise FormatError(
-                f"layer {layer} is there twice in step {number}", where=where, hint="give one recording at a time"
+                f"layer {layer} appears twice in step {number}", where=where, hint="give one recording at a time"
             )
         step.layers[layer] = _indices(line, where)
     if step is not None:
         yield step
 
 
-def _indices(line: dict[str, Any], where: str) -> Int64Array:
+def _indices(line: _Line, where: str) -> Int64Array:
     """int64 [tokens, k] of one line, which must agree with its own num_tokens and topk."""
     try:
-        picks = np.array(line["top_indices"])
-        if line["top_indices"] == []:
-            picks = np.zeros((0, whole(line.get("topk"), "topk", where) or 1), np.int64)
+        picks = np.array(line.top_indices, np.int64)
     except (ValueError, OverflowError):
-        picks = np.array([])
-    if picks.ndim != 2 or picks.dtype.kind not in "iu" or picks.dtype == np.uint64:
+        raise FormatError("top_indices is not [tokens][k] expert ids", where=where) from None
+    if not line.top_indices:
+        picks = picks.reshape(0, line.topk or 1)
+    if picks.ndim != 2:
         raise FormatError("top_indices is not [tokens][k] expert ids", where=where)
-    for key, size in (("num_tokens", picks.shape[0]), ("topk", picks.shape[1])):
-        told = whole(line.get(key), key, where)
-        if told is not None and told != size:
-            raise FormatError(f"{key} is {told}, but top_indices has {size}", where=where)
-    return picks.astype(np.int64)
+    for key, given, size in (("num_tokens", line.num_tokens, len(picks)), ("topk", line.topk, picks.shape[1])):
+        if given is not None and given != size:
+            raise FormatError(f"{key} is {given}, but top_indices has {size}", where=where)
+    return picks
 
 
 def _stack(step: _Step, layers: Sequence[int], top_k: int | None) -> Int64Array:
@@ -147,7 +160,7 @@ def _stack(step: _Step, layers: Sequence[int], top_k: int | None) -> Int64Array:
         raise FormatError(
             f"has layers {layer_spans(sorted(step.layers))}, the first step {layer_spans(layers)}",
             where=step.where,
-            hint="the file may be cut off; import pipeline stages into traces of their own",
+            hint="the file may be truncated; import pipeline stages into traces of their own",
         )
     forms = {picks.shape for picks in step.layers.values()}
     if len(forms) > 1:

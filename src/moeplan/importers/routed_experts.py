@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +32,8 @@ __all__ = [
     "EngineResponse",
     "Picks",
     "ResponseLayout",
+    "TokenCount",
+    "Usage",
     "check_picks",
     "decode_npy",
     "decode_raw",
@@ -46,9 +49,20 @@ MAX_POSITION = 2**32
 _CUT_OFF = "the response may be cut off: copy or record it again"
 
 
+TokenCount = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Usage(msgspec.Struct):
+    """What a response counts."""
+
+    prompt_tokens: TokenCount | None = None
+    completion_tokens: TokenCount | None = None
+    dp_rank: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] | None = None
+
+
 @dataclass(frozen=True)
 class EngineResponse:
-    """One answered request, as an engine recorded it.
+    """One request, as an engine recorded it.
 
     Attributes:
         picks: integers [rows, hidden layers, k]; prompt rows first.
@@ -67,10 +81,8 @@ class EngineResponse:
     dp_rank: int | None = None
 
 
-def from_base64(text: Any, where: str) -> bytes:
+def from_base64(text: str, where: str) -> bytes:
     """Decode base64 text strictly: a character outside its alphabet is an error, not skipped."""
-    if not isinstance(text, str):
-        raise FormatError(f"routed_experts is a {type(text).__name__}, not base64 text", where=where)
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

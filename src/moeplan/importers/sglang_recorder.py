@@ -21,7 +21,6 @@ from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
 from moeplan.importers.sglang_requests import COUNTS_HINT, Pass, rebuild
 from moeplan.importers.sources import source_files
-from moeplan.io.jsonl import whole
 from moeplan.io.torch import integers, load_pt
 from moeplan.progress import Progress, silent
 from moeplan.trace.counts import CountsProfile, equal_ranks_notes, make_counts, write_counts
@@ -128,9 +127,9 @@ def _check_ranks(dumps: Sequence[_Dump]) -> None:
     """Files of one recording: one per rank, with the same map."""
     seen: dict[int, Path] = {}
     for dump in dumps:
-        ranks = {whole(record.get("rank"), "rank", str(dump.path)) for record in dump.records}
-        rank = ranks.pop()
-        if ranks or rank is None:
+        ranks = [record.get("rank") for record in dump.records]
+        rank = ranks[0]
+        if type(rank) is not int or rank < 0 or any(type(other) is not int or other != rank for other in ranks):
             raise FormatError("its records are not of one rank", where=str(dump.path))
         if rank in seen:
             raise FormatError(

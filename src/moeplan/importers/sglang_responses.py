@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from moeplan.errors import FormatError, UsageError
@@ -18,13 +19,14 @@ from moeplan.importers.options import ImportOptions
 from moeplan.importers.routed_experts import (
     EngineResponse,
     Picks,
+    Usage,
     decode_raw,
     from_base64,
     place_rows,
     write_responses,
 )
 from moeplan.importers.sources import response_files
-from moeplan.io.jsonl import json_objects, whole
+from moeplan.io.json import convert, read_json_objects
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
@@ -77,15 +79,28 @@ def picks_shape(options: ImportOptions, where: str | None = None) -> tuple[int, 
     return layers, top_k
 
 
-def decode_routed_experts(text: Any, layers: int, top_k: int, where: str) -> Picks:
+class _Part(Usage):
+    routed_experts: str | None = None
+
+
+class _Response(msgspec.Struct):
+    meta_info: _Part | None = None
+    sglext: _Part | None = None
+    nvext: _Part | None = None
+    usage: Usage | None = None
+    choices: list[Any] | None = None
+    model: str | None = None
+
+
+def decode_routed_experts(text: str, layers: int, top_k: int, where: str) -> Picks:
     """Picks int32 [rows, layers, k] of one `routed_experts`."""
     data = from_base64(text, where)
     rows, rest = divmod(len(data), 4 * layers * top_k)
     if rest:
         raise FormatError(
-            f"{len(data)} bytes are no whole rows of {layers} layers x top-{top_k} int32",
+            f"{len(data)} bytes are not a whole number of rows of {layers} layers x top-{top_k} int32",
             where=where,
-            hint="check layers (dense ones included) and top-k; else the response is cut off",
+            hint="check layers (dense ones included) and top-k; else the response is truncated",
         )
     return decode_raw(data, (rows, layers, top_k), np.dtype("<i4"), where)
 
@@ -94,14 +109,14 @@ def _read(
     files: Sequence[Path], form: tuple[int, int], start: int, notes: dict[str, None]
 ) -> Iterator[tuple[int, EngineResponse]]:
     for index, path in enumerate(files):
-        for where, response in json_objects(path):
+        for where, response in read_json_objects(path):
             yield index, read_response(response, form, start, where, notes)
 
 
 def read_response(
     response: dict[str, Any], form: tuple[int, int], start: int, where: str, notes: dict[str, None]
 ) -> EngineResponse:
-    """The answer of one response.
+    """The one request of a response.
 
     Args:
         form: (hidden layers, k).
@@ -111,30 +126,19 @@ def read_response(
     Raises:
         FormatError: no picks in it, or rows that do not fit its own counts of tokens.
     """
-    meta = response.get("meta_info")
-    choices = response.get("choices")
-    usage = meta if isinstance(meta, dict) else response.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    text = next(
-        (
-            place["routed_experts"]
-            for place in (meta, response.get("sglext"), response.get("nvext"))
-            if isinstance(place, dict) and place.get("routed_experts") is not None
-        ),
-        None,
-    )
+    found: _Response = convert(response, _Response, where)
+    usage = found.meta_info or found.usage or Usage()
+    texts = (part.routed_experts for part in (found.meta_info, found.sglext, found.nvext) if part is not None)
+    text = next((text for text in texts if text is not None), None)
     if text is None:
         raise FormatError("has no routed_experts in meta_info or sglext", where=where, hint=_ASK)
     picks = decode_routed_experts(text, *form, where)
-    prompt = whole(usage.get("prompt_tokens"), "prompt_tokens", where)
-    completion = whole(usage.get("completion_tokens"), "completion_tokens", where)
-    if isinstance(choices, list) and len(choices) > 1:
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    if len(found.choices or ()) > 1:
         # Only one choice's picks came (the first that had some), and usage adds all choices up.
         prompt = completion = None
         notes["a response of several choices carries the picks of one only"] = None
     prefill, first = place_rows(len(picks), prompt=prompt, completion=completion, asked=start, where=where, notes=notes)
     if prefill == UNKNOWN:
         notes[_UNKNOWN_PHASES] = None
-    model = response.get("model")
-    rank = whole(usage.get("dp_rank"), "dp_rank", where)
-    return EngineResponse(picks, prefill, first, model if isinstance(model, str) else "", where, rank)
+    return EngineResponse(picks, prefill, first, found.model or "", where, usage.dp_rank)

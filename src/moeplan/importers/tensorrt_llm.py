@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions
-from moeplan.io.files import read_json
-from moeplan.io.jsonl import whole
+from moeplan.io.json import read_json
 from moeplan.io.safetensors import read_integer_vectors
 from moeplan.trace.counts import CountsProfile, equal_ranks_notes, make_counts, write_counts
+from moeplan.types import MAX_EXPERTS, MAX_K
 
 __all__ = ["import_tensorrt_llm"]
 
 Int64Array = npt.NDArray[np.int64]
+
+
+class _Meta(msgspec.Struct):
+    """What `meta_info.json` holds."""
+
+    num_experts: Annotated[int, msgspec.Meta(ge=1, le=MAX_EXPERTS)]
+    num_experts_per_token: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)]
 
 
 def import_tensorrt_llm(
@@ -34,12 +42,8 @@ def import_tensorrt_llm(
         FormatError: a rank missing or truncated, ranks that differ in iterations or layers, another number of experts.
     """
     meta_path = folder / "meta_info.json"
-    meta = read_json(meta_path, max_bytes=1024 * 1024)
-    meta = meta if isinstance(meta, dict) else {}
-    experts = whole(meta.get("num_experts"), "num_experts", str(meta_path))
-    top_k = whole(meta.get("num_experts_per_token"), "num_experts_per_token", str(meta_path))
-    if not experts or not top_k:
-        raise FormatError("does not say num_experts and num_experts_per_token", where=str(meta_path))
+    meta: _Meta = read_json(meta_path, _Meta, max_bytes=1024 * 1024)
+    experts, top_k = meta.num_experts, meta.num_experts_per_token
     files = _rank_files(folder)
     ranks = [_read_rank(path, experts) for path in files]
     for path, rank in zip(files, ranks, strict=True):

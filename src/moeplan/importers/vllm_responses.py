@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
 from moeplan.errors import FormatError
@@ -18,6 +19,8 @@ from moeplan.importers.options import ImportOptions
 from moeplan.importers.routed_experts import (
     EngineResponse,
     Picks,
+    TokenCount,
+    Usage,
     decode_npy,
     decode_raw,
     from_base64,
@@ -25,7 +28,7 @@ from moeplan.importers.routed_experts import (
     write_responses,
 )
 from moeplan.importers.sources import response_files
-from moeplan.io.jsonl import json_objects, whole
+from moeplan.io.json import convert, read_json_objects
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
@@ -60,31 +63,52 @@ def import_vllm(
     return write_responses(files, _read(files, start, notes), out, options or ImportOptions(), source, notes, progress)
 
 
-def decode_routed_experts(value: Any, where: str) -> tuple[Picks, int | None]:
+class PlainPicks(msgspec.Struct):
+    """Dynamo's form of `routed_experts`: base64 of plain bytes, with their shape."""
+
+    data: str
+    shape: list[int]
+    dtype: Literal["uint8", "uint16", "int16", "int32", "int64"]
+    start: TokenCount | None = None
+
+
+class _Choice(msgspec.Struct):
+    routed_experts: PlainPicks | str | None = None
+    prompt_token_ids: list[Any] | None = None
+    token_ids: list[Any] | None = None
+
+
+class _Response(msgspec.Struct):
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+    usage: Usage | None = None
+    model: str | None = None
+    nvext: _Choice | None = None
+
+    def __post_init__(self) -> None:
+        """Dynamo's picks lie beside a single choice."""
+        if len(self.choices) == 1 and self.choices[0].routed_experts is None and self.nvext:
+            self.choices[0].routed_experts = self.nvext.routed_experts
+
+
+def decode_routed_experts(value: PlainPicks | str | None, where: str) -> tuple[Picks, int | None]:
     """(picks [rows, hidden layers, k], start or None) of one `routed_experts`, in either of its two forms."""
     if value is None:
         raise FormatError("has no routed_experts", where=where, hint=_FLAG)
-    if not isinstance(value, dict):
+    if isinstance(value, str):
         return decode_npy(from_base64(value, where), where), None
-    shape, name = value.get("shape"), value.get("dtype")
-    if not isinstance(shape, list) or any(type(size) is not int for size in shape):
-        raise FormatError("routed_experts.shape is not a list of whole numbers", where=where)
-    if name not in ("uint8", "uint16", "int16", "int32", "int64"):
-        raise FormatError(f"routed_experts.dtype is {str(name)[:40]!r}, not a type of whole numbers", where=where)
-    dtype = np.dtype(str(name)).newbyteorder("<")
-    picks = decode_raw(from_base64(value.get("data"), where), shape, dtype, where)
-    return picks, whole(value.get("start"), "routed_experts.start", where)
+    dtype = np.dtype(value.dtype).newbyteorder("<")
+    return decode_raw(from_base64(value.data, where), value.shape, dtype, where), value.start
 
 
 def _read(files: Sequence[Path], start: int, notes: dict[str, None]) -> Iterator[tuple[int, EngineResponse]]:
     for index, path in enumerate(files):
-        for where, response in json_objects(path):
-            for answer in read_response(response, start, where, notes):
-                yield index, answer
+        for where, response in read_json_objects(path):
+            for choice in read_response(response, start, where, notes):
+                yield index, choice
 
 
 def read_response(response: dict[str, Any], start: int, where: str, notes: dict[str, None]) -> list[EngineResponse]:
-    """The answers of one response, one for each choice.
+    """Each choice of a response.
 
     Args:
         start: `routed_experts_prompt_start` of the request.
@@ -93,50 +117,29 @@ def read_response(response: dict[str, Any], start: int, where: str, notes: dict[
     Raises:
         FormatError: no choices or no picks in it, or rows that do not fit its own counts of tokens.
     """
-    choices = response.get("choices")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
-        raise FormatError("is no completion or chat response: it has no choices", where=where)
-    usage = response.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    prompt = whole(usage.get("prompt_tokens"), "usage.prompt_tokens", where)
-    completion = whole(usage.get("completion_tokens"), "usage.completion_tokens", where)
-    model = response.get("model")
-    model = model if isinstance(model, str) else ""
+    found: _Response = convert(response, _Response, where, "give responses of completions or chats as vLLM sent them")
+    choices, usage = found.choices, found.usage or Usage()
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
     places = [f"{where}, choice {number}" for number in range(len(choices))]
-    decoded = [
-        decode_routed_experts(_routed(response, choice, alone=len(choices) == 1), place)
-        for choice, place in zip(choices, places, strict=True)
-    ]
-    starts = [start if told is None else told for _, told in decoded]
+    decoded = [decode_routed_experts(c.routed_experts, place) for c, place in zip(choices, places, strict=True)]
+    starts = [start if given is None else given for _, given in decoded]
     if len(choices) > 1:
         lengths = [len(picks) + first for (picks, _), first in zip(decoded, starts, strict=True)]
         prompt, completion = _shared_prompt(lengths, prompt, completion, where), None
-    answers = []
+    found_choices = []
     for choice, (picks, _), asked, place in zip(choices, decoded, starts, places, strict=True):
-        own = _own_lengths(choice)
-        prompt_tokens, completion_tokens = own if own[0] is not None else (prompt, completion)
+        prompt_tokens, completion_tokens = prompt, completion
+        if choice.prompt_token_ids is not None:  # the request asked for `return_token_ids`
+            prompt_tokens, completion_tokens = (
+                None if ids is None else len(ids) for ids in (choice.prompt_token_ids, choice.token_ids)
+            )
         prefill, first = place_rows(
             len(picks), prompt=prompt_tokens, completion=completion_tokens, asked=asked, where=place, notes=notes
         )
         if prefill == UNKNOWN:
             notes[_UNKNOWN_PHASES] = None
-        answers.append(EngineResponse(picks, prefill, first, model, place))
-    return answers
-
-
-def _routed(response: dict[str, Any], choice: dict[str, Any], *, alone: bool) -> Any:
-    """A choice's own `routed_experts`, or Dynamo's beside a single choice."""
-    extension = response.get("nvext")
-    if choice.get("routed_experts") is None and alone and isinstance(extension, dict):
-        return extension.get("routed_experts")
-    return choice.get("routed_experts")
-
-
-def _own_lengths(choice: dict[str, Any]) -> tuple[int | None, int | None]:
-    """(prompt, completion) tokens where the choice carries its token ids (`return_token_ids`)."""
-    ids = choice.get("prompt_token_ids"), choice.get("token_ids")
-    prompt, completion = (len(item) if isinstance(item, list) else None for item in ids)
-    return prompt, completion
+        found_choices.append(EngineResponse(picks, prefill, first, found.model or "", place))
+    return found_choices
 
 
 def _shared_prompt(lengths: Sequence[int], prompt: int | None, completion: int | None, where: str) -> int | None:

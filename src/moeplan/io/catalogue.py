@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeplan.errors import FormatError, UsageError
-from moeplan.io.files import read_json
+from moeplan.errors import UsageError
+from moeplan.io.json import read_json
 
 __all__ = ["find_name", "plain_name", "read_object"]
 
@@ -35,8 +35,6 @@ def plain_name(name: str) -> str:
 
 
 def read_object(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
-    """A JSON file that holds one object, read whole only if it is small; never evaluated."""
-    data = read_json(path, max_bytes=max_bytes)
-    if not isinstance(data, dict):
-        raise FormatError("is not a JSON object", where=str(path), hint="docs/reference/catalogue.md shows its form")
-    return data
+    """A small JSON file that holds one object."""
+    found: dict[str, Any] = read_json(path, dict[str, Any], max_bytes=max_bytes)
+    return found

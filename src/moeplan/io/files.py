@@ -1,47 +1,18 @@
-"""Reading and writing files that may be wrong, cut off, huge or hostile."""
+"""Checksums of files, atomic writing, and checks of where results go."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from moeplan.errors import FormatError, OutputError
-from moeplan.io.paths import check_input, kind_of_special, open_input
+from moeplan.io.paths import kind_of_special, open_input
 
-__all__ = ["atomic_path", "cannot_write", "check_folder", "check_place", "read_json", "sha256", "write_json"]
-
-#: No JSON file that moeplan reads whole is larger: a bigger one is refused before it is opened.
-MAX_JSON_BYTES = 256 * 1024 * 1024
-
-
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse a JSON file; a bomb (huge, or nested without end), a cut-off or a binary file is one clear line."""
-    try:
-        size = check_input(path)
-        if size > max_bytes:
-            raise FormatError(f"{size} bytes of JSON are more than the {max_bytes} that moeplan reads", where=str(path))
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
-    except UnicodeDecodeError:
-        raise FormatError("is not UTF-8 text", where=str(path)) from None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FormatError(
-            f"is not whole JSON ({error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno})",
-            where=str(path),
-            hint="the file may be cut off: copy or record it again",
-        ) from None
-    except (RecursionError, ValueError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
-        raise FormatError(f"is JSON that moeplan does not accept: {why}", where=str(path)) from None
+__all__ = ["atomic_path", "cannot_write", "check_folder", "check_place", "sha256"]
 
 
 def sha256(path: Path) -> str:
@@ -115,10 +86,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON under a temporary name, then rename; NaN and infinity are refused rather than written."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

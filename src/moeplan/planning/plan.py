@@ -16,7 +16,8 @@ import numpy.typing as npt
 from moeplan import __version__
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, Routes, check_slots, routes
 from moeplan.errors import OutputError, PlanError, UsageError
-from moeplan.io.files import cannot_write, write_json
+from moeplan.io.files import cannot_write
+from moeplan.io.json import write_json
 from moeplan.planning.router import Router
 from moeplan.types import ModelShape, Placement
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, routes
 from moeplan.errors import FormatError, MoeplanError
-from moeplan.io.files import read_json
+from moeplan.io.json import read_json
 from moeplan.io.paths import check_input
 from moeplan.planning.plan import FORMAT, VERSION, Plan, Provenance, Signature, crc
 from moeplan.planning.router import ClusterRouter, LinearRouter, LocalityRouter, Router

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moeplan.errors import ServerError, UsageError
-from moeplan.io.files import MAX_JSON_BYTES
+from moeplan.io.json import MAX_JSON_BYTES
 
 __all__ = ["Server", "ServerOptions"]
 

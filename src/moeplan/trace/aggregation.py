@@ -85,7 +85,7 @@ def read_sums(path: Path, first: int, requests: Requests, shape: ModelShape) -> 
     if wrong.any():
         row = int(np.argmax(wrong))
         raise FormatError(
-            f"row {row}: request {found[row]} where {PHASES[phase[row]]} of {first + number[row]} belongs",
+            f"row {row}: request {found[row]}, expected {PHASES[phase[row]]} of {first + number[row]}",
             where=str(path),
         )
     values = list_values(columns["counts"], layers * experts, path, "counts")

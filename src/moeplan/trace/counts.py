@@ -15,11 +15,13 @@ from hashlib import sha256 as digest
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.errors import FormatError, MoeplanError, OutputError
-from moeplan.io.files import atomic_path, read_json, write_json
+from moeplan.errors import FormatError, OutputError, located
+from moeplan.io.files import atomic_path
+from moeplan.io.json import convert, read_json, write_json
 from moeplan.io.npz import read_npy_header
 from moeplan.io.paths import check_input
 from moeplan.trace.format import layer_spans
@@ -94,6 +96,23 @@ class CountsProfile:
         return digest(np.ascontiguousarray(self.counts, "<u8").tobytes()).hexdigest()
 
 
+class _Model(msgspec.Struct):
+    layer_ids: tuple[int, ...]
+    num_layers: int
+    num_experts: int
+    name: str = ""
+    top_k: int | None = None
+
+
+class _Head(msgspec.Struct):
+    """What `counts.json` holds beside its format and version."""
+
+    model: _Model
+    stage: str
+    source: dict[str, Any]
+    checksum: str
+
+
 def equal_ranks_notes(per_rank: Sequence[npt.NDArray[np.int64]]) -> list[str]:
     """A warning where several ranks counted the same: without data-parallel attention each rank counts all tokens."""
     ranks = len(per_rank)
@@ -141,7 +160,7 @@ def make_counts(
         notes.append(
             f"layers without a pick, left out as dense: {layer_spans(sorted(set(ids) - {ids[i] for i in used}))}"
         )
-    try:
+    with located(where):
         return CountsProfile(
             counts=counts,
             layer_ids=tuple(ids[i] for i in used),
@@ -150,8 +169,6 @@ def make_counts(
             phase=phase,
             source={**source, "notes": notes},
         )
-    except FormatError as error:
-        raise FormatError(error.what, where=error.where or where, hint=error.hint) from None
 
 
 def is_counts_profile(path: Path) -> bool:
@@ -216,37 +233,20 @@ def read_counts(path: Path) -> CountsProfile:
         FormatError: not a counts profile, of a newer version, cut off, changed, or in contradiction with itself.
     """
     place = path / JSON_NAME
-    data = read_json(place)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    raw = read_json(place)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise FormatError(f"is not a {FORMAT} file", where=str(place), hint="give a directory that `import` wrote")
-    if data.get("version") != VERSION:
+    if raw.get("version") != VERSION:
         raise FormatError(
-            f"version {str(data.get('version'))[:20]} is not {VERSION}", where=str(place), hint="use a newer moeplan"
+            f"version {str(raw.get('version'))[:20]} is not {VERSION}", where=str(place), hint="use a newer moeplan"
         )
-    model, source = data.get("model"), data.get("source")
-    if not isinstance(model, dict) or not isinstance(source, dict):
-        raise FormatError("has no model or no source", where=str(place))
-    ids, top_k = model.get("layer_ids"), model.get("top_k")
-    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-        raise FormatError("model.layer_ids is not a list of whole numbers", where=str(place))
-    if top_k is not None and type(top_k) is not int:
-        raise FormatError("model.top_k is not a whole number", where=str(place))
-    counts = _read_array(path / ARRAY_NAME)
-    if list(counts.shape) != [model.get("num_layers"), model.get("num_experts")]:
+    head: _Head = convert(raw, _Head, str(place))
+    model, counts = head.model, _read_array(path / ARRAY_NAME)
+    if counts.shape != (model.num_layers, model.num_experts):
         raise FormatError(f"counts {list(counts.shape)} are not of the shape in {JSON_NAME}", where=str(path))
-    try:
-        profile = CountsProfile(
-            counts=counts,
-            layer_ids=tuple(ids),
-            name=str(model.get("name", "")),
-            top_k=top_k,
-            phase=str(data.get("stage")),
-            source=source,
-            path=path,
-        )
-    except MoeplanError as error:
-        raise FormatError(error.what, where=error.where or str(path), hint=error.hint) from None
-    if profile.checksum != data.get("checksum"):
+    with located(str(path)):
+        profile = CountsProfile(counts, model.layer_ids, model.name, model.top_k, head.stage, head.source, path)
+    if profile.checksum != head.checksum:
         raise FormatError(
             f"checksum differs from {JSON_NAME}",
             where=str(path / ARRAY_NAME),

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -28,10 +29,12 @@ __all__ = [
     "REQUESTS_NAME",
     "UNKNOWN",
     "VERSION",
+    "PartInfo",
     "Request",
     "Requests",
     "Rows",
     "StoredRequest",
+    "TraceHead",
     "layer_spans",
     "part_schema",
 ]
@@ -43,6 +46,40 @@ PHASES = ("prefill", "decode", "unknown")
 UNKNOWN = -1
 
 Int64Array = npt.NDArray[np.int64]
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, lt=2**32)]
+
+
+class PartInfo(msgspec.Struct, frozen=True):
+    """A part as `trace.json` describes it: its file's name, token rows, requests, and checksum."""
+
+    file: str
+    rows: Count
+    requests: Count
+    sha256: str
+
+
+class HeadCounts(msgspec.Struct, frozen=True):
+    """What `trace.json` counts of the requests that are not stored."""
+
+    dropped: Annotated[int, msgspec.Meta(ge=0)] = 0
+    left_over: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class TraceHead(msgspec.Struct, frozen=True):
+    """What `trace.json` holds beside its format and version."""
+
+    model: ModelShape
+    parts: tuple[PartInfo, ...]
+    checksum: str
+    complete: bool = False
+    synthetic: bool = False
+    weights: bool = False
+    aggregate: Annotated[int, msgspec.Meta(ge=1)] = 1
+    source: dict[str, Any] = {}  # msgspec copies it
+    counts: HeadCounts = HeadCounts()
+    requests_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +209,7 @@ class Rows:
 
 
 def layers_kept(shape: ModelShape, without: Sequence[int]) -> tuple[ModelShape, npt.NDArray[np.intp] | None]:
-    """The shape without the layers named (by the model's own index), and which array rows remain; None for all.
+    """The shape without some layers (by the model's own index), and which layers of arrays remain; None for all.
 
     Raises:
         UsageError: a layer that the trace does not have, or none left.

@@ -12,7 +12,8 @@ import numpy as np
 
 from moeplan import embedded
 from moeplan.errors import FormatError, UsageError
-from moeplan.io.files import read_json, sha256
+from moeplan.io.files import sha256
+from moeplan.io.json import convert, read_json
 from moeplan.trace.aggregation import AGGREGATED_VERSION, Sums, read_sums
 from moeplan.trace.columns import list_values, phase_names, read_columns
 from moeplan.trace.counts import is_counts_profile
@@ -21,8 +22,10 @@ from moeplan.trace.format import (
     JSON_NAME,
     REQUESTS_NAME,
     UNKNOWN,
+    PartInfo,
     Requests,
     Rows,
+    TraceHead,
     layers_kept,
 )
 from moeplan.types import ModelShape, expert_dtype
@@ -46,6 +49,7 @@ class Trace:
         aggregate: N where the trace holds no token rows but sums of N requests, which `requests` then are; else 1.
         dropped: requests that were shorter than asked for and are not stored.
         left_over: requests that filled no sum and are not stored.
+        stored_parts: the files that hold the rows.
     """
 
     path: Path
@@ -59,8 +63,8 @@ class Trace:
     aggregate: int
     dropped: int
     left_over: int
+    stored_parts: tuple[PartInfo, ...]
     _stored: ModelShape
-    _parts: tuple[dict[str, Any], ...]
     _weights: bool
 
     @property
@@ -107,23 +111,23 @@ class Trace:
             raise UsageError("has token rows, not sums of requests", where=str(self.path))
         _, keep = layers_kept(self._stored, self.without_layers)
         for part, first in self._checked_files():
-            own = self.requests.between(first, first + part["requests"])
-            found = read_sums(self.path / part["file"], first, own, self._stored)
+            own = self.requests.between(first, first + part.requests)
+            found = read_sums(self.path / part.file, first, own, self._stored)
             yield found if keep is None else Sums(first, found.counts[:, :, keep])
 
-    def _checked_files(self) -> Iterator[tuple[dict[str, Any], int]]:
+    def _checked_files(self) -> Iterator[tuple[PartInfo, int]]:
         """Each part's description and first request, once its file has the checksum it should have."""
         first = 0
-        for part in self._parts:
-            path = self.path / part["file"]
-            if sha256(path) != part["sha256"]:
+        for part in self.stored_parts:
+            path = self.path / part.file
+            if sha256(path) != part.sha256:
                 raise FormatError(
                     "checksum differs from trace.json",
                     where=str(path),
-                    hint="the part was changed or cut off: record again",
+                    hint="the part was changed or truncated: record again",
                 )
             yield part, first
-            first += part["requests"]
+            first += part.requests
 
     def load(self) -> Rows:
         """All rows in memory: tokens x `row_bytes` bytes."""
@@ -135,10 +139,10 @@ class Trace:
             at += len(rows.experts)
         return Rows(0, experts, self.requests.offsets, self.requests.prefill)
 
-    def _read_part(self, part: dict[str, Any], first: int, keep: Any, weights: bool, positions: bool) -> Rows:
-        path, stored = self.path / part["file"], self._stored
+    def _read_part(self, part: PartInfo, first: int, keep: Any, weights: bool, positions: bool) -> Rows:
+        path, stored = self.path / part.file, self._stored
         names = ["request", "phase", "experts"] + ["weights"] * weights + ["position"] * positions
-        columns = read_columns(path, names, at_most=part["rows"])
+        columns = read_columns(path, names, at_most=part.rows)
         count = len(columns["request"])
         picks = list_values(columns["experts"], stored.num_layers * stored.top_k, path)
         dtype = expert_dtype(stored.num_experts)
@@ -150,7 +154,7 @@ class Trace:
             raise FormatError(
                 f"row {row}: expert {int(experts[row].max())} is outside 0..{stored.num_experts - 1}", where=str(path)
             )
-        requests = slice(first, first + part["requests"])
+        requests = slice(first, first + part.requests)
         lengths, prefill = self.requests.rows[requests], self.requests.prefill[requests]
         self._check_rows(path, columns, lengths, prefill, first)
         gate = None
@@ -183,9 +187,7 @@ class Trace:
         wrong = text != should
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise FormatError(
-                f"row {row}: phase {str(text[row])!r} where {str(should[row])!r} belongs", where=str(path)
-            )
+            raise FormatError(f"row {row}: phase {str(text[row])!r}, expected {str(should[row])!r}", where=str(path))
 
 
 def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace:
@@ -196,7 +198,7 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
         without_layers: the model's own indices of layers to leave out of everything.
 
     Raises:
-        FormatError: not a trace, cut off before its first part, a newer version, a wrong checksum.
+        FormatError: not a trace, one that was interrupted before its first part, a newer version, a wrong checksum.
         UsageError: a layer that is not there.
     """
     root = embedded.named(path, embedded.TRACE)
@@ -216,72 +218,49 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
                 f"import it first: moeplan import arrays {root.name} -o {root.stem}" if root.suffix == ".npz" else hint
             )
         raise FormatError("is not a moeplan trace (a directory with trace.json)", where=str(root), hint=hint)
-    head = read_json(head_path)
     where = str(head_path)
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
+    raw = read_json(head_path)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise FormatError(f"is not a {FORMAT} file", where=where)
-    version, aggregate = head.get("version"), head.get("aggregate", 1)
+    version = raw.get("version")
     if not isinstance(version, int) or version > AGGREGATED_VERSION:
         raise FormatError(
-            f"is of version {version}, this moeplan reads up to {AGGREGATED_VERSION}",
+            f"is of version {str(version)[:20]}, this moeplan reads up to {AGGREGATED_VERSION}",
             where=where,
             hint="update moeplan",
         )
-    if type(aggregate) is not int or (aggregate > 1) != (version == AGGREGATED_VERSION):
-        raise FormatError(f"is of version {version} and sums {str(aggregate)[:20]} requests a row", where=where)
-    stored = ModelShape.from_dict(head.get("model"), where=where)
-    shape, _ = layers_kept(stored, without_layers)
-    parts = _checked_parts(head, where)
-    count = sum(part["requests"] for part in parts)
-    if count == 0:
+    head: TraceHead = convert(raw, TraceHead, where)
+    parts, aggregate = head.parts, head.aggregate
+    if (aggregate > 1) != (version == AGGREGATED_VERSION):
+        raise FormatError(f"is of version {version} and sums {aggregate} requests a row", where=where)
+    for number, part in enumerate(parts):
+        if part.file != f"part-{number:05d}.parquet":  # a name of ours, never a path elsewhere
+            raise FormatError(f"parts[{number}].file: {part.file[:40]!r} is not part-{number:05d}.parquet", where=where)
+    if not parts:
         raise FormatError("the trace holds no request", where=str(root), hint="record or import again")
-    digest = hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest()
-    if head.get("checksum") != digest:
+    digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    if head.checksum != digest:
         raise FormatError("checksum does not match its parts", where=where)
     requests_path = root / REQUESTS_NAME
-    complete = bool(head.get("complete"))
-    if complete and sha256(requests_path) != head.get("requests_sha256"):
+    if head.complete and sha256(requests_path) != head.requests_sha256:
         raise FormatError("checksum differs from trace.json", where=str(requests_path))
-    source = head.get("source")
-    counts = head.get("counts")
-    counts = counts if isinstance(counts, dict) else {}
+    shape, _ = layers_kept(head.model, without_layers)
     return Trace(
         path=root,
         shape=shape,
-        requests=_read_requests(requests_path, count, sum(part["rows"] for part in parts)),
-        synthetic=bool(head.get("synthetic")),
-        complete=complete,
+        requests=_read_requests(requests_path, sum(p.requests for p in parts), sum(p.rows for p in parts)),
+        synthetic=head.synthetic,
+        complete=head.complete,
         checksum=digest,
-        source=source if isinstance(source, dict) else {},
+        source=head.source,
         without_layers=tuple(without_layers),
         aggregate=aggregate,
-        dropped=_whole(counts.get("dropped")),
-        left_over=_whole(counts.get("left_over")),
-        _stored=stored,
-        _parts=parts,
-        _weights=bool(head.get("weights")),
+        dropped=head.counts.dropped,
+        left_over=head.counts.left_over,
+        stored_parts=parts,
+        _stored=head.model,
+        _weights=head.weights,
     )
-
-
-def _whole(value: Any) -> int:
-    """A count that is written for people only; what is none reads as 0."""
-    return value if type(value) is int and value > 0 else 0
-
-
-def _checked_parts(head: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    parts = head.get("parts")
-    if not isinstance(parts, list):
-        raise FormatError("has no list of parts", where=where)
-    for i, part in enumerate(parts):
-        good = (
-            isinstance(part, dict)
-            and part.get("file") == f"part-{i:05d}.parquet"  # a name of ours, never a path elsewhere
-            and isinstance(part.get("sha256"), str)
-            and all(type(part.get(key)) is int and 0 < part[key] < 2**32 for key in ("rows", "requests"))
-        )
-        if not good:
-            raise FormatError(f"part {i} is not described as it should be", where=where)
-    return tuple(parts)
 
 
 def _read_requests(path: Path, count: int, tokens: int) -> Requests:
@@ -311,6 +290,6 @@ def _read_requests(path: Path, count: int, tokens: int) -> Requests:
     wrong = (rank < -1) | (rank >= 2**31)
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise FormatError(f"row {row}: data-parallel rank {rank[row]} is none", where=str(path))
+        raise FormatError(f"row {row}: data-parallel rank {rank[row]} is outside 0..{2**31 - 1}", where=str(path))
     domain = np.array([index[label] for label in labels], np.int64)
     return Requests(rows, prefill, domain, domains, numbers("arrival", np.nan, np.float64), rank)

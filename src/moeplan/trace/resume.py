@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import UsageError
-from moeplan.io.files import read_json
 from moeplan.trace.columns import read_columns
-from moeplan.trace.format import JSON_NAME, REQUESTS_NAME, StoredRequest
+from moeplan.trace.format import REQUESTS_NAME, PartInfo, StoredRequest
 from moeplan.trace.reader import MAX_AHEAD, Trace
 from moeplan.types import ModelShape
 
@@ -32,8 +31,8 @@ class Recorded:
         requests: all that are stored, in all parts.
     """
 
-    parts: list[dict[str, Any]]
-    last: dict[str, Any]
+    parts: list[PartInfo]
+    last: PartInfo
     requests: list[StoredRequest]
 
 
@@ -45,7 +44,7 @@ def read_recorded(trace: Trace) -> Recorded:
     """
     if trace.complete:
         raise UsageError("is complete; there is nothing to resume", where=str(trace.path))
-    requests, parts = trace.requests, read_json(trace.path / JSON_NAME)["parts"]
+    requests, (*parts, last) = trace.requests, trace.stored_parts
     columns = (
         requests.rows.tolist(),
         requests.prefill.tolist(),
@@ -54,7 +53,7 @@ def read_recorded(trace: Trace) -> Recorded:
         [None if rank < 0 else rank for rank in requests.dp_rank.tolist()],
         _taken(trace),
     )
-    return Recorded(parts[:-1], parts[-1], [StoredRequest(*row) for row in zip(*columns, strict=True)])
+    return Recorded(parts, last, [StoredRequest(*row) for row in zip(*columns, strict=True)])
 
 
 def check_same(trace: Trace, shape: ModelShape, source: dict[str, Any], *, weights: bool) -> None:

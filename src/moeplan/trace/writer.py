@@ -14,13 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import FormatError, MoeplanError, OutputError
-from moeplan.io.files import atomic_path, sha256, write_json
+from moeplan.io.files import atomic_path, sha256
+from moeplan.io.json import write_json
 from moeplan.trace.aggregation import RequestSums
-from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, Request, StoredRequest
+from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, PartInfo, Request, StoredRequest
 from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.resume import check_same, read_recorded
 from moeplan.trace.retention import RetentionPolicy
@@ -88,9 +90,9 @@ class TraceWriter:
         self._requests: list[StoredRequest] = []  # those in parts and those pending
         self._pending: list[Any] = []  # what the form stores of those that are in no part yet
         self._pending_rows = 0
-        self._parts: list[dict[str, Any]] = []
+        self._parts: list[PartInfo] = []
         self._flushed = 0  # requests in parts
-        self._last: dict[str, Any] | None = None  # description of the last part of a recording that is resumed
+        self._last: PartInfo | None = None  # description of the last part of a recording that is resumed
         self._made = False
         if mode == "resume":
             self._restore(open_trace(path))
@@ -150,7 +152,7 @@ class TraceWriter:
             self._flush()
 
     def _discard(self) -> None:
-        names = [part["file"] for part in self._parts] + [REQUESTS_NAME, JSON_NAME]
+        names = [part.file for part in self._parts] + [REQUESTS_NAME, JSON_NAME]
         for name in names:
             (self.path / name).unlink(missing_ok=True)
         if self._made:
@@ -247,7 +249,7 @@ class TraceWriter:
         last, self._last = self._last, None
         if last is None:
             return False
-        if last["requests"] == len(self._pending):
+        if last.requests == len(self._pending):
             parts, flushed = [*self._parts, last], self._flushed + len(self._pending)
             self._parts, self._flushed, self._pending, self._pending_rows = parts, flushed, [], 0
             return True
@@ -266,7 +268,7 @@ class TraceWriter:
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", row_group_size=table.num_rows)
         tokens = sum(request.rows for request in self._requests[self._flushed : self._flushed + count])
-        part = {"file": path.name, "rows": tokens, "requests": count, "sha256": sha256(path)}
+        part = PartInfo(path.name, tokens, count, sha256(path))
         parts, flushed, pending = [*self._parts, part], self._flushed + count, list[Any]()
         # Plain assignments, no call between them: a Ctrl-C cannot fall in here and write the same rows twice.
         self._parts, self._flushed, self._pending, self._pending_rows = parts, flushed, pending, 0
@@ -296,8 +298,8 @@ class TraceWriter:
             pq.write_table(table, temporary, compression="zstd")
 
     def _write_json(self, complete: bool) -> None:
-        tokens = sum(part["rows"] for part in self._parts)
-        digest = hashlib.sha256("".join(part["sha256"] for part in self._parts).encode()).hexdigest()
+        tokens = sum(part.rows for part in self._parts)
+        digest = hashlib.sha256("".join(part.sha256 for part in self._parts).encode()).hexdigest()
         data: dict[str, Any] = {
             "format": FORMAT,
             **self._form.head,
@@ -312,7 +314,7 @@ class TraceWriter:
                 "picks": tokens * self.shape.num_layers * self.shape.top_k,
                 **self._form.counts(self._flushed),
             },
-            "parts": self._parts,
+            "parts": msgspec.to_builtins(self._parts),
             "checksum": digest,
         }
         if complete:  # before that, a kill may leave it one part ahead of this file
