@@ -249,7 +249,8 @@ def test_bad_config_is_one_line(name: str, change: dict[str, Any], said: str, tm
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "invalid or truncated JSON"), ('{"model_type": ', "invalid or truncated JSON"), ("[1, 2]", "is a list, not an object"),
+        ("", "invalid or truncated JSON"),
+        ('{"model_type": ', "invalid or truncated JSON"), ("[1, 2]", "is a list, not an object"),
         ("[" * 100_000, "not"), ('{"a": ' + "1" * 5000 + "}", "does not accept"),
         ('{"a": "' + "x" * (5 << 20) + '"}', "are more than"),
     ],
