@@ -19,7 +19,7 @@ from moeplan.planning.strategies.paper import PaperParams
 from moeplan.profile import Skipped, profile
 from moeplan.profile.common import wilson
 from moeplan.profile.counts import count
-from moeplan.profile.privacy import LINE_UP, Kind, Link, Privacy, privacy, rate_in_line_ups
+from moeplan.profile.privacy import LINE_UP, DomainInference, Privacy, Reidentification, identification_rate, privacy
 from moeplan.report.profile_page import profile_html, sentences
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.trace.retention import RetentionPolicy
@@ -68,7 +68,7 @@ def test_kind_is_at_chance_where_domains_do_not_differ(tmp_path: Path, domains: 
     for seed in range(4):
         found = measured(make(tmp_path / str(seed), domains=domains, apart=False, seed=seed), seed)
         for kind in found.kind.values():
-            assert isinstance(kind, Kind)
+            assert isinstance(kind, DomainInference)
             assert kind.chance == pytest.approx(max(domains.count(d) for d in domains) / len(domains), abs=0.01)
             inside += kind.ci95[0] <= kind.chance <= kind.ci95[1]
     assert inside >= 7  # of 8 intervals of 95 %
@@ -78,14 +78,14 @@ def test_kind_is_told_where_domains_differ(tmp_path: Path) -> None:
     trace = make(tmp_path / "t", domains="aabc", own=False)
     found = measured(trace)
     for kind in found.kind.values():
-        assert isinstance(kind, Kind)
+        assert isinstance(kind, DomainInference)
         assert kind.accuracy > 0.97 and kind.ci95[0] > kind.chance and kind.domains == ("a", "b", "c")
     assert measured(trace).to_dict() == found.to_dict()
 
 
 def test_a_request_is_found_where_it_is_like_no_other(tmp_path: Path) -> None:
     link = measured(make(tmp_path / "own", domains="a")).link
-    assert isinstance(link, Link)
+    assert isinstance(link, Reidentification)
     assert link.aggregate.tolist() == [1, 2, 4, 8] and link.requests.tolist() == [90, 90, 88, 88]
     assert link.by_routing[0] > 0.9 and (np.diff(link.by_routing) < 0).all()  # summing hides the one in the many
     assert link.by_text[0] == 1
@@ -93,8 +93,8 @@ def test_a_request_is_found_where_it_is_like_no_other(tmp_path: Path) -> None:
 
 def test_requests_that_are_alike_are_found_by_chance(tmp_path: Path) -> None:
     links = [measured(make(tmp_path / str(seed), domains="a", own=False, seed=seed)).link for seed in range(6)]
-    rates = np.array([link.by_routing for link in links if isinstance(link, Link)])
-    ends = np.array([link.routing_ci for link in links if isinstance(link, Link)])
+    rates = np.array([link.by_routing for link in links if isinstance(link, Reidentification)])
+    ends = np.array([link.routing_ci for link in links if isinstance(link, Reidentification)])
     assert rates.shape == (6, 4) and rates.mean(axis=0) == pytest.approx(np.full(4, 1 / LINE_UP), abs=0.03)
     assert ((ends[..., 0] <= 1 / LINE_UP) & (ends[..., 1] >= 1 / LINE_UP)).sum() >= 21  # of 24
 
@@ -110,8 +110,8 @@ def test_line_ups_by_hand() -> None:
             best = max(drawn)
             shares.append(0 if best > row[own[i]] else 1 / (1 + drawn.count(row[own[i]])))
         expected[i] = np.mean(shares)
-    np.testing.assert_allclose(rate_in_line_ups(score, own), expected)
-    np.testing.assert_allclose(rate_in_line_ups(np.zeros((1, 30)), np.array([3])), [1 / LINE_UP])
+    np.testing.assert_allclose(identification_rate(score, own), expected)
+    np.testing.assert_allclose(identification_rate(np.zeros((1, 30)), np.array([3])), [1 / LINE_UP])
 
 
 def test_wilson_by_hand() -> None:
@@ -133,8 +133,8 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["trace"]["aggregate"] == 4 and data["privacy"]["requests_per_row"] == 4
     assert data["coactivation"] == data["distinct_experts"]
-    assert data["coactivation"]["skipped"] == "the trace holds sums of requests and no token rows"
-    assert data["privacy"]["link"]["skipped"] == "no row is about fewer than 4 requests"
+    assert data["coactivation"]["skipped"] == "the trace is aggregated and has no token rows"
+    assert data["privacy"]["link"]["skipped"] == "no row has fewer than 4 requests"
     assert data["privacy"]["kind"]["decode"]["accuracy"] > 0.9
     assert "sum of 4 requests" in found.notices[1] and "sum of 4 requests" in profile_html(found)
     requests = read_requests(sums, rows=False)
@@ -183,7 +183,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     assert isinstance(few.privacy.link, Skipped) and isinstance(few.privacy.kind["decode"], Skipped)
     assert sentences(few)["What the stored rows give away"].startswith("Not shown: it needs 2 domains with 5 rows")
     one = profile(make(tmp_path / "one", domains="a", requests=12))
-    assert isinstance(one.privacy.link, Link) and one.privacy.link.aggregate.tolist() == [1]
+    assert isinstance(one.privacy.link, Reidentification) and one.privacy.link.aggregate.tolist() == [1]
     assert sentences(one)["What the stored rows give away"].startswith("Among 10 of its domain, a request's row")
 
 
@@ -195,7 +195,7 @@ def test_maverick_before_and_after(shared: Path, tmp_path: Path) -> None:
     )
     before = privacy(count(full), np.arange(23))
     link = before.link
-    assert isinstance(link, Link)
+    assert isinstance(link, Reidentification)
     assert link.by_routing[0] > 0.9 and link.by_routing[3] < 0.6 and link.by_text[3] > 0.95  # docs/guides/profile.md
     after = measured_sums(
         import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=8)))

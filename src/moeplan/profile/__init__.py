@@ -1,4 +1,4 @@
-"""Characterise a trace: who uses which experts, how evenly, how predictably, and what that gives away."""
+"""Characterise a trace: expert load and its imbalance, domain similarity, predictability, privacy."""
 
 from moeplan.profile.characterise import Profile, profile_trace
 from moeplan.profile.common import Skipped

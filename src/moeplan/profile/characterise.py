@@ -1,4 +1,4 @@
-"""The front door: one pass over the trace, then every measure."""
+"""`profile_trace`: one pass over the trace, then every measure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moeplan.profile.counts import DECODE, PREFILL, STAGES, Counts, count
 from moeplan.profile.distinct import Distinct, distinct
 from moeplan.profile.imbalance import Imbalance, imbalance
 from moeplan.profile.leakage import Leakage, leakage
-from moeplan.profile.map import RequestMap, request_map
 from moeplan.profile.phases import Phases, phases
 from moeplan.profile.privacy import Privacy, privacy
+from moeplan.profile.request_map import RequestMap, request_map
 from moeplan.profile.similarity import Similarity, similarity
 from moeplan.progress import Progress
 from moeplan.trace import UNKNOWN, Trace
@@ -25,11 +25,11 @@ __all__ = ["Profile", "profile_trace"]
 
 @dataclass(frozen=True)
 class Profile:
-    """What a trace shows. A measure that it cannot give is a `Skipped` with the reason.
+    """Measures of a trace. One that cannot be computed is a `Skipped` with the reason.
 
     Attributes:
-        trace, seed, counts: what it rests on.
-        notices: what a reader must know before any figure (synthetic, sampled, stand-ins, layers left out of means).
+        trace, seed, counts: what was measured.
+        notices: read before any figure (synthetic, sampled, substituted phases, layers left out of means).
         similarity, maps: by stage, keys "prefill" and "decode".
     """
 
@@ -48,11 +48,11 @@ class Profile:
 
     @property
     def stage_labels(self) -> dict[str, str]:
-        """What each stage is called in output: 'prefill', or 'first 48 decode tokens' where those stand in."""
+        """Label of each stage: 'prefill', or 'first 48 decode tokens' where those are used in its place."""
         return {name: self.counts.stages.label(s) for s, name in enumerate(STAGES)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; what could not be computed is null or {"skipped": reason}."""
+        """Plain JSON values; a measure that could not be computed is null or {"skipped": reason}."""
         counts, trace = self.counts, self.trace
         return plain_dict(
             {
@@ -97,23 +97,23 @@ def profile_trace(
     """Characterise a trace.
 
     Args:
-        trace: an opened trace; its parts are read once, one at a time.
-        seed: of everything that is drawn; the same seed gives the same figures.
-        signature_tokens: N, to let the first N rows stand in for a prefill; every label then says so.
+        trace: opened; its parts are read once, one at a time.
+        seed: random seed; the same seed gives the same figures.
+        signature_tokens: N: use the first N rows in place of the prefill; every label then says so.
         progress: called with (done, total, note).
 
     Raises:
-        UsageError: `signature_tokens` that no request can serve.
-        FormatError: a part that is not what it should be.
+        UsageError: no request is long enough for `signature_tokens`.
+        FormatError: an invalid part.
     """
     import sklearn.linear_model
-    import sklearn.manifold  # noqa: F401  (a library that is loaded later would not be limited)
+    import sklearn.manifold  # noqa: F401  (threadpoolctl limits only libraries that are loaded)
     from threadpoolctl import threadpool_limits
 
     counts = count(trace, seed=seed, signature_tokens=signature_tokens, progress=progress)
     stages = {"prefill": PREFILL, "decode": DECODE}
-    # One thread: these are thousands of small products and short loops, which waiting for other threads slows down
-    # tenfold on a busy machine; and figures then do not depend on the number of cores.
+    # One thread: there are thousands of small matrix products, and on a busy machine synchronising threads makes them
+    # ten times slower. The figures then do not depend on the number of cores either.
     with threadpool_limits(1):
         load = imbalance(counts, seed=seed)
         kept = load.kept
@@ -139,11 +139,10 @@ def _notices(trace: Trace, counts: Counts, load: Imbalance) -> tuple[str, ...]:
     if trace.synthetic:
         found.append("Synthetic: this workload was generated, it is not a recording of a model.")
     if not trace.complete:
-        found.append("The recording was cut off; what follows rests on its finished parts.")
+        found.append("The recording is incomplete: only its finished parts are used.")
     if trace.aggregate > 1:
         found.append(
-            f"Each row is the sum of {trace.aggregate} requests of one domain (--aggregate); what is said below of "
-            "requests is said of such sums."
+            f"Each row is the sum of {trace.aggregate} requests of one domain (--aggregate), called a request below."
         )
     if stages.signature_tokens is not None:
         found.append(
@@ -163,11 +162,11 @@ def _notices(trace: Trace, counts: Counts, load: Imbalance) -> tuple[str, ...]:
         found.append(f"Without layers {', '.join(map(str, trace.without_layers))}.")
     if counts.sample_text:
         found.append(
-            f"Per-request measures rest {counts.sample_text}, drawn by domain (seed fixed); totals are of all."
+            f"Per-request measures are {counts.sample_text}, drawn by domain (fixed seed); totals are of all requests."
         )
     if len(counts.domains) < counts.labels:
         found.append(
-            f"{counts.labels} domain labels are too many to show: folded by what stands before '/'"
+            f"{counts.labels} domain labels are too many to show: folded by the part before '/'"
             + (f", and the {counts.lumped} rarest lumped under '(other)'." if counts.lumped else ".")
         )
     return tuple(found)

@@ -1,7 +1,7 @@
-"""Which experts one token picks together, against what their popularity alone would bring about.
+"""Co-activation: which experts a token picks together, compared with what their popularity alone predicts.
 
 A token's picks are distinct, so independence cannot be the product of margins: the diagonal is empty by construction.
-The yardstick is quasi-independence, F[a, b] = x[a] x[b] off the diagonal, fitted to the observed margins by iterative
+The baseline is quasi-independence, F[a, b] = x[a] x[b] off the diagonal, fitted to the observed margins by iterative
 proportional fitting (L. A. Goodman, J. Am. Stat. Assoc. 63 (1968)).
 """
 
@@ -28,10 +28,10 @@ class Coactivation:
 
     Attributes:
         distance: float64 [L], total variation between observed and fitted pair shares, 0 (independent) .. 1.
-        floor: float64 [L], the same for a Poisson draw of the fitted counts: what sampling alone shows.
+        floor: float64 [L], the same for a Poisson draw of the fitted counts: the noise floor.
         strongest: pairs with the highest lift (observed / fitted) among those expected at least 20 times and more than
-            5 standard deviations up: (layer id, expert, expert, observed, expected, lift).
-        rows: token rows counted; stage: what they are.
+            5 standard deviations above expectation: (layer id, expert, expert, observed, expected, lift).
+        rows: token rows counted; stage: its label.
     """
 
     layer_ids: tuple[int, ...]
@@ -60,10 +60,10 @@ def quasi_independence(pairs: npt.NDArray[Any], *, iterations: int = 200, tolera
 
     Args:
         pairs: counts [E, E], symmetric, diagonal 0.
-        iterations, tolerance: stop when no margin is off by more than `tolerance` of the whole.
+        iterations, tolerance: stop when no margin differs by more than `tolerance` of the whole.
 
     Returns:
-        float64 [E, E]. Where no such table exists (one expert in nearly every pair), the nearest that was reached.
+        float64 [E, E]. Where no such table exists (one expert in nearly every pair), the closest one found.
     """
     margin = pairs.sum(axis=1, dtype=np.float64)
     total = margin.sum()
@@ -82,7 +82,7 @@ def quasi_independence(pairs: npt.NDArray[Any], *, iterations: int = 200, tolera
 
 
 def coactivation(counts: Counts, *, seed: int = 0) -> Coactivation | Skipped:
-    """Pairs in the reservoir's decode rows (prefill rows, or rows of unknown phase, where there are no others)."""
+    """Pairs in the reservoir's decode rows; without any, in prefill rows, else in rows of unknown phase."""
     if counts.shape.top_k < 2:
         return Skipped("no pairs: a token picks one expert per layer (top-1)")
     if not len(counts.reservoir.experts):
@@ -106,10 +106,10 @@ def coactivation(counts: Counts, *, seed: int = 0) -> Coactivation | Skipped:
         drawn[upper] = rng.poisson(expected)
         drawn += drawn.T
         floor[layer] = _total_variation(drawn[upper], quasi_independence(drawn)[upper])
-        clear = np.flatnonzero(
+        significant = np.flatnonzero(
             (expected >= MIN_EXPECTED) & (observed - expected > MIN_SIGMA * np.sqrt(np.maximum(expected, 1.0)))
         )
-        best = clear[np.argsort(-observed[clear] / expected[clear], kind="stable")[:STRONGEST]]
+        best = significant[np.argsort(-observed[significant] / expected[significant], kind="stable")[:STRONGEST]]
         strongest += [
             (
                 counts.shape.layer_ids[layer],

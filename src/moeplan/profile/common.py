@@ -1,4 +1,4 @@
-"""What the measures share: correlation without surprises, plain JSON values, a reason instead of a result."""
+"""Helpers of the measures: correlation, intervals, plain JSON values, and the reason for a skipped measure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy.typing as npt
 __all__ = [
     "FloatArray",
     "Skipped",
+    "evenly_spaced",
     "interval",
     "mean_without_nan",
     "pearson",
     "plain",
     "plain_dict",
-    "spread",
     "wilson",
 ]
 
@@ -25,7 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Skipped:
-    """A measure that this trace cannot give, and why in one line."""
+    """A measure that cannot be computed on this trace, and the reason in one line."""
 
     reason: str
 
@@ -47,10 +47,10 @@ def standardised(a: npt.NDArray[Any]) -> FloatArray:
 
 
 def mean_without_nan(a: npt.NDArray[Any], axis: int | tuple[int, ...] | None = None) -> Any:
-    """Mean of the values that are there; NaN, without a warning, where none is."""
-    there = ~np.isnan(a)
-    count = there.sum(axis=axis)
-    total = np.where(there, a, 0.0).sum(axis=axis)
+    """Mean of the values that are not NaN; NaN, without a warning, where there is none."""
+    valid = ~np.isnan(a)
+    count = valid.sum(axis=axis)
+    total = np.where(valid, a, 0.0).sum(axis=axis)
     mean = np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
     return float(mean) if mean.ndim == 0 else mean
 
@@ -61,7 +61,7 @@ def interval(draws: npt.NDArray[Any], axis: int = 0) -> FloatArray:
 
 
 def wilson(share: float, n: int) -> FloatArray:
-    """95 % interval of a share of n trials: (low, high), inside 0 .. 1 also where all or none succeed.
+    """95 % interval of a share of n trials: (low, high), within 0 .. 1.
 
     E. B. Wilson, J. Am. Stat. Assoc. 22 (1927).
     """
@@ -70,15 +70,15 @@ def wilson(share: float, n: int) -> FloatArray:
     return np.array([centre - half, centre + half]) / (1 + z * z / n)
 
 
-def spread(items: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
-    """At most `most` of `items`, evenly spaced, first and last among them."""
-    if len(items) <= most:
+def evenly_spaced(items: npt.NDArray[np.intp], limit: int) -> npt.NDArray[np.intp]:
+    """At most `limit` of `items`, evenly spaced, including the first and the last."""
+    if len(items) <= limit:
         return items
-    return items[np.unique(np.linspace(0, len(items) - 1, most).round().astype(np.intp))]
+    return items[np.unique(np.linspace(0, len(items) - 1, limit).round().astype(np.intp))]
 
 
 def plain_dict(values: dict[str, Any]) -> dict[str, Any]:
-    """`plain` for what a `to_dict` returns."""
+    """`plain` of each value: for `to_dict`."""
     return {key: plain(item) for key, item in values.items()}
 
 

@@ -1,7 +1,7 @@
-"""One streaming pass: what is counted, for which requests, and which token rows are kept.
+"""One streaming pass over a trace: counts of picks, and a sample of token rows.
 
 Names: R requests of the trace, n sampled requests, D domains, S stages, L layers, E experts, k picks.
-Everything that is kept has a size that is known before the pass, so memory does not grow with the trace's parts.
+All sizes are known before the pass, so memory does not grow with the number of parts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["DECODE", "OTHER", "PREFILL", "STAGES", "WITHOUT_ROWS", "Counts", "Re
 
 Int64Array = npt.NDArray[np.int64]
 
-#: Rows that are neither: unknown phases, and rows that `signature_tokens` leaves out.
+#: "other": rows of unknown phase, and rows that `signature_tokens` leaves out.
 STAGES = ("prefill", "decode", "other")
 PREFILL, DECODE, OTHER = range(3)
 
 #: Why a measure of token rows has no figure.
-WITHOUT_ROWS = "the trace holds sums of requests and no token rows"
+WITHOUT_ROWS = "the trace is aggregated and has no token rows"
 
 MAX_DOMAINS, LUMPED = 64, "(other)"
 MAX_SAMPLE, SAMPLE_BYTES = 2_000, 256 * 2**20
@@ -53,17 +53,18 @@ class Reservoir:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the pass leaves behind.
+    """Result of the pass.
 
     Attributes:
-        shape: the model; requests: all of them; stages: which rows are what.
-        domains: D labels; domain: int64 [R]. More than 64 labels are folded by what stands before their first "/",
-            and if that is not enough the rarest are lumped under "(other)".
+        shape: the model; requests: all of them; stages: which rows belong to each.
+        domains: D labels; domain: int64 [R]. More than 64 labels are folded by the part before their first "/";
+            if that is not enough, the rarest are lumped under "(other)".
         labels: how many labels the trace has; lumped: how many (after folding) were lumped.
-        totals: int64 [2, D, S, L, E], picks of all requests; first axis: not usable, usable for what needs both stages.
+        totals: int64 [2, D, S, L, E], picks of all requests; first axis: requests not usable, usable for
+            measures that need both stages.
         sample: int64 [n], the sampled requests, rising.
         prefill, decode: uint32 [n, L, E], their counts.
-        reservoir: token rows; none where the trace holds sums.
+        reservoir: token rows; none of an aggregated trace.
     """
 
     shape: ModelShape
@@ -90,14 +91,14 @@ class Counts:
 
     @property
     def is_lump(self) -> npt.NDArray[np.bool_]:
-        """bool [D]: the domain is the lump of rare labels, not a domain."""
+        """bool [D]: whether it is the lump of rare labels instead of one domain."""
         lump = np.zeros(len(self.domains), np.bool_)
         lump[-1] = self.lumped > 0
         return lump
 
     @property
     def sample_text(self) -> str:
-        """'on 2000 of 9000 requests', or '' when all are in."""
+        """'on 2000 of 9000 requests', or '' when all are sampled."""
         whole = len(self.requests)
         return "" if len(self.sample) == whole else f"on {len(self.sample)} of {whole} requests"
 
@@ -121,18 +122,18 @@ def count(
         progress: called with (requests done, requests, "").
 
     Raises:
-        UsageError: `signature_tokens` of a trace that holds sums, or that no request can serve.
+        UsageError: `signature_tokens` on an aggregated trace, or larger than any request.
     """
     if signature_tokens is not None and trace.aggregate > 1:
         raise UsageError(
-            f"--signature-tokens needs token rows, the trace holds sums of {trace.aggregate} requests",
+            f"--signature-tokens needs token rows, the trace is aggregated over {trace.aggregate} requests",
             where=str(trace.path),
             hint="leave it out",
         )
     shape, requests = trace.shape, trace.requests
     layers, experts = shape.num_layers, shape.num_experts
     stages = Stages.from_requests(requests, signature_tokens)
-    domains, domain, lumped = _lump(requests)
+    domains, domain, lumped = _fold_domains(requests)
     rng = np.random.default_rng([seed, 1])
     sample = stratified(requests.domain, min(max_sample, max(1, SAMPLE_BYTES // (layers * experts * 4))), rng)
     slot = np.full(len(requests), -1, np.int64)
@@ -145,7 +146,7 @@ def count(
         progress=progress or (lambda done, total, note: None),
     )
     if trace.aggregate > 1:
-        reservoir = _count_sums(trace, tally)
+        reservoir = _count_aggregated(trace, tally)
     else:
         chosen = _choose_rows(stages, min(reservoir_rows, max(1, RESERVOIR_BYTES // trace.row_bytes)), rng)
         reservoir = _count_rows(trace, stages, chosen, tally)
@@ -167,7 +168,7 @@ def count(
 
 @dataclass(frozen=True)
 class _Tally:
-    """What is added to on the way.
+    """Arrays that the pass adds to.
 
     Attributes:
         totals: as in `Counts`; cell: int64 [R], where a request's first stage is in it, all but the last axes flat.
@@ -181,7 +182,7 @@ class _Tally:
     progress: Progress
 
 
-def _count_rows(trace: Trace, stages: Stages, chosen: _Chosen, tally: _Tally) -> Reservoir:
+def _count_rows(trace: Trace, stages: Stages, chosen: _ReservoirRows, tally: _Tally) -> Reservoir:
     kept = np.empty((len(chosen.row), trace.shape.num_layers, trace.shape.top_k), expert_dtype(trace.shape.num_experts))
     totals = tally.totals
     scratch = np.zeros((totals[..., 0, 0].size, *totals.shape[-2:]), np.uint32)
@@ -195,14 +196,14 @@ def _count_rows(trace: Trace, stages: Stages, chosen: _Chosen, tally: _Tally) ->
                 count_ranges(rows.experts, starts, stops, tally.slot[part], tally.by_request[stage])
         totals += scratch.reshape(totals.shape)
         scratch[:] = 0
-        _keep(rows, chosen, trace.requests.offsets[rows.first], kept)
+        _store_rows(rows, chosen, trace.requests.offsets[rows.first], kept)
         tally.progress(part.stop, len(trace.requests), "counting")
-        del rows  # or two parts would be in memory while the next one is read
+        del rows  # otherwise two parts are in memory while the next one is read
     return Reservoir(kept, chosen.request, chosen.stage)
 
 
-def _count_sums(trace: Trace, tally: _Tally) -> Reservoir:
-    """The same of a trace of sums, whose phases are the stages; it has no rows to keep."""
+def _count_aggregated(trace: Trace, tally: _Tally) -> Reservoir:
+    """The same of an aggregated trace, whose phases are the stages; it has no token rows."""
     cells = tally.totals.reshape(-1, *tally.totals.shape[-2:])
     for sums in trace.sums():
         for number, counts in enumerate(sums.counts.swapaxes(0, 1), sums.first):
@@ -214,7 +215,7 @@ def _count_sums(trace: Trace, tally: _Tally) -> Reservoir:
     return Reservoir(np.empty((0, trace.shape.num_layers, trace.shape.top_k), np.uint8), none, none)
 
 
-def _lump(requests: Requests) -> tuple[tuple[str, ...], Int64Array, int]:
+def _fold_domains(requests: Requests) -> tuple[tuple[str, ...], Int64Array, int]:
     """At most 64 domains: as labelled, else folded by the part before "/", else the most frequent and one lump."""
     labels, domain = requests.domains, requests.domain
     if len(labels) <= MAX_DOMAINS:
@@ -231,19 +232,19 @@ def _lump(requests: Requests) -> tuple[tuple[str, ...], Int64Array, int]:
     return (*(names[i] for i in kept), LUMPED), index[domain], len(names) - len(kept)
 
 
-def stratified(domain: Int64Array, most: int, rng: np.random.Generator) -> Int64Array:
-    """At most `most` requests, each domain with its share (the largest remainders get the odd ones), rising."""
-    if len(domain) <= most:
+def stratified(domain: Int64Array, limit: int, rng: np.random.Generator) -> Int64Array:
+    """At most `limit` requests, each domain in proportion (remainders to the largest fractions), rising."""
+    if len(domain) <= limit:
         return np.arange(len(domain))
-    share = np.bincount(domain) * (most / len(domain))
+    share = np.bincount(domain) * (limit / len(domain))
     quota = np.floor(share).astype(np.int64)
-    quota[np.argsort(quota - share, kind="stable")[: most - int(quota.sum())]] += 1
+    quota[np.argsort(quota - share, kind="stable")[: limit - int(quota.sum())]] += 1
     drawn = [rng.choice(np.flatnonzero(domain == d), q, replace=False) for d, q in enumerate(quota) if q]
     return np.sort(np.concatenate(drawn))
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _ReservoirRows:
     """Rows of the reservoir, rising: `row` in the whole trace, with its request and stage; int64 [m] each."""
 
     row: Int64Array
@@ -251,24 +252,24 @@ class _Chosen:
     stage: Int64Array
 
 
-def _choose_rows(stages: Stages, most: int, rng: np.random.Generator) -> _Chosen:
-    """Equal room for each stage that has rows (a long prompt must not crowd out decode), uniform within it."""
+def _choose_rows(stages: Stages, limit: int, rng: np.random.Generator) -> _ReservoirRows:
+    """As many rows of each stage that has any (long prompts must not displace decode), uniform within a stage."""
     present = [stage for stage in (PREFILL, DECODE) if stages.lengths(stage).any()] or [OTHER]
     begin = np.concatenate(([0], np.cumsum(stages.rows)[:-1]))
     found = []
     for stage in present:
         ends = np.cumsum(stages.lengths(stage))
         total = int(ends[-1])
-        room = min(total, most // len(present))
-        index = rng.choice(total, room, replace=False, shuffle=False) if room < total else np.arange(total)
+        size = min(total, limit // len(present))
+        index = rng.choice(total, size, replace=False, shuffle=False) if size < total else np.arange(total)
         request = np.searchsorted(ends, index, side="right")
         inside = index - (ends - stages.lengths(stage))[request]
-        found.append((begin[request] + stages.starts(stage)[request] + inside, request, np.full(room, stage)))
+        found.append((begin[request] + stages.starts(stage)[request] + inside, request, np.full(size, stage)))
     row, request, stage_of = (np.concatenate(items).astype(np.int64) for items in zip(*found, strict=True))
     order = np.argsort(row, kind="stable")
-    return _Chosen(row[order], request[order], stage_of[order])
+    return _ReservoirRows(row[order], request[order], stage_of[order])
 
 
-def _keep(rows: Rows, chosen: _Chosen, first_row: int, kept: npt.NDArray[np.unsignedinteger]) -> None:
+def _store_rows(rows: Rows, chosen: _ReservoirRows, first_row: int, kept: npt.NDArray[np.unsignedinteger]) -> None:
     low, high = np.searchsorted(chosen.row, [first_row, first_row + len(rows.experts)])
     kept[low:high] = rows.experts[chosen.row[low:high] - first_row]

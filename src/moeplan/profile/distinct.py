@@ -21,12 +21,12 @@ class Distinct:
     """Distinct experts per layer against batch size (tokens in the step), mean over draws and kept layers.
 
     Attributes:
-        batch: int64 [b], 1, 2, 4, .. 512, as far as the rows go.
+        batch: int64 [b], 1, 2, 4, .. 512, limited by the number of rows.
         mixed: float64 [b], rows of any domain; single: float64 [b], rows of one domain, drawn by its rows (NaN: no
             domain has so many rows, or there is only one domain).
-        uniform: float64 [b], as many distinct picks, independent and even.
-        popular: float64 [b], independent picks by each layer's popularity.
-        rows: token rows drawn from; stage: what they are.
+        uniform: float64 [b], as many uniformly random picks.
+        popular: float64 [b], independent picks in proportion to each layer's expert load.
+        rows: token rows drawn from; stage: its label.
     """
 
     batch: npt.NDArray[np.int64]
@@ -42,7 +42,7 @@ class Distinct:
 
 
 def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Distinct | Skipped:
-    """Draw batches of rows without replacement from the reservoir and count what they touch.
+    """Draw batches of rows without replacement from the reservoir and count the experts that they pick.
 
     Args:
         counts: of the whole trace.
@@ -62,15 +62,17 @@ def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Di
     share = np.zeros((len(kept), size))  # of tokens that pick the expert
     for layer in range(len(kept)):
         share[layer] = np.bincount(experts[:, layer].ravel(), minlength=size) / len(experts)
-    mixed = [_touched(experts[rng.choice(len(experts), batch[-1], replace=False)], batch, size) for _ in range(DRAWS)]
+    mixed = [
+        _count_distinct(experts[rng.choice(len(experts), batch[-1], replace=False)], batch, size) for _ in range(DRAWS)
+    ]
     rows_of = [np.flatnonzero(domain == d) for d in range(len(counts.domains)) if not counts.is_lump[d]]
     single = np.full((DRAWS, len(batch)), np.nan)
     if sum(len(rows) > 0 for rows in rows_of) > 1:
         for draw, rows in enumerate(_domains_by_rows(rows_of, rng)):
             sizes = batch[batch <= len(rows)]
             chosen = rng.choice(rows, sizes[-1], replace=False)
-            single[draw, : len(sizes)] = _touched(experts[chosen], sizes, size)
-    single[:, (~np.isnan(single)).sum(axis=0) < DRAWS] = np.nan  # never a mean over other domains than at batch 1
+            single[draw, : len(sizes)] = _count_distinct(experts[chosen], sizes, size)
+    single[:, (~np.isnan(single)).sum(axis=0) < DRAWS] = np.nan  # every mean is over the same domains as at batch 1
     return Distinct(
         batch=batch,
         mixed=np.mean(mixed, axis=0),
@@ -83,13 +85,15 @@ def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Di
 
 
 def _domains_by_rows(rows_of: list[npt.NDArray[np.intp]], rng: np.random.Generator) -> list[npt.NDArray[np.intp]]:
-    """`DRAWS` domains, in proportion to their rows; those that can fill the largest batch, if any can."""
-    able = [rows for rows in rows_of if len(rows) >= MAX_BATCH] or [rows for rows in rows_of if len(rows)]
-    length = np.array([len(rows) for rows in able], np.float64)
-    return [able[i] for i in rng.choice(len(able), DRAWS, p=length / length.sum())]
+    """`DRAWS` domains, in proportion to their rows; only those that can fill the largest batch, if any can."""
+    eligible = [rows for rows in rows_of if len(rows) >= MAX_BATCH] or [rows for rows in rows_of if len(rows)]
+    length = np.array([len(rows) for rows in eligible], np.float64)
+    return [eligible[i] for i in rng.choice(len(eligible), DRAWS, p=length / length.sum())]
 
 
-def _touched(experts: npt.NDArray[np.unsignedinteger], sizes: npt.NDArray[np.int64], num_experts: int) -> FloatArray:
+def _count_distinct(
+    experts: npt.NDArray[np.unsignedinteger], sizes: npt.NDArray[np.int64], num_experts: int
+) -> FloatArray:
     """Mean over layers of distinct experts in the first b rows, for each b of `sizes`."""
     layers = experts.shape[1]
     seen = np.zeros((layers, num_experts), np.bool_)

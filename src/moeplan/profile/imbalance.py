@@ -13,7 +13,7 @@ from moeplan.profile.counts import STAGES, Counts
 
 __all__ = ["Imbalance", "imbalance", "imbalance_factor"]
 
-#: A layer where one expert takes more of all picks is a fault of training, not a load to plan for.
+#: A layer in which one expert takes a larger share of the picks is a training defect, not a load to plan for.
 DEGENERATE_SHARE = 0.5
 FLOOR_DRAWS = 20
 
@@ -27,7 +27,7 @@ class Imbalance:
         overall: float64 [L], over all rows.
         by_stage: float64 [S, L]; NaN where a stage has no rows.
         by_domain_stage: float64 [D, S, L].
-        floor_by_stage: float64 [S], what as many independent picks on perfectly even experts would show.
+        floor_by_stage: float64 [S], the noise floor: imbalance of as many uniformly random picks.
         floor_by_domain_stage: float64 [D, S].
         largest: int64 [L], the expert with most picks; largest_share: float64 [L], its share of the layer's picks.
         flagged: bool [L], layers where that share is above one half; left out of every mean over layers.
@@ -111,7 +111,7 @@ def imbalance(counts: Counts, *, seed: int = 0) -> Imbalance:
 
 
 def _floor(counts: npt.NDArray[np.int64], rng: np.random.Generator) -> FloatArray:
-    """Mean imbalance factor of as many picks (every layer has the same number) dealt to even experts."""
+    """Noise floor: mean imbalance factor of as many uniformly random picks (the same number in every layer)."""
     picks, experts = counts.sum(axis=-1), counts.shape[-1]
     draws = rng.poisson(picks[..., None] / experts, (FLOOR_DRAWS, *picks.shape, experts))
     return np.asarray(mean_without_nan(imbalance_factor(draws), axis=0), np.float64)

@@ -1,7 +1,7 @@
-"""What routing alone gives away: the request's type, from its prefill counts in one layer (arXiv 2604.23150).
+"""Leakage: predict a request's type from its prefill counts in one layer (arXiv 2604.23150).
 
-A multinomial logistic regression per layer on raw prefill counts, 80:20, classes of equal size. Beside it the same
-with the training labels shuffled: what is left there is what the procedure makes out of nothing.
+A multinomial logistic regression per layer on raw prefill counts, 80:20, classes of equal size. The control
+is the same with shuffled training labels: its accuracy is what the method reaches without any information.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, Skipped, plain_dict, spread
+from moeplan.profile.common import FloatArray, Skipped, evenly_spaced, plain_dict
 from moeplan.profile.counts import PREFILL, Counts
 
 __all__ = ["Leakage", "leakage"]
 
 MIN_CLASS, MAX_LAYERS, MAX_REQUESTS = 10, 32, 1_400
-#: Small sets are split several times, so that one lucky split does not speak for them.
+#: Small sets are split several times, so that the result does not depend on one split.
 TESTED_AT_LEAST, MAX_SPLITS = 250, 5
 ITERATIONS = 100
 
 
 @dataclass(frozen=True)
 class Leakage:
-    """Accuracy of telling request types apart, per layer.
+    """Accuracy of predicting the request type, per layer.
 
     Attributes:
-        layers: int64 [l], layer rows that were tried (evenly spaced when there are many); layer_ids: the model's.
+        layers: int64 [l], layer rows measured (evenly spaced when there are many); layer_ids: the model's.
         accuracy, control: float64 [l], on held-out requests; with true and with shuffled training labels.
         chance: 1 / classes.
-        classes: the domains told apart; per_class: requests of each; left_out: domains with fewer than 10.
+        classes: the domains; per_class: requests of each; left_out: domains with fewer than 10.
         splits: 80:20 splits per layer.
-        all_layers: how many layers the trace has; rows: what the counts are of.
+        all_layers: layers of the trace; rows: name of the rows counted.
     """
 
     layers: npt.NDArray[np.intp]
@@ -51,13 +51,13 @@ class Leakage:
 
     @property
     def meaning(self) -> str:
-        """What it means as a leak, in one sentence."""
+        """The result in one sentence."""
         best = int(np.argmax(self.accuracy))
         mean, control = float(self.accuracy.mean()), float(self.control.mean())
         percent = [f"{100 * share:.0f} %" for share in (mean, self.accuracy[best], self.chance, control)]
         figures = (
             f"one layer's routing of {self.rows} names the request's type ({len(self.classes)} types) in "
-            f"{percent[0]} of unseen requests on average and {percent[1]} at best (layer {self.layer_ids[best]}), "
+            f"{percent[0]} of held-out requests on average and {percent[1]} at best (layer {self.layer_ids[best]}), "
             f"against {percent[2]} by chance and {percent[3]} with shuffled labels"
         )
         error = 2 * np.sqrt(self.chance * (1 - self.chance) / max(1.0, 0.2 * self.per_class * len(self.classes)))
@@ -93,8 +93,8 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
         seed: of the downsampling, the splits and the shuffles.
         progress: called with (layers done, layers, note).
     """
-    there = counts.stages.lengths(PREFILL)[counts.sample] > 0
-    domain = np.where(there & ~counts.is_lump[counts.domain[counts.sample]], counts.domain[counts.sample], -1)
+    has_prefill = counts.stages.lengths(PREFILL)[counts.sample] > 0
+    domain = np.where(has_prefill & ~counts.is_lump[counts.domain[counts.sample]], counts.domain[counts.sample], -1)
     size = np.bincount(domain[domain >= 0], minlength=len(counts.domains))
     classes = np.flatnonzero(size >= MIN_CLASS)
     left_out = tuple(counts.domains[d] for d in np.flatnonzero((size > 0) & (size < MIN_CLASS)))
@@ -102,7 +102,7 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
         what = f"{counts.stages.prefill} rows"
         return Skipped(
             f"needs 2 domains with {MIN_CLASS} requests that have {what}; the trace has {len(classes)}"
-            + ("" if there.any() else " (no prefill; see --signature-tokens)")
+            + ("" if has_prefill.any() else " (no prefill; see --signature-tokens)")
         )
     rng = np.random.default_rng([seed, 5])
     per_class = int(min(size[classes].min(), max(MIN_CLASS, MAX_REQUESTS // len(classes))))
@@ -112,11 +112,11 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
     splits = int(np.clip(TESTED_AT_LEAST // (held_out * len(classes)), 1, MAX_SPLITS))
     folds = [_split(per_class, held_out, len(classes), rng) for _ in range(splits)]
 
-    layers = spread(kept, MAX_LAYERS)
+    layers = evenly_spaced(kept, MAX_LAYERS)
     accuracy, control = np.zeros(len(layers)), np.zeros(len(layers))
     for i, layer in enumerate(layers):
         features = counts.prefill[rows, layer].astype(np.float64)
-        # One constant for all features: raw counts but for their unit, which the solver's step and penalty depend on.
+        # One scale for all features: the solver's step and penalty depend on the unit of the counts.
         features /= max(float(features.std()), 1e-9)
         for train, test in folds:
             accuracy[i] += _accuracy(features, label[train], label[test], train, test) / splits
@@ -149,6 +149,6 @@ def _accuracy(features: FloatArray, train_label: Any, test_label: Any, train: An
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy has settled long before the loss has
+        warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy converges long before the loss
         model = LogisticRegression(max_iter=ITERATIONS, tol=1e-3).fit(features[train], train_label)
     return float((model.predict(features[test]) == test_label).mean())

@@ -1,7 +1,7 @@
-"""How well the prefill foretells the decode, beside what cheaper guesses would (arXiv 2604.23150: predictability).
+"""How well the prefill predicts the decode, compared with three baselines (arXiv 2604.23150: predictability).
 
 The published measure pools all requests; popular experts alone can make it high. So each request's own correlation
-stands beside three null baselines: what another request's prefill, or plain popularity, foretells just as well.
+is compared with null baselines: the prefill of another request, and the popularity of experts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Phases:
     """Correlations of expert counts, prefill against decode.
 
     Attributes:
-        pooled: float64 [L], over all usable requests taken together.
+        pooled: float64 [L], over the sums of all usable requests.
         own: float64 [L], mean over sampled usable requests of each one's own correlation.
         nulls: float64 [3, L], the same with the prefill replaced, in the order of `NULLS`.
         mean_pooled, mean_own: over kept layers; mean_nulls: [3].
         advantage: float64 [3], own minus null over the requests that have both, mean over kept layers;
             advantage_ci: [3, 2], 95 %, bootstrap over requests.
-        usable: requests with enough of both stages, of `requests`; sampled: how many of them `own` rests on;
+        usable: requests with enough of both stages, of `requests`; sampled: how many of them `own` is the mean of;
         with_domain: how many of those have another usable request of the same domain.
     """
 
@@ -96,7 +96,7 @@ def phases(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Phas
 
     domain = counts.domain[counts.sample[rows]]
     peers = np.bincount(counts.domain[counts.stages.usable], minlength=len(counts.domains))
-    alone = (peers[domain] < 2) | counts.is_lump[domain]
+    without_peer = (peers[domain] < 2) | counts.is_lump[domain]
     swap = derangement(len(rows), rng)
     layers = counts.shape.num_layers
     correlation = np.empty((4, len(rows), layers))
@@ -109,7 +109,7 @@ def phases(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Phas
         correlation[1, :, layer] = np.sum(prefill[swap] * decode, axis=-1)
         correlation[2, :, layer] = np.sum(standardised(popular.sum(axis=0) - raw) * decode, axis=-1)
         correlation[3, :, layer] = np.sum(standardised(popular[domain] - raw) * decode, axis=-1)
-    correlation[3, alone] = np.nan
+    correlation[3, without_peer] = np.nan
 
     per_layer = mean_without_nan(correlation, axis=1)
     per_request = mean_without_nan(correlation[:, :, kept], axis=2)  # [4, n]
@@ -130,12 +130,12 @@ def phases(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Phas
         requests=len(counts.requests),
         usable=usable,
         sampled=len(rows),
-        with_domain=int((~alone).sum()),
+        with_domain=int((~without_peer).sum()),
     )
 
 
 def derangement(n: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    """A seeded permutation of 0 .. n - 1 that leaves nothing in its place (n >= 2): one random cycle."""
+    """A seeded permutation of 0 .. n - 1 without a fixed point (n >= 2): one random cycle."""
     cycle = rng.permutation(n)
     swap = np.empty(n, np.intp)
     swap[cycle] = np.roll(cycle, 1)

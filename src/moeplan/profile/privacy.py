@@ -1,12 +1,12 @@
-"""What the stored rows give away: of what kind a request was, and which one it was.
+"""Privacy: what stored rows leak of a request: its domain, and which request it was.
 
-*Kind*: the domain of a row that the classifier never saw, from its counts over all layers. Ridge regression onto one
-column per domain (A. E. Hoerl, R. W. Kennard, Technometrics 12 (1970)), in 5 folds, with the penalty picked inside the
+*Kind*: predict the domain of a held-out row from its counts over all layers. Ridge regression onto one
+column per domain (A. E. Hoerl, R. W. Kennard, Technometrics 12 (1970)), in 5 folds, with the penalty chosen inside the
 training folds by generalised cross-validation (G. H. Golub, M. Heath, G. Wahba, Technometrics 21 (1979)).
 
-*Link*: a request is known by its routing elsewhere, and its stored row is sought among those of its domain. As a
-line-up: the own row and 9 others drawn at random; the expectation over all such draws is exact. With N requests summed
-into a row, as `--aggregate N` would store them, the row sought is the one that the request is in.
+*Link*: an attacker has a request's routing and looks for its stored row among 10 candidates: its own row and 9 others
+of its domain drawn at random; the expectation over all such draws is exact. With N requests summed into a row, as
+`--aggregate N` would store them, its own row is the sum that contains the request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from moeplan.profile.common import FloatArray, Skipped, plain_dict, wilson
 from moeplan.profile.counts import DECODE, PREFILL, STAGES, Counts, stratified
 
-__all__ = ["LINE_UP", "Kind", "Link", "Privacy", "privacy", "rate_in_line_ups"]
+__all__ = ["LINE_UP", "DomainInference", "Privacy", "Reidentification", "identification_rate", "privacy"]
 
 FOLDS, MAX_ROWS = 5, 1_000
 PENALTIES = 10.0 ** np.arange(-4, 5)
@@ -29,13 +29,13 @@ LINE_UP, MAX_LINKED, MAX_PER_DOMAIN = 10, 640, 160
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How well a row's domain is told.
+class DomainInference:
+    """How well a row's domain is predicted.
 
     Attributes:
-        accuracy: share of rows whose domain is named, each by a classifier that never saw it; ci95: Wilson's interval.
-        chance: the share of the largest domain, which is what naming it always would reach.
-        rows: how many were tried; domains: what they were told apart into; left_out: domains of fewer than 5 rows.
+        accuracy: share of held-out rows whose domain is predicted correctly; ci95: Wilson's interval.
+        chance: the share of the largest domain, the accuracy of always predicting it.
+        rows: number of rows; domains: the classes; left_out: domains of fewer than 5 rows.
     """
 
     accuracy: float
@@ -50,14 +50,14 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Link:
-    """How often the row with a request's prefill is found among 10, by how many requests a row sums.
+class Reidentification:
+    """How often the row with a request's prefill is identified among 10, by the number of requests in a row.
 
     Attributes:
-        aggregate: int64 [a], N = 1, 2, 4 .., as far as a domain fills 10 rows.
-        requests: int64 [a], requests that were sought; for a larger N only larger domains serve.
-        by_routing: float64 [a], found by the routing of their decode; by_text: float64 [a], by the exact counts of
-            their prefill, which whoever has the text can compute with the model.
+        aggregate: int64 [a], N = 1, 2, 4 .., while a domain fills 10 rows.
+        requests: int64 [a], requests tested; for a larger N only larger domains are eligible.
+        by_routing: float64 [a], identified by the routing of their decode; by_text: float64 [a], by the exact
+            counts of their prefill, which anyone with the text can compute with the model.
         routing_ci, text_ci: float64 [a, 2], Wilson's intervals.
         chance: 1 / 10.
     """
@@ -89,17 +89,17 @@ class Link:
 
 @dataclass(frozen=True)
 class Privacy:
-    """What a trace gives away.
+    """What a trace leaks.
 
     Attributes:
-        aggregate: N, requests that a stored row is about.
+        aggregate: N, requests in a stored row.
         kind: by stage, keys "prefill" and "decode".
-        link: Skipped where no row is about one request.
+        link: Skipped where no row is of one request.
     """
 
     aggregate: int
-    kind: dict[str, Kind | Skipped]
-    link: Link | Skipped
+    kind: dict[str, DomainInference | Skipped]
+    link: Reidentification | Skipped
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -110,39 +110,39 @@ class Privacy:
 
 
 def privacy(counts: Counts, kept: npt.NDArray[np.intp], aggregate: int = 1, *, seed: int = 0) -> Privacy:
-    """Measure what the rows of a trace give away.
+    """Measure what the rows of a trace leak.
 
     Args:
         counts: of the whole trace.
-        kept: layer rows that count.
+        kept: layer rows to use.
         aggregate: N, requests that each stored row is the sum of.
         seed: of the sample and the folds.
     """
     kind = {STAGES[stage]: _kind(counts, stage, kept, seed) for stage in (PREFILL, DECODE)}
     if aggregate > 1:
-        return Privacy(aggregate, kind, Skipped(f"no row is about fewer than {aggregate} requests"))
+        return Privacy(aggregate, kind, Skipped(f"no row has fewer than {aggregate} requests"))
     return Privacy(aggregate, kind, _link(counts, kept))
 
 
-# ---- of what kind
+# ---- domain
 
 
-def _kind(counts: Counts, stage: int, kept: npt.NDArray[np.intp], seed: int) -> Kind | Skipped:
+def _kind(counts: Counts, stage: int, kept: npt.NDArray[np.intp], seed: int) -> DomainInference | Skipped:
     domain = counts.domain[counts.sample]
-    there = (counts.stages.lengths(stage)[counts.sample] > 0) & ~counts.is_lump[domain]
-    size = np.bincount(domain[there], minlength=len(counts.domains))
+    eligible = (counts.stages.lengths(stage)[counts.sample] > 0) & ~counts.is_lump[domain]
+    size = np.bincount(domain[eligible], minlength=len(counts.domains))
     enough = size >= FOLDS
     if enough.sum() < 2:
         return Skipped(f"needs 2 domains with {FOLDS} rows of {counts.stages.phrase(stage)}; there are {enough.sum()}")
     rng = np.random.default_rng([seed, 9, stage])
-    rows = np.flatnonzero(there & enough[domain])
+    rows = np.flatnonzero(eligible & enough[domain])
     rows = rows[stratified(domain[rows], MAX_ROWS, rng)]
     classes, label = np.unique(domain[rows], return_inverse=True)
-    order = np.lexsort((rng.random(len(rows)), label))  # by domain, at random within it: dealt out, each fold has all
+    order = np.lexsort((rng.random(len(rows)), label))  # by domain, shuffled within it: each fold gets every domain
     fold = np.empty(len(rows), np.int64)
     fold[order] = np.arange(len(rows)) % FOLDS
-    right = _told(features(counts.sampled(stage)[rows][:, kept]), label, fold)
-    return Kind(
+    right = _predicts_correctly(features(counts.sampled(stage)[rows][:, kept]), label, fold)
+    return DomainInference(
         accuracy=float(right.mean()),
         ci95=wilson(float(right.mean()), len(rows)),
         chance=float(np.bincount(label).max() / len(rows)),
@@ -153,16 +153,16 @@ def _kind(counts: Counts, stage: int, kept: npt.NDArray[np.intp], seed: int) -> 
 
 
 def features(use: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
-    """float32 [n, L * E]: square roots of each layer's shares, so that a few hot experts do not drown the others."""
+    """float32 [n, L * E]: square roots of each layer's shares, so that a few hot experts do not dominate."""
     share = use.astype(np.float32)
     share /= np.maximum(share.sum(axis=2, keepdims=True), 1)
     return np.sqrt(share).reshape(len(share), -1)
 
 
-def _told(x: npt.NDArray[np.float32], label: npt.NDArray[np.int64], fold: npt.NDArray[np.int64]) -> Any:
-    """bool [n]: whether ridge regression on the other folds names the row's class.
+def _predicts_correctly(x: npt.NDArray[np.float32], label: npt.NDArray[np.int64], fold: npt.NDArray[np.int64]) -> Any:
+    """bool [n]: whether ridge regression on the other folds predicts the row's class.
 
-    All in inner products of rows, centred on the training rows: there are fewer rows than features.
+    In dual form (inner products of rows, centred on the training rows): there are fewer rows than features.
     """
     products = (x @ x.T).astype(np.float64)
     one_hot = np.eye(label.max() + 1)[label]
@@ -176,24 +176,24 @@ def _told(x: npt.NDArray[np.float32], label: npt.NDArray[np.int64], fold: npt.ND
         prior = one_hot[train].mean(axis=0)
         values, vectors = np.linalg.eigh(inner)
         values = np.maximum(values, 0)
-        turned = vectors.T @ (one_hot[train] - prior)
-        penalty = min(PENALTIES * max(values.mean(), 1e-12), key=lambda p: _gcv(values, turned, p))
-        score = prior + cross @ (vectors @ (turned / (values + penalty)[:, None]))
+        rotated = vectors.T @ (one_hot[train] - prior)
+        penalty = min(PENALTIES * max(values.mean(), 1e-12), key=lambda p: _gcv(values, rotated, p))
+        score = prior + cross @ (vectors @ (rotated / (values + penalty)[:, None]))
         right[test] = score.argmax(axis=1) == label[test]
     return right
 
 
-def _gcv(values: FloatArray, turned: FloatArray, penalty: float) -> float:
-    """Generalised cross-validation: the squared residual over the squared degrees of freedom that are left."""
+def _gcv(values: FloatArray, rotated: FloatArray, penalty: float) -> float:
+    """Generalised cross-validation: the squared residual over the squared residual degrees of freedom."""
     left = penalty / (values + penalty)
-    freedom = left.sum() - 1  # centring took one
-    return float(((left[:, None] * turned) ** 2).sum() / max(freedom**2, 1e-12))
+    freedom = left.sum() - 1  # one for centring
+    return float(((left[:, None] * rotated) ** 2).sum() / max(freedom**2, 1e-12))
 
 
-# ---- which one
+# ---- identity
 
 
-def _link(counts: Counts, kept: npt.NDArray[np.intp]) -> Link | Skipped:
+def _link(counts: Counts, kept: npt.NDArray[np.intp]) -> Reidentification | Skipped:
     usable = counts.stages.usable[counts.sample]
     domain = counts.domain[counts.sample]
     members = [np.flatnonzero(usable & (domain == d)) for d in np.flatnonzero(~counts.is_lump)]
@@ -201,25 +201,25 @@ def _link(counts: Counts, kept: npt.NDArray[np.intp]) -> Link | Skipped:
     if not members:
         named = [counts.stages.phrase(stage) for stage in (PREFILL, DECODE)]
         return Skipped(f"needs a domain of {LINE_UP} requests with rows of both {named[0]} and {named[1]}")
-    most = max(LINE_UP, min(MAX_PER_DOMAIN, MAX_LINKED // len(members)))
+    limit = max(LINE_UP, min(MAX_PER_DOMAIN, MAX_LINKED // len(members)))
     found: list[tuple[int, FloatArray]] = []
     for rows in members:
-        rows = rows[:most]
-        known, sought = (counts.sampled(stage)[rows][:, kept] for stage in (DECODE, PREFILL))
+        rows = rows[:limit]
+        known, stored = (counts.sampled(stage)[rows][:, kept] for stage in (DECODE, PREFILL))
         aggregate = 1
         while len(rows) >= LINE_UP * aggregate:
-            found.append((aggregate, _found(known, sought, aggregate)))
+            found.append((aggregate, _identification_rates(known, stored, aggregate)))
             aggregate *= 2
     steps = np.unique([n for n, _ in found])
     rates = [np.concatenate([rate for n, rate in found if n == step], axis=1) for step in steps]
     mean = np.array([rate.mean(axis=1) for rate in rates])  # [a, 2]
     size = np.array([rate.shape[1] for rate in rates])
     ci = np.array([[wilson(m, n) for m in both] for both, n in zip(mean, size, strict=True)])
-    return Link(steps, size, mean[:, 0], mean[:, 1], ci[:, 0], ci[:, 1])
+    return Reidentification(steps, size, mean[:, 0], mean[:, 1], ci[:, 0], ci[:, 1])
 
 
-def _found(known: npt.NDArray[np.uint32], prefill: npt.NDArray[np.uint32], aggregate: int) -> FloatArray:
-    """float64 [2, m]: how often each request is found by its routing, and by its text; m fill whole rows.
+def _identification_rates(known: npt.NDArray[np.uint32], prefill: npt.NDArray[np.uint32], aggregate: int) -> FloatArray:
+    """float64 [2, m]: how often each request is identified by its routing, and by its text; m fill rows.
 
     Args:
         known, prefill: uint32 [requests, L, E] of one domain, decode and prefill.
@@ -229,27 +229,27 @@ def _found(known: npt.NDArray[np.uint32], prefill: npt.NDArray[np.uint32], aggre
     own = np.arange(rows * aggregate) // aggregate
     a, b = centred(features(known[: len(own)])), centred(features(stored))
     flat, texts = stored.reshape(rows, -1), prefill[: len(own)].reshape(len(own), -1)
-    # A row that holds the request has all of its picks; another has some of them.
-    inside = np.stack([np.minimum(text, flat).sum(axis=1) for text in texts])
-    return np.stack((rate_in_line_ups(a @ b.T, own), rate_in_line_ups(inside, own)))
+    # A row that contains the request has all of its picks, any other row some of them.
+    overlap = np.stack([np.minimum(text, flat).sum(axis=1) for text in texts])
+    return np.stack((identification_rate(a @ b.T, own), identification_rate(overlap, own)))
 
 
 def centred(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Less the mean row (what all have in common tells nobody apart), each row of length 1."""
+    """Rows minus the mean row, which does not distinguish them, scaled to length 1."""
     x = x - x.mean(axis=0)
     return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), np.float32)
 
 
-def rate_in_line_ups(score: npt.NDArray[Any], own: npt.NDArray[np.int64]) -> FloatArray:
-    """How often the own row scores highest among itself and 9 others drawn without replacement; ties by lot.
+def identification_rate(score: npt.NDArray[Any], own: npt.NDArray[np.int64]) -> FloatArray:
+    """How often the own row scores highest among itself and 9 others drawn without replacement; ties at random.
 
     Args:
         score: [m, rows], at least 10 rows.
         own: int64 [m], each one's own row.
 
     Returns:
-        float64 [m], the expectation over all draws. Of the rows - 1 others, w score no higher and t of them the same;
-        the lot puts u = 0 .. t of those above the own row, and the mean of C(w - u, 9) / C(rows - 1, 9) over u is
+        float64 [m], the expectation over all draws. Of the rows - 1 others, w score no higher and t of them the same.
+        A random order ranks u = 0 .. t of those above the own row; the mean of C(w - u, 9) / C(rows - 1, 9) over u is
         (C(w + 1, 10) - C(w - t, 10)) / ((t + 1) C(rows - 1, 9)).
     """
     rows = score.shape[1]

@@ -1,8 +1,8 @@
-"""How alike the domains' expert use is, and whether a difference is more than noise.
+"""Domain similarity: correlation of the domains' expert use, and whether a difference exceeds the noise.
 
 Similarity is the published measure (arXiv 2604.23150): Pearson correlation of per-expert token counts. A small sample
-lowers it by itself; so halves of one domain are held against each other (split-half reliability), and the similarity of
-two domains is judged against what their own halves reach. Disattenuation: C. Spearman, Am. J. Psychol. 15 (1904).
+lowers it. So two halves of one domain are compared with each other (split-half reliability), and the similarity of two
+domains is compared with the reliability of each. Disattenuation: C. Spearman, Am. J. Psychol. 15 (1904).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moeplan.profile.counts import Counts
 
 __all__ = ["Similarity", "similarity"]
 
-#: A domain with fewer sampled requests has no halves worth comparing.
+#: A domain with fewer sampled requests is not split into halves.
 MIN_REQUESTS = 4
 SPLITS, BOOTSTRAP = 20, 100
 
@@ -50,7 +50,7 @@ class Similarity:
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
-        """Each pair of domains with halves, the most different first, and whether it differs beyond noise."""
+        """Each pair of domains with halves, the least similar first, and whether the difference exceeds the noise."""
         found = []
         for i in range(len(self.halved)):
             for j in range(i):
@@ -125,11 +125,11 @@ def similarity(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed: 
 
 
 def _members(counts: Counts, stage: int) -> list[npt.NDArray[np.intp]]:
-    """Per domain, the sampled requests (as rows of the sample) that have rows of the stage; the lump has none."""
-    there = counts.stages.lengths(stage)[counts.sample] > 0
+    """Per domain, rows of the sample whose requests have rows of the stage; none for the lump of rare domains."""
+    has_rows = counts.stages.lengths(stage)[counts.sample] > 0
     domain = counts.domain[counts.sample]
     lump = counts.is_lump
-    return [np.flatnonzero(there & (domain == d) & ~lump[d]) for d in range(len(counts.domains))]
+    return [np.flatnonzero(has_rows & (domain == d) & ~lump[d]) for d in range(len(counts.domains))]
 
 
 def _halves(
@@ -152,7 +152,7 @@ def _halves(
     if not members:
         return np.zeros(shape), np.zeros(shape)
     between, reliable = np.zeros(shape), np.zeros(shape)
-    seen = np.zeros(shape)
+    used = np.zeros(shape)
     requests = counts.sampled(stage)
     for layer in kept:
         sums = np.stack(
@@ -163,19 +163,19 @@ def _halves(
         cross = (cross + cross.transpose(0, 2, 1)) / 2
         within = np.maximum(np.diagonal(cross, axis1=1, axis2=2), 0.0)
         geometric = np.sqrt(within[:, :, None] * within[:, None, :])
-        there = ~np.isnan(cross + geometric)
-        between += np.where(there, cross, 0)
-        reliable += np.where(there, geometric, 0)
-        seen += there
+        valid = ~np.isnan(cross + geometric)
+        between += np.where(valid, cross, 0)
+        reliable += np.where(valid, geometric, 0)
+        used += valid
     nan = np.full(shape, np.nan)
-    return np.divide(between, seen, out=nan.copy(), where=seen > 0), np.divide(reliable, seen, out=nan, where=seen > 0)
+    return np.divide(between, used, out=nan.copy(), where=used > 0), np.divide(reliable, used, out=nan, where=used > 0)
 
 
 def _half_weights(n: int, draws: int, resample: bool, rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """[2 * draws, n]: which requests are in the first halves, then in the second.
 
     With `resample`, requests are drawn again with replacement inside their half, never across: a request in both
-    halves would make them agree by itself.
+    halves would raise their correlation.
     """
     weights = np.zeros((2, draws, n), np.float32)
     for draw in range(draws):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeplan.profile import Profile, Skipped
 from moeplan.profile.common import FloatArray
-from moeplan.profile.privacy import LINE_UP, Kind, Link
+from moeplan.profile.privacy import LINE_UP, DomainInference, Reidentification
 from moeplan.report.page import Section, Table
 from moeplan.report.profile_figures import link_figure
 
@@ -17,8 +17,8 @@ def privacy_section(found: Profile, *, figures: bool = True) -> Section:
     """Kind and link in one sentence and one table; the reasons where neither can be measured."""
     item = found.privacy
     stages = {name: found.counts.stages.phrase(i) for i, name in enumerate(item.kind)}
-    kinds = {stages[name]: kind for name, kind in item.kind.items() if isinstance(kind, Kind)}
-    link = item.link if isinstance(item.link, Link) else None
+    kinds = {stages[name]: kind for name, kind in item.kind.items() if isinstance(kind, DomainInference)}
+    link = item.link if isinstance(item.link, Reidentification) else None
     if not kinds and link is None:
         reasons = dict.fromkeys(r.reason for r in (*item.kind.values(), item.link) if isinstance(r, Skipped))
         return Section(HEADING, f"Not shown: it {'; '.join(reasons)}.", skipped=True)
@@ -54,7 +54,7 @@ def _link_note(stages: dict[str, str]) -> str:
     )
 
 
-def _kind_sentence(kinds: dict[str, Kind], aggregate: int) -> str:
+def _kind_sentence(kinds: dict[str, DomainInference], aggregate: int) -> str:
     told = " and ".join(f"{_percent(kind.accuracy)} from {name}" for name, kind in kinds.items())
     largest = max(kind.chance for kind in kinds.values())
     row = "request" if aggregate == 1 else f"sum of {aggregate} requests"
@@ -64,7 +64,7 @@ def _kind_sentence(kinds: dict[str, Kind], aggregate: int) -> str:
     )
 
 
-def _link_sentence(link: Link | None, item: Link | Skipped) -> str:
+def _link_sentence(link: Reidentification | None, item: Reidentification | Skipped) -> str:
     if link is None:
         return f"Which request a row is of is not measured: {item.reason if isinstance(item, Skipped) else ''}."
     text = (

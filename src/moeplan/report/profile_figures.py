@@ -10,9 +10,9 @@ from moeplan.profile.coactivation import Coactivation
 from moeplan.profile.distinct import Distinct
 from moeplan.profile.imbalance import Imbalance
 from moeplan.profile.leakage import Leakage
-from moeplan.profile.map import RequestMap
 from moeplan.profile.phases import NULLS, Phases
-from moeplan.profile.privacy import Link
+from moeplan.profile.privacy import Reidentification
+from moeplan.profile.request_map import RequestMap
 from moeplan.profile.similarity import Similarity
 from moeplan.report.figures import GREY, PALETTE, Image, canvas, heat_map, legend_below, lines, shorten, to_image
 
@@ -120,7 +120,7 @@ def classification_figure(found: Leakage) -> Image:
         return to_image(figure, "Request-type classification accuracy by layer with its control")
 
 
-def link_figure(found: Link) -> Image:
+def link_figure(found: Reidentification) -> Image:
     """How often a request's row is found, by how many requests a row sums, with its intervals and chance."""
     with canvas() as (figure, axes):
         series = (

@@ -1,4 +1,4 @@
-"""A map of requests in two dimensions: those with like expert use lie together (arXiv 2604.23150: t-SNE by stage)."""
+"""A map of requests in two dimensions: similar expert use, small distance (arXiv 2604.23150: t-SNE by stage)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MAX_REQUESTS, MIN_REQUESTS, COMPONENTS, PERPLEXITY, ITERATIONS = 400, 10, 50, 30
 
 @dataclass(frozen=True)
 class RequestMap:
-    """Where each request lies.
+    """Coordinates of each request.
 
     Attributes:
         requests: int64 [m], request numbers; of: how many have rows of the stage.
         domain: int64 [m]; domains: the labels.
-        xy: float64 [m, 2], t-SNE coordinates; only neighbourhoods mean anything.
+        xy: float64 [m, 2], t-SNE coordinates; only neighbourhoods have a meaning.
         same_neighbour: share of requests whose nearest neighbour, by cosine before any reduction, is of their domain.
         same_by_chance: that share if neighbours were drawn at random.
         nearest, typical: mean cosine between a request and its nearest neighbour, and between any two requests.
@@ -62,7 +62,7 @@ def request_map(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed:
     Args:
         counts: of the whole trace.
         stage: `PREFILL` or `DECODE`.
-        kept: layer rows that count.
+        kept: layer rows to use.
         seed: of the choice of requests, PCA and t-SNE.
     """
     has_rows = counts.stages.lengths(stage) > 0
@@ -85,7 +85,7 @@ def request_map(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed:
     components = min(COMPONENTS, len(rows) - 1, use.shape[1])
     reduced = PCA(components, svd_solver="randomized", random_state=seed).fit_transform(use)
     if reduced.std() < 1e-9:
-        return Skipped(f"{counts.stages.label(stage)}: every request uses the experts alike, there is nothing to map")
+        return Skipped(f"{counts.stages.label(stage)}: all requests use the experts equally")
     xy = TSNE(
         2, max_iter=ITERATIONS, perplexity=min(PERPLEXITY, (len(rows) - 1) / 3), init="pca", random_state=seed, n_jobs=1
     ).fit_transform(reduced)
