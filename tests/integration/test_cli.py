@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.command_line import refused
 from moeplan.cli.app import run
 from moeplan.synthetic.generator import generate
 from moeplan.trace import TraceWriter
@@ -35,16 +36,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(40):
             writer.add(rng.integers(0, 4, (20, 1, 1)), prefill=20)
     return place
-
-
-def refused(arguments: list[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error with status 2."""
-    capsys.readouterr()
-    assert run([str(a) for a in arguments]) == 2
-    streams = capsys.readouterr()
-    lines = streams.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("moeplan: "), streams.err
-    return lines[0]
 
 
 def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import refused
 
+from helpers.command_line import refused
 from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.errors import MoeplanError, UsageError

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from helpers.command_line import refused
 from moeplan import embedded
 from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, routes
@@ -46,15 +46,6 @@ def stored(place: Path, slots: list[list[int]], layers: tuple[int, ...], nodes: 
     rule, where = ReplicaRule.NEAREST_STATIC, "x"
     deployed(made, shape, deployment=Deployment.NODES, rule=rule, dispatch=Dispatch.PICK, where=where).save(place)
     return place
-
-
-def refused(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error with status 2."""
-    capsys.readouterr()
-    assert run([str(a) for a in arguments]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("moeplan: "), lines
-    return lines[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------

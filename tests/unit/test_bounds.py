@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_strategies import problem
 
 from exact_bounds import best_joint, best_nodes, best_placement, best_under_cap, nodes_holding, use_by_node
+from helpers.problems import problem
 from moeplan.cluster import Dispatch, request_messages
 from moeplan.errors import PlanError
 from moeplan.planning import solve

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_strategies import problem
 
 import moeplan
 from exact_bounds import best_placement
+from helpers.problems import problem
 from moeplan._kernels import local_search
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, request_messages, routes
 from moeplan.planning import MoveLimit, read_requests, solve

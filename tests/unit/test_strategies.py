@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from helpers.problems import problem
 from moeplan.cluster import Cluster, Deployment, check_slots
 from moeplan.errors import PlanError, UsageError
 from moeplan.planning import Problem, Strategy, solve
@@ -18,25 +19,6 @@ from moeplan.planning.problem import Stream
 from moeplan.planning.strategies import available
 from moeplan.planning.strategies.paper import PaperParams, map_clusters
 from moeplan.types import ModelShape
-
-
-def problem(
-    seed: int = 0, *, n: int = 24, layers: int = 2, experts: int = 12, k: int = 2, nodes: int = 2, per_node: int = 2,
-    redundant: int = 0, home: Deployment = Deployment.NODES, routing_groups: int = 1, rows: int = 12,
-) -> Problem:  # fmt: skip
-    """Requests of two kinds, each with its own half of the experts in front."""
-    rng = np.random.default_rng(seed)
-    score = rng.normal(size=(n, rows, layers, experts))
-    score[np.arange(n) % 2 == 0, :, :, : experts // 2] += 1.5
-    picks = np.argsort(-score, axis=3)[..., :k].astype(np.uint8)
-    use = np.zeros((n, layers, experts), np.uint32)
-    for i, _, layer, j in np.ndindex(*picks.shape):
-        use[i, layer, picks[i, _, layer, j]] += 1
-    starts = np.arange(n) * rows
-    return Problem(
-        ModelShape("test", layers, experts, k, routing_groups=routing_groups), Cluster(nodes, per_node, home),
-        redundant, use, use, Stream(picks.reshape(-1, layers, k), starts, starts + rows),
-    )  # fmt: skip
 
 
 @st.composite
