@@ -45,11 +45,27 @@ class Case:
 #      the JSON on standard output) and "plan-bytes/plan/plan.json: guard" (of a file).
 
 #: (pattern in a command without `new`, replacement), in order.
-REWRITTEN: tuple[tuple[str, str], ...] = ()
+REWRITTEN: tuple[tuple[str, str], ...] = (
+    (r"^replay ", "evaluate "),
+    (r"^plan --from (\S+) --drift (\S+)", r"drift \2 --plan \1"),
+    (r"^plan --drift ", "drift "),
+    (r"^plan (\S+) --from (\S+) --max-moves", r"rebalance \1 --plan \2 --max-moves"),
+    (r"--home (node|gpu)\b", r"--deployment \1s"),
+    (r"--nnodes\b", "--nodes"),
+    (r"--stage\b", "--phase"),
+    (r"--(weights|experts|kv) ", r"--\1-dtype "),
+    (r"--prompt ", "--prompt-tokens "),
+    (r"^(size .*)--output ", r"\1--output-tokens "),
+    (r"^(size .*)--requests ", r"\1--concurrency "),
+)
 #: (pattern of an old path, replacement (re.sub) or None where the new tree has it no more, reason).
-RENAMED: tuple[tuple[str, str | None, str], ...] = ()
+RENAMED: tuple[tuple[str, str | None, str], ...] = (
+    (r"^(import-\w+: )stage$", r"\1phase", "what was counted is a phase, as everywhere else"),
+)
 #: (pattern of a path that only the new tree has, reason).
-ADDED: tuple[tuple[str, str], ...] = ()
+ADDED: tuple[tuple[str, str], ...] = (
+    (r"^(import|generate)-\w+: notes\b", "every verb that makes a trace gives the notes of the source"),
+)
 #: (pattern of a path whose text is for people and may be worded anew, reason).
 TEXT: tuple[tuple[str, str], ...] = ()
 #: (pattern of a path that is left out on both sides, reason).

@@ -15,6 +15,7 @@ from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.errors import PlanError
 from moeplan.planning import MoveLimit, Plan, PlanningTask, RequestSet, Strategy, read_requests, solve
 from moeplan.planning.strategies import find
+from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.replay import comparison, drift
 from moeplan.replay.comparison import Setup, check_shape, fit_problem
 from moeplan.replay.settings import EvaluationSettings
@@ -59,14 +60,28 @@ def plan(
         (8, 40)
     """
     task = PlanningTask(cluster, redundant, dispatch, replica_rule)
+    return plan_task(requests, task, strategy, dataclasses.replace(HELD_OUT, seed=seed), progress)
+
+
+def plan_task(
+    requests: Trace | RequestSet,
+    task: PlanningTask,
+    strategy: str | Strategy = "moeplan",
+    held_out: EvaluationSettings = HELD_OUT,
+    progress: Progress | None = None,
+) -> Plan:
+    """`plan` for a task, with the settings by which its figures on held-out requests are measured.
+
+    Args:
+        held_out: their seed is the plan's, too.
+    """
     requests = _for_plans(requests, None, task)
     if progress:
         progress(0, 2, "solving")
-    made = fit(requests, task, strategy, seed)
+    made = fit(requests, task, strategy, held_out.seed)
     if progress:
         progress(1, 2, "figures on a held-out quarter")
-    settings = dataclasses.replace(HELD_OUT, seed=seed)
-    return dataclasses.replace(made, expected=expected_figures(requests, task, strategy, settings))
+    return dataclasses.replace(made, expected=expected_figures(requests, task, strategy, held_out))
 
 
 def fit(requests: RequestSet, task: PlanningTask, strategy: str | Strategy, seed: int = 0) -> Plan:
@@ -76,15 +91,22 @@ def fit(requests: RequestSet, task: PlanningTask, strategy: str | Strategy, seed
 
 
 def rebalance(
-    plan: Plan, requests: Trace | RequestSet, *, max_moves: int, seed: int = 0, progress: Progress | None = None
+    plan: Plan,
+    requests: Trace | RequestSet,
+    *,
+    max_moves: int,
+    params: MoeplanParams | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Plan:
     """Improve a plan for other requests by moving few experts; the router is fitted anew.
 
     Args:
         max_moves: most replicas of each layer that may end on another GPU than in the plan.
+        params: guard and objective in place of the plan's; needed for a plan that was made for time.
 
     Raises:
-        UsageError: requests of another model; a plan made for time, which needs `moeplan.plan`.
+        UsageError: requests of another model; a plan made for time without `params`.
 
     Example:
         >>> new = moeplan.rebalance(plan, trace, max_moves=4)  # doctest: +SKIP
@@ -96,7 +118,7 @@ def rebalance(
     if progress:
         progress(0, 1, "solving")
     limit = MoveLimit(plan.placement.slots, max_moves)
-    return _with_origin(solve(problem, drift.params_of(plan), seed, limit), requests)
+    return _with_origin(solve(problem, params or drift.params_of(plan), seed, limit), requests)
 
 
 def evaluate(
@@ -152,7 +174,19 @@ def compare(
         >>> [row.name for row in table.rows]
         ['linear', 'linear/prefill', 'eplb', 'eplb/prefill']
     """
-    task = PlanningTask(cluster, redundant, dispatch, replica_rule)
+    return compare_task(
+        requests, PlanningTask(cluster, redundant, dispatch, replica_rule), strategies, settings, progress
+    )
+
+
+def compare_task(
+    requests: Trace | RequestSet,
+    task: PlanningTask,
+    strategies: Sequence[str | Strategy],
+    settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008
+    progress: Progress | None = None,
+) -> Comparison:
+    """`compare` for a task."""
     task.check(requests.shape.num_experts)  # before a large trace is read
     if isinstance(requests, Trace):
         requests = read_requests(requests)

@@ -108,19 +108,19 @@ def test_a_plan_scores_what_it_scored(name: str, capsys: pytest.CaptureFixture[s
         plan.cluster.deployment.value.removesuffix("s"),
     ] == expected["cluster"]
     assert (plan.replica_rule.value, plan.dispatch.value) == (expected["replica_rule"], expected["dispatch"])
-    rows = answered(capsys, "replay", OLD / "trace", "--plan", OLD / name, "--steps", "10")["strategies"]
+    rows = answered(capsys, "evaluate", OLD / "trace", "--plan", OLD / name, "--steps", "10")["strategies"]
     for row, figures in ((expected["strategy"], expected["replay"]), ("linear", expected["linear"])):
         assert {key: rows[row][key]["value"] for key in figures} == pytest.approx(figures, rel=1e-6)
 
 
 def test_a_plan_made_from_first_tokens_is_held_to_new_traffic(capsys: pytest.CaptureFixture[str]) -> None:
     """Its signature is stored as text for people; drift must understand it."""
-    status = run(["plan", "--from", str(OLD / "plan-first-tokens"), "--drift", str(OLD / "trace"), "--json", "-"])
+    status = run(["drift", str(OLD / "trace"), "--plan", str(OLD / "plan-first-tokens"), "--json", "-"])
     assert status in (0, 1), capsys.readouterr().err
 
 
 def test_a_plan_is_improved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start = ["plan", OLD / "trace", "--from", OLD / "plan-moved", "--max-moves", "1", "-o", tmp_path / "p"]
+    start = ["rebalance", OLD / "trace", "--plan", OLD / "plan-moved", "--max-moves", "1", "-o", tmp_path / "p"]
     assert answered(capsys, *start)["moved"]["most_in_a_layer"] <= 1
 
 
@@ -139,7 +139,7 @@ def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("engine", PLACEMENTS)
 def test_a_placement_file(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, plan = OLD / f"{engine}.{PLACEMENTS[engine]}", OLD / "plan-moeplan"
-    about = ["--engine", engine, *MODEL, "--num-experts", "32", "--ep-size", "8", "--nnodes", "2"]
+    about = ["--engine", engine, *MODEL, "--num-experts", "32", "--ep-size", "8", "--nodes", "2"]
     assert run(["check", str(file), *about, "--plan", str(plan)]) == 0, capsys.readouterr().err
     capsys.readouterr()
     answered(capsys, "import", "placement", file, *about, "--top-k", "4", "-o", tmp_path / "p")

@@ -405,18 +405,18 @@ def test_the_command_says_all_and_ends_with_0_or_1(tmp_path: Path, capsys: pytes
     good = written(tmp_path, "sglang", made, 4)
     assert run(["check", str(good), "--engine", "sglang"]) == 0
     out = capsys.readouterr().out
-    assert "not checked: that there are 8 experts" in out and "good, as far as" in out
+    assert "not checked: that there are 8 experts" in out and "\nvalid, as far as" in out
     flags = ["--engine", "sglang", "--num-layers", "4", "--num-experts", "8", "--dense-layers", "0"]
-    whole = [*flags, "--ep-size", "4", "--nnodes", "2", "--redundant", "4"]
+    whole = [*flags, "--ep-size", "4", "--nodes", "2", "--redundant", "4"]
     assert run(["check", str(good), *whole]) == 0
-    assert capsys.readouterr().out.endswith("good\n")
+    assert capsys.readouterr().out.endswith("valid\n")
     data = json.loads(good.read_text())
     data[MAP][2][5] = -1
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps(data))
     assert run(["check", str(bad), *whole, "--json", str(tmp_path / "out.json")]) == 1
     out = capsys.readouterr().out
-    assert f"{MAP}, row 2 (layer 2), slot 5: expert -1 is outside 0..7" in out and "not good: 1 fault" in out
+    assert f"{MAP}, row 2 (layer 2), slot 5: expert -1 is outside 0..7" in out and "invalid: 1 error" in out
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["good"] is False and facts["findings"][0]["place"].endswith("slot 5")
 
@@ -428,7 +428,7 @@ def test_wrong_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["check", good, "--engine", "triton"], "--engine"),
         (["check", str(tmp_path / "none.json"), "--engine", "vllm"], "cannot be read"),
         (["check", good, "--engine", "vllm", "--ep-size", "0"], "--ep-size 0"),
-        (["check", good, "--engine", "vllm", "--ep-size", "5", "--nnodes", "2"], "does not divide"),
+        (["check", good, "--engine", "vllm", "--ep-size", "5", "--nodes", "2"], "does not divide"),
         (["check", good, "--engine", "vllm", "--plan", str(tmp_path)], "plan.json"),
         (["check", good], "--engine"),
     ):

@@ -68,7 +68,17 @@ def test_prefill_and_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert prefill["dispatch"] == "node" and prefill["tpot_ms"] is None
     assert prefill["tokens_per_s_per_gpu"] == pytest.approx(2 * 4096 / prefill["ttft_ms"] * 1e3)
     dense = figures(
-        tmp_path, "--model", "llama-3.1-70b", "--hardware", "h200", "--tp", "4", "--kv", "fp8", "--weights", "fp8"
+        tmp_path,
+        "--model",
+        "llama-3.1-70b",
+        "--hardware",
+        "h200",
+        "--tp",
+        "4",
+        "--kv-dtype",
+        "fp8",
+        "--weights-dtype",
+        "fp8",
     )
     assert dense["parallel"]["gpus"] == 4 and dense["routing"] is None and dense["dispatch"] is None
     assert "routing" not in capsys.readouterr().out.split("Llama")[-1]
@@ -118,7 +128,7 @@ ONE_NODE = ["--model", "DeepSeek-V3", "--hardware", "H100"]
         ),
         (["--model", "Llama-3.1-70B", "--hardware", "H100", "--tp", "8", "--ep", "8"], "Llama-3.1-70B has no experts"),
         ([*ONE_NODE, "--ep", "4", "--dispatch", "pick"], "dispatch pick needs whole experts"),
-        ([*ONE_NODE, "--kv", "int4"], 'unknown dtype "int4" for kv'),
+        ([*ONE_NODE, "--kv-dtype", "int4"], 'unknown dtype "int4" for kv'),
         ([*ONE_NODE, "--batch", "0"], "batch and context must be at least 1"),
         ([*ONE_NODE, "--skew", "0.5"], "skew 0.5 is below 1"),
         ([*ONE_NODE, "--skew", "9"], "skew 9 is more than the 8 GPUs that share the experts"),
@@ -126,7 +136,7 @@ ONE_NODE = ["--model", "DeepSeek-V3", "--hardware", "H100"]
         ([*ONE_NODE, "--mtp", "1", "--phase", "prefill"], "draft tokens are of decode"),
         ([*ONE_NODE, "--usd-per-hour", "-1"], "a price of -1 is negative"),
         ([*ONE_NODE, "--tp", "8", "--overlap"], "two-batch overlap hides dispatch and combine, and here is neither"),
-        (["--model", "gpt-oss-120b", "--hardware", "H100", "--phase", "encode"], "Invalid value for '--phase'"),
+        (["--model", "gpt-oss-120b", "--hardware", "H100", "--phase", "encode"], 'Invalid value "encode" for --phase'),
     ],
 )
 def test_what_cannot_be_gets_one_line(
@@ -169,7 +179,7 @@ def test_real_routing_is_that_of_a_replay(plans: Path, tmp_path: Path, capsys: p
     text = capsys.readouterr().out
     table = tmp_path / "replay.json"
     flags = ["--plan", str(plans / "eplb"), "--hardware", "H100", "--steps", "50", "--json", str(table)]
-    assert run(["replay", "embedded", *flags]) == 0
+    assert run(["evaluate", "embedded", *flags]) == 0
     said = json.loads(table.read_text(encoding="utf-8"))["strategies"]["eplb"]
     assert facts["step_ms"] == pytest.approx(said["modelled_step_ms"]["value"])
     assert facts["real"]["local_share"] == pytest.approx(1 - said["remote_share"]["value"])
@@ -178,7 +188,7 @@ def test_real_routing_is_that_of_a_replay(plans: Path, tmp_path: Path, capsys: p
     assert sum(o["exposed_ms"] for o in facts["operators"]) == pytest.approx(facts["step_ms"], rel=1e-12)
     assert facts["routing"] == "real" and facts["real"]["fitted_on_this_trace"]
     assert facts["parallel"] == {"tp": 2, "dp": 4, "ep": 8, "pp": 1, "gpus": 8, "redundant": 8}
-    assert "routing: real, 50 steps of embedded" in text and "note: the plan was fitted on this very trace" in text
+    assert "routing: real, 50 steps of embedded" in text and "note: the plan was fitted on this trace" in text
     flat = figures(
         tmp_path, "--model", str(MODEL), "--hardware", "H100", "--nodes", "4", "--gpus-per-node", "2", "--tp", "2",
         "--redundant", "8",
@@ -195,11 +205,22 @@ def test_a_better_plan_has_less_load_and_less_time(plans: Path, tmp_path: Path) 
     assert halves["overlap"] and halves["step_ms"] != eplb["step_ms"]
 
 
-@pytest.mark.parametrize(("nodes", "home"), [("1", "node"), ("2", "gpu")])
-def test_real_routing_of_other_homes(nodes: str, home: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("nodes", "deployment"), [("1", "nodes"), ("2", "gpus")])
+def test_real_routing_of_other_deployments(nodes: str, deployment: str, tmp_path: Path) -> None:
     """One node: tokens do not travel; a GPU as home: as many data-parallel ranks as GPUs."""
     plan = tmp_path / "plan"
-    where = ["--nodes", nodes, "--gpus-per-node", "4", "--home", home, "--strategy", "linear", "-o", str(plan)]
+    where = [
+        "--nodes",
+        nodes,
+        "--gpus-per-node",
+        "4",
+        "--deployment",
+        deployment,
+        "--strategy",
+        "linear",
+        "-o",
+        str(plan),
+    ]
     assert run(["plan", "embedded", *where]) == 0
     facts = figures(tmp_path, *real(plan, "--batch", "4"))
     assert facts["dispatch"] == (None if nodes == "1" else "pick")

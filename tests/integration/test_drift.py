@@ -62,9 +62,9 @@ def test_other_requests_of_the_same_kinds_leave_a_plan_good(
     assert run(["plan", str(parts["even"]), "-o", str(plan), *WHERE]) == 0
     before = {path.name: path.read_bytes() for path in plan.iterdir()}
     capsys.readouterr()
-    assert run(["plan", "--from", str(plan), "--drift", str(parts["odd"]), "--json", str(out)]) == 0
+    assert run(["drift", str(parts["odd"]), "--plan", str(plan), "--json", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "still good" in text and "next" not in text and "this very trace" not in text
+    assert "still good" in text and "next" not in text and "this trace" not in text
     assert before == {path.name: path.read_bytes() for path in plan.iterdir()}
     data = json.loads(out.read_text())
     assert not data["stale"] and not data["fitted_on_this_trace"] and data["key"] == "remote_share"
@@ -80,10 +80,10 @@ def test_other_domains_make_a_plan_stale(
     assert run(["plan", str(parts["code-math"]), "-o", str(plan), *WHERE, "--strategy", "paper"]) == 0
     for out in (tmp_path / "a.json", tmp_path / "b.json"):
         capsys.readouterr()
-        arguments = ["plan", "--from", str(plan), "--drift", str(parts["chat-prose"]), "--json", str(out)]
+        arguments = ["drift", str(parts["chat-prose"]), "--plan", str(plan), "--json", str(out)]
         assert run(arguments) == 1
         text = capsys.readouterr().out
-        assert "stale: planning anew lowers remote_share" in text and f"--from {plan} --max-moves" in text
+        assert "stale: planning anew lowers remote_share" in text and f"--plan {plan} --max-moves" in text
         found.append(json.loads(out.read_text()))
         for row in found[-1]["strategies"].values():
             del row["fit_seconds"]
@@ -141,7 +141,7 @@ def test_signatures_are_those_of_the_plan(
     plan, out = tmp_path / "plan", tmp_path / "drift.json"
     head = ["plan", str(parts["even"]), "-o", str(plan), *WHERE, "--strategy", "paper", "--signature-tokens", "8"]
     assert run(head) == 0
-    ask = ["plan", "--from", str(plan), "--drift", str(parts["odd"]), "--json", str(out)]
+    ask = ["drift", str(parts["odd"]), "--plan", str(plan), "--json", str(out)]
     assert run(ask) in (0, 1)
     assert json.loads(out.read_text())["signature_stands_in"] == "first 8 decode tokens"
     capsys.readouterr()
@@ -159,22 +159,22 @@ def test_one_clear_line_for_wrong_use(
 ) -> None:
     plan, even = tmp_path / "plan", parts["even"]
     assert run(["plan", str(even), "-o", str(plan), *WHERE, "--strategy", "linear"]) == 0
-    ask = ["plan", "--from", plan, "--drift", even]
+    ask = ["drift", even, "--plan", plan]
     capsys.readouterr()
     assert run([str(a) for a in ask]) == 0
-    assert "fitted on this very trace" in capsys.readouterr().out
+    assert "fitted on this trace" in capsys.readouterr().out
     assert "layers: 3 and 4" in refused([*ask, "--without-layers", "2"], capsys)
-    assert "--nodes does not go with --drift" in refused([*ask, "--nodes", "4"], capsys)
+    assert "Unknown option: --nodes" in refused([*ask, "--nodes", "4"], capsys)
     assert "TRACE does not go" in refused(["plan", even, *ask[1:]], capsys)
-    assert "--drift needs a plan" in refused(["plan", "--drift", even], capsys)
+    assert "--plan is missing" in refused(["drift", even], capsys)
     assert "-o PLAN is missing" in refused(["plan", even], capsys)
     assert "TRACE is missing" in refused(["plan", "-o", plan], capsys)
-    assert "does not exist" in refused(["plan", "--from", tmp_path / "no", "--drift", even], capsys)
+    assert "does not exist" in refused(["drift", even, "--plan", tmp_path / "no"], capsys)
     trace = open_trace(even)
     few = part(trace, np.arange(len(trace.requests)) < 12, tmp_path / "few")
-    assert "a group" in refused(["plan", "--from", plan, "--drift", few], capsys)
+    assert "a group" in refused(["drift", few, "--plan", plan], capsys)
     fewer = part(trace, np.arange(len(trace.requests)) < 4, tmp_path / "fewer")
-    assert "collect more traffic" in refused(["plan", "--from", plan, "--drift", fewer], capsys)
+    assert "collect more traffic" in refused(["drift", fewer, "--plan", plan], capsys)
 
 
 def test_a_plan_is_for_one_shape() -> None:

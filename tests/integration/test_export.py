@@ -64,7 +64,7 @@ def test_a_plan_goes_out_is_good_and_comes_back(
     assert "40 slots a layer (32 experts + 8 redundant), 5 on each of 8 GPUs, 2 nodes" in said
     data = json.loads(facts.read_text())
     assert data["flags"]["ep_size"] == 8 and data["flags"]["redundant"] == 8
-    served = ["--engine", engine, "--config", CONFIG, "--ep-size", "8", "--nnodes", "2"]
+    served = ["--engine", engine, "--config", CONFIG, "--ep-size", "8", "--nodes", "2"]
     assert run(["check", str(file), *served, "--redundant", "8", "--plan", str(plan)]) == 0
     assert run(["import", "placement", str(file), *served, "-o", str(back)]) == 0
     ours, theirs = load_plan(plan), load_plan(back)
@@ -94,9 +94,9 @@ def test_a_deployment_is_measured_like_its_plan(plan: Path, tmp_path: Path) -> N
     file = tmp_path / "file.json"
     assert run(["export", str(plan), "--engine", "sglang", "--config", CONFIG, "-o", str(file)]) == 0
     ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
-    fast = ["replay", "embedded", "--steps", "20"]
+    fast = ["evaluate", "embedded", "--steps", "20"]
     assert run([*fast, "--plan", str(plan), "--json", str(ours)]) == 0
-    served = ["--placement", str(file), "--engine", "sglang", "--ep-size", "8", "--nnodes", "2"]
+    served = ["--placement", str(file), "--engine", "sglang", "--ep-size", "8", "--nodes", "2"]
     assert run([*fast, *served, "--json", str(theirs)]) == 0
     a = json.loads(ours.read_text())["strategies"]["affinity"]
     b = json.loads(theirs.read_text())["strategies"]["deployed"]
@@ -109,19 +109,19 @@ def test_replay_asks_for_what_a_file_does_not_say(
 ) -> None:
     file = tmp_path / "file.json"
     assert run(["export", str(plan), "--engine", "sglang", "--config", CONFIG, "-o", str(file)]) == 0
-    replay = ["replay", "embedded", "--placement", file]
+    replay = ["evaluate", "embedded", "--placement", file]
     assert "give --engine" in refused(replay, capsys)
     line = refused([*replay, "--engine", "sglang"], capsys)
     assert (
-        "does not say how many GPUs share the experts, how many nodes these GPUs fill; give --ep-size, --nnodes" in line
+        "does not say how many GPUs share the experts, how many nodes these GPUs fill; give --ep-size, --nodes" in line
     )
-    assert "give one of the two" in refused(["replay", "embedded"], capsys)
+    assert "give one of the two" in refused(["evaluate", "embedded"], capsys)
     assert "give one of the two" in refused([*replay, "--engine", "sglang", "--plan", plan], capsys)
-    assert "is a trace, not a plan" in refused(["replay", "embedded", "--plan", "embedded"], capsys)
-    assert "is a plan" in refused(["replay", "embedded", "--placement", plan, "--engine", "sglang"], capsys)
-    assert "go with --placement" in refused(["replay", "embedded", "--plan", plan, "--nnodes", "2"], capsys)
+    assert "is a trace, not a plan" in refused(["evaluate", "embedded", "--plan", "embedded"], capsys)
+    assert "is a plan" in refused(["evaluate", "embedded", "--placement", plan, "--engine", "sglang"], capsys)
+    assert "go with --placement" in refused(["evaluate", "embedded", "--plan", plan, "--nodes", "2"], capsys)
     file.write_text('{"physical_to_logical_map": [[0, 1]]}')
-    served = ["--engine", "sglang", "--ep-size", "2", "--nnodes", "2"]
+    served = ["--engine", "sglang", "--ep-size", "2", "--nodes", "2"]
     assert "has 1 rows, but layer 7 has experts" in refused([*replay, *served], capsys)
 
 
@@ -200,7 +200,7 @@ def test_refusals_name_the_engine_and_the_mend(tmp_path: Path, capsys: pytest.Ca
     own = ["--engine", "vllm", "-o", out, "--expert-placement-strategy"]
     assert "no round_robin with redundant slots" in refused(["export", copies, *own, "round_robin"], capsys)
     assert "not vLLM's linear layout" in refused(["export", striped, *own, "linear"], capsys)
-    assert "not one of vLLM's" in refused(["export", striped, *own, "zigzag"], capsys)
+    assert 'Invalid value "zigzag"' in refused(["export", striped, *own, "zigzag"], capsys)
     assert not out.exists()
     assert run(["export", str(striped), *map(str, own), "round_robin"]) == 0
     assert "--expert-placement-strategy round_robin" in capsys.readouterr().out
@@ -286,7 +286,7 @@ def test_what_copies_are_worth_is_said(plan: Path, tmp_path: Path, capsys: pytes
     export = ["export", str(plan), "--engine", "vllm", "-o", str(file), "--trace", "embedded", "--json", str(facts)]
     assert run(export) == 0
     out = capsys.readouterr().out
-    assert "warning: this engine takes a copy without looking where it is" in out and "fitted on this very trace" in out
+    assert "warning: this engine does not prefer a near replica" in out and "fitted on this trace" in out
     share = json.loads(facts.read_text())["remote_share"]
     assert share["nearest-static"] < share["hash"] and share["scattered"] == 0.5
 
@@ -336,7 +336,7 @@ def test_counts_become_a_balanced_file_in_one_command(
 
 def test_a_counts_profile_does_as_well_and_other_engines_take_it(counts: Path, tmp_path: Path) -> None:
     profile = tmp_path / "profile"
-    assert run(["import", "logical-count", str(counts), "--stage", "decode", "-o", str(profile)]) == 0
+    assert run(["import", "logical-count", str(counts), "--phase", "decode", "-o", str(profile)]) == 0
     cluster = ["--nodes", "1", "--gpus-per-node", "4", "--redundant", "4"]
     for engine in ENGINES:
         file = tmp_path / f"{engine}.{SUFFIX[engine]}"
@@ -464,7 +464,7 @@ def test_deepseeks_map_becomes_a_plan(tmp_path: Path) -> None:
     ]
     np.save(tmp_path / "phy2log.npy", np.array(rows))
     model = ["--num-experts", "12", "--num-layers", "3", "--dense-layers", "0", "--top-k", "2"]
-    cluster = ["--ep-size", "8", "--nnodes", "2"]
+    cluster = ["--ep-size", "8", "--nodes", "2"]
     source = str(tmp_path / "phy2log.npy")
     assert run(["check", source, "--engine", "vllm", *model[:-2], *cluster, "--redundant", "4"]) == 0
     assert run(["import", "placement", source, "--engine", "vllm", *model, *cluster, "-o", str(tmp_path / "p")]) == 0
@@ -498,11 +498,11 @@ def test_json_is_never_written_over_a_file_of_the_command(
     assert not file.exists()
     assert run([str(a) for a in export]) == 0
     before = file.read_bytes()
-    served = [*config, "--ep-size", "8", "--nnodes", "2"]
+    served = [*config, "--ep-size", "8", "--nodes", "2"]
     for arguments in (
         ["check", file, *config],
         ["import", "placement", file, *served, "-o", tmp_path / "back"],
-        ["replay", "embedded", "--placement", file, *served],
+        ["evaluate", "embedded", "--placement", file, *served],
     ):
         assert "would be written over" in refused([*arguments, "--json", file], capsys)
     assert file.read_bytes() == before
@@ -526,7 +526,7 @@ def test_a_layer_that_the_plan_skips_is_named(tmp_path: Path, capsys: pytest.Cap
     place = stored(tmp_path / "plan", [[0, 1, 2, 3]] * 4, (1, 3, 5, 9))
     export = ["export", str(place), "--engine", "vllm", "-o", str(tmp_path / "out.json")]
     assert run(export) == 0
-    assert "skips layer 7: where the model has experts there, the engine will not start" in capsys.readouterr().out
+    assert "skips layer 7: if the model has experts there, the engine will not start" in capsys.readouterr().out
 
 
 def test_an_import_without_the_model_names_every_flag(

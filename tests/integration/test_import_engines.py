@@ -25,8 +25,8 @@ def test_the_commands(engines: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert facts["tokens"] == 7
     facts = moeplan("megatron", engines / "router_trace_rank0.jsonl", "--num-experts", 4, "-o", tmp_path / "m")
     assert facts["unknown_tokens"] == 2 and "note: Megatron records no request ids" in capsys.readouterr().out
-    facts = moeplan("tensorrt-llm", engines / "trtllm_stats", "--stage", "prefill", "-o", tmp_path / "t")
-    assert facts["stage"] == "prefill" and len(facts["imbalance"]) == 2 and facts["imbalance"][0] > 1
+    facts = moeplan("tensorrt-llm", engines / "trtllm_stats", "--phase", "prefill", "-o", tmp_path / "t")
+    assert facts["phase"] == "prefill" and len(facts["imbalance"]) == 2 and facts["imbalance"][0] > 1
     out = capsys.readouterr().out
     assert "imbalance (largest over mean)" in out and "compare, and plans with groups, cannot be made of them" in out
     facts = moeplan("logical-count", save(tmp_path / "x.json", {"logical_count": [[1, 3]]}), "-o", tmp_path / "l")
@@ -37,8 +37,8 @@ def test_the_commands(engines: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     ("words", "message"),
     [
         (["vllm", "no.json", "--num-experts", "8"], "no.json: does not exist"),
-        (["vllm", "no.json", "--dense-layers", "x"], "--dense-layers 'x' is not a list of layers"),
-        (["logical-count", "no.json", "--stage", "noon"], "--stage 'noon' is no stage"),
+        (["vllm", "no.json", "--dense-layers", "x"], "--dense-layers 'x' is not a list of layer numbers"),
+        (["logical-count", "no.json", "--phase", "noon"], 'Invalid value "noon" for --phase'),
         (["tensorrt-llm", "no"], "meta_info.json: cannot be read"),
         (["megatron", "no.jsonl"], "no.jsonl: does not exist"),
         (["sglang", "no.json", "--num-experts", "8"], "SGLang sends picks without their shape"),

@@ -75,7 +75,10 @@ def test_from_prompts_to_a_profile(
 
 
 def test_without_a_config(fake: Fake, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert record("vllm", fake, prompts, tmp_path / "t", "--num-experts", str(EXPERTS), "--model", "/models/tiny") == 0
+    assert (
+        record("vllm", fake, prompts, tmp_path / "t", "--num-experts", str(EXPERTS), "--served-model", "/models/tiny")
+        == 0
+    )
     assert open_trace(tmp_path / "t").shape.layer_ids == (0, 2, 3)  # the dense layer shows by its zeros
     shape = ["--num-experts", str(EXPERTS), "--num-layers", str(LAYERS), "--top-k", str(TOP_K), "--openai"]
     assert record("sglang", fake, prompts, tmp_path / "u", *shape, "--dense-layers", "1") == 0
@@ -101,7 +104,10 @@ def test_the_key_comes_from_the_environment(
         (["--config", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--num-experts", "16", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1/v1/models: cannot be reached"),
         (["--num-experts", "16", "--url", "nothing"], "--url is no http address"),
-        (["--num-experts", "16", "--model", "other"], "does not serve other; choose one with --model: /models/tiny"),
+        (
+            ["--num-experts", "16", "--served-model", "other"],
+            "does not serve other; choose one with --served-model: /models/tiny",
+        ),
         (["--num-experts", "16", "--api-key-env", "NO_SUCH"], "the environment has no such variable"),
         (["--num-experts", "16", "--concurrency", "0"], "--concurrency 0 is outside"),
         (["--num-experts", "16", "--timeout", "-1"], "--timeout -1 is outside"),

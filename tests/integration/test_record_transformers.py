@@ -268,7 +268,11 @@ def test_another_recording_is_not_resumed(qwen: LoadedModel, tmp_path: Path) -> 
     for prompts, options, message in (
         (token_prompts(10), RecordOptions(max_new_tokens=2, batch_size=3), "begun with prompts_sha256"),
         (token_prompts(), RecordOptions(max_new_tokens=2, batch_size=4), "begun with batch_size 3, not 4"),
-        (token_prompts(), RecordOptions(max_new_tokens=2, batch_size=3, weights=True), "resume without --weights"),
+        (
+            token_prompts(),
+            RecordOptions(max_new_tokens=2, batch_size=3, weights=True),
+            "resume without --keep-gate-weights",
+        ),
     ):
         for path in (tmp_path / "t", tmp_path / "whole"):  # cut off, and complete
             with pytest.raises(UsageError, match=message):
@@ -362,7 +366,7 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         {"prompt": "w6"},
     ]
     prompts = write_rows(tmp_path / "set.jsonl", rows)
-    assert run(folder, prompts, tmp_path / "t", "--max-new-tokens", "3", "--weights", "--json", "-") == 0
+    assert run(folder, prompts, tmp_path / "t", "--max-new-tokens", "3", "--keep-gate-weights", "--json", "-") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["model"], facts["requests"], facts["domains"]) == ("tiny-qwen", 3, {"a": 1, "set": 2})
     trace = open_trace(tmp_path / "t")
@@ -370,7 +374,7 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert trace.source["dtype"] == "float32" and "w1" not in json.dumps(trace.source)
     assert run(folder, prompts, tmp_path / "t") == 2
     assert "already exists" in capsys.readouterr().err
-    assert run(folder, prompts, tmp_path / "t", "--max-new-tokens", "3", "--weights", "--resume") == 0
+    assert run(folder, prompts, tmp_path / "t", "--max-new-tokens", "3", "--keep-gate-weights", "--resume") == 0
     assert run(folder, prompts, tmp_path / "one", "--limit", "2", "--domain", "z", "--dtype", "bfloat16") == 0
     assert open_trace(tmp_path / "one").requests.domains == ("z",)
     assert command_line(["profile", str(tmp_path / "t"), "-o", str(tmp_path / "page.html")]) == 0

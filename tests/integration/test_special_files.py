@@ -16,7 +16,7 @@ from moeplan.cli.app import run
 
 FILES = ROOT / "tests" / "data" / "archives" / "0.1.0"
 CLUSTER = ["--nodes", "2", "--gpus-per-node", "4"]
-ENGINE = ["--ep-size", "8", "--nnodes", "2"]
+ENGINE = ["--ep-size", "8", "--nodes", "2"]
 RECORD = ["record", "transformers", "-o", "OUT"]
 PROMPTED = [*RECORD, "--model", "embedded", "--prompts", "FILE"]
 SHAPE = ["--num-experts", "8", "--num-layers", "2", "--top-k", "2"]
@@ -62,9 +62,9 @@ READERS = {
     "trace head": (["profile", "DIR"], "trace", "trace.json"),
     "trace of sums": (["plan", "DIR", *CLUSTER, "-o", "OUT"], "trace-sums", "part-00000.parquet"),
     "import trace": (["import", "trace", "DIR", "-o", "OUT"], "trace", "part-00000.parquet"),
-    "plan": (["replay", "TRACE", "--plan", "DIR"], "plan-paper", "plan.json"),
-    "plan slots": (["replay", "TRACE", "--plan", "DIR"], "plan-paper", "slots.npy"),
-    "plan router": (["replay", "TRACE", "--plan", "DIR"], "plan-paper", "centroids.npy"),
+    "plan": (["evaluate", "TRACE", "--plan", "DIR"], "plan-paper", "plan.json"),
+    "plan slots": (["evaluate", "TRACE", "--plan", "DIR"], "plan-paper", "slots.npy"),
+    "plan router": (["evaluate", "TRACE", "--plan", "DIR"], "plan-paper", "centroids.npy"),
     "plan to export": (["export", "DIR", "--engine", "vllm", "-o", "OUT.json"], "plan-eplb", "slots.npy"),
     "counts": (["export", "DIR", "--engine", "vllm", *CLUSTER, "-o", "OUT.json"], "counts", "counts.json"),
     "counts array": (["export", "DIR", "--engine", "vllm", *CLUSTER, "-o", "OUT.json"], "counts", "counts.npy"),
@@ -75,7 +75,7 @@ READERS = {
     "vllm-ascend": (["check", "FILE", "--engine", "vllm-ascend"], "", "p.json"),
     "tensorrt-llm": (["check", "FILE", "--engine", "tensorrt-llm"], "", "p.yaml"),
     "placement": (["import", "placement", "FILE", "--engine", "vllm", *ENGINE, "-o", "OUT"], "", "p.json"),
-    "replayed placement": (["replay", "TRACE", "--placement", "FILE", "--engine", "vllm", *ENGINE], "", "p.json"),
+    "replayed placement": (["evaluate", "TRACE", "--placement", "FILE", "--engine", "vllm", *ENGINE], "", "p.json"),
     "config": (["import", "vllm", "x.json", "--config", "FILE", "-o", "OUT"], "", "config.json"),
     "config of a folder": (["import", "vllm", "x.json", "--config", "DIR", "-o", "OUT"], "counts", "config.json"),
     "model": (["estimate", "--hardware", "H100", "--model", "FILE"], "", "config.json"),

@@ -138,7 +138,7 @@ def test_the_four_use_cases_are_answered(
 ) -> None:
     """With a cluster and why not a smaller one, or with what would be needed."""
     data = tmp_path / "size.json"
-    flags = ["--model", name, "--use-case", "all", "--hardware", machine, "--weights", "fp8", "--sensitivity"]
+    flags = ["--model", name, "--use-case", "all", "--hardware", machine, "--weights-dtype", "fp8", "--sensitivity"]
     status = run(["size", *flags, "--max-gpus", "1152", "--json", str(data)])
     text, facts = capsys.readouterr().out, json.loads(data.read_text())
     met = [any(a["meets"] for a in case["hardware"].values()) for case in facts["use_cases"].values()]
@@ -156,14 +156,14 @@ def test_the_four_use_cases_are_answered(
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "size.html"
     flags = ["--use-case", "qa", "--hardware", "H100,GB200,TPU-v5e", "--max-gpus", "32", "--sensitivity"]
-    assert run(["size", "--model", "Llama-3.1-70B", *flags, "--html", str(page)]) == 0
+    assert run(["size", "--model", "Llama-3.1-70B", *flags, "-o", str(page)]) == 0
     html = page.read_text()
     assert "What bounds qa" in html and "What qa would need" in html and html.count("<figure>") == 2
     assert html.count("<td>TPOT</td>") == 3 and "http:" not in html
 
 
 def test_limits_and_lengths_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["--prompt", "4000", "--output", "500", "--ttft", "1000", "--tpot", "25"]
+    own = ["--prompt-tokens", "4000", "--output-tokens", "500", "--ttft", "1000", "--tpot", "25"]
     assert run(["size", "--model", "gpt-oss-120b", "--hardware", "H200", *own]) == 0
     assert "own: 4,000 tokens in, 500 out, 1 beam;" in capsys.readouterr().out
     assert run(["size", "--model", "gpt-oss-120b", "--hardware", "H200", "--use-case", "qa", "--tpot", "0.1"]) == 1
@@ -185,12 +185,12 @@ def test_drafts_shorten_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "text"),
     [
         ([], "no use case given"),
-        (["--prompt", "100"], "no use case given"),
+        (["--prompt-tokens", "100"], "no use case given"),
         (["--use-case", "qa", "--ttft", "-1"], "ttft -1 is not above 0"),
-        (["--use-case", "qa", "--requests", "0"], "requests and max_gpus must be at least 1"),
+        (["--use-case", "qa", "--concurrency", "0"], "requests and max_gpus must be at least 1"),
         (["--use-case", "qa", "--mtp", "1"], "no module for multi-token prediction"),
         (["--use-case", "qa", "--hardware", "H100,nothing"], 'unknown hardware "nothing"'),
-        (["--use-case", "qa", "--kv", "fp4"], "no attention kernel is modelled for fp4"),
+        (["--use-case", "qa", "--kv-dtype", "fp4"], "no attention kernel is modelled for fp4"),
         (["--use-case", "qa", "--usd-per-hour", "2"], "a price is of one kind of hardware"),
         (["--use-case", "nothing"], "nothing"),
         (["--use-case", "qa", "--model", "Llama-9"], 'unknown model "Llama-9"; near it: '),
@@ -205,7 +205,8 @@ def test_bad_input_gets_one_line(
     config.write_text('{"model_type": "llama", "hidden_size": 4096}', encoding="utf-8")
     machine.write_text('{"Mine": {"flops": {"bf16": 1e15}}}', encoding="utf-8")
     given = [flag.format(config=config, machine=machine) for flag in flags]
-    assert run(["size", "--model", "Llama-3.1-70B", *given]) == 2
+    model = [] if "--model" in given else ["--model", "Llama-3.1-70B"]
+    assert run(["size", *model, *given]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
 

@@ -152,7 +152,7 @@ def test_a_dense_model_has_no_skew(tmp_path: Path) -> None:
         (["--hardware", "H100", "--usd-per-hour", "-1"], "a price of -1 is negative"),
         (["--hardware", "H100", "--tpot", "0"], "tpot 0 is not above 0"),
         (["--hardware", "H100", "--gpus-per-node", "0"], "gpus_per_node must be at least 1"),
-        (["--hardware", "H100", "--weights", "fp5"], 'unknown dtype "fp5"'),
+        (["--hardware", "H100", "--weights-dtype", "fp5"], 'unknown dtype "fp5"'),
         (["--hardware", "H100", "-o", "/nowhere/x.html"], "/nowhere"),
     ],
 )

@@ -162,12 +162,12 @@ def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytes
     assert "What the stored rows give away" in capsys.readouterr().out
     assert run(["plan", trace, *where, "--strategy", "eplb", "-o", plan]) == 0
     said = capsys.readouterr().out
-    assert "eplb on 13 sums of 3 requests" in said and "they take token rows" in said
-    assert run(["replay", str(tmp_path / "full"), "--plan", plan]) == 0
+    assert "eplb on 13 sums of 3 requests" in said and "they need token rows" in said
+    assert run(["evaluate", str(tmp_path / "full"), "--plan", plan]) == 0
     capsys.readouterr()
     for arguments, message in (
         (["compare", trace, *where], "comparing and replaying need the picks of each token; use the trace that"),
-        (["replay", trace, "--plan", plan], "holds sums of 3 requests; comparing and replaying need the picks"),
+        (["evaluate", trace, "--plan", plan], "holds sums of 3 requests; comparing and replaying need the picks"),
         (["plan", trace, *where, "-o", plan + "2", "--signature-tokens", "4"], "--signature-tokens needs the picks"),
         (["profile", trace, "--signature-tokens", "4"], "--signature-tokens needs token rows"),
         (["plan", trace, *where, "-o", plan + "2", "--strategy", "affinity"], "do not tell what one token picks"),

@@ -237,7 +237,7 @@ def test_what_cannot_be_stored_so(tmp_path: Path) -> None:
             RetentionPolicy(**flags)
     with pytest.raises(UsageError, match=r"no domain has so many requests, the largest has 2; .* --domain"):
         RetentionPolicy(aggregate=3).check(["a", "b", "a"])
-    with pytest.raises(UsageError, match="no gate weights; leave --weights or --aggregate out"):
+    with pytest.raises(UsageError, match="no gate weights; leave --keep-gate-weights or --aggregate out"):
         RetentionPolicy(aggregate=2).check(["a", "a"], weights=True)
 
 

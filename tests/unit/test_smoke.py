@@ -20,7 +20,7 @@ def test_from_a_workload_to_a_placement_file(tmp_path: Path, capsys: pytest.Capt
         ["export", plan, "--engine", "sglang", *dense, "-o", file],
         ["check", file, "--engine", "sglang", *dense, "--num-experts", "32", "--plan", plan],
         ["estimate", "--hardware", "H100", "--model", "deepseek-v3", "--nodes", "4", "--json", "-"],
-        ["replay", trace, "--plan", plan, "--steps", "5", "--json", "-"],
+        ["evaluate", trace, "--plan", plan, "--steps", "5", "--json", "-"],
     ]
     for step in steps:
         capsys.readouterr()

@@ -269,7 +269,7 @@ def test_models_that_are_not_the_trace_s(shape: ModelShape, name: str | None, cl
 
 def test_set_ups_that_cannot_be(demo: RequestSet, timed: Setup) -> None:
     with pytest.raises(
-        PlanError, match=r"--home node splits attention over the 8 GPUs of a node, but tp 8 .* --home gpu"
+        PlanError, match=r"--deployment nodes splits attention over 8 GPUs of a node, but tp 8 .* --deployment gpus"
     ):
         timing_of(SHAPE, Cluster(2, 8), Dispatch.PICK, "H100")
     assert timing_of(SHAPE, Cluster(2, 8, Deployment.GPUS), Dispatch.PICK, "H100").spec.name == "embedded"
@@ -299,7 +299,7 @@ def test_compare_and_replay_on_the_command_line(tmp_path: Path, capsys: pytest.C
     assert "Time of a decode step" in (tmp_path / "c.html").read_text()
     assert run(["plan", "embedded", *where, "--strategy", "eplb", "-o", str(tmp_path / "p")]) == 0
     capsys.readouterr()
-    assert run(["replay", "embedded", "--plan", str(tmp_path / "p"), "--steps", "5", *few[-4:], "--json", "-"]) == 0
+    assert run(["evaluate", "embedded", "--plan", str(tmp_path / "p"), "--steps", "5", *few[-4:], "--json", "-"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["strategies"]["eplb"]["modelled_idle_share"]["value"] > 0
 

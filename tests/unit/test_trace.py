@@ -388,7 +388,7 @@ def test_only_the_same_recording_is_resumed(tmp_path: Path, trace: Path) -> None
         (trace, SHAPE, {}, "is complete; there is nothing to resume"),
         (tmp_path / "t2", other, {}, "another shape"),
         (tmp_path / "t2", SHAPE, {"source": {"test": False}}, "begun with test True, not False"),
-        (tmp_path / "t2", SHAPE, {"weights": True}, "resume without --weights"),
+        (tmp_path / "t2", SHAPE, {"weights": True}, "resume without --keep-gate-weights"),
         (tmp_path / "none", SHAPE, {}, "does not exist"),
     ):
         before = files_of(path) if path.exists() else {}

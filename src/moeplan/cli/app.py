@@ -1,88 +1,111 @@
-"""The verbs, and what becomes of their errors: one clear line and exit status 2."""
+"""The verbs, and how a command line ends: its exit status, and one clear line where something is wrong."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from inspect import BoundArguments
+from typing import Any
 
-import typer
+from cyclopts import App, CycloptsError
+from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
 
 from moeplan import __version__
+from moeplan.cli.files import check_files
+from moeplan.cli.old_names import refuse_old_names
+from moeplan.cli.options import SETTINGS
+from moeplan.cli.terminal import claim_stdout, printable
 from moeplan.errors import MoeplanError
 
-__all__ = ["app", "run"]
+__all__ = ["app", "commands", "run"]
 
-app = typer.Typer(
+#: Each is the function of that name in the module of that name, in the order of the data. Adding a verb is adding a
+#: file and its name here; `record` and `import` have sub-commands.
+VERBS = ["demo", "record", "import", "generate", "profile", "plan", "evaluate", "compare", "rebalance", "drift"]
+VERBS += ["estimate", "sweep", "size", "export", "check"]
+
+_INTERRUPTED = "stopped; of a trace that was being written, what was finished is kept"
+
+
+app = App(
     name="moeplan",
-    help="Plan which requests decode together and where each expert lives, and prove the plan on unseen requests.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    help="Plan which requests of a mixture-of-experts model decode together and where each expert is placed, and "
+    "measure the plan on held-out requests.",
+    version=f"moeplan {__version__}",
+    **SETTINGS,
 )
-
-#: One module each, in the order of the way of the data. Adding a verb is adding a file and its name here.
-VERBS = (
-    "demo",
-    "record",
-    "import_",
-    "generate",
-    "profile",
-    "plan",
-    "compare",
-    "replay",
-    "export",
-    "check",
-    "estimate",
-    "sweep",
-    "size",
-)
+app.register_install_completion_command(help="Install completion for bash, zsh or fish.")
+for _place, _verb in enumerate(VERBS):
+    _module = "import_" if _verb == "import" else _verb
+    app.command(f"moeplan.cli.{_module}:{_module}", name=_verb, sort_key=_place)
 
 
-@app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    if version:
-        print(f"moeplan {__version__}")
-        raise typer.Exit
-
-
-for _verb in VERBS:
-    importlib.import_module(f"moeplan.cli.{_verb}").register(app)
+def commands(parent: App = app, words: tuple[str, ...] = ()) -> Iterator[tuple[str, App]]:
+    """Every command with its name, such as `import vllm`, in the order of --help; its parameters are in
+    `command.assemble_argument_collection(parse_docstring=True)`.
+    """
+    for word in VERBS if parent is app else parent:
+        if word.startswith("-"):
+            continue
+        child = parent[word]
+        if child.default_command is not None:
+            yield " ".join((*words, word)), child
+        else:
+            yield from commands(child, (*words, word))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status: 0, 1 (the answer is no), 2 (wrong use or bad input)."""
     try:
-        code = app(args=arguments, prog_name="moeplan", standalone_mode=False)
-        if code == 130:  # typer turns Ctrl-C into this status without a word
-            raise KeyboardInterrupt
-        return code if isinstance(code, int) else 0
+        return _run(arguments)
     except MoeplanError as error:
-        print(f"moeplan: {error.line()}", file=sys.stderr)
-        return 2
+        return _end(2, error.line())
+    except CycloptsError as error:
+        return _end(2, _usage(error))
     except KeyboardInterrupt:
-        print("moeplan: stopped; of a trace that was being written, what was finished is kept", file=sys.stderr)
-        return 130
+        return _end(130, _INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except MemoryError:
-        print("moeplan: not enough memory for this input; leave layers out or use fewer requests", file=sys.stderr)
+        return _end(2, "not enough memory for this input; leave layers out or use fewer requests")
+    except Exception:
+        traceback.print_exc()  # a defect: never 1, which answers a question
+        return _end(70, "internal error; please report it with the command line")
+
+
+def _run(arguments: list[str]) -> int:
+    refuse_old_names(arguments)
+    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    if command == app.help_print:
+        for verb in VERBS:  # modules are loaded when they are asked for, and their help with them
+            _ = app[verb]
+    if command == app.help_print and not {"--help", "-h"} & set(arguments):
+        app.help_print(arguments, console=app.error_console)  # a verb is missing
         return 2
-    except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
-            return 2
-        if hasattr(error, "format_message"):  # click's usage errors
-            line = " ".join(str(error.format_message()).split()).replace("Value error, ", "")
-            print(f"moeplan: {line}", file=sys.stderr)
-            return 2
-        if type(error).__name__ == "Abort":
-            print("moeplan: stopped", file=sys.stderr)
-            return 130
-        traceback.print_exc()  # a fault of ours: never 1, which answers a question
-        print("moeplan: a fault of its own; please report it with the command line", file=sys.stderr)
-        return 70
+    status = _call(command, bound)
+    return status if isinstance(status, int) else 0
+
+
+def _call(command: Callable[..., Any], bound: BoundArguments) -> Any:
+    if command.__module__.startswith("moeplan."):
+        claim_stdout(bound.arguments.get("json"))
+        check_files(command, bound.arguments)
+    return command(*bound.args, **bound.kwargs)
+
+
+def _usage(error: CycloptsError) -> str:
+    """A usage error in one line."""
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.keyword or error.argument.name
+        return f"{name} needs a value" if error.keyword else f"{name} is missing; see --help"
+    if isinstance(error, UnusedCliTokensError):
+        return f"unexpected argument {' '.join(map(repr, error.unused_tokens or []))}; see --help"
+    return " ".join(str(error).split())
+
+
+def _end(status: int, line: str) -> int:
+    print(f"moeplan: {printable(line)}", file=sys.stderr)
+    return status

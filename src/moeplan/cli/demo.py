@@ -1,4 +1,4 @@
-"""`moeplan demo`: the whole way on the trace that comes with the package."""
+"""`moeplan demo`: the full pipeline on the trace that comes with the package."""
 
 from __future__ import annotations
 
@@ -10,60 +10,61 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json, progress
+from moeplan.cli import options as o
+from moeplan.cli.files import File
+from moeplan.cli.terminal import echo, emit_json, progress
+from moeplan.cli.text.comparison import show_comparison
 from moeplan.embedded import WORD
 
+__all__ = ["demo"]
+
+Folder = Annotated[Path, File("folder"), Parameter(name=("--output", "-o"), group=o.OUTPUT, metavar="DIR")]
 STRATEGIES = ("linear", "eplb", "paper", "moeplan")
-CLUSTER = (4, 4)
-_WHERE = "--nodes {} --gpus-per-node {}".format(*CLUSTER)
+_WHERE = "--nodes 4 --gpus-per-node 4"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def demo(
+    *,
+    output: Folder = Path("moeplan-demo"),
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> None:
+    """Run the full pipeline on the bundled trace: profile, plan, compare.
 
-    @app.command(help="The whole way on the embedded model's own trace.")
-    def demo(
-        output: Annotated[
-            str, typer.Option("-o", "--output", metavar="DIR", help="Where the pages go.")
-        ] = "moeplan-demo",
-        seed: Annotated[int, typer.Option("--seed", metavar="S", help="Seed of everything that chance decides.")] = 0,
-        json: JsonOption = None,
-    ) -> None:
-        claim_stdout(json)
-        from moeplan.cli.compare import show
-        from moeplan.cluster import Cluster
-        from moeplan.planning import read_requests
-        from moeplan.profile import profile
-        from moeplan.replay import Setup, compare
-        from moeplan.report.compare_page import write_compare_page
-        from moeplan.report.page import write_page
-        from moeplan.report.profile_page import profile_html
-        from moeplan.trace import open_trace
+    Args:
+        output: Output: the folder of the pages.
+    """
+    from moeplan.api import compare
+    from moeplan.cluster import Cluster
+    from moeplan.profile import profile
+    from moeplan.replay.settings import EvaluationSettings
+    from moeplan.report.compare_page import write_compare_page
+    from moeplan.report.page import write_page
+    from moeplan.report.profile_page import profile_html
+    from moeplan.trace import open_trace
 
-        start = time.perf_counter()
-        root = _folder(output)
-        compiler = _compile_ahead()
-        trace = open_trace(WORD)
-        echo("moeplan demo: 800 requests, recorded from the small trained model that comes with the package.")
-        echo()
-        with progress("profile") as report:
-            found = profile(trace, seed=seed, progress=report)
-        write_page(root / "profile.html", profile_html(found))
-        compiler.wait()
-        with progress("compare") as report:
-            requests = read_requests(trace)
-            setup = Setup(Cluster(*CLUSTER), STRATEGIES, seed=seed, steps=100)
-            began = time.perf_counter()
-            table = compare(requests, setup, report)
-        show(table, trace, time.perf_counter() - began)
-        write_compare_page(root / "compare.html", table, trace)
-        echo()
-        echo(f"pages:  {root / 'profile.html'}  {root / 'compare.html'}")
-        echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a spare slot a GPU)")
-        echo(f"{time.perf_counter() - start:.1f} s in all")
-        emit_json(json, {"trace": trace.label, "synthetic": trace.synthetic, **table.to_dict()})
+    start, settings = time.perf_counter(), EvaluationSettings(steps=100, seed=seed)
+    _make(output)
+    compiler = _compile_ahead()
+    trace = open_trace(WORD)
+    echo("moeplan demo: 800 requests, recorded from the small trained model that comes with the package.")
+    echo()
+    with progress("profile") as tick:
+        found = profile(trace, seed=seed, progress=tick)
+    write_page(output / "profile.html", profile_html(found))
+    compiler.wait()
+    began = time.perf_counter()
+    with progress("compare") as tick:
+        table = compare(trace, Cluster(4, 4), STRATEGIES, settings=settings, progress=tick)
+    show_comparison(table, trace, time.perf_counter() - began)
+    write_compare_page(output / "compare.html", table, trace)
+    echo()
+    echo(f"pages:  {output / 'profile.html'}  {output / 'compare.html'}")
+    echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a spare slot a GPU)")
+    echo(f"{time.perf_counter() - start:.1f} s in all")
+    emit_json(json, {"trace": trace.label, "synthetic": trace.synthetic, **table.to_dict()})
 
 
 def _compile_ahead() -> subprocess.Popen[bytes]:
@@ -84,13 +85,10 @@ def _program() -> str:
     return os.path.relpath(name) if name.is_absolute() else str(name)
 
 
-def _folder(name: str) -> Path:
-    """The demo's folder, made if need be."""
+def _make(folder: Path) -> None:
     from moeplan.io.files import cannot_write
 
-    root = Path(name)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot_write(root, error) from None
-    return root
+        raise cannot_write(folder, error) from None

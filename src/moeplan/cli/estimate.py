@@ -2,132 +2,174 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from cyclopts import Group, Parameter
 
-from moeplan.cli import perf_options as o
-from moeplan.cli.common import (
-    JsonOption,
-    WithoutLayers,
-    check_places,
-    claim_stdout,
-    echo,
-    emit_json,
-    given,
-    parse_layers,
-)  # fmt: skip
-from moeplan.cli.estimate_text import lines_of
-from moeplan.cli.options import DispatchChoice, Seed, SignatureTokens
-from moeplan.cli.real import estimate_real
+from moeplan.cli import options as o
+from moeplan.cli.files import File
+from moeplan.cli.terminal import echo, emit_json
+from moeplan.cli.text.estimate import estimate_lines
 from moeplan.errors import UsageError
 
+if TYPE_CHECKING:
+    from moeplan.perf.estimate import Estimate, EstimateSettings
+    from moeplan.perf.hardware import Hardware
 
-class StepPhase(StrEnum):
-    """Which step."""
-
-    prefill = "prefill"
-    decode = "decode"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
-    @app.command(help="Estimate one set-up: time of a step by operator, memory, throughput, cost.")
-    def estimate(
-        ctx: typer.Context,
-        hardware: Annotated[str, typer.Option("--hardware", help="A name of the catalogue, e.g. H100.")],
-        model: Annotated[
-            str | None,
-            typer.Option("--model", help="A name of the catalogue, or a config.json [default: the trace's model]."),
-        ] = None,
-        nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Nodes of one worker.")] = 1,
-        gpus_per_node: o.GpusPerNode = None,
-        tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks of attention.")] = 1,
-        pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
-        dp: Annotated[
-            int | None, typer.Option("--dp", help="Data-parallel ranks of attention [default: the rest].")
-        ] = None,
-        ep: Annotated[
-            int | None, typer.Option("--ep", help="Ranks that share the experts [default: all of a stage].")
-        ] = None,
-        redundant: Annotated[int, typer.Option("--redundant", metavar="R", help="Extra expert slots per layer.")] = 0,
-        batch: Annotated[
-            int | None,
-            typer.Option(
-                "--batch", metavar="B", help="Requests of each data-parallel rank [default: 128, or all of --trace]."
-            ),
-        ] = None,
-        context: Annotated[
-            int,
-            typer.Option("--context", max=100_000_000, metavar="N", help="Tokens of a request: held, or to prefill."),
-        ] = 4096,
-        phase: Annotated[StepPhase, typer.Option("--phase", help="Which step.")] = StepPhase.decode,
-        dispatch: Annotated[
-            DispatchChoice | None, typer.Option("--dispatch", help="What one message is [default: pick, prefill node].")
-        ] = None,
-        overlap: Annotated[bool, typer.Option("--overlap", help="Two-batch overlap.")] = False,
-        balanced: Annotated[bool, typer.Option("--balanced", help="Every GPU gets the same load.")] = False,
-        skew: Annotated[
-            float, typer.Option("--skew", metavar="X", help="Load of the busiest GPU over the mean.")
-        ] = 1.0,
-        mtp: o.Drafts = 0,
-        accepted: o.Accepted = None,
-        weights: o.Weights = None,
-        experts: o.Experts = None,
-        kv: o.Kv = "bf16",
-        usd_per_hour: o.UsdPerHour = None,
-        hardware_file: o.HardwareFile = None,
-        trace: Annotated[
-            str | None, typer.Option("--trace", metavar="TRACE", help="With --plan: real routing instead of uniform.")
-        ] = None,
-        plan: Annotated[
-            str | None, typer.Option("--plan", metavar="PLAN", help="With --trace: a plan made by 'moeplan plan'.")
-        ] = None,
-        signature_tokens: SignatureTokens = None,
-        without_layers: WithoutLayers = "",
-        seed: Seed = 0,
-        json: JsonOption = None,
-        output: o.Page = None,
-    ) -> None:
-        claim_stdout(json)
-        check_places(output)
-        from moeplan.cluster import Dispatch
-        from moeplan.perf.estimate import EstimateSettings
-        from moeplan.perf.estimate import estimate as run
-        from moeplan.perf.hardware import load_hardware as find_hardware
-
-        machine = find_hardware(hardware, hardware_file).priced(usd_per_hour)
-        settings = EstimateSettings(
-            phase.value, tp, pp, dp, ep, weights, experts, kv, Dispatch(dispatch.value) if dispatch else None, overlap,
-            balanced, skew, mtp, accepted,
-        )  # fmt: skip
-        if trace is not None or plan is not None:
-            own = [flag for flag in _OF_THE_PLAN if given(ctx, flag)]
-            found = estimate_real(
-                trace, plan, machine, model, settings, batch=batch, context=context, given=own,
-                without_layers=parse_layers(without_layers), signature_tokens=signature_tokens, seed=seed,
-            )  # fmt: skip
-        elif model is None:
-            raise UsageError("--model is missing", hint="give a name of the catalogue, or a config.json")
-        else:
-            found = run(
-                model, machine, nodes=nodes, gpus_per_node=gpus_per_node, redundant=redundant,
-                batch=128 if batch is None else batch, context=context, settings=settings,
-            )  # fmt: skip
-        for line in lines_of(found):
-            echo(line)
-        emit_json(json, found.to_dict())
-        if output is not None:
-            from moeplan.report.perf_estimate import write_estimate_page
-
-            write_estimate_page(Path(output), found)
-            echo(f"wrote {output}")
+__all__ = ["estimate"]
 
 
-#: What a plan says itself, and what real steps do not come with.
-_OF_THE_PLAN = (
-    "nodes", "gpus_per_node", "tp", "pp", "dp", "ep", "redundant", "skew", "balanced", "mtp", "accepted", "phase",
-)  # fmt: skip
+@Parameter(name="*", group=o.CLUSTER)
+@dataclass(frozen=True)
+class LayoutFlags:
+    """How the model is spread over the GPUs. None: not given."""
+
+    nodes: o.Int | None = None
+    """Nodes of the cluster. Default: 1."""
+    gpus_per_node: o.Int | None = None
+    """GPUs in each node: those that the fast network joins. Default: the hardware's."""
+    tp: o.Int | None = None
+    """Tensor-parallel ranks of attention. Default: 1."""
+    pp: o.Int | None = None
+    """Pipeline stages. Default: 1."""
+    dp: o.Int | None = None
+    """Data-parallel ranks of attention. Default: all that are left."""
+    ep: o.Int | None = None
+    """Ranks that share the experts. Default: all of a stage."""
+    redundant: o.Int | None = None
+    """Extra expert slots in each layer, in total. Default: 0."""
+
+
+@Parameter(name="*", group=Group("Step", sort_key=3))
+@dataclass(frozen=True)
+class StepFlags:
+    """What the step computes."""
+
+    batch: o.Int | None = None
+    """Requests in the batch of each data-parallel rank. Default: 128, or all of --trace."""
+    context: o.Int = 4096
+    """Tokens of each request: held, or to prefill."""
+    phase: Literal["prefill", "decode"] | None = None
+    """Inference phase: the step to estimate. Default: decode."""
+    dispatch: o.DispatchMode | None = None
+    """Dispatch mode: what one message carries. Default: pick, prefill node, or the plan's."""
+    overlap: bool = False
+    """Two-batch overlap."""
+    balanced: bool = False
+    """Give every GPU the same load."""
+    skew: float | None = None
+    """Load of the busiest GPU over the mean. Default: 1, or the trace's."""
+
+
+@Parameter(name="*", group=Group("Routing of a trace, in place of uniform routing", sort_key=4))
+@dataclass(frozen=True)
+class RoutingFlags:
+    """A trace under a plan."""
+
+    trace: Annotated[Path | None, File("input")] = None
+    """A moeplan trace: use its routing, under --plan."""
+    plan: Annotated[Path | None, File("input")] = None
+    """A plan made by 'moeplan plan': with --trace. It says the cluster."""
+    seed: o.Seed = 0
+    """Random seed."""
+
+
+def estimate(
+    *,
+    hardware: str,
+    model: o.ModelIn | None = None,
+    layout: LayoutFlags = LayoutFlags(),
+    step: StepFlags = StepFlags(),
+    routing: RoutingFlags = RoutingFlags(),
+    requests: o.TraceFlags = o.TraceFlags(),
+    precision: o.PrecisionFlags = o.PrecisionFlags(),
+    drafts: o.DraftFlags = o.DraftFlags(),
+    prices: o.PriceFlags = o.PriceFlags(),
+    output: o.PageOut = None,
+    json: o.Json = None,
+) -> None:
+    """Estimate one set-up: time of a step by operator, memory, throughput, cost.
+
+    Args:
+        hardware: Hardware: a name of the catalogue, e.g. H100.
+        model: The model: a name of the catalogue, or a config.json. Default: the model of --trace.
+    """
+    from moeplan.perf.estimate import estimate as uniform
+    from moeplan.report.perf_estimate import write_estimate_page
+
+    settings, machine = _settings(layout, step, precision, drafts), prices.one(hardware)
+    if routing.trace is not None or routing.plan is not None:
+        _refuse_layout(layout, step, drafts)
+        found = _with_trace(routing, requests, machine, model, step, settings)
+    elif model is None:
+        raise UsageError("--model is missing", hint="give a name of the catalogue, or a config.json")
+    else:
+        given = {"gpus_per_node": layout.gpus_per_node, "redundant": layout.redundant, "context": step.context}
+        given |= {"nodes": layout.nodes, "batch": step.batch}
+        found = uniform(model, machine, settings=settings, **_not_none(given))
+    for line in estimate_lines(found):
+        echo(line)
+    emit_json(json, found.to_dict())
+    if output is not None:
+        write_estimate_page(output, found)
+        echo(f"wrote {output}")
+
+
+def _not_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _settings(
+    layout: LayoutFlags, step: StepFlags, precision: o.PrecisionFlags, drafts: o.DraftFlags
+) -> EstimateSettings:
+    """The flags as the library's value."""
+    from moeplan.cluster import Dispatch
+    from moeplan.perf.estimate import EstimateSettings
+
+    given: dict[str, Any] = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.ep, "phase": step.phase}
+    given |= {"skew": step.skew, "dispatch": None if step.dispatch is None else Dispatch(step.dispatch)}
+    given |= {"overlap": step.overlap, "balanced": step.balanced, "drafts": drafts.mtp, "accepted": drafts.accepted}
+    return EstimateSettings(**precision.values(), **_not_none(given))
+
+
+def _refuse_layout(layout: LayoutFlags, step: StepFlags, drafts: o.DraftFlags) -> None:
+    """Refuse flags that a plan answers, or that real steps do not come with."""
+    given: dict[str, Any] = asdict(layout) | {"skew": step.skew, "phase": step.phase, "accepted": drafts.accepted}
+    given |= {"balanced": step.balanced or None, "mtp": drafts.mtp or None}
+    for name in _not_none(given):
+        flag = "--" + name.replace("_", "-")
+        raise UsageError(
+            f"{flag} does not go with --plan, which has its own cluster and decode steps", hint=f"leave {flag} out"
+        )
+
+
+def _with_trace(
+    routing: RoutingFlags,
+    requests: o.TraceFlags,
+    machine: Hardware,
+    model: str | None,
+    step: StepFlags,
+    settings: EstimateSettings,
+) -> Estimate:
+    """With the routing of a trace under a plan of it."""
+    from moeplan.planning.store import load_plan
+    from moeplan.replay.trace_routing import estimate_plan
+
+    if routing.trace is None or routing.plan is None:
+        raise UsageError("--trace and --plan go together", hint="give both, or neither for uniform routing")
+    plan, opened = load_plan(o.refuse_trace(routing.plan)), requests.open(routing.trace)
+    read = opened if requests.signature_tokens is None else requests.read(opened)
+    found = estimate_plan(
+        plan,
+        read,
+        machine,
+        model=model,
+        batch=step.batch,
+        context=step.context,
+        settings=settings,
+        seed=routing.seed,
+    )
+    assert found.measured is not None
+    return replace(found, measured=replace(found.measured, trace=str(routing.trace), plan=str(routing.plan)))

@@ -1,257 +1,195 @@
-"""`moeplan export`: a plan, or counts of picks, into an engine's placement file, and the flags that go with it."""
+"""`moeplan export`: a plan, or counts of picks, as an engine's placement file, and the flags that go with it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-import typer
+from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
-from moeplan.cli import placement_options as p
-from moeplan.cli.common import JsonOption, check_places, claim_stdout, echo, emit_json, given
-from moeplan.errors import FormatError, OutputError, UsageError
+from moeplan.cli.files import File
+from moeplan.cli.terminal import echo, emit_json
+from moeplan.cli.text.engines import balanced_lines, replica_lines, show_export
+from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.engines.files import EnginePlacement
-    from moeplan.engines.launch import Launch, Serving
-    from moeplan.model.spec import ModelSpec
-    from moeplan.planning import Plan
+    from moeplan.engines.balancing import Balanced
+    from moeplan.engines.exporting import ExportReport
 
-#: Flags that only counts need: a plan says them itself.
-_COUNTS_ONLY = ("nodes", "gpus_per_node", "redundant", "measure", "hardware", "model", "context_tokens", "batch")
-#: Flags that only a plan goes with.
-_PLAN_ONLY = ("trace", "signature_tokens")
+__all__ = ["export"]
+
+Exported: TypeAlias = "tuple[ExportReport, list[str], dict[str, Any]]"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+FileOut = Annotated[
+    Path,
+    File("new file"),
+    Parameter(name=("--output", "-o"), group=o.OUTPUT, metavar="FILE", help="Output: the file to write."),
+]
 
-    @app.command(
-        help="Write an engine's placement file and print the flags to start the engine with. SOURCE is a plan, or "
-        "counts of picks (SGLang's logical_count JSON, or a counts profile), which are balanced first."
-    )
-    def export(
-        context: typer.Context,
-        source: Annotated[str, typer.Argument(metavar="SOURCE", help="A plan, or counts.")],
-        engine: p.Engine,
-        output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")],
-        config: p.Config = None,
-        num_layers: p.Layers = None,
-        dense_layers: p.DenseLayers = None,
-        trace: Annotated[
-            str | None, typer.Option("--trace", metavar="TRACE", help="Model what copies are worth on this traffic.")
-        ] = None,
-        signature_tokens: o.SignatureTokens = None,
-        strategy: Annotated[
-            str | None,
-            typer.Option(
-                "--expert-placement-strategy", metavar="S", help="vLLM without the plug-in: linear or round_robin."
-            ),
-        ] = None,
-        nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", help="With counts: nodes.")] = None,
-        gpus_per_node: Annotated[
-            int | None, typer.Option("--gpus-per-node", metavar="G", help="With counts: GPUs in each node.")
-        ] = None,
-        redundant: Annotated[
-            int, typer.Option("--redundant", metavar="R", help="With counts: extra slots per layer, in total.")
-        ] = 0,
-        measure: Annotated[
-            str | None, typer.Option("--measure", metavar="COUNTS", help="With counts: measure on these, not the same.")
-        ] = None,
-        hardware: o.Hardware_ = None,
-        model: o.Model = None,
-        context_tokens: o.Context = None,
-        batch: Annotated[
-            int, typer.Option("--batch", metavar="B", help="With --hardware: requests of a node [default: 128].")
-        ] = 128,
-        json: JsonOption = None,
-    ) -> None:
-        claim_stdout(json)
-        check_places(output)
-        p.keep_inputs(json, output, source, measure, config, trace, hardware, model)
-        if output.exists():
-            raise OutputError("already exists", where=str(output), hint="choose another place, or remove it")
-        is_plan = _is_plan(source)
-        _only(context, _COUNTS_ONLY if is_plan else _PLAN_ONLY, "a plan" if is_plan else "counts")
-        from moeplan.engines.files import check_write, write
-        from moeplan.engines.launch import launch
-        from moeplan.engines.layer_axis import check_axis, left_out
-        from moeplan.engines.unsupported_models import without_placement
 
-        spec = p.model_from(config, None, num_layers, dense_layers)
-        plan: Plan | None = None
-        more: dict[str, Any] = {}
-        said: list[str] = []
-        if is_plan:
-            placement, serving, plan = _of_plan(source)
-            name = plan.shape.name
-        else:
-            from moeplan.cli.export_counts import from_counts
+@Parameter(name="*", group=Group("With a plan", sort_key=2))
+@dataclass(frozen=True)
+class PlanFlags:
+    """What only a plan goes with."""
 
-            placement, serving, spec, name, said, more = from_counts(
-                source, engine.value, spec, nodes, gpus_per_node, redundant, measure, hardware, model,
-                context_tokens, batch,
-            )  # fmt: skip
-        if strategy is not None:
-            _own_strategy(engine.value, placement, strategy)
-        layers = check_axis(placement, spec, engine.value, source, from_config=config is not None)
-        check_write(output, engine.value, placement)
-        how = launch(engine.value, placement, str(output), serving)
-        if plan is not None:
-            said, more = _copies(plan, how, trace, signature_tokens)
-        missing = left_out(placement.layer_ids) if spec.moe_layers is None else ()
-        write(output, engine.value, placement, num_layers=layers, model=name)
-        for line in said:
-            echo(line)
-        _say(engine.value, output, placement, how, spec, layers)
-        if missing:
-            named = f"layer{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-            echo(
-                f"warning: {source} skips {named}: where the model has experts there, the engine will not start "
-                "without rows for them; plan on a trace of all layers, and give --config to be sure"
+    trace: Annotated[Path | None, File("input")] = None
+    """A moeplan trace: model the value of replicas on it."""
+    signature_tokens: o.Int | None = None
+    """Use each request's first N tokens as its signature, in place of the prefill."""
+
+
+@Parameter(name="*", group=Group("With counts", sort_key=3))
+@dataclass(frozen=True)
+class CountsFlags:
+    """What only counts need: a plan says it itself."""
+
+    nodes: o.Int | None = None
+    """Nodes of the cluster."""
+    gpus_per_node: o.Int | None = None
+    """GPUs in each node."""
+    redundant: o.Int | None = None
+    """Extra expert slots in each layer, in total. Default: 0."""
+    measure: Annotated[Path | None, File("input"), Parameter(metavar="COUNTS")] = None
+    """Measure on these counts, not on those that are balanced."""
+    batch: o.Int | None = None
+    """Requests in the batch of each data-parallel rank (here: of each node). Default: 128."""
+
+    def balance(self, source: Path, engine: str, routing_groups: int, times: o.TimingFlags) -> Balanced:
+        """Balance counts, and model a step where hardware is given."""
+        from moeplan.cluster import Cluster
+        from moeplan.engines.balancing import balance_counts, read_any_counts, step_times
+
+        if self.nodes is None or self.gpus_per_node is None:
+            raise UsageError(
+                "counts do not say the cluster", where=str(source), hint="give --nodes and --gpus-per-node"
             )
-        ignored = without_placement(engine.value, spec.architectures)
-        if ignored is not None:
-            echo(f"warning: {ignored}")
-        emit_json(
-            json,
-            {
-                "file": str(output),
-                "engine": engine.value,
-                **_facts(how, layers, placement),
-                **more,
-                "ignored": ignored,
-                "layers_left_out": list(missing),
-            },
+        if times.hardware is None and (times.model is not None or times.context is not None):
+            raise UsageError(
+                "--model and --context are for step times", hint="give --hardware too, e.g. --hardware H100"
+            )
+        if times.hardware is not None and times.model is None:
+            raise UsageError(
+                "step times need the model", hint="give --model: a name of the catalogue, or a config.json"
+            )
+        found = balance_counts(
+            read_any_counts(source),
+            engine,
+            Cluster(self.nodes, self.gpus_per_node),
+            redundant=self.redundant or 0,
+            routing_groups=routing_groups,
+            others=None if self.measure is None else read_any_counts(self.measure),
+            others_name=str(self.measure),
         )
+        if times.hardware is None or times.model is None:
+            return found
+        batch = 128 if self.batch is None else self.batch
+        return replace(found, step=step_times(found, times.hardware, times.model, context=times.context, batch=batch))
 
 
-def _is_plan(source: str) -> bool:
-    """A plan (True), or counts (False)."""
-    path = Path(source)
-    if not path.exists() or path.is_dir():
-        p.refuse_trace(source)
-    if not path.exists():
-        raise FormatError("does not exist", where=source, hint="give a plan, or counts")
-    if path.is_dir() and not any((path / name).is_file() for name in ("plan.json", "counts.json")):
-        raise FormatError(
-            "is neither a plan (plan.json) nor a counts profile (counts.json)",
-            where=source,
-            hint="give what moeplan plan or moeplan import made",
-        )
-    return (path / "plan.json").is_file()
+def export(
+    source: Annotated[o.InputFile, Parameter(help="A plan, or counts of picks.")],
+    /,
+    *,
+    engine: o.Engine,
+    output: FileOut,
+    model: o.PlacedModelFlags = o.PlacedModelFlags(),
+    plan: PlanFlags = PlanFlags(),
+    counts: CountsFlags = CountsFlags(),
+    times: o.TimingFlags = o.TimingFlags(),
+    expert_placement_strategy: Literal["linear", "round_robin"] | None = None,
+    json: o.Json = None,
+) -> None:
+    """Write an engine's placement file and print the flags to start the engine with.
+
+    SOURCE is a plan, or counts of picks (SGLang's logical_count JSON, or a counts profile), which are balanced first.
+
+    Args:
+        expert_placement_strategy: Layout of vLLM's own, for use without the plug-in: write only a plan that is so.
+    """
+    if _is_plan(source):
+        _refuse((counts, times), "a plan")
+        report, lines, more = _export_plan(source, engine, output, model, plan, expert_placement_strategy)
+    else:
+        _refuse((plan,), "counts")
+        report, lines, more = _export_counts(source, engine, output, model, counts, times, expert_placement_strategy)
+    for line in lines:
+        echo(line)
+    show_export(report, source)
+    emit_json(json, {**report.to_dict(), **more})
 
 
-def _only(context: typer.Context, foreign: tuple[str, ...], what: str) -> None:
-    for name in foreign:
-        if given(context, name):
-            flag = "--" + {"context_tokens": "context"}.get(name, name).replace("_", "-")
-            raise UsageError(f"{flag} does not go with {what}", hint="leave it out, or give the other kind of source")
-
-
-def _of_plan(source: str) -> tuple[EnginePlacement, Serving, Plan]:
-    from moeplan.engines.files import EnginePlacement
-    from moeplan.engines.launch import Serving
+def _export_plan(
+    source: Path, engine: str, output: Path, model: o.PlacedModelFlags, flags: PlanFlags, vllm_strategy: str | None
+) -> Exported:
+    from moeplan.engines.exporting import export as write
+    from moeplan.planning.replica_value import trace_locality
     from moeplan.planning.store import load_plan
 
-    plan = load_plan(source)
-    return EnginePlacement.of_plan(plan), Serving(plan.cluster.num_groups, plan.dispatch), plan
-
-
-def _own_strategy(engine: str, placement: EnginePlacement, strategy: str) -> None:
-    """Refuse a layout of vLLM's own that is not the plan's."""
-    from moeplan.engines.vllm import own_strategy
-
-    if engine != "vllm" or strategy not in ("linear", "round_robin"):
-        raise UsageError(
-            f"--expert-placement-strategy {strategy[:20]} is not one of vLLM's (linear, round_robin)",
-            hint="leave it out",
-        )
-    if placement.has_copies:
-        raise UsageError(
-            f"vLLM has no {strategy} with redundant slots: with EPLB it starts from its own layout",
-            hint="leave --expert-placement-strategy out and use the plug-in, or plan with --redundant 0",
-        )
-    if own_strategy(placement) != strategy:
-        raise UsageError(f"the plan is not vLLM's {strategy} layout", hint="leave the flag out and use the plug-in")
-
-
-def _copies(
-    plan: Plan, how: Launch, trace: str | None, signature_tokens: int | None
-) -> tuple[list[str], dict[str, Any]]:
-    """What copies are worth under the engine's way of choosing one, as lines and for JSON."""
-    from moeplan.cluster import ReplicaRule
-
-    lost = how.rule is ReplicaRule.HASH and plan.redundant > 0
-    worth, lines = None, []
-    if trace is not None:
-        from moeplan.planning import read_requests
-        from moeplan.planning.replica_value import replica_locality
-        from moeplan.trace import open_trace
-
-        opened = open_trace(trace)
-        if opened.shape.layer_ids != plan.shape.layer_ids:
-            missing = tuple(i for i in opened.shape.layer_ids if i not in plan.shape.layer_ids)
-            opened = open_trace(trace, without_layers=missing)
-        if (opened.shape.layer_ids, opened.shape.num_experts) != (plan.shape.layer_ids, plan.shape.num_experts):
-            raise UsageError("the trace is not of the plan's model", where=trace, hint="give a trace of the same model")
-        worth = replica_locality(read_requests(opened, signature_tokens=signature_tokens), plan)
-        seen = " (the plan was fitted on this very trace)" if plan.trace_checksum == opened.checksum else ""
-        lines += [
-            f"picks served on another node, modelled on {opened.label}{seen}:",
-            f"  {worth.nearest:.3f} where the nearest copy is taken (SGLang)",
-            f"  {worth.any_replica:.3f} where any copy is (vLLM, TensorRT-LLM, vLLM-Ascend)",
-            f"  {worth.scattered:.3f} where requests and experts are scattered",
-        ]
-    if lost:
-        lines.append(
-            "warning: this engine takes a copy without looking where it is: copies balance load, but keep few picks at "
-            "home" + ("" if worth else "; --trace TRACE models how many")
-        )
-    if how.rule is not plan.rule and plan.redundant > 0:
-        figure = ((plan.expected or {}).get("remote_share") or {}).get("value")
-        holds = f", so its expected remote_share of {figure:.3f} does not hold" if isinstance(figure, float) else ""
-        lines.append(
-            f"warning: the plan is made for {plan.rule.value}, this engine is modelled as {how.rule.value}{holds}"
-        )
-    return lines, {"remote_share": None if worth is None else worth.to_dict(), "replica_rule": how.rule.value}
-
-
-def _say(
-    engine: str, output: Path, placement: EnginePlacement, how: Launch, spec: ModelSpec, layers: int | None
-) -> None:
-    per_gpu = placement.num_slots // placement.ep_size
-    echo(
-        f"wrote {output}: {placement.num_slots} slots a layer ({placement.num_experts} experts + {placement.redundant}"
-        f" redundant), {per_gpu} on each of {placement.ep_size} GPUs, {placement.nodes} nodes"
+    plan, value = load_plan(source), None
+    if flags.trace is not None:
+        value = trace_locality(flags.trace, plan, signature_tokens=flags.signature_tokens)
+    report = write(
+        plan,
+        engine,
+        output,
+        model=model.spec(),
+        from_config=model.config is not None,
+        where=str(source),
+        vllm_strategy=vllm_strategy,
     )
-    if engine == "sglang":
-        echo(f"its rows are all {layers} hidden layers, {len(placement.layer_ids)} of them with experts")
-    elif spec.moe_layers is None:
-        echo(f"note: its {len(placement.layer_ids)} layers are the plan's; --config would hold them to the model's")
-    echo("start the engine with:")
-    echo()
-    for line in how.text().split("\n"):
-        echo(f"  {line}")
-    echo()
-    if how.extra is not None:
-        echo(f"and {how.extra[0]}:")
-        echo()
-        for line in how.extra[1].rstrip().split("\n"):
-            echo(f"  {line}")
-        echo()
-    for note in how.notes:
-        echo(f"note: {note}")
+    rule = report.launch.rule
+    more = {"remote_share": None if value is None else value[0].to_dict(), "replica_rule": rule.value}
+    return report, list(replica_lines(plan, rule, value)), more
 
 
-def _facts(how: Launch, layers: int | None, placement: EnginePlacement) -> dict[str, Any]:
-    return {
-        "hidden_layers": layers,
-        "layer_ids": list(placement.layer_ids),
-        "num_experts": placement.num_experts,
-        "flags": how.flags,
-        "command": how.text(),
-        "extra_file": None if how.extra is None else {"name": how.extra[0], "text": how.extra[1]},
-        "notes": list(how.notes),
-    }
+def _export_counts(
+    source: Path,
+    engine: str,
+    output: Path,
+    model: o.PlacedModelFlags,
+    flags: CountsFlags,
+    times: o.TimingFlags,
+    vllm_strategy: str | None,
+) -> Exported:
+    from moeplan.engines.exporting import export as write
+
+    spec = model.spec()
+    found = flags.balance(source, engine, spec.moe.groups if spec.moe else 1, times)
+    report = write(
+        found.placement,
+        engine,
+        output,
+        model=found.complete(spec),
+        from_config=model.config is not None,
+        where=str(source),
+        name=found.counts.name,
+        vllm_strategy=vllm_strategy,
+    )
+    return report, list(balanced_lines(found, source, engine, flags.measure)), found.to_dict()
+
+
+def _is_plan(source: Path) -> bool:
+    """A plan (True), or counts (False)."""
+    if not source.exists() or source.is_dir():
+        o.refuse_trace(source)
+    if not source.exists():
+        raise FormatError("does not exist", where=str(source), hint="give a plan, or counts")
+    if source.is_dir() and not any((source / name).is_file() for name in ("plan.json", "counts.json")):
+        raise FormatError(
+            "is neither a plan (plan.json) nor a counts profile (counts.json)",
+            where=str(source),
+            hint="give what moeplan plan or moeplan import made",
+        )
+    return (source / "plan.json").is_file()
+
+
+def _refuse(groups: Sequence[PlanFlags | CountsFlags | o.TimingFlags], what: str) -> None:
+    """Refuse flags of the other kind of source."""
+    for name, value in (item for group in groups for item in asdict(group).items()):
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} does not go with {what}", hint="leave it out, or give the other kind of source")

@@ -2,66 +2,61 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
+from cyclopts import Group, Parameter
 
-from moeplan.cli.common import JsonOption, claim_stdout, echo, emit_json, progress
-from moeplan.cli.import_ import say_summary, trace_summary
+from moeplan.cli import options as o
+from moeplan.cli.terminal import progress
+from moeplan.cli.text.made import show_trace
 from moeplan.errors import UsageError
 
-__all__ = ["register"]
+__all__ = ["generate"]
+
+
+@Parameter(name="*", group=Group("Size", sort_key=2))
+@dataclass(frozen=True)
+class SizeFlags:
+    """How much is generated."""
+
+    requests: o.Int | None = None
+    """Number of requests. Default: the preset's."""
+    prefill: o.Int | None = None
+    """Mean prefill tokens of a request. Default: the preset's."""
+    decode: o.Int | None = None
+    """Mean decode tokens of a request. Default: the preset's."""
+    exact: bool = False
+    """Give every request exactly these lengths."""
+    layers: o.Int | None = None
+    """Only the first N MoE layers."""
+    layer_ids: o.Layers = ()
+    """Only these layers of the model, e.g. 42 or 3,42."""
 
 
 def generate(
-    preset: Annotated[str, typer.Argument(help="demo, deepseek-v3, llama-4-maverick or qwen3-235b.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="TRACE", help="The trace directory to make.")],
-    requests: Annotated[int | None, typer.Option("--requests", help="How many [default: the preset's].")] = None,
-    prefill: Annotated[int | None, typer.Option("--prefill", help="Mean prefill tokens per request.")] = None,
-    decode: Annotated[int | None, typer.Option("--decode", help="Mean decode tokens per request.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Give every request exactly these lengths.")] = False,
-    layers: Annotated[int | None, typer.Option("--layers", metavar="N", help="Only the first N MoE layers.")] = None,
-    layer_ids: Annotated[
-        str, typer.Option("--layer-ids", metavar="IDS", help="Only these layers of the model, e.g. 42 or 3,42.")
-    ] = "",
-    seed: Annotated[int, typer.Option("--seed", help="Of the requests; the model is the preset's own.")] = 0,
-    json: JsonOption = None,
+    preset: str, /, *, output: o.TraceOut, size: SizeFlags = SizeFlags(), seed: o.Seed = 0, json: o.Json = None
 ) -> None:
-    """Write a synthetic workload: domains, phases, hot experts. Every figure from it is labelled synthetic."""
-    from moeplan.synthetic.generator import generate as generate_trace
+    """Write a synthetic trace: requests of several domains, both phases, experts of unequal load.
 
-    claim_stdout(json)
+    Every figure made from it is labelled synthetic.
+
+    Args:
+        preset: demo, deepseek-v3, llama-4-maverick or qwen3-235b.
+    """
+    from moeplan.synthetic import generator
+
+    if size.layers is not None and size.layer_ids:
+        raise UsageError("--layers and --layer-ids exclude each other")
     with progress("generating requests") as tick:
-        trace = generate_trace(
+        trace = generator.generate(
             preset,
             output,
-            requests=requests,
-            prefill=prefill,
-            decode=decode,
+            requests=size.requests,
+            prefill=size.prefill,
+            decode=size.decode,
             seed=seed,
-            layers=_which_layers(layers, layer_ids),
-            exact=exact,
+            layers=list(size.layer_ids) or size.layers,
+            exact=size.exact,
             progress=tick,
         )
-    facts = trace_summary(trace)
-    say_summary(facts)
-    echo(f"wrote {trace.path}; next: moeplan profile {trace.path}")
-    emit_json(json, facts)
-
-
-def _which_layers(first: int | None, ids: str) -> int | list[int] | None:
-    """The first n layers, or those listed; None for all."""
-    if not ids.strip():
-        return first
-    if first is not None:
-        raise UsageError("--layers and --layer-ids exclude each other")
-    try:
-        return [int(item) for item in ids.split(",")]
-    except ValueError:
-        raise UsageError(f"--layer-ids {ids!r} is not a list of layer numbers", hint="e.g. 42 or 3,42") from None
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-    app.command("generate")(generate)
+    show_trace(trace, json)

@@ -1,261 +1,233 @@
-"""`moeplan import`: other people's recordings into traces."""
+"""`moeplan import`: recordings of other tools into traces, counts profiles and plans."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-import typer
+from cyclopts import App, Parameter
 
-from moeplan.cli.common import (
-    Aggregate,
-    JsonOption,
-    MinTokens,
-    WithoutLayers,
-    claim_stdout,
-    echo,
-    emit_json,
-    parse_layers,
-    progress,
+from moeplan.cli import options as o
+from moeplan.cli.import_placement import placement
+from moeplan.cli.terminal import progress
+from moeplan.cli.text.made import show_counts, show_made, show_trace
+
+__all__ = ["import_"]
+
+import_ = App(
+    name="import", help="Turn recordings of other tools into a trace, a counts profile or a plan.", **o.SETTINGS
 )
+import_.command(placement)
 
-if TYPE_CHECKING:
-    from moeplan.trace.reader import Trace
-
-__all__ = ["register", "say_summary", "trace_summary"]
-
-Out = Annotated[Path, typer.Option("-o", "--output", metavar="TRACE", help="The trace directory to make.")]
-Name = Annotated[str | None, typer.Option("--name", help="The model's name.")]
-Hidden = Annotated[int | None, typer.Option("--hidden", help="Width of a token's hidden state; byte figures need it.")]
-ExpertBytes = Annotated[int | None, typer.Option("--expert-bytes", help="Weights of one expert in one layer, bytes.")]
-KvBytes = Annotated[
-    int | None, typer.Option("--kv-bytes-per-token", help="KV cache of one token over all layers, bytes.")
+SourceFiles = Annotated[o.Sources, Parameter(name="FILE..", help="Files, or folders of them.")]
+Start = Annotated[
+    o.Int, Parameter(group=o.REQUESTS, help="Start length that the requests asked for: rows before it are absent.")
 ]
-RoutingGroups = Annotated[
-    int,
-    typer.Option("--routing-groups", help="Groups of experts that the router first chooses among (DeepSeek-V3: 8)."),
-]
-NumExperts = Annotated[int | None, typer.Option("--num-experts", help="Routed experts per layer; needed here.")]
-Domain = Annotated[
-    str | None, typer.Option("--domain", help="Label of every request [default: file name up to its trailing number].")
-]
-Sources = Annotated[list[Path], typer.Argument(metavar="FILE..", help="Files, or folders of them.")]
-
-_app = typer.Typer(help="Turn recordings of other tools into a trace.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@_app.command("arrays")
+@import_.command
 def arrays(
-    source: Annotated[Path, typer.Argument(metavar="FILE.npz", help="Request-level arrays.")],
-    output: Out,
-    name: Name = None,
-    hidden: Hidden = None,
-    expert_bytes: ExpertBytes = None,
-    kv_bytes_per_token: KvBytes = None,
-    routing_groups: RoutingGroups = 1,
-    without_layers: WithoutLayers = "",
-    json: JsonOption = None,
+    source: o.InputFile,
+    /,
+    *,
+    output: o.TraceOut,
+    how: o.SourceFlags = o.SourceFlags(),
+    model: o.ModelFlags = o.ModelFlags(),
+    json: o.Json = None,
 ) -> None:
-    """An .npz with experts, request_offsets, prefill_lengths, domain, layer_ids, num_experts."""
+    """Import request-level arrays from an .npz file.
+
+    It holds experts, request_offsets, prefill_lengths, domain, layer_ids and num_experts.
+
+    Args:
+        source: The .npz file.
+    """
     from moeplan.importers.arrays import import_arrays
-    from moeplan.importers.options import ImportOptions
-    from moeplan.model.config import described
 
-    claim_stdout(json)
-    model = described(
-        name=name,
-        hidden=hidden,
-        expert_bytes=expert_bytes,
-        kv_bytes_per_token=kv_bytes_per_token,
-        routing_groups=routing_groups,
-    )
-    options = ImportOptions(model, without_layers=parse_layers(without_layers))
     with progress("importing requests") as tick:
-        trace = import_arrays(source, output, options, progress=tick)
-    _report(trace, json)
+        trace = import_arrays(source, output, how.options(model), progress=tick)
+    show_trace(trace, json)
 
 
-@_app.command("expert-selection")
+@import_.command
 def expert_selection(
-    sources: Sources,
-    output: Out,
-    num_experts: NumExperts = None,
-    domain: Domain = None,
-    name: Name = None,
-    hidden: Hidden = None,
-    expert_bytes: ExpertBytes = None,
-    kv_bytes_per_token: KvBytes = None,
-    routing_groups: RoutingGroups = 1,
-    without_layers: WithoutLayers = "",
-    json: JsonOption = None,
+    sources: SourceFiles,
+    /,
+    *,
+    output: o.TraceOut,
+    how: o.SourceFlags = o.SourceFlags(),
+    model: o.ModelFlags = o.ModelFlags(),
+    json: o.Json = None,
 ) -> None:
-    """JSON files, one request each: a list of steps, each a map from layer to [tokens][k]."""
+    """Import JSON files, one request each: a list of steps, each a map from layer to [tokens][k]."""
     from moeplan.importers.expert_selection import import_expert_selection
-    from moeplan.importers.options import ImportOptions
-    from moeplan.model.config import described
 
-    claim_stdout(json)
-    model = described(
-        num_experts=num_experts,
-        name=name,
-        hidden=hidden,
-        expert_bytes=expert_bytes,
-        kv_bytes_per_token=kv_bytes_per_token,
-        routing_groups=routing_groups,
-    )
-    options = ImportOptions(model, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing files") as tick:
-        trace = import_expert_selection(sources, output, options, progress=tick)
-    _report(trace, json)
+        trace = import_expert_selection(sources, output, how.options(model), progress=tick)
+    show_trace(trace, json)
 
 
-@_app.command("moe-beyond")
+@import_.command
 def moe_beyond(
-    sources: Sources,
-    output: Out,
-    num_experts: NumExperts = None,
-    domain: Domain = None,
-    name: Name = None,
-    hidden: Hidden = None,
-    expert_bytes: ExpertBytes = None,
-    kv_bytes_per_token: KvBytes = None,
-    routing_groups: RoutingGroups = 1,
-    without_layers: WithoutLayers = "",
-    json: JsonOption = None,
+    sources: SourceFiles,
+    /,
+    *,
+    output: o.TraceOut,
+    how: o.SourceFlags = o.SourceFlags(),
+    model: o.ModelFlags = o.ModelFlags(),
+    json: o.Json = None,
 ) -> None:
-    """CSV files of prompts: Layer ID, Batch Number, Token, Activated Expert IDs (the token's text is dropped)."""
+    """Import CSV files of prompts with Layer ID, Batch Number, Token, Activated Expert IDs.
+
+    The text of the tokens is not stored.
+    """
     from moeplan.importers.moe_beyond import import_moe_beyond
-    from moeplan.importers.options import ImportOptions
-    from moeplan.model.config import described
 
-    claim_stdout(json)
-    model = described(
-        num_experts=num_experts,
-        name=name,
-        hidden=hidden,
-        expert_bytes=expert_bytes,
-        kv_bytes_per_token=kv_bytes_per_token,
-        routing_groups=routing_groups,
-    )
-    options = ImportOptions(model, domain=domain, without_layers=parse_layers(without_layers))
     with progress("importing files") as tick:
-        trace = import_moe_beyond(sources, output, options, progress=tick)
-    _report(trace, json)
+        trace = import_moe_beyond(sources, output, how.options(model), progress=tick)
+    show_trace(trace, json)
 
 
-@_app.command("trace")
-def of_trace(
-    source: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace with token rows.")],
-    output: Out,
-    min_tokens: MinTokens = 1,
-    aggregate: Aggregate = None,
-    domain: Annotated[str | None, typer.Option("--domain", help="Label of every request [default: its own].")] = None,
-    without_layers: WithoutLayers = "",
-    json: JsonOption = None,
+@import_.command
+def megatron(
+    sources: SourceFiles,
+    /,
+    *,
+    output: o.TraceOut,
+    how: o.SourceFlags = o.SourceFlags(),
+    model: o.ModelFlags = o.ModelFlags(),
+    json: o.Json = None,
 ) -> None:
-    """A trace into one that leaks less: without short requests, or sums in place of token rows."""
-    from moeplan.importers.options import ImportOptions
-    from moeplan.importers.trace import import_trace
-    from moeplan.trace.retention import RetentionPolicy
+    """Import router traces (.jsonl) of Megatron-LM; each step becomes a pseudo-request."""
+    from moeplan.importers.megatron import import_megatron
 
-    claim_stdout(json)
-    options = ImportOptions(
-        domain=domain,
-        without_layers=parse_layers(without_layers),
-        retention=RetentionPolicy(min_tokens, aggregate),
+    with progress("importing files") as tick:
+        trace = import_megatron(sources, output, how.options(model), progress=tick)
+    show_trace(trace, json)
+
+
+@import_.command
+def vllm(
+    sources: SourceFiles,
+    /,
+    *,
+    output: o.TraceOut,
+    start: Start = 0,
+    how: o.SourceFlags = o.SourceFlags(),
+    model: o.LayeredModelFlags = o.LayeredModelFlags(),
+    json: o.Json = None,
+) -> None:
+    """Import stored responses of vLLM with routed_experts, JSON or JSONL."""
+    from moeplan.importers.vllm_responses import import_vllm
+
+    with progress("importing responses") as tick:
+        trace = import_vllm(sources, output, how.options(model), start=start, progress=tick)
+    show_trace(trace, json)
+
+
+@import_.command
+def sglang(
+    sources: SourceFiles,
+    /,
+    *,
+    output: o.TraceOut,
+    start: Start = 0,
+    how: o.SourceFlags = o.SourceFlags(),
+    model: o.LayeredModelFlags = o.LayeredModelFlags(),
+    json: o.Json = None,
+) -> None:
+    """Import stored responses of SGLang with routed_experts, JSON or JSONL."""
+    from moeplan.importers.sglang_responses import import_sglang
+
+    with progress("importing responses") as tick:
+        trace = import_sglang(sources, output, how.options(model), start=start, progress=tick)
+    show_trace(trace, json)
+
+
+@import_.command
+def sglang_recorder(
+    sources: SourceFiles,
+    /,
+    *,
+    output: o.RecorderOut,
+    counts: bool = False,
+    phase: o.CountedPhase = "unknown",
+    how: o.SourceFlags = o.SourceFlags(),
+    model: o.ModelFlags = o.ModelFlags(),
+    json: o.Json = None,
+) -> None:
+    """Import dumps (.pt) of SGLang's expert recorder: a trace from per_token, a counts profile from stat and per_pass.
+
+    Args:
+        counts: Count a per_token dump in place of rebuilding its requests.
+    """
+    from moeplan.importers.sglang_recorder import import_sglang_recorder
+
+    with progress("importing dumps") as tick:
+        made = import_sglang_recorder(sources, output, how.options(model), counts=counts, phase=phase, progress=tick)
+    show_made(made, json)
+
+
+@import_.command
+def tensorrt_llm(
+    folder: o.InputFile,
+    /,
+    *,
+    output: o.CountsOut,
+    phase: o.CountedPhase = "unknown",
+    name: o.ModelName = None,
+    json: o.Json = None,
+) -> None:
+    """Import expert statistics of TensorRT-LLM: a counts profile, not a trace.
+
+    Args:
+        folder: Folder with meta_info.json and rank*.safetensors.
+    """
+    from moeplan.importers.tensorrt_llm import import_tensorrt_llm
+
+    show_counts(
+        import_tensorrt_llm(folder, output, o.SourceFlags().options(o.ModelFlags(name=name)), phase=phase), json
     )
-    with progress("copying requests") as tick:
-        made = import_trace(source, output, options, progress=tick)
-    _report(made, json)
 
 
-def trace_summary(trace: Trace) -> dict[str, Any]:
-    """What is in a trace, as plain values: the JSON of `import` and `generate`."""
-    requests, shape = trace.requests, trace.shape
-    unknown = requests.prefill < 0
-    tokens = int(requests.rows.sum())
-    counts = [(requests.domain == i).sum() for i in range(len(requests.domains))]
-    return {
-        "trace": str(trace.path),
-        "model": shape.name,
-        "synthetic": trace.synthetic,
-        "requests": len(requests),
-        "tokens": tokens,
-        "picks": tokens * shape.num_layers * shape.top_k,
-        "layers": shape.num_layers,
-        "experts": shape.num_experts,
-        "top_k": shape.top_k,
-        "hidden": shape.hidden,
-        "without_layers": list(trace.without_layers),
-        "domains": {label: int(count) for label, count in zip(requests.domains, counts, strict=True)},
-        "prefill_tokens": int(requests.prefill_known.sum()),
-        "decode_tokens": int(requests.decode.sum()),
-        "unknown_tokens": int(requests.rows[unknown].sum()),
-        "requests_with_unknown_phases": int(unknown.sum()),
-        "requests_without_prefill": int((requests.prefill == 0).sum()),
-        "requests_without_decode": int(((requests.decode == 0) & ~unknown).sum()),
-        "aggregate": trace.aggregate,
-        "dropped": trace.dropped,
-        "left_over": trace.left_over,
-        "min_tokens": trace.source.get("min_tokens", 1),
-        "checksum": trace.checksum,
-    }
+@import_.command
+def logical_count(
+    source: o.InputFile,
+    /,
+    *,
+    output: o.CountsOut,
+    phase: o.CountedPhase = "unknown",
+    top_k: o.TopK = None,
+    name: o.ModelName = None,
+    json: o.Json = None,
+) -> None:
+    """Import SGLang's logical_count JSON: a counts profile, not a trace.
 
+    Args:
+        source: A JSON object with "logical_count".
+    """
+    from moeplan.importers.logical_count import import_logical_count
 
-def say_summary(facts: dict[str, Any]) -> None:
-    """The same, for people."""
-    label = " (synthetic)" if facts["synthetic"] else ""
-    layers = "layer" if facts["layers"] == 1 else "layers"
-    form = f"{facts['layers']} {layers} x {facts['experts']} experts, top-{facts['top_k']}"
-    echo(f"{facts['model'] or 'unnamed model'}{label}: {form}")
-    what = "requests"
-    if facts["aggregate"] > 1:
-        what = f"sum{'s' * (facts['requests'] != 1)} of {facts['aggregate']} requests"
-    echo(f"{facts['requests']} {what}, {facts['tokens']} tokens, {_phases(facts)}")
-    echo(_domains(facts["domains"]))
-    if facts["dropped"]:
-        echo(f"not stored: {facts['dropped']} requests of fewer than {facts['min_tokens']} tokens")
-    if facts["left_over"]:
-        echo(f"not stored: {facts['left_over']} requests that filled no sum of {facts['aggregate']} of their domain")
-    for key, what in (
-        ("requests_with_unknown_phases", "have unknown phases"),
-        (
-            "requests_without_prefill",
-            "have no prefill rows: --signature-tokens N lets their first decode tokens stand in",
+    show_counts(
+        import_logical_count(
+            source, output, o.SourceFlags().options(o.ModelFlags(name=name, top_k=top_k)), phase=phase
         ),
-        ("requests_without_decode", "have no decode rows"),
-    ):
-        if facts[key]:
-            echo(f"note: {facts[key]} of {facts['requests']} requests {what}")
-    if facts["hidden"] is None:
-        echo("note: the hidden width is not known, so byte figures will be null: --hidden sets it")
+        json,
+    )
 
 
-def _phases(facts: dict[str, Any]) -> str:
-    parts = [f"{facts[f'{phase}_tokens']} {phase}" for phase in ("prefill", "decode", "unknown")]
-    return ", ".join(part for part in parts if not part.startswith("0 "))
+@import_.command
+def trace(
+    source: o.TraceIn,
+    /,
+    *,
+    output: o.TraceOut,
+    how: o.SourceFlags = o.SourceFlags(),
+    keep: o.KeepFlags = o.KeepFlags(),
+    json: o.Json = None,
+) -> None:
+    """Turn a trace into one that leaks less: without short requests, or with sums in place of token rows."""
+    from moeplan.importers.trace import import_trace
 
-
-def _domains(domains: dict[str, int]) -> str:
-    """The largest domains and their requests, on one line."""
-    largest = sorted(domains.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{label or '(none)'} {count}" for label, count in largest[:8])
-    more = f", and {len(largest) - 8} more" if len(largest) > 8 else ""
-    return f"{len(domains)} {'domain' if len(domains) == 1 else 'domains'}: {shown}{more}"
-
-
-def _report(trace: Trace, json: str | None) -> None:
-    facts = trace_summary(trace)
-    say_summary(facts)
-    echo(f"wrote {trace.path}; next: moeplan profile {trace.path}")
-    emit_json(json, facts)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-    from moeplan.cli.import_engines import register_engines
-    from moeplan.cli.import_placement import placement
-
-    register_engines(_app)
-    _app.command("placement")(placement)
-    app.add_typer(_app, name="import")
+    with progress("copying requests") as tick:
+        made = import_trace(source, output, how.options(keep=keep), progress=tick)
+    show_trace(made, json)

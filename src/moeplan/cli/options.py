@@ -1,110 +1,525 @@
-"""Flags that `plan`, `compare` and `replay` share, and what becomes of them."""
+"""The flags: each is written once, with its one meaning; those that go together are a dataclass."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-import typer
+from cyclopts import Group, Parameter, Token
 
-from moeplan.errors import UsageError
+from moeplan.cli.files import File
+from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule
+    from moeplan.engines.report import ExpertLayout
+    from moeplan.importers.options import ImportOptions
+    from moeplan.model.spec import ModelSpec
+    from moeplan.perf.hardware import Hardware
+    from moeplan.planning import Plan, PlanningTask, RequestSet, Strategy
+    from moeplan.replay.settings import EvaluationSettings
     from moeplan.replay.timing import Timing
+    from moeplan.trace import Trace
+    from moeplan.trace.retention import RetentionPolicy
     from moeplan.types import ModelShape
 
-
-class DispatchChoice(StrEnum):
-    """The dispatch modes, named here so that the command line's help needs no array library."""
-
-    pick = "pick"
-    gpu = "gpu"
-    node = "node"
-    allgather = "allgather"
+# ---- how text becomes a value
 
 
-class HomeChoice(StrEnum):
-    """Where attention runs."""
-
-    node = "node"
-    gpu = "gpu"
-
-
-class RuleChoice(StrEnum):
-    """Replica rules."""
-
-    nearest_static = "nearest-static"
-    nearest_even = "nearest-even"
-    hash = "hash"
+def _whole(_: Any, tokens: Sequence[Token]) -> int:
+    """A whole number; '2.5' is refused, not rounded."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise UsageError(f"{tokens[0].keyword} {tokens[0].value[:60]!r} is not a whole number") from None
 
 
-class PhaseChoice(StrEnum):
-    """Rows that a plan is measured on."""
-
-    decode = "decode"
-    prefill = "prefill"
-    mixed = "mixed"
-
-
-TraceArgument = Annotated[str, typer.Argument(metavar="TRACE", help="A moeplan trace (a directory).")]
-Nodes = Annotated[int, typer.Option("--nodes", metavar="N", help="Nodes of the cluster.")]
-GpusPerNode = Annotated[int, typer.Option("--gpus-per-node", metavar="G", help="GPUs in each node.")]
-Redundant = Annotated[int, typer.Option("--redundant", metavar="R", help="Extra expert slots per layer, in total.")]
-Home_ = Annotated[HomeChoice, typer.Option("--home", help="Attention sharded in a node, or on one GPU.")]
-Dispatch_ = Annotated[DispatchChoice, typer.Option("--dispatch", help="What one message is.")]
-Rule = Annotated[RuleChoice, typer.Option("--replica-rule", help="Which copy serves: SGLang's rules, or vLLM's hash.")]
-SignatureTokens = Annotated[
-    int | None,
-    typer.Option("--signature-tokens", metavar="N", help="Let the first N tokens stand in for the prefill."),
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="S", help="Seed of everything that chance decides.")]
-Hidden = Annotated[
-    int | None, typer.Option("--hidden", metavar="H", help="The model's hidden size, if the trace does not say.")
-]
-Clusters = Annotated[
-    int | None, typer.Option("--clusters", metavar="K", help="K of `paper`; else picked on the fit part.")
-]
-Phase = Annotated[PhaseChoice, typer.Option("--phase", help="Rows to measure on; plans are always fitted on decode.")]
-Block = Annotated[int, typer.Option("--block", metavar="N", help="Keep N neighbouring requests together in splits.")]
-Hardware_ = Annotated[str | None, typer.Option("--hardware", help="Also model step times, on these GPUs, e.g. H100.")]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="With --hardware: a name of the catalogue, or a config.json [default: the trace's]."),
-]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", metavar="N", help="With --hardware: tokens that each request holds [default: 4096]."),
-]
+def _layers(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """'45' or '0,1,45' as layers, 'none' or nothing as no layer."""
+    flag, text = tokens[0].keyword, tokens[0].value.strip()
+    if not text or text.lower() == "none":
+        return ()
+    try:
+        return tuple(sorted({int(item) for item in text.split(",")}))
+    except ValueError:
+        raise UsageError(f"{flag} {text[:60]!r} is not a list of layer numbers", hint="e.g. 45 or 0,1,45") from None
 
 
-def timing_of(
-    shape: ModelShape, cluster: Cluster, mode: Dispatch, hardware: str | None, model: str | None, context: int | None
-) -> Timing | None:
-    """What to time steps with, checked; None without `--hardware`."""
-    if hardware is None:
-        if model is not None or context is not None:
-            flag = "--context" if model is None else "--model"
-            raise UsageError(f"{flag} is for step times", hint="give --hardware too, e.g. --hardware H100")
+def _numbers(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """'1,2,8' as numbers of at least 1, each once, rising."""
+    flag, text = tokens[0].keyword, tokens[0].value
+    try:
+        found = tuple(sorted({int(item) for item in text.split(",")}))
+    except ValueError:
+        found = ()
+    if not found or found[0] < 1:
+        raise UsageError(f'{flag} "{text[:60]}" is not a list of numbers of at least 1', hint=f"e.g. {flag} 1,2,8")
+    return found
+
+
+Int: TypeAlias = Annotated[int, Parameter(converter=_whole)]
+Layers: TypeAlias = Annotated[tuple[int, ...], Parameter(converter=_layers, n_tokens=1, metavar="IDS")]
+Numbers: TypeAlias = Annotated[tuple[int, ...], Parameter(converter=_numbers, n_tokens=1, metavar="N,..")]
+
+# ---- groups, in the order of --help
+
+#: Of every command and sub-command.
+SETTINGS: dict[str, Any] = {
+    "help_format": "plaintext",
+    "default_parameter": Parameter(negative=(), allow_repeating=True, show_default=lambda value: _shown(value)),
+    "group_parameters": Group("Options", sort_key=1),
+    "result_action": "return_value",
+}
+
+
+def _shown(value: Any) -> Any:
+    """A default as `--help` shows it: nothing where the flag's own text says what happens without it."""
+    if value is None or value is False or value == ():
         return None
-    from moeplan.replay import timing
-
-    return timing.timing_of(shape, cluster, mode, hardware, model, timing.CONTEXT if context is None else context)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def deployment_of(home: HomeChoice | None) -> Deployment:
-    """The flag as the library's own value."""
-    from moeplan.cluster import Deployment
+CLUSTER = Group("Cluster", sort_key=2)
+PLANNING = Group("Planning", sort_key=3)
+REQUESTS = Group("Requests of the trace", sort_key=4)
+MEASURING = Group("Measurement", sort_key=5)
+MODEL = Group("Model", sort_key=6)
+TIMES = Group("Step times", sort_key=7)
+OUTPUT = Group("Output", sort_key=20)
 
-    return Deployment.GPUS if home is HomeChoice.gpu else Deployment.NODES
+# ---- inputs and outputs
+
+_OUT = ("--output", "-o")
+TraceIn: TypeAlias = Annotated[Path, File("input"), Parameter(help="A moeplan trace (a directory), or embedded.")]
+Sources: TypeAlias = Annotated[list[Path], File("input")]
+PlanIn: TypeAlias = Annotated[
+    Path | None, File("input"), Parameter(metavar="PLAN", help="A plan made by 'moeplan plan'.")
+]
+TraceOut: TypeAlias = Annotated[
+    Path,
+    File("folder"),
+    Parameter(name=_OUT, group=OUTPUT, metavar="TRACE", help="Output: the trace directory to make."),
+]
+CountsOut: TypeAlias = Annotated[
+    Path,
+    File("folder"),
+    Parameter(name=_OUT, group=OUTPUT, metavar="COUNTS", help="Output: the counts profile to make."),
+]
+NeededPlan: TypeAlias = Annotated[Path, File("input"), Parameter(metavar="PLAN", help="A plan made by 'moeplan plan'.")]
+PlacementIn: TypeAlias = Annotated[Path, File("input"), Parameter(help="A placement file of an engine.")]
+InputFile: TypeAlias = Annotated[Path, File("input")]
+ConfigIn: TypeAlias = Annotated[Path, File("input")]
+PlanOut: TypeAlias = Annotated[
+    Path,
+    File("new folder"),
+    Parameter(name=_OUT, group=OUTPUT, metavar="PLAN", help="Output: the directory of the new plan."),
+]
+RecorderOut: TypeAlias = Annotated[
+    Path,
+    File("folder"),
+    Parameter(name=_OUT, group=OUTPUT, metavar="OUT", help="Output: the trace or the counts profile to make."),
+]
+PageOut: TypeAlias = Annotated[
+    Path | None,
+    File("file"),
+    Parameter(name=_OUT, group=OUTPUT, metavar="HTML", help="Output: a page with figures."),
+]
+Json: TypeAlias = Annotated[
+    Path | None,
+    File("file"),
+    Parameter(
+        group=OUTPUT,
+        metavar="PATH",
+        allow_leading_hyphen=True,
+        help="Write the figures as JSON: to a file, or to - (standard output).",
+    ),
+]
+
+# ---- single flags
+
+Seed: TypeAlias = Annotated[int, Parameter(converter=_whole, help="Random seed.")]
+Block: TypeAlias = Annotated[
+    int, Parameter(converter=_whole, group=REQUESTS, help="Keep N neighbouring requests together in splits.")
+]
+EngineName: TypeAlias = Literal["sglang", "vllm", "tensorrt-llm", "vllm-ascend"]
+Engine: TypeAlias = Annotated[EngineName, Parameter(help="Target engine: the one that the file is for.")]
+Deployment: TypeAlias = Literal["nodes", "gpus"]
+DispatchMode: TypeAlias = Literal["pick", "gpu", "node", "allgather"]
+CountedPhase: TypeAlias = Annotated[
+    Literal["prefill", "decode", "mixed", "unknown"], Parameter(help="Inference phase: what was counted.")
+]
+
+ServedRedundant: TypeAlias = Annotated[
+    int | None, Parameter(converter=_whole, group=CLUSTER, help="Extra expert slots in each layer, in total.")
+]
+ModelName: TypeAlias = Annotated[str | None, Parameter(group=MODEL, help="Name of the model.")]
+TopK: TypeAlias = Annotated[
+    int | None,
+    Parameter(converter=_whole, group=MODEL, help="Experts that each token picks, if the source does not say."),
+]
+
+# ---- groups of flags; a field's docstring is its help
 
 
-def cluster_of(
-    nodes: int, gpus_per_node: int, home: HomeChoice, dispatch: DispatchChoice, rule: RuleChoice
-) -> tuple[Cluster, Dispatch, ReplicaRule]:
-    """The flags as the library's own values."""
-    from moeplan.cluster import Cluster, Dispatch, ReplicaRule
+@Parameter(name="*", group=CLUSTER)
+@dataclass(frozen=True)
+class ClusterFlags:
+    """The cluster, and how it serves a token."""
 
-    if nodes < 1 or gpus_per_node < 1:
-        raise UsageError(f"--nodes {nodes} x --gpus-per-node {gpus_per_node}: both must be at least 1")
-    return Cluster(nodes, gpus_per_node, deployment_of(home)), Dispatch(dispatch.value), ReplicaRule(rule.value)
+    nodes: Int = 8
+    """Nodes of the cluster."""
+    gpus_per_node: Int = 8
+    """GPUs in each node."""
+    redundant: Int = 0
+    """Extra expert slots in each layer, in total."""
+    deployment: Deployment = "nodes"
+    """What a request group is: the requests decoded on one node (attention sharded in it), or on one GPU."""
+    dispatch: DispatchMode = "pick"
+    """Dispatch mode: what one message carries."""
+    replica_rule: Literal["nearest-static", "nearest-even", "hash"] = "nearest-static"
+    """Replica selection rule: the first two are SGLang's, hash is vLLM's."""
+
+    def task(self) -> PlanningTask:
+        """The flags as the library's own value."""
+        from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule
+        from moeplan.planning import PlanningTask
+
+        if self.nodes < 1 or self.gpus_per_node < 1:
+            raise UsageError(f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}: both must be at least 1")
+        cluster = Cluster(self.nodes, self.gpus_per_node, Deployment(self.deployment))
+        return PlanningTask(cluster, self.redundant, Dispatch(self.dispatch), ReplicaRule(self.replica_rule))
+
+
+@Parameter(name="*", group=PLANNING)
+@dataclass(frozen=True)
+class ObjectiveFlags:
+    """What the strategy moeplan is given."""
+
+    guard: float | None = None
+    """Load guard: most load of a node, in multiples of the linear placement's; inf: any. Default: 1.05, or the older
+    plan's."""
+    objective: Literal["bytes", "balance", "time"] | None = None
+    """What the plan lowers: bytes between nodes, balance (load first), or time (needs --hardware). Default: bytes, or
+    the older plan's."""
+
+    def values(self, timing: Timing | None, task: PlanningTask) -> dict[str, Any]:
+        """The same by the names of the library's parameters."""
+        cost = None if timing is None else timing.step_cost(task.cluster, task.dispatch)
+        return {"guard": self.guard, "objective": self.objective, "step_cost": cost}
+
+
+@Parameter(name="*", group=PLANNING)
+@dataclass(frozen=True)
+class PaperFlags:
+    """What the strategies paper and paper-unbalanced are given."""
+
+    clusters: Int | None = None
+    """Expert clusters (K) of the strategy paper. Default: chosen on the fit part."""
+
+    def strategies(self, names: str) -> tuple[str | Strategy, ...]:
+        """The strategies of a list of names."""
+        from moeplan.planning.strategies.paper import PaperParams
+        from moeplan.replay.comparison import strategy_names
+
+        both = {params.name: params for params in (PaperParams(self.clusters), PaperParams(self.clusters, equal=False))}
+        return tuple(both.get(name, name) for name in strategy_names(names))
+
+
+@Parameter(name="*", group=REQUESTS)
+@dataclass(frozen=True)
+class TraceFlags:
+    """What is read of a trace."""
+
+    signature_tokens: Int | None = None
+    """Use each request's first N tokens as its signature, in place of the prefill."""
+    without_layers: Layers = ()
+    """Leave out these layers, e.g. 45 or 0,1,45."""
+
+    def open(self, trace: str | Path) -> Trace:
+        """Open a trace, or the embedded one, without these layers."""
+        from moeplan.trace import open_trace
+
+        return open_trace(trace, without_layers=self.without_layers)
+
+    def read(self, trace: Trace, plan: Plan | None = None, **how: Any) -> RequestSet:
+        """The requests of an opened trace, with the signature of a plan unless the flags say another."""
+        from moeplan.planning import read_requests
+
+        tokens = plan.signature.tokens if plan is not None and self.signature_tokens is None else self.signature_tokens
+        return read_requests(trace, signature_tokens=tokens, **how)
+
+
+@Parameter(name="*", group=TIMES)
+@dataclass(frozen=True)
+class TimingFlags:
+    """The hardware to model step times on."""
+
+    hardware: str | None = None
+    """Hardware: also model step times on it, e.g. H100."""
+    model: Annotated[str | None, File("input")] = None
+    """The model: a name of the catalogue, or a config.json. Default: the model of the trace."""
+    context: Int | None = None
+    """Tokens of each request. Default: 4096."""
+
+    def timing(self, shape: ModelShape, task: PlanningTask) -> Timing | None:
+        """What to time steps with, checked; None without --hardware."""
+        if self.hardware is None:
+            if self.model is not None or self.context is not None:
+                flag = "--context" if self.model is None else "--model"
+                raise UsageError(f"{flag} is for step times", hint="give --hardware too, e.g. --hardware H100")
+            return None
+        from moeplan.replay import timing
+
+        context = timing.CONTEXT if self.context is None else self.context
+        return timing.timing_of(shape, task.cluster, task.dispatch, self.hardware, self.model, context)
+
+
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True)
+class ModelFlags:
+    """Facts of the model that a source does not have, or that it is checked against."""
+
+    config: ConfigIn | None = None
+    """The model's config.json, or its folder: experts, top-k, dense layers."""
+    num_experts: Int | None = None
+    """Routed experts in each layer, if --config does not say."""
+    top_k: Int | None = None
+    """Experts that each token picks, if --config does not say."""
+    name: str | None = None
+    """Name of the model."""
+    hidden: Int | None = None
+    """Hidden size: byte figures need it."""
+    expert_bytes: Int | None = None
+    """Bytes of the weights of one expert in one layer."""
+    kv_bytes_per_token: Int | None = None
+    """Bytes of the KV cache of one token over all layers."""
+    routing_groups: Int | None = None
+    """Groups of experts among which the router first chooses (DeepSeek-V3: 8). Default: the config's, or 1."""
+
+    def spec(self) -> ModelSpec:
+        """The model as config and flags describe it."""
+        return described(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True)
+class LayeredModelFlags(ModelFlags):
+    """The same where a source may have rows for layers without experts."""
+
+    num_layers: Int | None = None
+    """Hidden layers, dense ones included, if --config does not say."""
+    dense_layers: Layers | None = None
+    """Layers without experts, e.g. 0,1,2, or none."""
+
+
+@Parameter(name="*", group=REQUESTS)
+@dataclass(frozen=True)
+class SourceFlags:
+    """How the requests of a source are stored."""
+
+    domain: str | None = None
+    """Domain label of every request. Default: the source's own, or the file name up to its trailing number."""
+    without_layers: Layers = ()
+    """Leave out these layers, e.g. 45 or 0,1,45."""
+
+    def options(self, model: ModelFlags | None = None, keep: KeepFlags | None = None) -> ImportOptions:
+        """What an importer is told beside the source."""
+        from moeplan.importers.options import ImportOptions
+
+        model, keep = model or ModelFlags(), keep or KeepFlags()
+        dense = model.dense_layers if isinstance(model, LayeredModelFlags) else None
+        return ImportOptions(model.spec(), dense, self.domain, self.without_layers, keep.policy())
+
+
+def described(config: Path | None = None, **given: Any) -> ModelSpec:
+    """A model as its config.json, if there is one, and flags describe it."""
+    from moeplan.model import config as reader
+
+    return reader.described(config, **given)
+
+
+@Parameter(name="*", group=MEASURING)
+@dataclass(frozen=True)
+class MeasureFlags:
+    """What is measured."""
+
+    phase: Literal["decode", "prefill", "mixed"] = "decode"
+    """Inference phase: rows to measure. Plans are always fitted on decode."""
+    block: Int = 1
+    """Keep N neighbouring requests together in splits."""
+    steps: Int = 500
+    """Decode steps measured in each fold."""
+    hidden: Int | None = None
+    """Hidden size, if the trace does not say it."""
+
+    def settings(self, timing: Timing | None, seed: int, **split: Any) -> EvaluationSettings:
+        """The same as the library's value; one split without `split`."""
+        from moeplan.replay.settings import EvaluationSettings
+
+        split = split or {"folds": 1}
+        return EvaluationSettings(
+            block=self.block, steps=self.steps, seed=seed, hidden=self.hidden, timing=timing, **split
+        )
+
+
+@Parameter(name="*", group=REQUESTS)
+@dataclass(frozen=True)
+class KeepFlags:
+    """What of the recorded requests is stored."""
+
+    min_tokens: Int = 1
+    """Store no request of fewer tokens, prefill and decode together."""
+    aggregate: Int | None = None
+    """Store no token rows, only sums over N requests of a domain."""
+
+    def policy(self) -> RetentionPolicy:
+        """The same as the library's value."""
+        from moeplan.trace.retention import RetentionPolicy
+
+        return RetentionPolicy(self.min_tokens, self.aggregate)
+
+
+@Parameter(name="*", group=MODEL)
+@dataclass(frozen=True)
+class PlacedModelFlags:
+    """The model that a placement file is for."""
+
+    config: ConfigIn | None = None
+    """The model's config.json, or its folder: experts, layers, which of them are dense."""
+    num_experts: Int | None = None
+    """Routed experts in each layer, if --config does not say."""
+    num_layers: Int | None = None
+    """Hidden layers, dense ones included, if --config does not say."""
+    dense_layers: Layers | None = None
+    """Layers without experts, e.g. 0,1,2, or none."""
+
+    def spec(self, **more: Any) -> ModelSpec:
+        """The model as config and flags describe it."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return described(**given, **more)
+
+
+@Parameter(name="*", group=CLUSTER)
+@dataclass(frozen=True)
+class ServedFlags:
+    """The deployment that a placement file is for."""
+
+    ep_size: Int | None = None
+    """GPUs that share the experts, over all nodes."""
+    nodes: Int | None = None
+    """Nodes of the cluster."""
+
+    def layout(self, redundant: int | None = None) -> ExpertLayout:
+        """What the flags say of the deployment."""
+        from moeplan.engines.report import ExpertLayout
+
+        return ExpertLayout(self.ep_size, self.nodes, redundant)
+
+
+@Parameter(name="*", group=Group("Placement file, in place of a plan", sort_key=1.5))
+@dataclass(frozen=True)
+class PlacementFlags(ServedFlags):
+    """A placement that an engine serves with."""
+
+    placement: Annotated[Path | None, File("input"), Parameter(metavar="FILE")] = None
+    """A placement file of an engine."""
+    engine: EngineName | None = None
+    """Target engine: the one that the file is for."""
+    config: ConfigIn | None = None
+    """The model's config.json, or its folder: layers, which of them are dense."""
+    num_layers: Int | None = None
+    """Hidden layers, dense ones included, if --config does not say."""
+    deployment: Deployment | None = None
+    """What a request group is: the requests decoded on one node, or on one GPU. Default: nodes."""
+
+
+def refuse_trace(source: Path) -> Path:
+    """Raise a FormatError where a trace stands in place of a plan; else the path itself."""
+    if not (source / "plan.json").is_file() and (str(source) == "embedded" or (source / "trace.json").is_file()):
+        raise FormatError(
+            "is a trace, not a plan", where=str(source), hint=f"make a plan of it: moeplan plan {source} -o PLAN"
+        )
+    return source
+
+
+def refuse_plan(file: Path) -> None:
+    """Raise a FormatError where a plan or a folder stands in place of a placement file."""
+    if (file / "plan.json").is_file():
+        hint = f"write the engine's file first: moeplan export {file} --engine E -o FILE"
+        raise FormatError("is a plan, not an engine's placement file", where=str(file), hint=hint)
+    if file.is_dir():
+        raise FormatError("is a directory, not a placement file", where=str(file), hint="give the file itself")
+
+
+@Parameter(name="*", group=Group("Numeric types", sort_key=8))
+@dataclass(frozen=True)
+class PrecisionFlags:
+    """Numeric types of weights and cache."""
+
+    weights_dtype: str | None = None
+    """Numeric type of matrices: bf16, fp8, fp4 .. Default: the checkpoint's."""
+    experts_dtype: str | None = None
+    """Numeric type of the routed experts. Default: as published."""
+    kv_dtype: str = "bf16"
+    """Numeric type of the KV cache: bf16 or fp8."""
+
+    def values(self) -> dict[str, Any]:
+        """The same by the names of the library's settings."""
+        return {"weights": self.weights_dtype, "experts": self.experts_dtype, "kv": self.kv_dtype}
+
+
+@Parameter(name="*", group=Group("Speculative decoding", sort_key=9))
+@dataclass(frozen=True)
+class DraftFlags:
+    """Multi-token prediction."""
+
+    mtp: Int = 0
+    """Draft tokens in each step, by the model's own module."""
+    accepted: float | None = None
+    """Tokens that a step yields. Default: 1 + 0.8 x drafts."""
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that a step yields: as given, else 1 and four fifths of the drafts."""
+        return 1 + 0.8 * self.mtp if self.accepted is None else self.accepted
+
+
+@Parameter(name="*", group=Group("Prices", sort_key=10))
+@dataclass(frozen=True)
+class PriceFlags:
+    """Hardware that the catalogue does not have, and prices."""
+
+    hardware_file: Annotated[Path | None, File("input"), Parameter(metavar="JSON")] = None
+    """A file with more hardware, or other prices."""
+    usd_per_hour: float | None = None
+    """Price of one GPU. Default: the catalogue's."""
+    watts: float | None = None
+    """Power of one GPU. Default: the catalogue's."""
+
+    def hardware(self, names: str) -> list[Hardware]:
+        """The hardware of a list of names, or all of the catalogue."""
+        from moeplan.perf.hardware import hardware_list
+
+        return hardware_list(names, self.hardware_file, self.usd_per_hour, self.watts)
+
+    def one(self, name: str) -> Hardware:
+        """One kind of hardware."""
+        from moeplan.perf.hardware import load_hardware
+
+        return load_hardware(name, self.hardware_file).priced(self.usd_per_hour, self.watts)
+
+
+Milliseconds: TypeAlias = Annotated[float, Parameter(metavar="MS")]
+HardwareList: TypeAlias = Annotated[str, Parameter(metavar="A,B,..", help="Hardware: names of the catalogue, or all.")]
+ModelIn: TypeAlias = Annotated[
+    str, File("input"), Parameter(help="The model: a name of the catalogue, or a config.json.")
+]
+GpusPerNode: TypeAlias = Annotated[
+    int | None,
+    Parameter(
+        converter=_whole,
+        group=CLUSTER,
+        help="GPUs in each node: those that the fast network joins. Default: the hardware's.",
+    ),
+]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, check_slots, routes
+from moeplan.engines.files import examine
 from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.report import ExpertLayout, Report
+from moeplan.errors import UsageError
+from moeplan.model.spec import ModelSpec
 from moeplan.planning.plan import DEPLOYED, Plan, Provenance
 from moeplan.planning.router import LocalityRouter
 from moeplan.types import ModelShape
 
-__all__ = ["deployed", "rule_of"]
+__all__ = ["deployed", "plan_of_file", "rule_of"]
 
 
 def rule_of(engine: str, nodes: int) -> ReplicaRule:
@@ -25,17 +31,68 @@ def rule_of(engine: str, nodes: int) -> ReplicaRule:
 
 
 def deployed(
-    placement: EnginePlacement, model: ModelShape, *, deployment: Deployment, rule: ReplicaRule, dispatch: Dispatch,
-    where: str,
-) -> Plan:  # fmt: skip
+    placement: EnginePlacement,
+    model: ModelShape,
+    engine: str,
+    *,
+    deployment: Deployment = Deployment.NODES,
+    dispatch: Dispatch = Dispatch.PICK,
+    where: str = "",
+) -> Plan:
     """A placement as the plan that it amounts to: nothing was fitted.
+
+    Args:
+        engine: how it selects among replicas. where: the file, for messages.
 
     Raises:
         UsageError, FormatError: the file is for other experts or layers.
     """
     place = placement.fit(model, where)
-    cluster = Cluster(place.nodes, place.gpus_per_node, deployment)
+    cluster, rule = Cluster(place.nodes, place.gpus_per_node, deployment), rule_of(engine, place.nodes)
     check_slots(model.num_experts, place.redundant, cluster)
     router = LocalityRouter.of(routes(place, cluster, rule))
     notes = (f"the placement of {where}; nothing was fitted",)
     return Plan(place, router, cluster, dispatch, rule, model, DEPLOYED, provenance=Provenance(notes=notes))
+
+
+def plan_of_file(
+    path: Path,
+    engine: str,
+    spec: ModelSpec,
+    layout: ExpertLayout,
+    *,
+    shape: ModelShape | None = None,
+    deployment: Deployment = Deployment.NODES,
+    dispatch: Dispatch = Dispatch.PICK,
+) -> Plan:
+    """An engine's placement file as a plan.
+
+    Args:
+        spec, layout: what config and user say of the model and of the deployment.
+        shape: the model of a trace, which says what `spec` leaves open; None: the file and `spec` say the model.
+
+    Raises:
+        FormatError: the file is invalid. UsageError: model or cluster are not known, or other than the file's.
+    """
+    if shape is not None and spec.moe_layers is None:
+        spec = spec.override(moe_layers=shape.layer_ids)
+    report = examine(path, engine, spec, layout)
+    if shape is None:
+        _check_known(report, path)
+    placement = report.need()
+    if shape is None:
+        shape = spec.moe_shape(num_experts=placement.num_experts, layer_ids=placement.layer_ids, where=str(path))
+    return deployed(placement, shape, engine, deployment=deployment, dispatch=dispatch, where=str(path))
+
+
+def _check_known(report: Report, path: Path) -> None:
+    """Ask for all that is missing at once, where the file alone does not say its model."""
+    if report.good and None in (report.model.num_experts, report.model.moe_layers):
+        layout = report.layout
+        cluster = [flag for flag, at in (("--ep-size", layout.ep_size), ("--nodes", layout.nodes)) if not at]
+        raise UsageError(
+            "does not say all of its model",
+            where=str(path),
+            hint="give --config, or all of --num-experts, --num-layers, --dense-layers and --top-k"
+            + (f"; and {' and '.join(cluster)}" if cluster else ""),
+        )

@@ -157,7 +157,7 @@ def _tensorrt_llm(placement: EnginePlacement, file: str, serving: Serving) -> La
     command = (front, f"--tp_size {ranks} --ep_size {ranks}", "--extra_llm_api_options options.yaml")
     notes = ["num_slots and the layers are in the file; the EP size must be as planned"]
     if serving.groups not in (None, 1, ranks):
-        notes.append(f"attention runs on each GPU, not in {serving.groups} groups: plan with --home gpu")
+        notes.append(f"attention runs on each GPU, not in {serving.groups} groups: plan with --deployment gpus")
     return Launch(
         command, _flags(placement, serving), ReplicaRule.HASH, exact=False, extra=("options.yaml", options),
         notes=tuple(notes),

@@ -28,14 +28,14 @@ class ExpertLayout:
     def __post_init__(self) -> None:
         for flag, value, least in (
             ("--ep-size", self.ep_size, 1),
-            ("--nnodes", self.nodes, 1),
+            ("--nodes", self.nodes, 1),
             ("--redundant", self.redundant, 0),
         ):
             if value is not None and value < least:
                 raise UsageError(f"{flag} {value} is below {least}")
         if self.ep_size is not None and self.nodes is not None and self.ep_size % self.nodes:
             raise UsageError(
-                f"--ep-size {self.ep_size} does not divide over --nnodes {self.nodes}",
+                f"--ep-size {self.ep_size} does not divide over --nodes {self.nodes}",
                 hint="--ep-size counts all GPUs that share the experts, over all nodes",
             )
 
@@ -128,7 +128,7 @@ class Report:
                 (self.model.num_experts, "the number of experts", "--config, or --num-experts"),
                 (self.model.moe_layers, "which layers have experts", "--config, or --num-layers and --dense-layers"),
                 (self.layout.ep_size, "how many GPUs share the experts", "--ep-size"),
-                (self.layout.nodes, "how many nodes these GPUs fill", "--nnodes"),
+                (self.layout.nodes, "how many nodes these GPUs fill", "--nodes"),
             )
             missing = [(what, flag) for value, what, flag in open_questions if value is None]
             missing = missing or [("how many hidden layers there are", "--config or --num-layers")]

@@ -18,6 +18,9 @@ from moeplan.perf.serving import Cost, cost
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
 
+#: More tokens, or requests, than any set-up holds.
+MOST_TOKENS = 100_000_000
+
 __all__ = ["Estimate", "EstimateSettings", "MeasuredRouting", "estimate", "estimate_step"]
 
 
@@ -310,6 +313,8 @@ def estimate_step(
     """
     if context < 1 or batch < 1:
         raise UsageError("batch and context must be at least 1")
+    if max(context, batch) > MOST_TOKENS:
+        raise UsageError(f"batch and context must be at most {MOST_TOKENS:,}")
     prefill, workload = settings.phase == "prefill", settings.workload(context)
     step = model.prefill(batch, context) if prefill else model.decode(batch, context, workload, routing)
     rows = batch * context if prefill else batch * (workload.drafts + 1)

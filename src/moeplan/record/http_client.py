@@ -184,7 +184,7 @@ class Server:
         if status in (401, 403):
             why, hint = "refuses the key", f"put the server's key into {self._key_name}"
         elif status in (404, 405):
-            why, hint = "knows no such path, or no such model", "check --url and --model"
+            why, hint = "knows no such path, or no such model", "check --url and --served-model"
         elif 300 <= status < 400:
             why, hint = "redirects, which is not followed", "give the final address with --url"
         else:

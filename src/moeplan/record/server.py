@@ -222,9 +222,11 @@ def served_model(server: Server, asked: str | None) -> tuple[str, int | None]:
         raise ServerError("lists no model", where=f"{server.url}/v1/models", hint="check --url")
     listed = ", ".join(name[:100] for name in names[:8])
     if asked is None and len(bases) != 1:
-        raise UsageError("serves several models", where=server.url, hint=f"choose one with --model: {listed}")
+        raise UsageError("serves several models", where=server.url, hint=f"choose one with --served-model: {listed}")
     if asked is not None and asked not in names:
-        raise UsageError(f"does not serve {asked[:100]}", where=server.url, hint=f"choose one with --model: {listed}")
+        raise UsageError(
+            f"does not serve {asked[:100]}", where=server.url, hint=f"choose one with --served-model: {listed}"
+        )
     name = bases[0] if asked is None else asked
     positions = next(e.get("max_model_len") for e in entries if e.get("id") == name)
     return name, positions if type(positions) is int and positions > 0 else None

@@ -88,7 +88,7 @@ def record_model(
     check_out(out, resume=resume)
     mute = next((router for router in loaded.routers if not router.has_weights), None)
     if options.weights and mute is not None:
-        raise UsageError(f"{mute.name} ({mute.kind}) gives no gate weights", hint="record without --weights")
+        raise UsageError(f"{mute.name} ({mute.kind}) gives no gate weights", hint="record without --keep-gate-weights")
     requests = [_tokenised(prompt, loaded, options) for prompt in prompts]
     source = {**_source(loaded, prompts, options), **keep.source()}
     begun = resume and (out / JSON_NAME).exists()

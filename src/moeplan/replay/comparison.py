@@ -131,7 +131,7 @@ def compare(requests: RequestSet, setup: Setup, progress: Progress | None = None
     _check_timing(requests, setup)
     block = blocks(requests.index, setup.block)
     folds = folds_of(requests, setup, block)
-    ways = ["fewer nodes", *["--home node"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
+    ways = ["fewer nodes", *["--deployment nodes"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
     ways += ["a smaller --block"] * (setup.block > 1)
     more = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, setup.fit)} usable requests"
     least = min(len(fit) for fit, _ in folds)

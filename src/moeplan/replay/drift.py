@@ -8,7 +8,7 @@ not count. Fresh plans see only half of the new requests: the verdict is about w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from moeplan.cluster import Dispatch
 from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.planning import Plan, RequestSet, solve
-from moeplan.planning.problem import GUARD
+from moeplan.planning.problem import GUARD, StepCost
 from moeplan.planning.strategies import available
 from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.progress import Progress
@@ -96,7 +96,7 @@ def drift_setup(plan: Plan, *, seed: int = 0, block: int = 1, steps: int = 500, 
     if plan.dispatch not in _KEYS:
         raise UsageError(
             "a plan for allgather cannot go stale: no plan changes what allgather sends",
-            hint="moeplan replay TRACE --plan PLAN shows its load",
+            hint="moeplan evaluate TRACE --plan PLAN shows its load",
         )
     if not plan.equal_groups:
         raise UsageError(
@@ -106,7 +106,7 @@ def drift_setup(plan: Plan, *, seed: int = 0, block: int = 1, steps: int = 500, 
     if plan.params.get("objective") == "time":
         raise UsageError(
             "the plan was made with --objective time, and drift is judged by what leaves a node",
-            hint="moeplan replay TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
+            hint="moeplan evaluate TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
         )
     if folds < 2:
         raise UsageError(f"{folds} fold does not tell one plan from the next", hint="use at least 2 folds")
@@ -123,21 +123,33 @@ def anew(plan: Plan) -> str:
     return plan.strategy if plan.strategy in available() else "moeplan"
 
 
-def params_of(plan: Plan, objective: str | None = None) -> MoeplanParams:
-    """The parameters that the plan was made with, as far as it says; another objective instead.
+def params_of(
+    plan: Plan, *, guard: float | None = None, objective: str | None = None, step_cost: StepCost | None = None
+) -> MoeplanParams:
+    """The parameters that the plan was made with, as far as it says; what is given goes before them.
+
+    Args:
+        step_cost: for the objective time, which a plan does not keep.
 
     Raises:
-        FormatError: the plan's guard or objective is none.
+        FormatError: the plan's guard or objective is invalid. UsageError: a given one is; the plan was made for time,
+            and neither another objective nor `step_cost` is given.
     """
-    guard, objective = plan.params.get("guard", GUARD), objective or plan.params.get("objective")
+    stored, limit = plan.params.get("objective") or "bytes", plan.params.get("guard", GUARD)
     try:
-        return MoeplanParams(float("inf") if guard is None else float(guard), objective or "bytes")
+        limit = float("inf") if limit is None else float(limit)
+        made = MoeplanParams(limit, "bytes" if stored == "time" else stored)
     except (TypeError, ValueError, UsageError):
         raise FormatError(
-            f"guard {str(guard)[:20]!r} or objective {str(objective)[:20]!r} is none",
+            f"guard {str(limit)[:20]!r} or objective {str(stored)[:20]!r} is invalid",
             where="plan.json",
             hint="plan again",
         ) from None
+    if stored == "time" and objective is None and step_cost is None:
+        raise UsageError(
+            "the plan was made with --objective time", hint="give --hardware and --model again, or --objective bytes"
+        )
+    return replace(made, guard=limit if guard is None else guard, objective=objective or stored, step_cost=step_cost)
 
 
 def drift(requests: RequestSet, plan: Plan, setup: Setup, progress: Progress | None = None) -> DriftReport:

@@ -24,6 +24,7 @@ from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.memory import MemoryModel, Parallel, Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
+from moeplan.planning.problem import StepCost
 from moeplan.types import ModelShape
 
 __all__ = [
@@ -124,6 +125,17 @@ class Timing:
     context: int = CONTEXT
     steps: int = TIMED_STEPS
 
+    def step_cost(self, cluster: Cluster, mode: Dispatch) -> StepCost:
+        """Milliseconds of one step from its messages, picks and touched experts: what the objective time lowers."""
+
+        def cost(links: npt.NDArray[Any], picks: npt.NDArray[Any], touched: npt.NDArray[Any]) -> float:
+            times = step_times(
+                cluster, mode, self.spec, self.machine, links[None], picks[None], touched[None], context=self.context
+            )
+            return float(times.ms[0])
+
+        return cost
+
     def check(self, shape: ModelShape, cluster: Cluster, mode: Dispatch) -> None:
         """Refuse a model that is not the trace's, and a set-up that cannot be.
 
@@ -158,8 +170,8 @@ class Timing:
             if cluster.deployment is not Deployment.NODES:
                 raise
             raise PlanError(
-                f"--home node splits attention over the {cluster.gpus_per_node} GPUs of a node, but {error.what}",
-                hint="time it with other --gpus-per-node, or with --home gpu",
+                f"--deployment nodes splits attention over {cluster.gpus_per_node} GPUs of a node, but {error.what}",
+                hint="time it with other --gpus-per-node, or with --deployment gpus",
             ) from None
 
     def times(self, cluster: Cluster, mode: Dispatch, links: Any, picks: Any, touched: Any) -> StepTimes:

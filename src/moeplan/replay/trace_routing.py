@@ -22,11 +22,12 @@ from moeplan.perf.estimate import Estimate, EstimateSettings, MeasuredRouting, e
 from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.routing import Routing
 from moeplan.perf.step_model import StepModel
-from moeplan.planning import Plan, RequestSet
-from moeplan.replay.comparison import Setup, group_test
+from moeplan.planning import Plan, RequestSet, read_requests
+from moeplan.replay.comparison import Setup, check_shape, group_test
 from moeplan.replay.measure import measure_requests, measure_steps
 from moeplan.replay.split import draw_steps, live_requests
 from moeplan.replay.timing import CONTEXT, StepTimes, Timing, model_of, parallel_of, routing_of
+from moeplan.trace import Trace
 
 __all__ = ["TraceRouting", "estimate_plan", "real_routing"]
 
@@ -67,7 +68,7 @@ class _Counter(Timing):
 
 def estimate_plan(
     plan: Plan,
-    requests: RequestSet,
+    requests: Trace | RequestSet,
     hardware: str | Hardware,
     *,
     model: str | ModelSpec | None = None,
@@ -79,6 +80,7 @@ def estimate_plan(
     """Estimate a decode step of a plan's cluster, with the routing that the requests of a trace have under the plan.
 
     Args:
+        requests: a trace, or the requests of one.
         model: a name of the catalogue, the path of a config.json, or a description; None: the trace's own.
         batch: requests of each group in a step; None: as many as a replay takes, at most 128.
         context: tokens that each holds. settings: as for `moeplan.perf.estimate.estimate`, without a layout.
@@ -92,7 +94,10 @@ def estimate_plan(
     mode = settings.dispatch or plan.dispatch
     settings = dataclasses.replace(settings, dispatch=mode)
     timing = Timing(spec, machine, context)
-    timing.check(requests.shape, plan.cluster, mode)
+    check_shape(requests.shape, plan.model, "plan")
+    timing.check(requests.shape, plan.cluster, mode)  # before a large trace is read
+    if isinstance(requests, Trace):
+        requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     parallel = parallel_of(plan.cluster, spec, plan.redundant)
     step_model = settings.step_model(spec, machine, parallel, plan.cluster.gpus_per_node)
     steps = real_routing(requests, plan, timing, mode, live=batch, seed=seed)
@@ -121,12 +126,24 @@ def _measured(model: StepModel, steps: TraceRouting, requests: RequestSet, plan:
             f"the trace gives {requests.shape.num_layers} of {model.spec.name}'s {len(moe.layers)} MoE layers; their "
             "mean stands for all"
         )
+    trace = requests.trace
+    seen = trace is not None and trace.checksum == plan.provenance.trace_checksum
+    if seen:
+        notes.append("the plan was fitted on this trace: these are not figures on held-out requests")
     return MeasuredRouting(
-        trace="", plan="", strategy=plan.strategy, fitted_on_this_trace=False, steps=steps.steps,
-        local_share=steps.local_share, experts_per_gpu=steps.experts_per_gpu, load_ratio=steps.routing.load_ratio,
-        step_ms_p5=float(np.quantile(ms, 0.05)), step_ms_p95=float(np.quantile(ms, 0.95)), uniform=uniform,
+        trace="" if trace is None else trace.label,
+        plan="",
+        strategy=plan.strategy,
+        fitted_on_this_trace=seen,
+        steps=steps.steps,
+        local_share=steps.local_share,
+        experts_per_gpu=steps.experts_per_gpu,
+        load_ratio=steps.routing.load_ratio,
+        step_ms_p5=float(np.quantile(ms, 0.05)),
+        step_ms_p95=float(np.quantile(ms, 0.95)),
+        uniform=uniform,
         notes=tuple(notes),
-    )  # fmt: skip
+    )
 
 
 def real_routing(

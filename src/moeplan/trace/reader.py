@@ -100,7 +100,9 @@ class Trace:
                 hint="use a trace made without --aggregate",
             )
         if weights and not self._weights:
-            raise UsageError("this trace holds no gate weights", where=str(self.path), hint="record it with --weights")
+            raise UsageError(
+                "this trace holds no gate weights", where=str(self.path), hint="record it with --keep-gate-weights"
+            )
         _, keep = layers_kept(self._stored, self.without_layers)
         for part, first in self._checked_files():
             yield self._read_part(part, first, keep, weights, positions)

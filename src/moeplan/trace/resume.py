@@ -73,7 +73,7 @@ def check_same(trace: Trace, shape: ModelShape, source: dict[str, Any], *, weigh
                 hint="resume with the same settings, or record to another place",
             )
     if trace.has_weights != weights:
-        hint = "resume with --weights" if trace.has_weights else "resume without --weights"
+        hint = "resume with --keep-gate-weights" if trace.has_weights else "resume without --keep-gate-weights"
         raise UsageError("was begun with another choice of gate weights", where=where, hint=hint)
 
 

@@ -51,7 +51,8 @@ class RetentionPolicy:
             return
         if weights:
             raise UsageError(
-                "--aggregate stores no tokens, and so no gate weights", hint="leave --weights or --aggregate out"
+                "--aggregate stores no tokens, and so no gate weights",
+                hint="leave --keep-gate-weights or --aggregate out",
             )
         largest = max(Counter(domains).values(), default=0)
         if largest < self.aggregate:

@@ -1,4 +1,4 @@
-"""What `moeplan estimate` says, as text."""
+"""One step as text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeplan.perf.estimate import Estimate
 
+__all__ = ["estimate_lines"]
 
-def lines_of(found: Estimate) -> list[str]:
+
+def estimate_lines(found: Estimate) -> list[str]:
     """One step for people."""
     facts, layout = found.to_dict(), found.step_model
-    p, memory, per_node = facts["parallel"], facts["memory"], layout.gpus_per_node
+    p, per_node = facts["parallel"], layout.gpus_per_node
     spec = layout.spec
     ways = ", ".join(f"{name} {p[name]}" for name in ("tp", "dp", "ep", "pp") if p[name] > 1) or "one GPU"
     held = f"{facts['context']:,} tokens {'each to prefill' if facts['phase'] == 'prefill' else 'of context'}"
@@ -31,24 +33,25 @@ def lines_of(found: Estimate) -> list[str]:
             f"{slots} expert slots a layer; {via}{', two-batch overlap' if facts['overlap'] else ''}"
         )
         lines += _real_lines(facts)
-    lines += ["", *_breakdown(facts), ""]
-    lines.append(f"a GPU waits {facts['idle_share']:.1%} of the step for the network or for the slowest rank")
+    return [*lines, "", *_breakdown(facts), "", *_costs(facts, layout.hardware.watts)]
+
+
+def _costs(facts: dict[str, Any], watts: float) -> list[str]:
+    """Waiting, memory, speed and price."""
+    memory, each = facts["memory"], facts["tokens_per_s_per_gpu"]
     fits = "fits" if memory["fits"] else "DOES NOT FIT"
-    lines.append(
-        f"memory of a GPU: weights {memory['weights_gb']:.1f} GB, KV cache {memory['kv_gb']:.1f} GB, activations "
-        f"{memory['activations_gb']:.1f} GB, of {memory['usable_gb']:.1f} GB usable: {fits}; at most "
-        f"{memory['largest_batch']:,} requests a rank"
-    )
-    each = facts["tokens_per_s_per_gpu"]
     time = f"TPOT {facts['tpot_ms']:.2f} ms" if facts["tpot_ms"] else f"TTFT {facts['ttft_ms']:.1f} ms without queueing"
     if facts["tpot_ms"] and facts["tokens_per_step"] != 1:
         time += f" at {facts['tokens_per_step']:g} tokens a step"
-    lines.append(f"{time}; {each:,.0f} tokens/s a GPU, {each * p['gpus']:,.0f} in all")
-    lines.append(
+    return [
+        f"a GPU waits {facts['idle_share']:.1%} of the step for the network or for the slowest rank",
+        f"memory of a GPU: weights {memory['weights_gb']:.1f} GB, KV cache {memory['kv_gb']:.1f} GB, activations "
+        f"{memory['activations_gb']:.1f} GB, of {memory['usable_gb']:.1f} GB usable: {fits}; at most "
+        f"{memory['largest_batch']:,} requests a rank",
+        f"{time}; {each:,.0f} tokens/s a GPU, {each * facts['parallel']['gpus']:,.0f} in all",
         f"{facts['usd_per_million_tokens']:.3f} USD and {facts['kwh_per_million_tokens']:.3f} kWh per million tokens "
-        f"({facts['usd_per_gpu_hour']:.2f} USD an hour and {layout.hardware.watts:.0f} W a GPU)"
-    )
-    return lines
+        f"({facts['usd_per_gpu_hour']:.2f} USD an hour and {watts:.0f} W a GPU)",
+    ]
 
 
 def _source(facts: dict[str, Any]) -> str:

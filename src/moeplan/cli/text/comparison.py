@@ -1,15 +1,16 @@
-"""The strategy table as text: one definition for `demo`, `compare` and `replay`."""
+"""The table of strategies as text, for `demo`, `compare` and `evaluate`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moeplan.report.compare_page import GROUPS_BY
+from moeplan.cli.terminal import aligned, echo, plural
 
 if TYPE_CHECKING:
     from moeplan.replay import Comparison, TableRow
+    from moeplan.trace import Trace
 
-__all__ = ["table_lines"]
+__all__ = ["show_comparison", "table_lines"]
 
 #: (heading, key, format); the load columns carry their noise floor in the last line.
 _COLUMNS = (
@@ -22,6 +23,29 @@ _COLUMNS = (
 )
 
 
+def show_comparison(table: Comparison, trace: Trace, seconds: float) -> None:
+    """What was measured, the table, and what it says."""
+    from moeplan.report.compare_page import verdict
+
+    setup, shape, count = table.head["setup"], trace.shape, table.head["requests"]
+    echo(
+        f"{trace.label}: {shape.num_layers} layers x {shape.num_experts} experts, top-{shape.top_k}, on "
+        f"{setup['nodes']} nodes x {setup['gpus_per_node']} GPUs, {setup['redundant']} redundant slots, "
+        f"dispatch per {setup['dispatch']}"
+    )
+    done = f"measured on {count['test'][0]} requests"
+    if count["fit"][0]:
+        folds = plural(setup["folds"], "fold")
+        done = f"fitted on {count['fit'][0]} requests, measured on {count['test'][0]} held-out ones, {folds}"
+    echo(f"{done} ({table.head['column']}), {seconds:.1f} s")
+    for note in table.notes:
+        echo(f"note: {note}")
+    for line in ("", *table_lines(table), "", verdict(table), ""):
+        echo(line)
+    for note in table.method:
+        echo(f"  - {note}")
+
+
 def table_lines(table: Comparison) -> list[str]:
     """Lines of about 110 characters, 130 with times: one row per strategy, then the noise floors."""
     head = ["strategy", "groups by", *(name for name, _, _ in _COLUMNS[:1]), "vs linear [95 %]"]
@@ -32,14 +56,8 @@ def table_lines(table: Comparison) -> list[str]:
         ["  (noise floor)", "", "", ""] + [_floor(table, key) for _, key, _ in _COLUMNS[1:]] + [""] * (1 + 2 * times)
     )
     lines.append(floors)
-    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = []
-    for n, line in enumerate(lines):
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, width, strict=True))]
-        text.append("  ".join(cells).rstrip())
-        if n == 0:
-            text.append("-" * (sum(width) + 2 * (len(width) - 1)))
-    return text
+    first, *rest = lines
+    return aligned(first, rest, left=(0, 1))
 
 
 def _line(row: TableRow, times: bool) -> list[str]:
@@ -54,6 +72,8 @@ def _line(row: TableRow, times: bool) -> list[str]:
     if versus is not None and row.name != "linear":
         low, high = versus["ci95"] or (versus["value"], versus["value"])
         change = f"{100 * versus['value']:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+    from moeplan.report.compare_page import GROUPS_BY
+
     guard = "ok" if row.guarded else ("unequal groups" if not row.equal_groups else "over")
     by = GROUPS_BY.get(row.signature, row.signature)
     return [row.name, by, cells[0], change, *cells[1:], *(_times(row) if times else []), guard]

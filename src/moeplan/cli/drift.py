@@ -1,0 +1,43 @@
+"""`moeplan drift`: has a plan gone stale on new traffic?"""
+
+from __future__ import annotations
+
+from moeplan.cli import options as o
+from moeplan.cli.terminal import echo, emit_json, progress
+from moeplan.cli.text.drift import drift_lines
+
+__all__ = ["drift"]
+
+
+def drift(
+    trace: o.TraceIn,
+    /,
+    *,
+    plan: o.NeededPlan,
+    requests: o.TraceFlags = o.TraceFlags(),
+    block: o.Block = 1,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> int:
+    """Tell whether a stored plan has gone stale on the traffic of a trace.
+
+    Exit status 0: the plan is still good. 1: it is stale.
+    """
+    from moeplan.api import detect_drift
+    from moeplan.planning.store import load_plan
+    from moeplan.replay.comparison import check_shape
+    from moeplan.replay.drift import drift_setup
+    from moeplan.replay.settings import EvaluationSettings
+
+    stored, opened = load_plan(o.refuse_trace(plan)), requests.open(trace)
+    drift_setup(stored, block=block)  # refuses before a large trace is read
+    check_shape(opened.shape, stored.model, str(plan))
+    with progress("drift") as tick:
+        read = requests.read(opened, stored)
+        found = detect_drift(stored, read, EvaluationSettings(seed=seed, block=block), tick)
+    for line in drift_lines(found, stored, read, trace, plan):
+        echo(line)
+    seen = stored.provenance.trace_checksum == opened.checksum
+    facts = {"trace": opened.label, "synthetic": opened.synthetic, "plan": str(plan), "fitted_on_this_trace": seen}
+    emit_json(json, facts | found.to_dict())
+    return 1 if found.stale else 0

@@ -1,0 +1,84 @@
+"""Check a placement file, also against the plan that it should hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moeplan.engines.files import examine
+from moeplan.engines.report import ExpertLayout, Report
+from moeplan.engines.unsupported_models import without_placement
+from moeplan.errors import UsageError
+from moeplan.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from moeplan.planning import Plan
+
+__all__ = ["check"]
+
+
+def check(
+    path: Path,
+    engine: str,
+    model: ModelSpec | None = None,
+    layout: ExpertLayout | None = None,
+    *,
+    plan: Plan | None = None,
+    plan_path: str = "",
+) -> Report:
+    """Look at an engine's placement file: every rule that the engine does not check itself.
+
+    Args:
+        model, layout: what config and flags say of the model and of the deployment.
+        plan, plan_path: also compare with this plan, slot by slot.
+
+    Raises:
+        FormatError: the file cannot be read. UsageError: no such engine; `model` or `layout` contradicts the plan.
+    """
+    model, layout = model or ModelSpec(), layout or ExpertLayout()
+    ignored = without_placement(engine, model.architectures)
+    if plan is not None:
+        model, layout = _with_plan(model, layout, plan, plan_path)
+    report = examine(path, engine, model, layout)
+    if plan is not None:
+        _compare(report, plan, plan_path)
+    if ignored is not None:
+        report.warn("", ignored, "the file would have no effect")
+    return report
+
+
+def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: Plan, where: str) -> tuple[ModelSpec, ExpertLayout]:
+    """What the plan says, where nothing else does; a contradiction is the reader's to correct."""
+    for key, given, value in (
+        ("num_experts", model.num_experts, plan.model.num_experts),
+        ("moe_layers", model.moe_layers, plan.model.layer_ids),
+        ("ep_size", layout.ep_size, plan.cluster.num_gpus),
+        ("nodes", layout.nodes, plan.cluster.nodes),
+        ("redundant", layout.redundant, plan.redundant),
+    ):
+        if given not in (None, value):
+            raise UsageError(
+                f"{key.replace('_', ' ')} {given} of the flags is not the plan's {value}"[:200],
+                where=where,
+                hint="leave the flag out, or give the file's own plan",
+            )
+    spec = model.override(num_experts=plan.model.num_experts, moe_layers=plan.model.layer_ids)
+    return spec, ExpertLayout(plan.cluster.num_gpus, plan.cluster.nodes, plan.redundant)
+
+
+def _compare(report: Report, plan: Plan, where: str) -> None:
+    """An error for the first slot that differs from the plan's."""
+    if report.placement is None:
+        return
+    ours, theirs = report.placement.physical_to_logical, plan.placement.slots
+    differ = np.argwhere(ours != theirs)
+    if len(differ):
+        row, slot = (int(i) for i in differ[0])
+        report.fault(
+            f"layer {plan.model.layer_ids[row]}, slot {slot}",
+            f"holds expert {ours[row, slot]}, the plan {where} has {theirs[row, slot]} "
+            f"({len(differ)} of {ours.size} slots differ)",
+            "export the plan again, or check against the plan that is served",
+        )
