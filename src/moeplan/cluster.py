@@ -247,7 +247,7 @@ def _align16(size: int) -> int:
 
 @dataclass(frozen=True)
 class Routes:
-    """A replica rule applied to a placement: who serves whom.
+    """A replica rule applied to a placement: which slot serves each pick.
 
     Attributes:
         slot: int32 [L, P, E], the slot that serves expert e for a token whose source is GPU s; None under `hash`, where

@@ -18,7 +18,7 @@ class MoeplanError(Exception):
     Args:
         what: what is wrong, naming the value.
         where: the file, and the row or field in it, if there is one.
-        mend: what the reader should do next.
+        hint: what the reader should do next.
     """
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
@@ -26,7 +26,7 @@ class MoeplanError(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The whole error as one line: place, fault, mend."""
+        """The whole error as one line: location, what is wrong, hint."""
         text = f"{self.where}: {self.what}" if self.where else self.what
         if self.hint:
             text = f"{text.rstrip('.')}; {self.hint}"

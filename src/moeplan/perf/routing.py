@@ -101,7 +101,7 @@ def uniform_routing(
     balanced: bool = False,
     skew: float = 1.0,
 ) -> Routing:
-    """Every expert as likely as any other; the GPUs' loads differ by chance alone.
+    """Every expert as likely as any other; the GPUs' loads differ only by random imbalance.
 
     A GPU's picks are a sum of `tokens` independent draws; the P loads of a step are put at the normal quantiles of
     (i - 0.375) / (P + 0.25) (Blom 1958), so that their mean is exact and the largest is the expected maximum: the

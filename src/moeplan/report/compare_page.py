@@ -1,4 +1,4 @@
-"""The page of a comparison: what each strategy gives on unseen requests, in one sentence a figure."""
+"""The page of a comparison: what each strategy gives on held-out requests, in one sentence a figure."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
     over = [row.name for row in known if not row.guarded]
     sentence = (
         f"In a step with {live} live requests a group the busiest GPU serves {linear.value:.2f} times the mean under "
-        f"linear, where even GPUs would show {floor:.2f} by chance alone; "
+        f"linear, where uniformly random routing would show {floor:.2f}; "
     )
     verb = "exceeds" if len(over) == 1 else "exceed"
     sentence += f"{', '.join(over) or 'no strategy'} {verb if over else 'exceeds'} the node-load guard."

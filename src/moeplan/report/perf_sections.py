@@ -66,7 +66,7 @@ def skewed(
     prefill: bool = False,
     up_to: float = 4.0,
 ) -> Curve:
-    """(loads of the busiest GPU over the mean, ms) as load grows uneven, from uniform routing on.
+    """(loads of the busiest GPU over the mean, ms) as load imbalance grows, from uniform routing on.
 
     ms: per token of an answer, or of a prefill step. up_to: a load that the line must reach.
     """
@@ -99,7 +99,7 @@ def skew_section(
         f"that of uniform routing.{marked}",
         [skew_figure(curves, f"{what} against the busiest GPU's load", what=what, marks=marks)],
         note="The other GPUs share the rest evenly. The first point of a line is uniform routing, whose loads differ "
-        "by chance alone. A plan that lowers the skew moves a step to the left: see moeplan compare."
+        "by random imbalance only. A plan that lowers the skew moves a step to the left: see moeplan compare."
         + (
             " A plan's own step lies beside the line, since real routing sends fewer or more messages, too."
             if marks

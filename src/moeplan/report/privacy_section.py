@@ -1,4 +1,4 @@
-"""The section of a profile that says what the stored rows give away."""
+"""The section of a profile that says what stored rows leak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeplan.report.profile_figures import link_figure
 
 __all__ = ["privacy_section"]
 
-HEADING = "What the stored rows give away"
+HEADING = "What stored rows leak"
 
 
 def privacy_section(found: Profile, *, figures: bool = True) -> Section:

@@ -111,7 +111,7 @@ def classification_figure(found: Leakage) -> Image:
             np.array(found.layer_ids),
             series,
             x_label="layer",
-            y_label="accuracy, unseen requests, %",
+            y_label="accuracy, held-out requests, %",
             quiet=("shuffled labels",),
         )
         axes.axhline(100 * found.chance, color=PALETTE[1], linewidth=1, label=f"chance ({found.chance:.0%})")

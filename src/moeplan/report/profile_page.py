@@ -98,7 +98,7 @@ def _trace(found: Profile) -> Section:
         f"{total:,} {found.trace.request_noun} of {domains}; {both}.",
         table=Table(head, rows, caption),
         note="Imbalance: largest expert's load over the mean, mean over layers. Even experts: what as many independent "
-        "picks would show if every expert were equally likely; small samples look uneven by themselves.",
+        "picks would show if every expert were equally likely; small samples look imbalanced by themselves.",
     )
 
 
@@ -131,7 +131,7 @@ def _imbalance(found: Profile, *, figures: bool = True) -> Section:
                 ]
                 for i in np.argsort(-load.overall, kind="stable")[:8]
             ],
-            "the most uneven layers, all rows",
+            "the layers with the largest imbalance, all rows",
         ),
         "An expert's load is its picks over the picks it would get if all were equal; the factor is the largest one.",
     )
@@ -224,7 +224,7 @@ def _phases(found: Profile, *, figures: bool = True) -> Section:
         heading,
         sentence,
         [draw.phases_figure(item, found.imbalance)] if figures else (),
-        Table(["what foretells the decode", "mean over layers", "own minus this [95 %]"], rows, strong=[1]),
+        Table(["predictor of the decode", "mean over layers", "own minus this [95 %]"], rows, strong=[1]),
         f"Pearson correlation of the experts' counts per layer, on {used}"
         + (f"; {unused:,} requests are too short or have no such rows" if unused else "")
         + ". Popularity is the decode counts of all other requests (of the same domain), the request itself left out. "
@@ -266,7 +266,7 @@ def _map(found: Profile, *, figures: bool = True) -> Section:
 
 
 def _classification(found: Profile, *, figures: bool = True) -> Section:
-    heading = "What routing gives away"
+    heading = "What routing leaks"
     item = found.leakage
     if isinstance(item, Skipped):
         return Section(heading, f"Not shown: it {item.reason}.", skipped=True)
