@@ -58,7 +58,7 @@ def expert_selection(
     model: o.ModelFlags = o.ModelFlags(),
     json: o.Json = None,
 ) -> None:
-    """Import JSON files, one request each: a list of steps, each a map from layer to [tokens][k]."""
+    """Import JSON files, one request each: a list of steps, each a map from layer to its tokens' picks."""
     from moeplan.importers.expert_selection import import_expert_selection
 
     with progress("importing files") as tick:
