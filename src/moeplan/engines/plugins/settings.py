@@ -1,6 +1,6 @@
-"""What the environment asks a plug-in to do, and the plan that it names.
+"""Settings of a plug-in from the environment, and the plan that they name.
 
-Everything that is wrong comes out as one line in the engine's log; a plug-in never raises into the server.
+Every error is one line in the engine's log; a plug-in never raises into the server.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from moeplan.errors import MoeplanError, UsageError
 if TYPE_CHECKING:
     from moeplan.engines.placement import EnginePlacement
 
-__all__ = ["MODES", "PluginSettings", "asked", "is_first_process", "kind", "not_tested"]
+__all__ = ["MODES", "PluginSettings", "check_version", "describe", "is_first_process", "read_settings"]
 
-#: `plan`: the plan as it is, always. `online`: from the plan, by the load that the engine counts.
+#: `plan`: always the plan itself. `online`: the plan, improved for the load that the engine counts.
 MODES = ("plan", "online")
 
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """One request of the environment.
+    """Values of the environment variables.
 
     Attributes:
         path: a plan's directory, or a file of `moeplan export --engine vllm`.
-        mode: one of `MODES`, or something else, which `problem` then names.
+        mode: one of `MODES`; any other value is an error in `problem`.
         prefix: of the variables, e.g. MOEPLAN_VLLM.
     """
 
@@ -48,12 +48,12 @@ class PluginSettings:
             return _placement(Path(self.path))
         except MoeplanError as error:
             return error.line()
-        except Exception as error:  # a defect of ours, or a library that is missing, must not end the server
-            return f"{self.path}: cannot be read ({kind(error)})"
+        except Exception as error:  # a bug or a missing library must not stop the server
+            return f"{self.path}: cannot be read ({describe(error)})"
 
     @property
     def placement(self) -> EnginePlacement | None:
-        """Where the plan puts every expert; None where there is a `problem`."""
+        """The placement of the plan; None where there is a `problem`."""
         return None if isinstance(self._read, str) else self._read
 
     @property
@@ -62,22 +62,22 @@ class PluginSettings:
         return self._read if isinstance(self._read, str) else ""
 
     @property
-    def name(self) -> str:
-        """Mode and plan, by which all ranks must agree: a placement's checksum, layers, slots and mode."""
+    def fingerprint(self) -> str:
+        """What all ranks must agree on: checksum, layers and slots of the placement, and the mode."""
         if self.placement is None:
             return "none"
         rows = self.placement.physical_to_logical
         return f"{zlib.crc32(rows.tobytes()):08x}-{rows.shape[0]}x{rows.shape[1]}-{self.mode}"
 
     @property
-    def words(self) -> str:
-        """The plan in a few words, for the log."""
-        of = self.placement
-        if of is None:
+    def summary(self) -> str:
+        """The plan in one line, for the log."""
+        plan = self.placement
+        if plan is None:
             return f"plan {self.path}"
         return (
-            f"plan {self.path} ({len(of.layer_ids)} layers, {of.num_experts} experts + {of.redundant} redundant, "
-            f"{of.nodes} nodes x {of.ep_size // of.nodes} GPUs, {self.name})"
+            f"plan {self.path} ({len(plan.layer_ids)} layers, {plan.num_experts} experts + {plan.redundant} redundant, "
+            f"{plan.nodes} nodes x {plan.ep_size // plan.nodes} GPUs, {self.fingerprint})"
         )
 
 
@@ -92,28 +92,28 @@ def _placement(path: Path) -> EnginePlacement:
     return EnginePlacement.of_plan(load_plan(path))
 
 
-def asked(prefix: str) -> PluginSettings | None:
-    """What `PREFIX_PLAN` and `PREFIX_MODE` ask for; None when no plan is named."""
+def read_settings(prefix: str) -> PluginSettings | None:
+    """Settings from `PREFIX_PLAN` and `PREFIX_MODE`; None if no plan is named."""
     path = os.environ.get(f"{prefix}_PLAN", "").strip()
     if not path:
         return None
     return PluginSettings(path, os.environ.get(f"{prefix}_MODE", "").strip().lower() or MODES[0], prefix)
 
 
-def not_tested(engine: str, names: tuple[str, ...], tested: tuple[str, ...]) -> str:
-    """Why the plug-in stays out of an engine of this version; empty if it was tested with it. `+cu129` does not count.
+def check_version(engine: str, names: tuple[str, ...], tested: tuple[str, ...]) -> str:
+    """Why the plug-in does not support the engine's version; empty if it was tested with it. `+cu129` is ignored.
 
     Args:
-        engine: as the log calls it. names: under which it may be installed. tested: versions.
+        engine: its name in the log. names: of its packages. tested: versions.
     """
     version = _version(names)
     if version.split("+")[0] in tested:
         return ""
-    return f"{engine} {version} is not one that the plug-in was tested with ({', '.join(tested)}): it stays out"
+    return f"{engine} {version} is not one that the plug-in was tested with ({', '.join(tested)})"
 
 
 def is_first_process() -> bool:
-    """Whether this is the server's first process on its node, which speaks for those that it starts."""
+    """Whether this is the server's first process on its node, which logs for those that it starts."""
     return multiprocessing.parent_process() is None
 
 
@@ -124,6 +124,6 @@ def _version(names: tuple[str, ...]) -> str:
     return "of unknown version"
 
 
-def kind(error: Exception) -> str:
-    """An error that nobody foresaw, in one line."""
+def describe(error: Exception) -> str:
+    """An unexpected error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

