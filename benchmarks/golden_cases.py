@@ -67,7 +67,9 @@ ADDED: tuple[tuple[str, str], ...] = (
     (r"^(import|generate)-\w+: notes\b", "every verb that makes a trace gives the notes of the source"),
 )
 #: (pattern of a path whose text is for people and may be worded anew, reason).
-TEXT: tuple[tuple[str, str], ...] = ()
+TEXT: tuple[tuple[str, str], ...] = (
+    (r"^profile-[\w-]+: (request_types\.meaning|notices|.*\.skipped)\b", "sentences of a profile, in standard terms"),
+)
 #: (pattern of a path that is left out on both sides, reason).
 VOLATILE: tuple[tuple[str, str], ...] = (
     (r"\bfit_seconds\b", "a time"),
