@@ -25,7 +25,7 @@ from exact_bounds import (
 )
 from moeplan import open_trace
 from moeplan.cluster import Cluster, Dispatch, request_messages
-from moeplan.planning import Plan, Problem, RequestSet, read_requests, solve
+from moeplan.planning import Plan, PlanningTask, Problem, RequestSet, read_requests, solve
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.problem import GUARD, Stream
 from moeplan.planning.strategies.moeplan import MoeplanParams
@@ -55,7 +55,7 @@ def bench() -> list[tuple[str, str]]:
 
 def _placement(requests: RequestSet, redundant: int) -> list[tuple[str, str]]:
     """Every layer of the whole trace: without a look at load, and within the plan's own load."""
-    lines, stream = [], requests.stream(np.arange(len(requests)))
+    lines, stream = [], requests.problem(PlanningTask(Cluster(8, 1), redundant)).stream
     for guard in (np.inf, GUARD):
         problem = Problem(requests.shape, Cluster(8, 1), redundant, requests.use, requests.use, stream)
         use, held, _ = _planned(problem, solve(problem, MoeplanParams(guard)))
@@ -90,7 +90,8 @@ def _nodes(problems: list[Problem]) -> str:
         problem = dataclasses.replace(problem, dispatch=Dispatch.NODE)
         result, stream = solve(problem, MoeplanParams(guard=np.inf)), problem.stream
         _, _, group = _planned(problem, result)
-        reached = request_messages(result.who, Dispatch.NODE, stream.experts, stream.starts, stream.stops, group)[:, 2]
+        rows = stream.experts, stream.starts, stream.stops
+        reached = request_messages(result.routes, Dispatch.NODE, *rows, group)[:, 2]
         home = np.repeat(group, stream.stops - stream.starts)
         best: Bound = best_nodes(
             stream.experts[:, 0], home, problem.cluster.nodes, problem.shape.num_experts, time_limit=SECONDS
@@ -121,7 +122,7 @@ def _whether(pairs: list[tuple[float, float, bool]]) -> str:
 
 def _planned(problem: Problem, result: Plan) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], Int64Array]:
     """Use by node [L, N, E] in the best groups for this placement, what nodes hold [L, N, E], and the groups [n]."""
-    share = result.who.local_share.reshape(problem.cluster.num_groups, -1)
+    share = result.routes.local_share.reshape(problem.cluster.num_groups, -1)
     group = equal_groups(problem.use.reshape(len(problem.use), -1) @ share.T)  # picks at home, in all
     return use_by_node(problem.use, group, problem.cluster.nodes), nodes_holding(result.placement), group
 
@@ -137,7 +138,7 @@ def _cut(requests: RequestSet, n: int, nodes: int, layers: int, redundant: int, 
     """n requests of the embedded trace and its first layers."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(requests))[:n])
     shape = dataclasses.replace(requests.shape, num_layers=layers, layer_ids=requests.shape.layer_ids[:layers])
-    stream, use = requests.stream(chosen), requests.use[chosen, :layers]
+    stream, use = requests.problem(PlanningTask(Cluster(nodes, 1)), chosen).stream, requests.use[chosen, :layers]
     return Problem(
         shape, Cluster(nodes, 1), redundant, use, use,
         Stream(np.ascontiguousarray(stream.experts[:, :layers]), stream.starts, stream.stops),

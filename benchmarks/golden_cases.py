@@ -61,10 +61,17 @@ REWRITTEN: tuple[tuple[str, str], ...] = (
 #: (pattern of an old path, replacement (re.sub) or None where the new tree has it no more, reason).
 RENAMED: tuple[tuple[str, str | None, str], ...] = (
     (r"^(import-\w+: )stage$", r"\1phase", "what was counted is a phase, as everywhere else"),
+    (r"\b(setup|cluster)\.home$", None, "is deployment: nodes or gpus"),
+    (r"plan\.json: (guard|objective)$", None, "is in params, with the other parameters of the strategy"),
+    (r"plan\.json: signature_stands_in$", None, "is signature, as source and tokens"),
+    (r"\bmoved\.copies$", "moved.replicas", "a replica, never a copy"),
 )
 #: (pattern of a path that only the new tree has, reason).
 ADDED: tuple[tuple[str, str], ...] = (
     (r"^(import|generate)-\w+: notes\b", "every verb that makes a trace gives the notes of the source"),
+    (r"\b(setup|cluster)\.deployment$", "was home"),
+    (r"plan\.json: (params|signature|requires)\b", "plan format version 2"),
+    (r"^(replay|evaluate)[\w-]*: synthetic$", "as in compare"),
 )
 #: (pattern of a path whose text is for people and may be worded anew, reason).
 TEXT: tuple[tuple[str, str], ...] = (
@@ -74,6 +81,7 @@ TEXT: tuple[tuple[str, str], ...] = (
 VOLATILE: tuple[tuple[str, str], ...] = (
     (r"\bfit_seconds\b", "a time"),
     (r"[ .]moeplan$", "the version"),
+    (r"plan\.json: version$", "of the format: 1 and 2"),
 )
 
 

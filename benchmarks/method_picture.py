@@ -23,8 +23,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from moeplan import open_trace
 from moeplan.cluster import Cluster
 from moeplan.planning import Plan, read_requests, solve
-from moeplan.replay import Setup
-from moeplan.replay.comparison import fit_problem, group_test
+from moeplan.planning.plan import PlanningTask
+from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.split import blocks, split
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "method.png"
@@ -61,14 +61,13 @@ class Shown:
 def chosen() -> Shown:
     """Fit on one half; the middle request of the other."""
     requests = read_requests(open_trace("embedded"))
-    setup = Setup(Cluster(NODES, GPUS), ("moeplan",), seed=SEED)
     seen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([SEED, 0, 0]))
     fit, test = np.flatnonzero(seen), np.flatnonzero(~seen)
-    problem = fit_problem(requests, setup, fit)
+    problem = requests.problem(PlanningTask(Cluster(NODES, GPUS)), fit)
     plans: dict[str, Plan] = {name: solve(problem, name, SEED) for name in ("linear", "moeplan")}
+    fold = FoldEvaluator(requests, fit, test, live=1, steps=1, seed=SEED)
     group = {
-        name: group_test(requests, fit, test, plan, how, np.random.default_rng([SEED, 0, 1]))
-        for (name, plan), how in zip(plans.items(), ("none", "prefill"), strict=True)
+        name: fold.group(plan, how).group for (name, plan), how in zip(plans.items(), ("none", "prefill"), strict=True)
     }
     use = requests.use[test].astype(np.float64)
     home = use_at(use, plans["moeplan"])[np.arange(len(test)), :, group["moeplan"]].sum(axis=(1, 2))

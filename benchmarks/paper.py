@@ -22,12 +22,13 @@ import numpy as np
 
 from moeplan.cluster import Cluster
 from moeplan.planning import RequestSet, read_requests, solve
+from moeplan.planning.assignment import random_groups
+from moeplan.planning.plan import Plan, PlanningTask
 from moeplan.planning.strategies import find
 from moeplan.planning.strategies.paper import PaperParams
-from moeplan.replay import Setup
-from moeplan.replay.comparison import fit_problem, group_test
-from moeplan.replay.measure import StepFigures, measure_steps
+from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.split import MAX_LIVE, blocks, draw_steps, split
+from moeplan.replay.steps import StepFigures, sample_steps
 
 SEEDS, BATCHES, REQUESTS, SMALLEST = range(4), 500, 2400, 8
 REAL = Path(__file__).parents[1].parent / "shared" / "traces" / "maverick-mmlu.npz"
@@ -42,16 +43,16 @@ KINDS = (
 
 def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], float], int, dict[str, int]]:
     """{(row, kind): median volume / linear's} of one seed, live requests a group, and those of unequal rows."""
-    setup = Setup(Cluster(8, 8), (), steps=BATCHES, folds=1, seed=seed)
     chosen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([seed, 0]))
     fit, test = np.flatnonzero(chosen), np.flatnonzero(~chosen)
     draws = draw_steps(requests.measured_span[test], BATCHES, np.random.default_rng([seed, 2]))
-    problem = fit_problem(requests, setup, fit)
+    problem = requests.problem(PlanningTask(Cluster(8, 8)), fit)
     linear = solve(problem, "linear", seed)
-    even = group_test(requests, fit, test, linear, "none", np.random.default_rng([seed, 1]))
+    even = random_groups(len(test), 8, np.random.default_rng([seed, 1]))
+    fold = FoldEvaluator(requests, fit, test, live=1, steps=1, seed=seed)
 
-    def replay(result, group, live: int) -> StepFigures:  # type: ignore[no-untyped-def]
-        return measure_steps(requests, draws, group, live, result.who, setup.dispatch)
+    def replay(plan: Plan, group, live: int) -> StepFigures:  # type: ignore[no-untyped-def]
+        return sample_steps(requests, draws, group, live, plan).figures()
 
     live = min(MAX_LIVE, len(test) // 8 - 2)
     base = {live: replay(linear, even, live)}
@@ -61,8 +62,7 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
         if isinstance(strategy, PaperParams):
             strategy = dataclasses.replace(strategy, clusters=8)
         result = solve(problem, strategy, seed)
-        signature = "prefill" if strategy.routed else "none"
-        group = group_test(requests, fit, test, result, signature, np.random.default_rng([seed, 1]))
+        group = fold.group(result, "prefill").group if strategy.routed else even
         size = min(live, int(np.bincount(group, minlength=8).min()))
         if size < SMALLEST:  # the original left a group (nearly) empty: there are no batches to speak of
             continue

@@ -21,9 +21,9 @@ FACTOR, PART_PICKS = 8, 1 << 22
 
 MEASURE = """
 import resource, sys
-from moeplan.profile import profile
+from moeplan.profile import profile_trace
 from moeplan.trace import open_trace
-profile(open_trace(sys.argv[1]))
+profile_trace(open_trace(sys.argv[1]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -25,8 +25,10 @@ from moeplan.model.catalogue import load_model
 from moeplan.model.spec import ModelSpec
 from moeplan.perf.memory import model_shape
 from moeplan.planning import RequestSet, read_requests
+from moeplan.planning.plan import PlanningTask
 from moeplan.planning.strategies.moeplan import PARTS, MoeplanParams
-from moeplan.replay import Setup, compare
+from moeplan.replay.compare import compare_task
+from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import least_requests
 from moeplan.replay.statistics import change
 
@@ -173,11 +175,9 @@ def ablations(sources: Iterable[str], steps: int) -> list[Setting]:
 def figures(setting: Setting) -> dict[str, Any]:
     """The comparison's own JSON, with `vs_eplb` (paired change and interval) beside `vs_linear`."""
     ours = MoeplanParams(without=setting.without) if setting.guarded else MoeplanParams(guard=float("inf"))
-    setup = Setup(
-        Cluster(setting.nodes, setting.gpus), (*setting.strategies[:-1], ours), setting.redundant,
-        dispatch=Dispatch(setting.mode), folds=setting.folds, block=SOURCES[setting.source].block, steps=setting.steps,
-    )  # fmt: skip
-    found = compare(requests_of(setting.source), setup)
+    task = PlanningTask(Cluster(setting.nodes, setting.gpus), setting.redundant, Dispatch(setting.mode))
+    settings = EvaluationSettings(folds=setting.folds, block=SOURCES[setting.source].block, steps=setting.steps)
+    found = compare_task(requests_of(setting.source), task, (*setting.strategies[:-1], ours), settings)
     out = found.to_dict()
     if "eplb" in setting.strategies:
         base = found.row("eplb").figures

@@ -29,14 +29,13 @@ from moeplan.perf.hardware import Hardware, Link, load_hardware
 from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
-from moeplan.planning import Plan, RequestSet, Strategy, solve
+from moeplan.planning import Plan, PlanningTask, Strategy, solve
 from moeplan.planning.strategies.moeplan import MoeplanParams
-from moeplan.replay import Setup
-from moeplan.replay.comparison import fit_problem, folds_of, group_test, rng_of
-from moeplan.replay.measure import measure_steps
-from moeplan.replay.split import blocks, draw_steps, live_requests
+from moeplan.replay.evaluator import FoldEvaluator
+from moeplan.replay.run import EvaluationRun
+from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.statistics import Figure, change
-from moeplan.replay.timing import CONTEXT, StepTimes, Timing, parallel_of
+from moeplan.replay.timing import CONTEXT, parallel_of
 from results_settings import REAL, ROOT, SOURCES, present, requests_of
 
 PAGE = ROOT / "docs" / "results" / "planning-for-latency.md"
@@ -126,19 +125,6 @@ def counted(place: Place, links: Any, picks: Any, touched: Any) -> Steps:
     return Steps(near, flat, batch)
 
 
-@dataclass(frozen=True)
-class Kept(Timing):
-    """Stands where steps are timed, and keeps what was counted."""
-
-    place: Place | None = None
-    kept: list[Steps] = field(default_factory=list)
-
-    def times(self, cluster: Cluster, mode: Dispatch, links: Any, picks: Any, touched: Any) -> StepTimes:
-        assert self.place is not None
-        self.kept.append(counted(self.place, links, picks, touched))
-        return StepTimes(np.zeros(len(picks)), np.zeros(len(picks)))
-
-
 #: (strategy row, strategy, signature) of the plans that do not depend on the links.
 ROWS = (
     ("linear", "linear", "none"), ("linear/prefill", "linear", "prefill"), ("eplb", "eplb", "none"),
@@ -160,25 +146,20 @@ class Found:
 def run(place: Place, folds: int, steps: int, full: bool) -> Found:
     """Plan on each fold's fit part and time steps of the rest."""
     requests = requests_of(place.source)
-    setup = Setup(
-        place.cluster, (), place.redundant, folds=folds, steps=steps, block=SOURCES[place.source].block
-    )  # fmt: skip
-    parts = folds_of(requests, setup, blocks(requests.index, setup.block))
-    live = live_requests([len(test) for _, test in parts], place.cluster)
-    found = Found(place, live)
-    loads = (1.0, FULL / live) if full else (1.0,)
-    for fold, (fit, test) in enumerate(parts):
-        draws = draw_steps(requests.measured_span[test], steps, rng_of(setup, fold, 2))
+    settings = EvaluationSettings(folds=folds, steps=steps, block=SOURCES[place.source].block)
+    task = PlanningTask(place.cluster, place.redundant)
+    common = EvaluationRun.split(requests, task, settings, "{} fit requests are too few", "use another trace")
+    found = Found(place, common.live)
+    loads = (1.0, FULL / common.live) if full else (1.0,)
+    for fold in common.folds():
 
-        def measured(result: Plan, signature: str, fit: Array = fit, test: Array = test, draws: Any = draws) -> Steps:
-            group = group_test(requests, fit, test, result, signature, rng_of(setup, fold, 1))  # noqa: B023
-            kept = Kept(place.spec, load_hardware("H100"), steps=steps, place=place)
-            measure_steps(requests, draws, group, live, result.who, setup.dispatch, kept)
-            return joined(kept.kept)
+        def measured(plan: Plan, signature: str, fold: FoldEvaluator = fold) -> Steps:
+            sampled = fold.sample(plan, fold.group(plan, signature))
+            return joined([counted(place, *part) for part in sampled.counts(steps)])
 
-        plans = {name: measured(_solved(requests, setup, fit, of, fold), sign) for name, of, sign in ROWS}
+        plans = {name: measured(_solved(fold, task, of), sign) for name, of, sign in ROWS}
         for objective in OBJECTIVES:
-            result = _solved(requests, setup, fit, MoeplanParams(objective=objective), fold)
+            result = _solved(fold, task, MoeplanParams(objective=objective))
             plans[f"moeplan {objective}"] = measured(result, "prefill")
         for name, kept in plans.items():
             found.steps.setdefault(name, []).append(kept)
@@ -186,26 +167,26 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
             for world in WORLDS:
                 for name, kept in plans.items():
                     found.ms.setdefault((name, world.name, load), []).append(kept.ms(place, world, load))
-                result = _timed(requests, setup, place, fit, fold, world, load)
-                won = next(found[1] for note in result.notes if (found := re.search(r"chosen: (\w+)", note)))
+                result = _timed(fold, task, place, world, load)
+                won = next(found[1] for note in result.provenance.notes if (found := re.search(r"chosen: (\w+)", note)))
                 found.won.setdefault((world.name, load), Counter())[won] += 1
                 kept = measured(result, "prefill")
                 found.ms.setdefault(("moeplan time", world.name, load), []).append(kept.ms(place, world, load))
-                say(f"{place.source}, fold {fold + 1}, {world.name}, load x {load:g}: {won}")
+                say(f"{place.source}, fold {fold.fold + 1}, {world.name}, load x {load:g}: {won}")
     return found
 
 
-def _solved(requests: RequestSet, setup: Setup, fit: Array, strategy: str | Strategy, fold: int) -> Plan:
-    return solve(fit_problem(requests, setup, fit), strategy, setup.seed + fold)
+def _solved(fold: FoldEvaluator, task: PlanningTask, strategy: str | Strategy) -> Plan:
+    return solve(fold.requests.problem(task, fold.fit), strategy, fold.seed + fold.fold)
 
 
-def _timed(requests: RequestSet, setup: Setup, place: Place, fit: Array, fold: int, world: World, load: float) -> Plan:
+def _timed(fold: FoldEvaluator, task: PlanningTask, place: Place, world: World, load: float) -> Plan:
     """The `time` plan for these links and this load."""
 
     def cost(links: Array, picks: Array, touched: Array) -> float:
         return float(counted(place, links[None], picks[None], touched[None]).ms(place, world, load)[0])
 
-    return _solved(requests, setup, fit, MoeplanParams(objective="time", step_cost=cost), fold)
+    return _solved(fold, task, MoeplanParams(objective="time", step_cost=cost))
 
 
 def joined(parts: Sequence[Steps]) -> Steps:

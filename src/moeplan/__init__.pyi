@@ -1,8 +1,5 @@
 """The public names, once."""
 
-from .api import compare as compare
-from .api import detect_drift as detect_drift
-from .api import evaluate as evaluate
 from .api import plan as plan
 from .api import rebalance as rebalance
 from .cluster import Cluster as Cluster
@@ -22,7 +19,11 @@ from .planning.store import load_plan as load_plan
 from .planning.strategies.moeplan import MoeplanParams as MoeplanParams
 from .planning.strategies.paper import PaperParams as PaperParams
 from .profile.characterise import profile_trace as profile_trace
+from .replay.compare import compare as compare
 from .replay.drift import DriftReport as DriftReport
+from .replay.drift import detect_drift as detect_drift
+from .replay.evaluate import Evaluation as Evaluation
+from .replay.evaluate import evaluate as evaluate
 from .replay.settings import EvaluationSettings as EvaluationSettings
 from .replay.statistics import Figure as Figure
 from .replay.table import Comparison as Comparison

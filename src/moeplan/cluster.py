@@ -15,13 +15,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels import messages as _messages
+from moeplan.arrays import (
+    BoolArray,
+    CountArray,
+    ExpertArray,
+    Float32Array,
+    FloatArray,
+    Int16Array,
+    Int32Array,
+    Int64Array,
+)
 from moeplan.errors import PlanError, UsageError
-from moeplan.types import Int32Array, Placement
+from moeplan.types import Placement
 
 __all__ = [
     "Cluster",
@@ -30,6 +41,7 @@ __all__ = [
     "MessageBytes",
     "ReplicaRule",
     "Routes",
+    "StepCounts",
     "check_slots",
     "message_bytes",
     "request_messages",
@@ -37,10 +49,6 @@ __all__ = [
     "step_messages",
     "token_messages",
 ]
-
-FloatArray = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Dispatch(StrEnum):
@@ -64,7 +72,7 @@ class Deployment(StrEnum):
 
 
 class ReplicaRule(StrEnum):
-    """Which copy of an expert serves a pick; see `routes`."""
+    """Which replica of an expert serves a pick; see `routes`."""
 
     NEAREST_STATIC = "nearest-static"
     NEAREST_EVEN = "nearest-even"
@@ -129,7 +137,7 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
     """Slots per GPU; refuses, naming the nearest counts that work, when slots do not divide over the GPUs.
 
     Raises:
-        PlanError: (E + R) does not divide by nodes x GPUs, or a GPU would need two copies of one expert.
+        PlanError: (E + R) does not divide by nodes x GPUs, or a GPU would need two replicas of one expert.
     """
     if redundant < 0:
         raise UsageError(f"--redundant {redundant} is negative", hint="give 0 or more extra slots per layer")
@@ -160,7 +168,7 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
 # Messages
 
 
-def token_messages(mode: Dispatch, cluster: Cluster, source: int, serving: list[int]) -> list[tuple[int, int]]:
+def token_messages(dispatch: Dispatch, cluster: Cluster, source: int, serving: list[int]) -> list[tuple[int, int]]:
     """The dispatch messages of one token at one layer, as (from GPU, to GPU); combine sends the same ones back.
 
     Args:
@@ -168,18 +176,18 @@ def token_messages(mode: Dispatch, cluster: Cluster, source: int, serving: list[
         serving: the GPU that serves each of its k picks.
 
     `pick` sends one message per pick, `gpu` one per distinct GPU. `node` sends one per distinct other node, to the GPU
-    of the source's own index there, which hands it on to each distinct serving GPU of that node; inside the home node
+    of the source's own index there, which hands it on to each distinct serving GPU of that node; inside its own node
     the source sends to each distinct GPU itself. `allgather` sends everything to everyone along the same two hops,
     whatever the picks: no plan changes its bytes. A message whose source is its destination costs nothing and
     is absent.
     """
     per_node = cluster.gpus_per_node
     rail = source % per_node
-    if mode is Dispatch.PICK:
+    if dispatch is Dispatch.PICK:
         return [(source, gpu) for gpu in serving if gpu != source]
-    if mode is Dispatch.GPU:
+    if dispatch is Dispatch.GPU:
         return [(source, gpu) for gpu in sorted(set(serving)) if gpu != source]
-    reached = set(range(cluster.num_gpus)) if mode is Dispatch.ALLGATHER else set(serving)
+    reached = set(range(cluster.num_gpus)) if dispatch is Dispatch.ALLGATHER else set(serving)
     messages: list[tuple[int, int]] = []
     for node in sorted({gpu // per_node for gpu in reached}):
         entry = source if node == source // per_node else node * per_node + rail
@@ -213,16 +221,16 @@ class MessageBytes:
         return self.dispatch + self.combine
 
 
-def message_bytes(mode: Dispatch, hidden: int, top_k: int) -> MessageBytes:
+def message_bytes(dispatch: Dispatch, hidden: int, top_k: int) -> MessageBytes:
     """Bytes of one message: fp8 dispatch with a float32 scale per 128 values, bf16 combine.
 
     `pick` (low latency): 16 + h + 4h/128 there, 2h back. `gpu` and `node` (normal kernels): h + 4h/128 + 8 + 8k there
     (k int32 indices and k float32 weights), 2h + 8 + 4k back, each rounded up to 16. `allgather` (vLLM's
     all-gather and reduce-scatter): one bf16 row, 2h, each way.
     """
-    if mode is Dispatch.ALLGATHER:
+    if dispatch is Dispatch.ALLGATHER:
         return MessageBytes(2 * hidden, 2 * hidden, hidden)
-    if mode is Dispatch.PICK:
+    if dispatch is Dispatch.PICK:
         width = next((w for w in LOW_LATENCY_WIDTHS if w >= hidden), -(-hidden // 512) * 512)
         note = f"hidden {hidden} padded to {width}, a width that DeepEP's low-latency kernel supports"
         if width > LOW_LATENCY_WIDTHS[-1]:
@@ -260,25 +268,25 @@ class Routes:
     slot: Int32Array | None
 
     @cached_property
-    def gpu(self) -> npt.NDArray[np.int16]:
+    def gpu(self) -> Int16Array:
         """int16 [L, P, E], the serving GPU; under `hash` a dummy of one expert."""
         if self.slot is None:
             return np.zeros((self.placement.num_layers, self.cluster.num_gpus, 1), np.int16)
         return (self.slot // self.placement.slots_per_gpu).astype(np.int16)
 
     @cached_property
-    def replica_gpu(self) -> npt.NDArray[np.int16]:
+    def replica_gpu(self) -> Int16Array:
         """int16 [L, E, X], the GPU of each replica, -1 where there is none."""
         slots = self.placement.replica_slots
         return np.where(slots < 0, -1, slots // self.placement.slots_per_gpu).astype(np.int16)
 
     @cached_property
-    def uniform(self) -> npt.NDArray[np.bool_]:
-        """bool [L, P]: at each home's first GPU, whether all GPUs of the home are served alike."""
+    def uniform(self) -> BoolArray:
+        """bool [L, P]: at each group's first GPU, whether the rule is the same for all GPUs of the group."""
         layers = self.placement.num_layers
-        by_home = self.gpu.reshape(layers, self.cluster.num_groups, self.cluster.gpus_per_group, -1)
-        alike = (by_home == by_home[:, :, :1]).all(axis=(2, 3))
-        return np.repeat(alike, self.cluster.gpus_per_group, axis=1)
+        by_group = self.gpu.reshape(layers, self.cluster.num_groups, self.cluster.gpus_per_group, -1)
+        same = (by_group == by_group[:, :, :1]).all(axis=(2, 3))
+        return np.repeat(same, self.cluster.gpus_per_group, axis=1)
 
     def share(self, layer: int) -> FloatArray:
         """float64 [D, E, P]: the expected share of a group's picks of an expert that each GPU serves."""
@@ -297,6 +305,24 @@ class Routes:
         np.add.at(out, index, 1.0 / self.cluster.gpus_per_group)
         return out
 
+    def gpu_load(self, counts: CountArray, groups: Int64Array) -> Float32Array:
+        """float32 [n, L, P]: the expected picks that each GPU serves of each request.
+
+        Args:
+            counts: uint32 [n, L, E], picks of each request. groups: int64 [n].
+        """
+        gpus, place = self.cluster.num_gpus, self.placement
+        if place.redundant == 0:  # every expert has one slot: its picks go there, whoever asks
+            by_slot = np.take_along_axis(counts, place.slots[None].astype(np.intp), axis=2)
+            return np.asarray(by_slot.reshape(len(counts), place.num_layers, gpus, -1).sum(axis=3, dtype=np.float32))
+        load = np.zeros((len(counts), place.num_layers, gpus), np.float32)
+        members = [np.flatnonzero(groups == d) for d in range(self.cluster.num_groups)]
+        for layer in range(place.num_layers):
+            share = self.share(layer).astype(np.float32)
+            for d, of_group in enumerate(members):
+                load[of_group, layer] = counts[of_group, layer].astype(np.float32) @ share[d]
+        return load
+
     @cached_property
     def local_share(self) -> FloatArray:
         """float64 [D, L, E]: the expected share of a group's picks of an expert that its own node serves."""
@@ -310,8 +336,8 @@ class Routes:
             return out
         own = np.arange(cluster.num_gpus) // cluster.gpus_per_node
         local = self.gpu // cluster.gpus_per_node == own[None, :, None]
-        by_home = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_group, -1)
-        return np.asarray(by_home.mean(axis=2).transpose(1, 0, 2), np.float64)
+        by_group = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_group, -1)
+        return np.asarray(by_group.mean(axis=2).transpose(1, 0, 2), np.float64)
 
     def remote_share(self, use: npt.NDArray[np.number], groups: Int64Array) -> float:
         """Expected share of the requests' picks that another node than their group's serves.
@@ -364,7 +390,7 @@ def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int 
     return Routes(placement, cluster, rule, np.ascontiguousarray(table.transpose(1, 0, 2)))
 
 
-def _even_deal(needs: npt.NDArray[np.bool_], count: Int32Array, rng: np.random.Generator) -> Int64Array:
+def _even_deal(needs: BoolArray, count: Int32Array, rng: np.random.Generator) -> Int64Array:
     """int64, shaped as needs [S, L, E]: the replica (0 .. count - 1) dealt to each source that needs one."""
     key = np.where(needs, rng.random(needs.shape, dtype=np.float32), 2.0)
     turn = np.argsort(np.argsort(key, axis=0, kind="stable"), axis=0, kind="stable")
@@ -376,39 +402,47 @@ def _even_deal(needs: npt.NDArray[np.bool_], count: Int32Array, rng: np.random.G
 # Messages of whole steps and requests (numba; `token_messages` and `Routes` are their definition)
 
 
+class StepCounts(NamedTuple):
+    """What a decode step does; several steps stand one after another in front.
+
+    Attributes:
+        links: int32 [L, P, P], dispatch messages from GPU to GPU.
+        picks: int32 [L, P], picks that each GPU serves. touched: int32 [L, P], distinct experts that serve them.
+    """
+
+    links: Int32Array
+    picks: Int32Array
+    touched: Int32Array
+
+
 def step_messages(
-    who: Routes, mode: Dispatch, experts: npt.NDArray[np.unsignedinteger], rows: Int64Array, sources: Int64Array,
-    indices: Int64Array, out: tuple[Int32Array, Int32Array, Int32Array] | None = None,
-) -> tuple[Int32Array, Int32Array, Int32Array]:  # fmt: skip
+    routes: Routes,
+    dispatch: Dispatch,
+    experts: ExpertArray,
+    rows: Int64Array,
+    sources: Int64Array,
+    indices: Int64Array,
+    out: StepCounts | None = None,
+) -> StepCounts:
     """One decode step of the live rows, by the rule itself.
 
     Args:
         experts: unsigned [T, L, k]; rows: int64 [m] into it; sources: int64 [m], source GPUs; indices: int64 [m], a
             row's index within its group's micro-batch (what the `hash` rule hashes).
         out: arrays to reuse.
-
-    Returns:
-        links int32 [L, P, P], dispatch messages from GPU to GPU; picks int32 [L, P], picks served; touched int32
-        [L, P], distinct experts served.
     """
-    layers, gpus = who.placement.num_layers, who.cluster.num_gpus
+    layers, gpus = routes.placement.num_layers, routes.cluster.num_gpus
     if out is None:
-        out = (
-            np.empty((layers, gpus, gpus), np.int32),
-            np.empty((layers, gpus), np.int32),
-            np.empty((layers, gpus), np.int32),
-        )
-    _messages.step_messages(
-        experts, rows, sources, indices, who.gpu, who.replica_gpu, who.placement.replica_count, who.slot is None,
-        who.cluster.gpus_per_node, mode.code, *out,
-    )  # fmt: skip
+        shapes = (layers, gpus, gpus), (layers, gpus), (layers, gpus)
+        out = StepCounts(*(np.empty(shape, np.int32) for shape in shapes))
+    rule = routes.gpu, routes.replica_gpu, routes.placement.replica_count, routes.slot is None
+    _messages.step_messages(experts, rows, sources, indices, *rule, routes.cluster.gpus_per_node, dispatch.code, *out)
     return out
 
 
 def request_messages(
-    who: Routes, mode: Dispatch, experts: npt.NDArray[np.unsignedinteger], starts: Int64Array, stops: Int64Array,
-    groups: Int64Array,
-) -> FloatArray:  # fmt: skip
+    routes: Routes, dispatch: Dispatch, experts: ExpertArray, starts: Int64Array, stops: Int64Array, groups: Int64Array
+) -> FloatArray:
     """Expected messages of whole requests, summed over rows and layers.
 
     Args:
@@ -418,8 +452,8 @@ def request_messages(
         float64 [n, 3]: messages between nodes, messages inside nodes, distinct other nodes reached.
     """
     out = np.zeros((len(starts), 3))
-    _messages.request_messages(
-        experts, starts, stops, who.cluster.first_gpu(groups), who.cluster.gpus_per_group, who.gpu, who.uniform,
-        who.replica_gpu, who.placement.replica_count, who.slot is None, who.cluster.gpus_per_node, mode.code, out,
-    )  # fmt: skip
+    cluster = routes.cluster
+    sources = cluster.first_gpu(groups), cluster.gpus_per_group
+    rule = routes.gpu, routes.uniform, routes.replica_gpu, routes.placement.replica_count, routes.slot is None
+    _messages.request_messages(experts, starts, stops, *sources, *rule, cluster.gpus_per_node, dispatch.code, out)
     return out

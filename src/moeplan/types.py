@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import BoolArray, Int32Array
 from moeplan.errors import FormatError, PlanError
 
 __all__ = ["Int32Array", "ModelShape", "Placement", "expert_dtype", "has_duplicate_experts"]
-
-Int32Array = npt.NDArray[np.int32]
 
 #: Bounds against hostile input: far above any real model, far below what would exhaust memory.
 MAX_LAYERS, MAX_EXPERTS, MAX_K = 4096, 65535, 256
@@ -28,7 +26,7 @@ def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What moeplan must know of a model.
+    """What moeplan must know of a model to plan for it.
 
     Attributes:
         name: the model's name, as the trace gives it.
@@ -132,7 +130,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every expert (and every spare copy) lives.
+    """Where every expert and every replica lives.
 
     Slot s of a layer is on GPU s // (S / GPUs); GPU g is on node g // gpus_per_node: the engines' own numbering
     (SGLang 0.5.23 `expert_location.py`, vLLM 0.33.0, TensorRT-LLM: slot j on rank j // (slots / ep_size)).
@@ -204,7 +202,7 @@ class Placement:
         return self.num_slots - self.num_experts
 
 
-def has_duplicate_experts(slots: Int32Array, units: int) -> npt.NDArray[np.bool_]:
+def has_duplicate_experts(slots: Int32Array, units: int) -> BoolArray:
     """bool [L, units]: whether a GPU (or node), S / units of the slots [L, S], holds an expert twice."""
     held = np.sort(slots.reshape(len(slots), units, -1), axis=2)
     return np.asarray((np.diff(held, axis=2) == 0).any(axis=2))

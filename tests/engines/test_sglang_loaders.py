@@ -156,7 +156,7 @@ def test_every_rank_takes_the_copy_that_we_say(answers: Any, name: str) -> None:
 def test_from_plan_to_server_by_our_commands(answers: Any) -> None:
     """`moeplan plan`, `moeplan export`, SGLang; and the plan's folder itself, by the plug-in."""
     made, folder = answers
-    plan = load_plan(folder / "my-plan").result.placement
+    plan = load_plan(folder / "my-plan").placement
     rule = routes(plan, Cluster(2, 2), ReplicaRule.NEAREST_STATIC)
     assert rule.slot is not None
     for tables in (made["exported"], [rank["first"] for rank in made["folder"]]):

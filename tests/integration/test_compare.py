@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,13 +17,18 @@ from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
 from moeplan.planning import RequestSet, Signature, read_requests, solve
 from moeplan.planning.assignment import random_groups
+from moeplan.planning.plan import PlanningTask
 from moeplan.planning.router import LocalityRouter
 from moeplan.planning.strategies.paper import PaperParams
-from moeplan.replay import Comparison, Setup, compare, replay
-from moeplan.replay.comparison import fit_problem, group_test
-from moeplan.replay.measure import measure_requests, measure_steps
+from moeplan.replay.compare import compare
+from moeplan.replay.evaluate import evaluate
+from moeplan.replay.evaluator import FoldEvaluator
+from moeplan.replay.measure import measure_requests
+from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
 from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, less_than, noise_floor
+from moeplan.replay.steps import sample_steps
+from moeplan.replay.table import Comparison
 from moeplan.synthetic.generator import generate
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
@@ -99,24 +105,22 @@ def test_a_comparison_says_how_many_requests_it_takes(cluster: Cluster, fit: flo
 
 def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
     cluster = Cluster(16, 8, Deployment.GPUS)
-    setup = Setup(cluster, ("linear",), redundant=-demo.shape.num_experts % cluster.num_gpus)
-    with pytest.raises(
-        PlanError, match="use fewer nodes, --deployment nodes, another --fit, or a trace with 2048 usable"
-    ):
-        compare(demo, setup)
+    redundant = -demo.shape.num_experts % cluster.num_gpus
+    with pytest.raises(PlanError, match="use fewer nodes, --home node, another --fit, or a trace with 2048 usable"):
+        compare(demo, cluster, ("linear",), redundant=redundant)
     with pytest.raises(PlanError, match="use fewer nodes, another --fit, or a trace with 480 usable requests"):
-        compare(demo, Setup(Cluster(80, 1), ("linear",), redundant=-demo.shape.num_experts % 80))
+        compare(demo, Cluster(80, 1), ("linear",), redundant=-demo.shape.num_experts % 80)
     with pytest.raises(PlanError, match="a smaller --block, or a trace with 24 usable"):
-        compare(demo, Setup(Cluster(4, 1), ("linear",), block=1000))
+        compare(demo, Cluster(4, 1), ("linear",), settings=EvaluationSettings(block=1000))
 
 
 def test_no_grouping_keeps_more_at_home_than_the_oracle_s(demo: RequestSet) -> None:
-    setup, everyone = Setup(Cluster(4, 2), ("paper",)), np.arange(len(demo))
-    result = solve(fit_problem(demo, setup, everyone), "paper")
-    held = LocalityRouter.of(result.who).scores(demo.measured)
+    everyone = np.arange(len(demo))
+    plan = solve(demo.problem(PlanningTask(Cluster(4, 2))), "paper")
+    held = LocalityRouter.of(plan.routes).scores(demo.measured)
+    fold = FoldEvaluator(demo, everyone, everyone, live=8, steps=1, seed=0)
     kept = {
-        kind: held[everyone, group_test(demo, everyone, everyone, result, kind, np.random.default_rng(0))].sum()
-        for kind in ("none", "domain", "prefill", "oracle")
+        kind: held[everyone, fold.group(plan, kind).group].sum() for kind in ("none", "domain", "prefill", "oracle")
     }
     assert kept["oracle"] >= max(kept.values()) - 1e-9 and kept["oracle"] > kept["none"]
 
@@ -160,13 +164,10 @@ def test_noise_floor_by_hand() -> None:
 @pytest.mark.parametrize("mode", list(Dispatch))
 def test_figures_equal_a_naive_loop(demo: RequestSet, rule: ReplicaRule, home: Deployment, mode: Dispatch) -> None:
     cluster = Cluster(2, 4, home)
-    setup = Setup(cluster, (), redundant=8, rule=rule, dispatch=mode)
-    everyone = np.arange(len(demo))
-    result = solve(fit_problem(demo, setup, everyone), "random", 3)
-    who, place = result.who, result.placement
-    chosen = everyone[:6]
+    plan = solve(demo.problem(PlanningTask(cluster, 8, mode, rule)), "random", 3)
+    chosen, place = np.arange(6), plan.placement
     group = random_groups(6, min(cluster.num_groups, 6), np.random.default_rng(0))
-    found = measure_requests(demo, chosen, group, who, mode)
+    found = measure_requests(demo, chosen, group, plan)
     for i in chosen:
         load = np.zeros((place.num_layers, cluster.num_gpus))
         group_node = int(cluster.group_node(group[i]))
@@ -174,7 +175,7 @@ def test_figures_equal_a_naive_loop(demo: RequestSet, rule: ReplicaRule, home: D
         for row in range(*demo.measured_span[i]):
             for layer in range(place.num_layers):
                 for e in demo.experts[row, layer]:
-                    share = who.share(layer)[group[i], e]
+                    share = plan.routes.share(layer)[group[i], e]
                     load[layer] += share
                     remote += share.reshape(cluster.nodes, -1).sum(axis=1)[np.arange(cluster.nodes) != group_node].sum()
         assert found.load[i] == pytest.approx(load, rel=1e-4, abs=1e-4)
@@ -193,13 +194,13 @@ def test_steps_by_hand() -> None:
         shape, experts, np.arange(2), 2, none, names, span, span, span, none, "decode", Signature(), ()
     )  # fmt: skip
     cluster = Cluster(2, 1)
-    result = solve(fit_problem(demo, Setup(cluster, ()), np.arange(2)), "linear")
+    plan = solve(demo.problem(PlanningTask(cluster)), "linear")
     draws = Draws(np.zeros((1, 2), np.float32), np.array([[0, 1]]), np.zeros((1, 2), np.float32))
     swapped, straight = np.array([1, 0]), np.array([0, 1])
-    local = measure_steps(demo, draws, straight, 1, result.who, Dispatch.PICK)
+    local = sample_steps(demo, draws, straight, 1, plan).figures()
     assert (local.messages[0], local.node_padded[0], local.rank_padded[0]) == (0, 0, 0)
     assert (local.gpu_load[0], local.node_load[0], local.experts[0]) == (1, 1, 1)
-    away = measure_steps(demo, draws, swapped, 1, result.who, Dispatch.PICK)
+    away = sample_steps(demo, draws, swapped, 1, plan).figures()
     # each sends one message: 2 messages, padded 2 x 1 x 1, ranks 2 x 1
     assert (away.messages[0], away.node_padded[0], away.rank_padded[0]) == (2, 2, 2)
     assert token_messages(Dispatch.PICK, cluster, 0, [1]) == [(0, 1)]
@@ -209,8 +210,11 @@ def test_steps_by_hand() -> None:
 
 
 def test_compare_is_deterministic_and_whole(demo: RequestSet) -> None:
-    setup = Setup(Cluster(4, 2), (*ALL, "paper-unbalanced"), redundant=8, folds=2, steps=30, draws=100)
-    first, second = compare(demo, setup).to_dict(), compare(demo, setup).to_dict()
+    settings = EvaluationSettings(folds=2, steps=30, draws=100)
+    first, second = (
+        compare(demo, Cluster(4, 2), (*ALL, "paper-unbalanced"), redundant=8, settings=settings).to_dict()
+        for _ in range(2)
+    )
     for data in (first, second):
         for row in data["strategies"].values():
             row.pop("fit_seconds")
@@ -242,10 +246,11 @@ def test_bytes_are_null_without_a_hidden_size_and_never_guessed(tmp_path: Path) 
         for _ in range(24):
             writer.add(np.argsort(rng.random((20, 2, 8)), axis=2)[:, :, :2], prefill=8)
     requests = read_requests(open_trace(tmp_path / "t"))
-    setup = Setup(Cluster(2, 2), ("linear",), folds=1, steps=5, draws=20)
-    row = compare(requests, setup).row("linear")
+    settings = EvaluationSettings(folds=1, steps=5, draws=20)
+    row = compare(requests, Cluster(2, 2), ("linear",), settings=settings).row("linear")
     assert row.figures["inter_node_bytes_per_token"].value is None
-    given = compare(requests, Setup(Cluster(2, 2), ("linear",), folds=1, steps=5, draws=20, hidden=7168)).row("linear")
+    settings = dataclasses.replace(settings, hidden=7168)
+    given = compare(requests, Cluster(2, 2), ("linear",), settings=settings).row("linear")
     share = given.figures["remote_share"].value
     assert share is not None
     # pick mode: every remote pick is one message there and back, at 2 layers x 2 picks a token
@@ -253,20 +258,22 @@ def test_bytes_are_null_without_a_hidden_size_and_never_guessed(tmp_path: Path) 
 
 
 def test_allgather_bytes_do_not_depend_on_the_plan(demo: RequestSet) -> None:
-    setup = Setup(Cluster(4, 2), ALL, dispatch=Dispatch.ALLGATHER, folds=1, steps=10, draws=20)
-    table = compare(demo, setup)
+    settings = EvaluationSettings(folds=1, steps=10, draws=20)
+    table = compare(demo, Cluster(4, 2), ALL, dispatch=Dispatch.ALLGATHER, settings=settings)
     assert len({row.figures["inter_node_bytes_per_token"].value for row in table.rows}) == 1
     assert all(row.figures["padded_ratio"].value == 1.0 for row in table.rows)
     assert any("no plan changes its bytes" in note for note in table.notes)
 
 
 def test_replaying_a_plan(demo: RequestSet) -> None:
-    setup = Setup(Cluster(4, 2), (), steps=20, draws=50)
-    result = solve(fit_problem(demo, setup, np.arange(len(demo))), "paper")
-    table = replay(demo, result, setup)
+    plan = solve(demo.problem(PlanningTask(Cluster(4, 2))), "paper")
+    found = evaluate(plan, demo, EvaluationSettings(steps=20, draws=50))
+    table = found.table
     assert [row.name for row in table.rows] == ["linear", "paper", "paper/none"]
     paper, linear = table.row("paper").figures["remote_share"].value, table.row("linear").figures["remote_share"].value
     assert paper is not None and linear is not None and paper < linear
+    assert found.row is table.row("paper") and found.figures is found.row.figures and not found.fitted_on_this_trace
+    assert repr(found).startswith("paper on 160 requests of ") and len(repr(found).splitlines()) == 7
 
 
 # ---- usable requests
@@ -333,7 +340,8 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
 @pytest.mark.parametrize("name", SETS)
 def test_real_sets(real: dict[str, RequestSet], name: str) -> None:
     gpus, _, block = SETS[name]
-    table: Comparison = compare(real[name], Setup(Cluster(8, gpus), ALL, folds=4, block=block, steps=40, draws=200))
+    settings = EvaluationSettings(block=block, steps=40, draws=200)
+    table: Comparison = compare(real[name], Cluster(8, gpus), ALL, settings=settings)
     linear = table.row("linear").figures
     assert linear["remote_share"].value == pytest.approx(0.875, abs=0.01)
     if name == "gpt-oss-20b":
@@ -352,8 +360,9 @@ def test_the_unbalanced_original_is_as_the_prototype(
     changes = []
     for seed in range(4):
         cluster = Cluster(8, SETS[name][0])
-        setup = Setup(cluster, (PaperParams(8, equal=False),), folds=4, seed=seed, steps=1, draws=10)
-        share = compare(real[name], setup).row("paper-unbalanced").figures["remote_share"].value
+        settings = EvaluationSettings(seed=seed, steps=1, draws=10)
+        table = compare(real[name], cluster, (PaperParams(8, equal=False),), settings=settings)
+        share = table.row("paper-unbalanced").figures["remote_share"].value
         assert share is not None
         changes.append(100 * (share / 0.875 - 1))
     assert np.mean(changes) == pytest.approx(prototype, abs=within)
@@ -361,4 +370,4 @@ def test_the_unbalanced_original_is_as_the_prototype(
 
 def test_gpu_counts_that_do_not_divide_are_named(real: dict[str, RequestSet]) -> None:
     with pytest.raises(PlanError, match="--gpus-per-node 4"):
-        compare(real["gpt-oss-20b"], Setup(Cluster(8, 8), ALL))
+        compare(real["gpt-oss-20b"], Cluster(8, 8), ALL)

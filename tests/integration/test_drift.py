@@ -14,13 +14,15 @@ from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.errors import MoeplanError, UsageError
 from moeplan.planning import Plan, read_requests, solve
-from moeplan.replay import Setup
-from moeplan.replay.comparison import check_shape, fit_problem
-from moeplan.replay.drift import FRESH, OLD, DriftReport, anew, drift, drift_setup, params_of
+from moeplan.planning.plan import PlanningTask
+from moeplan.replay.drift import FRESH, OLD, DriftReport, check_drift, detect_drift
+from moeplan.replay.run import check_shape
+from moeplan.replay.settings import EvaluationSettings
 from moeplan.synthetic.generator import generate
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
 
+SETTINGS = EvaluationSettings()
 WHERE = ["--nodes", "4", "--gpus-per-node", "2"]
 
 
@@ -36,12 +38,11 @@ def part(trace: Trace, keep: np.ndarray, out: Path) -> Path:
 
 def planned(trace: Trace, strategy: str, seed: int = 0, dispatch: Dispatch = Dispatch.PICK) -> Plan:
     """A plan as `load_plan` would give it."""
-    requests, setup = read_requests(trace), Setup(Cluster(4, 2), (strategy,), dispatch=dispatch)
-    return solve(fit_problem(requests, setup, np.arange(len(requests))), strategy, seed)
+    return solve(read_requests(trace).problem(PlanningTask(Cluster(4, 2), dispatch=dispatch)), strategy, seed)
 
 
 def verdict(stored: Plan, new: Trace, seed: int = 0) -> DriftReport:
-    return drift(read_requests(new), stored, drift_setup(stored, seed=seed, steps=100))
+    return detect_drift(stored, new, EvaluationSettings(seed=seed, steps=100))
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +131,9 @@ def test_each_mode_is_judged_by_what_it_sends(parts: dict[str, Path]) -> None:
         found = verdict(planned(old, "paper", dispatch=mode), new)
         assert found.key == "remote_nodes_per_token" and found.helps
     with pytest.raises(UsageError, match="allgather"):
-        drift_setup(planned(old, "linear", dispatch=Dispatch.ALLGATHER))
+        check_drift(planned(old, "linear", dispatch=Dispatch.ALLGATHER), SETTINGS)
     with pytest.raises(UsageError, match="unequal"):
-        drift_setup(planned(old, "paper-unbalanced"))
+        check_drift(planned(old, "paper-unbalanced"), SETTINGS)
 
 
 def test_signatures_are_those_of_the_plan(
@@ -190,7 +191,7 @@ def test_a_plan_is_for_one_shape() -> None:
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        ({"guard": "much"}, "plan.json: guard 'much' or objective 'None' is none"),
+        ({"guard": "much"}, "plan.json: guard 'much' or objective 'bytes' is invalid"),
         ({"guard": [1]}, r"guard '\[1\]'"),
         ({"guard": 0.5}, "guard '0.5'"),
         ({"objective": "beauty"}, "objective 'beauty'"),
@@ -199,21 +200,22 @@ def test_a_plan_is_for_one_shape() -> None:
 )
 def test_a_head_that_cannot_be_planned_by(parts: dict[str, Path], head: dict[str, object], message: str) -> None:
     stored = planned(open_trace(parts["even"]), "linear")
-    assert params_of(dataclasses.replace(stored, params={"guard": None})).guard == float("inf")
+    stored = dataclasses.replace(stored, strategy="moeplan")
+    assert check_drift(dataclasses.replace(stored, params={"guard": None}), SETTINGS)[1].guard == float("inf")
     with pytest.raises(MoeplanError, match=message):
-        drift_setup(dataclasses.replace(stored, params=head))
+        check_drift(dataclasses.replace(stored, params=head), SETTINGS)
 
 
 def test_one_fold_says_nothing_of_the_next_plan(parts: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="2 folds"):
-        drift_setup(planned(open_trace(parts["even"]), "linear"), folds=1)
+        check_drift(planned(open_trace(parts["even"]), "linear"), EvaluationSettings(folds=1))
 
 
 def test_a_deployed_placement_is_planned_anew_by_moeplan(tmp_path: Path) -> None:
     """`import placement` gives a plan whose strategy is none of ours."""
     stored = planned(hot([0, 4, 8, 12], tmp_path / "was", 0), "eplb")
     stored = dataclasses.replace(stored, strategy="deployed")
-    assert anew(stored) == "moeplan"
+    assert check_drift(stored, SETTINGS)[1].name == "moeplan"
     experts = stored.placement.slots.reshape(4, 4)[1].tolist()
     found = verdict(stored, hot(experts, tmp_path / "now", 1))
     assert found.overloaded and found.stale

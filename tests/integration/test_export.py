@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from helpers.command_line import refused
 from moeplan import embedded
 from moeplan.cli.app import run
-from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, routes
+from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule
 from moeplan.engines.files import ENGINES, EnginePlacement, write
 from moeplan.engines.from_placement import deployed
 from moeplan.engines.launch import Serving, launch
@@ -68,10 +69,10 @@ def test_a_plan_goes_out_is_good_and_comes_back(
     assert run(["check", str(file), *served, "--redundant", "8", "--plan", str(plan)]) == 0
     assert run(["import", "placement", str(file), *served, "-o", str(back)]) == 0
     ours, theirs = load_plan(plan), load_plan(back)
-    assert (theirs.result.placement.slots == ours.result.placement.slots).all()
-    assert theirs.shape.layer_ids == ours.shape.layer_ids and theirs.redundant == 8
+    assert (theirs.placement.slots == ours.placement.slots).all()
+    assert theirs.model.layer_ids == ours.model.layer_ids and theirs.redundant == 8
     assert theirs.cluster == ours.cluster
-    assert theirs.rule is (ReplicaRule.NEAREST_STATIC if engine == "sglang" else ReplicaRule.HASH)
+    assert theirs.replica_rule is (ReplicaRule.NEAREST_STATIC if engine == "sglang" else ReplicaRule.HASH)
 
 
 def test_check_names_the_slot_that_is_not_the_plans(
@@ -295,9 +296,9 @@ def test_the_share_is_that_of_the_replay(plan: Path) -> None:
     loaded, requests = load_plan(plan), read_requests(open_trace("embedded"))
     groups = np.random.default_rng(0).integers(0, 2, len(requests))
     for rule in (ReplicaRule.NEAREST_STATIC, ReplicaRule.HASH):
-        who = routes(loaded.result.placement, loaded.cluster, rule)
-        figures = measure_requests(requests, np.arange(len(requests)), groups, who, Dispatch.PICK)
-        ours = who.remote_share(requests.measured, groups)
+        served = dataclasses.replace(loaded, replica_rule=rule)
+        figures = measure_requests(requests, np.arange(len(requests)), groups, served)
+        ours = served.routes.remote_share(requests.measured, groups)
         assert ours == pytest.approx(figures.remote.sum() / figures.picks.sum(), rel=1e-5)
 
 

@@ -12,7 +12,7 @@ import pytest
 from moeplan.cli.app import run
 from moeplan.errors import OutputError
 from moeplan.io.files import check_place
-from moeplan.profile import profile
+from moeplan.profile import profile_trace
 from moeplan.report.figures import canvas, heat_map, lines, to_image
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.report.profile_page import profile_html, sentences
@@ -34,7 +34,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(trace: Path) -> str:
-    return profile_html(profile(open_trace(trace)))
+    return profile_html(profile_trace(open_trace(trace)))
 
 
 def test_the_page_loads_nothing_and_escapes_labels(html: str):
@@ -60,13 +60,13 @@ def test_every_section_has_a_sentence_with_numbers_and_a_figure(html: str):
 
 
 def test_the_same_profile_gives_the_same_page(trace: Path, html: str):
-    assert profile_html(profile(open_trace(trace))) == html
+    assert profile_html(profile_trace(open_trace(trace))) == html
 
 
 def test_what_cannot_be_shown_says_why(tmp_path: Path):
     with TraceWriter(tmp_path / "t", ModelShape("top-1", 2, 4, 1), source={}) as writer:
         writer.add(np.arange(8).reshape(4, 2, 1) % 4, prefill=4, domain="a")
-    found = profile(open_trace(tmp_path / "t"))
+    found = profile_trace(open_trace(tmp_path / "t"))
     said = sentences(found)
     assert "top-1" in said["Experts picked together"]
     assert sum(text.startswith("Not shown") for text in said.values()) == 6

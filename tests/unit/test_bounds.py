@@ -210,7 +210,7 @@ def test_no_strategy_beats_a_bound(name: str, redundant: int) -> None:
     result = solve(dataclasses.replace(task, signature=task.use), name)
     group = equal_groups(result.router.scores(task.use))
     room = task.num_slots // 2
-    served = np.einsum("nle,nle->", task.use, result.who.local_share[group])  # by the replica rule itself
+    served = np.einsum("nle,nle->", task.use, result.routes.local_share[group])  # by the replica rule itself
     use = use_by_node(task.use, group, 2)
     held = nodes_holding(result.placement)
     assert served == pytest.approx(use[held].sum())
@@ -224,7 +224,7 @@ def test_no_strategy_beats_a_bound(name: str, redundant: int) -> None:
     if redundant == 0:
         stream = task.stream
         reached = request_messages(
-            result.who, Dispatch.NODE, stream.experts, stream.starts, stream.stops, group
+            result.routes, Dispatch.NODE, stream.experts, stream.starts, stream.stops, group
         )  # fmt: skip
         home = np.repeat(group, stream.stops - stream.starts)
         assert reached[:, 2].sum() >= best_nodes(stream.experts[:, 0], home, 2, 12).value - CLOSE

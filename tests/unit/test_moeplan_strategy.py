@@ -23,12 +23,13 @@ from moeplan.planning.assignment import equal_groups, soft_groups
 from moeplan.planning.forecast import STRENGTHS, LocalityForecast
 from moeplan.planning.guard import GuardSettings
 from moeplan.planning.initial_placement import place_by_use
+from moeplan.planning.plan import PlanningTask
 from moeplan.planning.planner import SearchSettings
 from moeplan.planning.router import LinearRouter, by_layer
 from moeplan.planning.store import load_plan
 from moeplan.planning.strategies.moeplan import PARTS, MoeplanParams
-from moeplan.replay import Setup, compare
-from moeplan.replay.comparison import fit_problem
+from moeplan.replay.compare import compare
+from moeplan.replay.settings import EvaluationSettings
 from moeplan.synthetic.generator import generate
 from moeplan.trace import Trace
 from moeplan.types import Placement
@@ -200,8 +201,9 @@ def trace() -> Trace:
 def test_beats_the_others_on_unseen_requests_and_keeps_the_guard(trace: Trace) -> None:
     requests = read_requests(trace)
     for redundant in (0, 16):
-        setup = Setup(Cluster(8, 2), ("eplb", "paper", "moeplan"), redundant=redundant, folds=2, steps=60)
-        table = compare(requests, setup)
+        settings = EvaluationSettings(folds=2, steps=60)
+        strategies = ("eplb", "paper", "moeplan")
+        table = compare(requests, Cluster(8, 2), strategies, redundant=redundant, settings=settings)
         share = {name: table.row(name).figures["remote_share"].value for name in ("linear", "eplb", "paper", "moeplan")}
         assert table.row("moeplan").guarded
         assert share["moeplan"] < 0.97 * min(share["linear"], share["eplb"])
@@ -214,8 +216,9 @@ def test_a_routers_own_groups_help_where_messages_are_counted_by_node(tmp_path: 
     generate("deepseek-v3", tmp_path / "t", requests=160, prefill=100, decode=100, layers=2)
     requests = read_requests(moeplan.open_trace(tmp_path / "t"))
     for redundant in (0, 64):
-        setup = Setup(Cluster(8, 1), ("eplb", "moeplan"), redundant, dispatch=Dispatch.NODE, folds=2, steps=20)
-        table = compare(requests, setup)
+        settings, dispatch = EvaluationSettings(folds=2, steps=20), Dispatch.NODE
+        strategies = ("eplb", "moeplan")
+        table = compare(requests, Cluster(8, 1), strategies, redundant=redundant, dispatch=dispatch, settings=settings)
         nodes = {row.name: row.figures["remote_nodes_per_token"].value for row in table.rows}
         # eplb packs whole groups of experts onto nodes, so a token reaches few; routed, it is the one to beat.
         assert nodes["moeplan"] < min(nodes["linear"], nodes["linear/prefill"], nodes["eplb/prefill"])
@@ -223,7 +226,7 @@ def test_a_routers_own_groups_help_where_messages_are_counted_by_node(tmp_path: 
 
 def test_same_seed_same_plan_and_a_plan_is_read_back_as_it_was(trace: Trace, tmp_path: Path) -> None:
     requests = read_requests(trace)
-    problem = fit_problem(requests, Setup(Cluster(4, 2), ()), np.arange(0, len(requests), 2))
+    problem = requests.problem(PlanningTask(Cluster(4, 2)), np.arange(0, len(requests), 2))
     first, again = solve(problem, "moeplan", 3), solve(problem, "moeplan", 3)
     np.testing.assert_array_equal(first.placement.slots, again.placement.slots)
     assert isinstance(first.router, LinearRouter)
@@ -264,11 +267,10 @@ def halves(trace: Trace, domains: tuple[str, ...]) -> tuple[Any, np.ndarray]:
 
 def test_few_moves_improve_an_older_plan(trace: Trace) -> None:
     """A plan for code and math, improved for chat and prose by 0, 8 and any number of moves a layer."""
-    setup = Setup(Cluster(4, 2), ())
     requests, before = halves(trace, ("code", "math"))
     _, now = halves(trace, ("chat", "prose"))
-    old = solve(fit_problem(requests, setup, before), "moeplan", 0).placement
-    task = fit_problem(requests, setup, now[::2])
+    old = solve(requests.problem(PlanningTask(Cluster(4, 2)), before), "moeplan", 0).placement
+    task = requests.problem(PlanningTask(Cluster(4, 2)), now[::2])
     kept = []
     for moves in (0, 8, 16):
         result = solve(task, MoeplanParams(guard=float("inf")), 0, MoveLimit(old.slots, moves))
@@ -277,7 +279,7 @@ def test_few_moves_improve_an_older_plan(trace: Trace) -> None:
         assert fresh.max() <= moves
         group = equal_groups(result.router.scores(requests.signature[now[1::2]]))
         use = requests.use[now[1::2]]
-        local = result.who.local_share
+        local = result.routes.local_share
         kept.append(sum(float((use[i] * local[d]).sum()) for i, d in enumerate(group)) / use.sum())
     assert kept[0] < kept[1] < kept[2]
     with pytest.raises(moeplan.MoeplanError, match="older plan"):
@@ -304,8 +306,9 @@ def test_the_guard_is_a_curve(trace: Trace) -> None:
     requests = read_requests(trace)
     reached, load = [], []
     for guard in (1.02, 1.2, float("inf")):
-        setup = Setup(Cluster(8, 1), (MoeplanParams(guard),), dispatch=Dispatch.NODE, folds=1, steps=60)
-        row = compare(requests, setup).row("moeplan")
+        settings, dispatch = EvaluationSettings(folds=1, steps=60), Dispatch.NODE
+        table = compare(requests, Cluster(8, 1), (MoeplanParams(guard),), dispatch=dispatch, settings=settings)
+        row = table.row("moeplan")
         reached.append(row.figures["remote_nodes_per_token"].value)
         load.append(row.figures["node_load_ratio"].value)
     assert reached[0] >= reached[1] >= reached[2] and reached[0] > reached[2]
@@ -314,7 +317,7 @@ def test_the_guard_is_a_curve(trace: Trace) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_left_out(part: str, trace: Trace) -> None:
-    task = fit_problem(read_requests(trace), Setup(Cluster(4, 2), ()), np.arange(0, 400, 4))
+    task = read_requests(trace).problem(PlanningTask(Cluster(4, 2)), np.arange(0, 400, 4))
     result = solve(task, MoeplanParams(without=(part,)), 0)
     assert result.placement.replica_count.min() >= 1
     with pytest.raises(moeplan.MoeplanError, match="no part"):
@@ -325,8 +328,9 @@ def test_balance_comes_first_when_it_is_the_objective(trace: Trace) -> None:
     requests = read_requests(trace)
     load = {}
     for objective in ("bytes", "balance"):
-        setup = Setup(Cluster(4, 4), (MoeplanParams(objective=objective),), redundant=16, folds=1, steps=60)
-        load[objective] = compare(requests, setup).row("moeplan").figures["gpu_load_total"].value
+        settings, strategy = EvaluationSettings(folds=1, steps=60), MoeplanParams(objective=objective)
+        table = compare(requests, Cluster(4, 4), (strategy,), redundant=16, settings=settings)
+        load[objective] = table.row("moeplan").figures["gpu_load_total"].value
     assert load["balance"] < load["bytes"]
 
 
@@ -347,11 +351,11 @@ def test_every_home_rule_and_mode(mode: Dispatch, home: Deployment, rule: Replic
 def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
     """With a cost that counts messages alone, and one that counts the busiest GPU alone."""
     requests = read_requests(trace)
-    task = fit_problem(requests, Setup(Cluster(4, 2), (), redundant=8), np.arange(0, 600, 2))
+    task = requests.problem(PlanningTask(Cluster(4, 2), 8), np.arange(0, 600, 2))
     notes = []
     for cost in (lambda links, picks, touched: float(links.sum()), lambda links, picks, touched: float(picks.max())):
         result = solve(task, MoeplanParams(objective="time", step_cost=cost), 0)
-        notes.append(next(note for note in result.notes if "chosen" in note))
+        notes.append(next(note for note in result.provenance.notes if "chosen" in note))
     assert "chosen: bytes" in notes[0]
     for note in notes:
         costs = {name: float(ms) for name, ms in re.findall(r"(\w+) (\d+\.\d+)", note)}

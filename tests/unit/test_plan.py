@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ def trace() -> moeplan.Trace:
 @pytest.fixture(scope="module")
 def made(trace: moeplan.Trace) -> moeplan.Plan:
     return moeplan.plan(trace, moeplan.Cluster(2, 4), "paper", redundant=8, seed=3)
+
+
+SETTINGS = moeplan.EvaluationSettings(steps=5, draws=20)
 
 
 def head(plan: Path) -> dict[str, object]:
@@ -65,12 +69,54 @@ def test_evaluate_cannot_be_given_another_cluster(made: moeplan.Plan, trace: moe
     assert "cluster" not in {field.name for field in dataclasses.fields(moeplan.EvaluationSettings)}
     with pytest.raises(PlanError, match=r"placement is for 2 nodes x 4 GPUs, the cluster has 4 x 2"):
         dataclasses.replace(made, cluster=moeplan.Cluster(4, 2))
-    table = moeplan.evaluate(made, trace, moeplan.EvaluationSettings(steps=5, draws=20))
+    table = moeplan.evaluate(made, trace, SETTINGS).table
     assert (table.head["setup"]["nodes"], table.head["setup"]["gpus_per_node"]) == (2, 4)
     assert table.head["setup"]["redundant"] == 8
     other = moeplan.open_trace("embedded", without_layers=(0,))
     with pytest.raises(UsageError, match="layers"):
         moeplan.evaluate(made, other)
+
+
+def test_results_are_for_people_and_for_programs(made: moeplan.Plan, trace: moeplan.Trace) -> None:
+    found = moeplan.evaluate(made, trace, SETTINGS)
+    assert found.fitted_on_this_trace and repr(found).endswith("results are optimistic")
+    assert repr(found).startswith("paper on 779 requests of embedded\nstrategy") and "array" not in repr(found)
+    assert json.dumps(found.to_dict(), allow_nan=False) and found.to_dict()["trace"] == "embedded"
+    figure = found.figures["remote_share"]
+    assert repr(figure).startswith(f"Figure({figure.value:.4g}, 95 % ") and len(repr(figure)) < 80
+    assert repr(moeplan.Figure(None)) == "Figure(unknown)"
+    assert repr(found.row).startswith("paper: load guard ok\n  remote_share ")
+    low, high = figure.interval() or (1.0, 0.0)
+    assert low < figure.value < high
+    with pytest.raises(UsageError, match="no row 'eplb'; choose among linear, paper, paper/none"):
+        found.table.row("eplb")
+
+
+def test_to_pandas(made: moeplan.Plan, trace: moeplan.Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = moeplan.evaluate(made, trace, SETTINGS)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for result in (found, found.row, found.table):
+        with pytest.raises(moeplan.MoeplanError, match="pandas, which is not installed; pip install pandas"):
+            result.to_pandas()
+    monkeypatch.undo()
+    pytest.importorskip("pandas")
+    frame, table = found.to_pandas(), found.table.to_pandas()
+    assert (
+        frame.loc["remote_share", "value"] == found.figures["remote_share"].value == table.loc["paper", "remote_share"]
+    )
+    assert list(table.index) == ["linear", "paper", "paper/none"] and list(frame) == [
+        "value",
+        "low",
+        "high",
+        "vs_linear",
+    ]
+
+
+def test_plot(made: moeplan.Plan, trace: moeplan.Trace) -> None:
+    found = moeplan.evaluate(made, trace, SETTINGS)
+    assert len(found.plot().axes) == 1
+    with pytest.raises(UsageError, match="no figure 'modelled_step_ms' to plot; choose among remote_share"):
+        found.plot("modelled_step_ms")
 
 
 def test_rebalance_moves_few(made: moeplan.Plan, trace: moeplan.Trace) -> None:

@@ -16,7 +16,7 @@ from moeplan.importers.options import ImportOptions
 from moeplan.importers.trace import import_trace
 from moeplan.planning import Problem, read_requests, solve
 from moeplan.planning.strategies.paper import PaperParams
-from moeplan.profile import Skipped, profile
+from moeplan.profile import Skipped, profile_trace
 from moeplan.profile.common import wilson
 from moeplan.profile.counts import count
 from moeplan.profile.privacy import LINE_UP, DomainInference, Privacy, Reidentification, identification_rate, privacy
@@ -129,7 +129,7 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     np.testing.assert_array_equal(less.prefill[0], whole.prefill[[0, 1, 3, 4]].sum(axis=0))
     np.testing.assert_array_equal(less.decode[-1], whole.decode[[84, 85, 87, 88]].sum(axis=0))
     assert less.totals.sum() == 22 * 4 * 48 * LAYERS * K and less.totals[1].sum() == less.totals.sum()
-    found = profile(sums)
+    found = profile_trace(sums)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["trace"]["aggregate"] == 4 and data["privacy"]["requests_per_row"] == 4
     assert data["coactivation"] == data["distinct_experts"]
@@ -149,9 +149,10 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
 
 def problem_of(requests: Any) -> Problem:
     from moeplan.cluster import Cluster
+    from moeplan.planning import PlanningTask
 
-    everyone = np.arange(len(requests))
-    return Problem(requests.shape, Cluster(2, 2), 0, requests.use, requests.signature, requests.stream(everyone))
+    problem: Problem = requests.problem(PlanningTask(Cluster(2, 2)))
+    return problem
 
 
 def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,10 +180,10 @@ def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytes
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
-    few = profile(make(tmp_path / "few", domains="ab", requests=8))
+    few = profile_trace(make(tmp_path / "few", domains="ab", requests=8))
     assert isinstance(few.privacy.link, Skipped) and isinstance(few.privacy.kind["decode"], Skipped)
     assert sentences(few)["What stored rows leak"].startswith("Not shown: it needs 2 domains with 5 rows")
-    one = profile(make(tmp_path / "one", domains="a", requests=12))
+    one = profile_trace(make(tmp_path / "one", domains="a", requests=12))
     assert isinstance(one.privacy.link, Reidentification) and one.privacy.link.aggregate.tolist() == [1]
     assert sentences(one)["What stored rows leak"].startswith("Among 10 of its domain, a request's row")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moeplan.errors import UsageError
-from moeplan.profile import Profile, Skipped, profile
+from moeplan.profile import Profile, Skipped, profile_trace
 from moeplan.profile.coactivation import quasi_independence
 from moeplan.profile.common import pearson, plain
 from moeplan.profile.counts import DECODE, OTHER, PREFILL, count
@@ -67,12 +67,12 @@ def two_domains(
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     rng = np.random.default_rng(0)
-    return profile(write(tmp_path_factory.mktemp("two") / "trace", two_domains(rng)))
+    return profile_trace(write(tmp_path_factory.mktemp("two") / "trace", two_domains(rng)))
 
 
 def test_the_whole_is_plain_json_and_the_same_for_the_same_seed(found: Profile):
     text = json.dumps(found.to_dict(), allow_nan=False)
-    again = profile(found.trace)
+    again = profile_trace(found.trace)
     assert json.dumps(again.to_dict(), allow_nan=False) == text
     assert found.to_dict()["trace"]["rows_by_stage"] == {"prefill": 480, "decode": 960, "other": 0}
 
@@ -141,7 +141,7 @@ def test_a_flagged_layer_is_reported(tmp_path: Path):
     requests = two_domains(rng, per_domain=6, k=1)
     for rows, _, _ in requests:
         rows[:, 1] = 5
-    result = profile(write(tmp_path / "t", requests))
+    result = profile_trace(write(tmp_path / "t", requests))
     assert any("Layer 1: expert 5 takes 100.0%" in notice for notice in result.notices)
     assert result.to_dict()["imbalance"]["flagged_layers"] == [1]
     assert isinstance(result.coactivation, Skipped) and "top-1" in result.coactivation.reason
@@ -214,7 +214,7 @@ def test_request_types_are_told_apart_and_shuffled_labels_are_not(found: Profile
     assert not isinstance(leak, Skipped)
     assert leak.accuracy.mean() > 0.9 and abs(leak.control.mean() - 0.5) < 0.15
     assert leak.meaning.startswith("A leak") and leak.chance == 0.5
-    alike = profile(write(tmp_path / "t", two_domains(np.random.default_rng(5), apart=False, per_domain=30)))
+    alike = profile_trace(write(tmp_path / "t", two_domains(np.random.default_rng(5), apart=False, per_domain=30)))
     assert not isinstance(alike.leakage, Skipped)
     assert alike.leakage.meaning.startswith("No leak shown")
 
@@ -237,8 +237,8 @@ def test_coactivation_is_noise_for_independent_picks_and_not_for_couples(tmp_pat
     rng = np.random.default_rng(7)
     even = [(draw(rng, np.ones((2, EXPERTS)), 2000), 100, "a") for _ in range(4)]
     couples = [(np.stack([first := rng.integers(0, 8, (1200, 2)) * 2, first + 1], axis=2), 100, "a") for _ in range(4)]
-    independent = profile(write(tmp_path / "even", even)).coactivation
-    coupled = profile(write(tmp_path / "couples", couples)).coactivation
+    independent = profile_trace(write(tmp_path / "even", even)).coactivation
+    coupled = profile_trace(write(tmp_path / "couples", couples)).coactivation
     assert not isinstance(independent, Skipped) and not isinstance(coupled, Skipped)
     assert independent.distance == pytest.approx(independent.floor, abs=0.02)
     assert (coupled.distance > 0.8).all()
@@ -251,7 +251,7 @@ def test_distinct_experts_by_hand(found: Profile, tmp_path: Path):
     assert item.mixed[0] == pytest.approx(2) and item.uniform[0] == pytest.approx(2)
     assert (np.diff(item.mixed) >= 0).all() and item.mixed[-1] <= EXPERTS
     assert item.single[4] < item.mixed[4]
-    alone = profile(write(tmp_path / "t", [(np.full((40, 1, 1), 3), 8, "a")])).distinct
+    alone = profile_trace(write(tmp_path / "t", [(np.full((40, 1, 1), 3), 8, "a")])).distinct
     assert (alone.mixed == 1).all() and np.isnan(alone.single).all()
     assert alone.uniform[1] == pytest.approx(EXPERTS * (1 - (1 - 1 / EXPERTS) ** 2))
 
@@ -294,7 +294,7 @@ def test_traces_that_lack_something_say_so(tmp_path: Path, kind: str):
     else:
         requests = [(rows, prefill, "a") for rows, prefill, _ in requests]
     trace = write(tmp_path / "t", requests)
-    result = profile(trace)
+    result = profile_trace(trace)
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     if kind == "one domain":
         assert isinstance(result.similarity["decode"], Skipped) and isinstance(result.leakage, Skipped)
@@ -305,7 +305,7 @@ def test_traces_that_lack_something_say_so(tmp_path: Path, kind: str):
         assert any("16 of 16 requests have unknown phases" in notice for notice in result.notices)
         assert data["distinct_experts"]["stage"] == "unknown phase"
     if kind in ("prefill only", "unknown phases"):
-        stand_in = profile(trace, signature_tokens=8)
+        stand_in = profile_trace(trace, signature_tokens=8)
         assert not isinstance(stand_in.phases, Skipped)
         assert any("stand in for the prefill" in notice for notice in stand_in.notices)
 

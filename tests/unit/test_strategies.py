@@ -118,7 +118,7 @@ def test_placement_phases_by_hand() -> None:
 
 def test_unbalanced_groups_that_share_a_cluster_have_the_same_experts_in_mind() -> None:
     result = solve(problem(nodes=4, per_node=1, n=40), PaperParams(2, equal=False))
-    assert not result.equal_groups and "K = 2" in result.notes[0]
+    assert not result.equal_groups and "K = 2" in result.provenance.notes[0]
 
 
 def best_total(score: np.ndarray) -> float:

@@ -23,10 +23,14 @@ from moeplan.perf.routing import counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning import RequestSet, Signature, read_requests, solve
 from moeplan.planning.assignment import random_groups
-from moeplan.replay import Setup, compare, measure, replay, timing
-from moeplan.replay.comparison import fit_problem
-from moeplan.replay.measure import measure_steps
-from moeplan.replay.split import draw_steps
+from moeplan.planning.plan import PlanningTask
+from moeplan.replay import steps as replayed_steps
+from moeplan.replay import timing
+from moeplan.replay.compare import compare_task
+from moeplan.replay.evaluate import evaluate
+from moeplan.replay.evaluator import FoldEvaluator, Grouping
+from moeplan.replay.settings import EvaluationSettings
+from moeplan.replay.table import Comparison
 from moeplan.replay.timing import Timing, parallel_of, step_times, timing_of
 from moeplan.synthetic.generator import generate
 from moeplan.trace import open_trace
@@ -49,7 +53,7 @@ def _counted(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, layers: int, 
     requests = RequestSet(
         shape, tokens, np.arange(40), 40, none, ("x",), span, span, span, none, "decode", Signature(), ()
     )
-    who = solve(fit_problem(requests, Setup(cluster, ()), np.arange(40)), "linear").who
+    who = solve(requests.problem(PlanningTask(cluster)), "linear").routes
     sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
     indices = np.tile(np.arange(live), cluster.num_groups)
     rows = rng.integers(0, 400, (steps, len(sources)))
@@ -127,7 +131,7 @@ def test_timing_knows_nothing_of_the_replay() -> None:
     tree = ast.parse(Path(timing.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     ours = {name.split(".")[1] for name in modules if name.startswith("moeplan.")}
-    assert ours <= {"cluster", "embedded", "errors", "model", "perf", "types"}
+    assert ours <= {"arrays", "cluster", "embedded", "errors", "model", "perf", "types"}
 
 
 def test_the_benchmark_of_the_time_objective_times_as_compare_does() -> None:
@@ -166,12 +170,16 @@ def like_demo(demo: RequestSet) -> CompleteSpec:
     )
 
 
+TASK = PlanningTask(Cluster(4, 2), 8)
+
+
 @pytest.fixture(scope="module")
-def timed(demo: RequestSet, like_demo: CompleteSpec) -> Setup:
-    return Setup(
-        Cluster(4, 2), ("linear", "eplb", "paper", "paper-unbalanced"), redundant=8, folds=2, steps=30, draws=200,
-        timing=Timing(like_demo, H100, steps=10),
-    )  # fmt: skip
+def timed(demo: RequestSet, like_demo: CompleteSpec) -> EvaluationSettings:
+    return EvaluationSettings(folds=2, steps=30, draws=200, timing=Timing(like_demo, H100, steps=10))
+
+
+def compared(demo: RequestSet, settings: EvaluationSettings, *strategies: str) -> Comparison:
+    return compare_task(demo, TASK, strategies, settings)
 
 
 def _rows(data: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +188,11 @@ def _rows(data: dict[str, Any]) -> dict[str, Any]:
     return dict(data["strategies"])
 
 
-def test_the_keys_and_that_nothing_else_changes(demo: RequestSet, timed: Setup) -> None:
-    table = compare(demo, timed)
-    again, plain = compare(demo, timed).to_dict(), compare(demo, dataclasses.replace(timed, timing=None)).to_dict()
+def test_the_keys_and_that_nothing_else_changes(demo: RequestSet, timed: EvaluationSettings) -> None:
+    strategies = ("linear", "eplb", "paper", "paper-unbalanced")
+    table = compared(demo, timed, *strategies)
+    again = compared(demo, timed, *strategies).to_dict()
+    plain = compared(demo, dataclasses.replace(timed, timing=None), *strategies).to_dict()
     rows, untimed = _rows(table.to_dict()), _rows(plain)
     assert json.dumps(rows, allow_nan=False) == json.dumps(_rows(again), allow_nan=False)
     assert plain["setup"]["timing"] is None and not any("times:" in line for line in plain["method"])
@@ -208,36 +218,40 @@ def test_the_keys_and_that_nothing_else_changes(demo: RequestSet, timed: Setup) 
 
 
 def test_the_first_steps_are_timed_whatever_is_kept_at_once(
-    demo: RequestSet, timed: Setup, monkeypatch: pytest.MonkeyPatch
+    demo: RequestSet, timed: EvaluationSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster, everyone = timed.cluster, np.arange(len(demo))
-    result = solve(fit_problem(demo, timed, everyone), "linear")
-    draws = draw_steps(demo.measured_span, 12, np.random.default_rng(0))
-    group = random_groups(len(demo), cluster.num_groups, np.random.default_rng(1))
-    some = measure_steps(demo, draws, group, 8, result.who, timed.dispatch, timed.timing)
+    cluster, everyone = TASK.cluster, np.arange(len(demo))
+    plan = solve(demo.problem(TASK), "linear")
+    grouping = Grouping(random_groups(len(demo), cluster.num_groups, np.random.default_rng(1)), True)
+    fold = FoldEvaluator(demo, everyone, everyone, live=8, steps=12, seed=0, timing=timed.timing)
+    some = fold.measure(plan, grouping).steps
+    assert some is not None
     assert some.step_ms is not None and some.idle_share is not None and len(some.step_ms) == 10
-    monkeypatch.setattr(measure, "KEPT", 3 * demo.shape.num_layers * cluster.num_gpus**2)
-    parts = measure_steps(demo, draws, group, 8, result.who, timed.dispatch, timed.timing)
+    monkeypatch.setattr(replayed_steps, "KEPT", 3 * demo.shape.num_layers * cluster.num_gpus**2)
+    parts = fold.measure(plan, grouping).steps
+    assert parts is not None
     assert parts.step_ms == pytest.approx(some.step_ms) and parts.idle_share == pytest.approx(some.idle_share)
-    assert measure_steps(demo, draws, group, 8, result.who, timed.dispatch).step_ms is None
+    untimed = dataclasses.replace(fold, timing=None).measure(plan, grouping).steps
+    assert untimed is not None and untimed.step_ms is None
 
 
-def test_fewer_layers_and_too_little_memory_are_said(demo: RequestSet, timed: Setup, like_demo: CompleteSpec) -> None:
+def test_fewer_layers_and_too_little_memory_are_said(
+    demo: RequestSet, timed: EvaluationSettings, like_demo: CompleteSpec
+) -> None:
     assert like_demo.moe is not None
     more = tuple(range(demo.shape.num_layers + 2))
     longer = dataclasses.replace(
         like_demo, layers=len(more), full_layers=more, moe=dataclasses.replace(like_demo.moe, layers=more)
     )
-    setup = dataclasses.replace(timed, strategies=("linear",), folds=1, timing=Timing(longer, H100, context=4_000_000))
-    notes = compare(demo, setup).notes
+    settings = dataclasses.replace(timed, folds=1, timing=Timing(longer, H100, context=4_000_000))
+    notes = compared(demo, settings, "linear").notes
     assert any(f"the trace gives {len(more) - 2} of like-demo's {len(more)} MoE layers" in note for note in notes)
     assert any("does not fit" in note for note in notes)
-    assert not any("times" in note for note in compare(demo, dataclasses.replace(timed, strategies=())).notes)
+    assert not any("times" in note for note in compared(demo, timed).notes)
 
 
-def test_replaying_a_plan_with_times(demo: RequestSet, timed: Setup) -> None:
-    result = solve(fit_problem(demo, timed, np.arange(len(demo))), "paper")
-    table = replay(demo, result, timed)
+def test_replaying_a_plan_with_times(demo: RequestSet, timed: EvaluationSettings) -> None:
+    table = evaluate(solve(demo.problem(TASK), "paper"), demo, timed).table
     assert all(row.figures[key].value is not None for row in table.rows for key in KEYS)
 
 
@@ -267,7 +281,7 @@ def test_models_that_are_not_the_trace_s(shape: ModelShape, name: str | None, cl
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_set_ups_that_cannot_be(demo: RequestSet, timed: Setup) -> None:
+def test_set_ups_that_cannot_be(demo: RequestSet, timed: EvaluationSettings) -> None:
     with pytest.raises(
         PlanError, match=r"--deployment nodes splits attention over 8 GPUs of a node, but tp 8 .* --deployment gpus"
     ):
@@ -279,7 +293,7 @@ def test_set_ups_that_cannot_be(demo: RequestSet, timed: Setup) -> None:
     with pytest.raises(UsageError, match="does not tell its weights' dtype"):
         Timing(unknown, H100).check(SHAPE, Cluster(2, 4), Dispatch.PICK)
     with pytest.raises(UsageError, match="differ in hidden size"):  # from Python too, before any work
-        compare(demo, dataclasses.replace(timed, timing=Timing(TINY, H100)))
+        compared(demo, dataclasses.replace(timed, timing=Timing(TINY, H100)))
 
 
 # ---- the command line
@@ -329,8 +343,9 @@ def test_a_real_trace_by_its_own_name(shared: Path, tmp_path: Path) -> None:
     cluster = Cluster(8, 4)
     how = timing_of(trace.shape, cluster, Dispatch.PICK, "H100")
     assert how.spec.name == "gpt-oss-20b"
-    setup = Setup(cluster, ("eplb",), redundant=32, folds=1, steps=40, draws=100, timing=how)
-    table = compare(read_requests(trace, signature_tokens=48), setup)
+    settings = EvaluationSettings(folds=1, steps=40, draws=100, timing=how)
+    requests = read_requests(trace, signature_tokens=48)
+    table = compare_task(requests, PlanningTask(cluster, 32), ("eplb",), settings)
     assert "linear" in table.row("eplb").beats["modelled_step_ms"]
     change = table.row("eplb").versus_linear["modelled_idle_share"]
     assert change is not None and change["value"] < 0

@@ -49,7 +49,7 @@ def compare(
     Args:
         strategies: Strategies, separated by commas.
     """
-    from moeplan import api
+    from moeplan.replay.compare import compare_task
     from moeplan.report.compare_page import write_compare_page
 
     task, chosen = cluster.task(), paper.strategies(strategies)
@@ -58,9 +58,9 @@ def compare(
     settings = measure.settings(times.timing(opened.shape, task), seed, fit=split.fit, folds=split.folds)
     with progress("compare") as tick:
         read = requests.read(opened, phase=measure.phase)
-        table = api.compare_task(read, task, chosen, settings, tick)
+        table = compare_task(read, task, chosen, settings, tick)
     show_comparison(table, opened, time.perf_counter() - start)
-    emit_json(json, {"trace": opened.label, "synthetic": opened.synthetic, **table.to_dict()})
+    emit_json(json, table.to_dict())
     if output is not None:
         write_compare_page(output, table, opened)
     echo(f"wrote {output}" if output else "a page with figures: add -o compare.html")

@@ -36,9 +36,9 @@ def demo(
     Args:
         output: Output: the folder of the pages.
     """
-    from moeplan.api import compare
     from moeplan.cluster import Cluster
-    from moeplan.profile import profile
+    from moeplan.profile import profile_trace
+    from moeplan.replay.compare import compare
     from moeplan.replay.settings import EvaluationSettings
     from moeplan.report.compare_page import write_compare_page
     from moeplan.report.page import write_page
@@ -52,7 +52,7 @@ def demo(
     echo("moeplan demo: 800 requests, recorded from the small trained model that comes with the package.")
     echo()
     with progress("profile") as tick:
-        found = profile(trace, seed=seed, progress=tick)
+        found = profile_trace(trace, seed=seed, progress=tick)
     write_page(output / "profile.html", profile_html(found))
     compiler.wait()
     began = time.perf_counter()
@@ -64,7 +64,7 @@ def demo(
     echo(f"pages:  {output / 'profile.html'}  {output / 'compare.html'}")
     echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a spare slot a GPU)")
     echo(f"{time.perf_counter() - start:.1f} s in all")
-    emit_json(json, {"trace": trace.label, "synthetic": trace.synthetic, **table.to_dict()})
+    emit_json(json, table.to_dict())
 
 
 def _compile_ahead() -> subprocess.Popen[bytes]:

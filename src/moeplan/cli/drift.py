@@ -23,21 +23,19 @@ def drift(
 
     Exit status 0: the plan is still good. 1: it is stale.
     """
-    from moeplan.api import detect_drift
     from moeplan.planning.store import load_plan
-    from moeplan.replay.comparison import check_shape
-    from moeplan.replay.drift import drift_setup
+    from moeplan.replay.drift import check_drift, detect_drift
+    from moeplan.replay.run import check_shape
     from moeplan.replay.settings import EvaluationSettings
 
     stored, opened = load_plan(o.refuse_trace(plan)), requests.open(trace)
-    drift_setup(stored, block=block)  # refuses before a large trace is read
+    settings = EvaluationSettings(seed=seed, block=block)
+    check_drift(stored, settings)  # before a large trace is read
     check_shape(opened.shape, stored.model, str(plan))
     with progress("drift") as tick:
         read = requests.read(opened, stored)
-        found = detect_drift(stored, read, EvaluationSettings(seed=seed, block=block), tick)
+        found = detect_drift(stored, read, settings, tick)
     for line in drift_lines(found, stored, read, trace, plan):
         echo(line)
-    seen = stored.provenance.trace_checksum == opened.checksum
-    facts = {"trace": opened.label, "synthetic": opened.synthetic, "plan": str(plan), "fitted_on_this_trace": seen}
-    emit_json(json, facts | found.to_dict())
+    emit_json(json, {"plan": str(plan)} | found.to_dict())
     return 1 if found.stale else 0

@@ -41,8 +41,8 @@ def evaluate(
     Args:
         dispatch: Dispatch mode: what one message carries. Default: the plan's.
     """
-    from moeplan import api
     from moeplan.cluster import Dispatch
+    from moeplan.replay import evaluate as replay
 
     opened = requests.open(trace)
     measured = _measured(opened, plan, placed)
@@ -50,13 +50,11 @@ def evaluate(
         measured = replace(measured, dispatch=Dispatch(dispatch))
     settings, start = measure.settings(times.timing(opened.shape, measured.task), seed), time.perf_counter()
     with progress("evaluate") as tick:
-        table = api.evaluate(measured, requests.read(opened, phase=measure.phase), settings, tick)
-    show_comparison(table, opened, time.perf_counter() - start)
-    seen = measured.provenance.trace_checksum == opened.checksum
-    if seen:
+        found = replay.evaluate(measured, requests.read(opened, phase=measure.phase), settings, tick)
+    show_comparison(found.table, opened, time.perf_counter() - start)
+    if found.fitted_on_this_trace:
         echo("  - the plan was fitted on this trace: these are not figures on held-out requests")
-    source = str(plan or placed.placement)
-    emit_json(json, {"trace": opened.label, "plan": source, "fitted_on_this_trace": seen, **table.to_dict()})
+    emit_json(json, {"plan": str(plan or placed.placement)} | found.to_dict())
 
 
 def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan:
@@ -64,7 +62,7 @@ def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan
     from moeplan.cluster import Deployment
     from moeplan.engines.from_placement import plan_of_file
     from moeplan.planning.store import load_plan
-    from moeplan.replay.comparison import check_shape
+    from moeplan.replay.run import check_shape
 
     if (plan is None) == (placed.placement is None):
         what = "evaluate needs a plan or a placement" if plan is None else "--plan and --placement are two placements"

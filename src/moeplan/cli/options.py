@@ -218,12 +218,14 @@ class PaperFlags:
     """Expert clusters (K) of the strategy paper. Default: chosen on the fit part."""
 
     def strategies(self, names: str) -> tuple[str | Strategy, ...]:
-        """The strategies of a list of names."""
+        """The strategies of a list of names, separated by commas."""
         from moeplan.planning.strategies.paper import PaperParams
-        from moeplan.replay.comparison import strategy_names
 
+        chosen = [name.strip() for name in names.split(",") if name.strip()]
+        if not chosen:
+            raise UsageError("--strategies names none", hint="e.g. linear,eplb,paper")
         both = {params.name: params for params in (PaperParams(self.clusters), PaperParams(self.clusters, equal=False))}
-        return tuple(both.get(name, name) for name in strategy_names(names))
+        return tuple(both.get(name, name) for name in chosen)
 
 
 @Parameter(name="*", group=REQUESTS)

@@ -273,36 +273,6 @@ class Plan:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    # Names of before, while callers move.
-
-    @property
-    def result(self) -> Plan:
-        return self
-
-    @property
-    def who(self) -> Routes:
-        return self.routes
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.provenance.notes
-
-    @property
-    def seconds(self) -> float:
-        return self.provenance.fit_seconds
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.model
-
-    @property
-    def rule(self) -> ReplicaRule:
-        return self.replica_rule
-
-    @property
-    def trace_checksum(self) -> str:
-        return self.provenance.trace_checksum
-
 
 def crc(array: npt.NDArray[Any]) -> int:
     """The checksum that plan.json keeps of each array."""

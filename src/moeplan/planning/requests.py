@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from moeplan._kernels.counting import count_ranges
 from moeplan.errors import UsageError
-from moeplan.planning.plan import Signature
-from moeplan.planning.problem import Stream
+from moeplan.planning.plan import PlanningTask, Signature
+from moeplan.planning.problem import Problem, Stream
 from moeplan.trace import Trace
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
 from moeplan.types import ModelShape, expert_dtype
@@ -97,10 +97,15 @@ class RequestSet:
         """int64 [n], how many rows each request is measured on."""
         return self.measured_span[:, 1] - self.measured_span[:, 0]
 
-    def stream(self, chosen: Int64Array) -> Stream:
-        """The token rows behind `use` of the chosen requests."""
-        span = self.use_span[chosen]
-        return Stream(self.experts, np.ascontiguousarray(span[:, 0]), np.ascontiguousarray(span[:, 1]))
+    def problem(self, task: PlanningTask, fit: Int64Array | None = None) -> Problem:
+        """What a strategy is given: only what the fit requests did, int64 positions; None: all of them."""
+        fit = np.arange(len(self)) if fit is None else fit
+        span = self.use_span[fit]
+        stream = Stream(self.experts, np.ascontiguousarray(span[:, 0]), np.ascontiguousarray(span[:, 1]))
+        return Problem(
+            self.shape, task.cluster, task.redundant, self.use[fit], self.signature[fit], stream,
+            task.replica_rule, task.dispatch,
+        )  # fmt: skip
 
 
 def read_requests(

@@ -3,6 +3,4 @@
 from moeplan.profile.characterise import Profile, profile_trace
 from moeplan.profile.common import Skipped
 
-__all__ = ["Profile", "Skipped", "profile", "profile_trace"]
-
-profile = profile_trace  # the name of before, while callers move
+__all__ = ["Profile", "Skipped", "profile_trace"]

@@ -8,28 +8,36 @@ not count. Fresh plans see only half of the new requests: the verdict is about w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import stdtrit
 
+from moeplan.arrays import FloatArray
 from moeplan.cluster import Dispatch
-from moeplan.errors import FormatError, PlanError, UsageError
-from moeplan.planning import Plan, RequestSet, solve
-from moeplan.planning.problem import GUARD, StepCost
-from moeplan.planning.strategies import available
+from moeplan.errors import UsageError
+from moeplan.planning.plan import Plan
+from moeplan.planning.problem import GUARD, Strategy
+from moeplan.planning.requests import RequestSet, read_requests
+from moeplan.planning.solver import solve
+from moeplan.planning.strategies import available, find
 from moeplan.planning.strategies.moeplan import MoeplanParams
-from moeplan.progress import Progress
-from moeplan.replay.comparison import Row, Setup, fit_problem, folds_of, group_test, measure, rng_of
-from moeplan.replay.split import blocks, draw_steps, least_requests, live_requests
-from moeplan.replay.statistics import change, less_than
-from moeplan.replay.table import Comparison, Measured, tabulate
+from moeplan.progress import Progress, silent
+from moeplan.replay.evaluator import Measured
+from moeplan.replay.run import EvaluationRun, Row, check_shape
+from moeplan.replay.settings import EvaluationSettings
+from moeplan.replay.split import least_requests
+from moeplan.replay.statistics import change, significantly_below
+from moeplan.replay.table import Comparison
+from moeplan.replay.tabulate import tabulate
+from moeplan.trace import Trace
 
-__all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "drift", "drift_setup", "params_of"]
+if TYPE_CHECKING:
+    import pandas
 
-FloatArray = npt.NDArray[np.float64]
+__all__ = ["FRESH", "OLD", "OLD_RANDOM", "DriftReport", "check_drift", "detect_drift"]
 
 #: Names of the rows beside `linear`; the second shows how much of the old plan is its router.
 OLD, OLD_RANDOM, FRESH = "stored plan", "stored plan/none", "planned anew"
@@ -42,30 +50,46 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DriftReport:
     """The verdict, and what it rests on.
 
     Attributes:
         key: the figure that is judged: remote_share or remote_nodes_per_token.
+        planner: the strategy that planned anew.
         table: rows linear, OLD, OLD_RANDOM and FRESH, with every figure of a comparison.
         change: relative change of `key` by planning anew: value; ci95, which requests came (bootstrap); and
             ci95_of_planning, how one plan differs from the next (folds). None where the old plan sends nothing.
         load: 95 % interval over folds of the old plan's node_load_ratio in multiples of linear's.
         helps: planning anew lowers `key`, beyond both.
         overloaded: `load` lies above the guard, and the fresh plans keep it.
+        fitted_on_this_trace: the plan was fitted on these very requests; it looks better than it is.
     """
 
     key: str
+    planner: str
     table: Comparison
     change: dict[str, Any] | None
     load: list[float]
     helps: bool
     overloaded: bool
+    fitted_on_this_trace: bool
+
+    def __repr__(self) -> str:
+        verdict = "stale" if self.stale else "still good"
+        by = "" if self.change is None else f"; planning anew changes {self.key} by {100 * self.change['value']:+.1f} %"
+        return f"{verdict}: {', '.join(self.reasons) or 'no change beyond noise'}{by}\n{self.table!r}"
 
     @property
     def stale(self) -> bool:
+        """Whether planning anew is worth it."""
         return self.helps or self.overloaded
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why it is stale; empty where it is not."""
+        why = [f"planning anew lowers {self.key} by more than noise"] * self.helps
+        return why + ["it exceeds the guard on node load, and a plan made anew does not"] * self.overloaded
 
     def node_load(self, name: str) -> float | None:
         """A row's node_load_ratio in multiples of linear's."""
@@ -81,17 +105,81 @@ class DriftReport:
             "key": self.key,
             "change_by_replanning": self.change,
             "node_load_vs_linear": {"value": self.node_load(OLD), "ci95_of_folds": self.load, "guard": GUARD},
+            "fitted_on_this_trace": self.fitted_on_this_trace,
         }
         return verdict | self.table.to_dict()
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table behind the verdict, one line per row.
 
-def drift_setup(plan: Plan, *, seed: int = 0, block: int = 1, steps: int = 500, folds: int = 4) -> Setup:
-    """How the verdict is reached: half of the requests to fit, as often as `folds` says, the plan's own problem.
+        Raises:
+            MoeplanError: pandas is not installed.
+        """
+        return self.table.to_pandas()
+
+    def plot(self, key: str | None = None) -> Any:
+        """Bars of the judged figure, or of another one, as a `matplotlib.figure.Figure`."""
+        return self.table.plot(key or self.key)
+
+
+def detect_drift(
+    plan: Plan,
+    requests: Trace | RequestSet,
+    settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008
+    progress: Progress = silent,
+) -> DriftReport:
+    """Whether new traffic has made a plan stale: would planning anew lower what it was made to lower, beyond noise?
+
+    Args:
+        requests: of the plan's model, and not those that it was fitted on.
 
     Raises:
-        UsageError: nothing of this plan can go stale (allgather, unequal groups), it was made for time, which is not
-            what is judged here, or a value out of range.
-        FormatError: the plan's guard or objective is none.
+        UsageError: requests of another model; nothing of this plan can go stale (allgather, unequal groups), or it was
+            made for time, which is not what is judged here; less than two folds.
+        PlanError: too few requests to split, plan and measure.
+        FormatError: the plan's parameters are invalid.
+
+    Example:
+        >>> moeplan.detect_drift(plan, new_trace).stale  # doctest: +SKIP
+        False
+    """
+    key, strategy = check_drift(plan, settings)
+    check_shape(requests.shape, plan.model, "plan")
+    if isinstance(requests, Trace):
+        requests = read_requests(requests, signature_tokens=plan.signature.tokens)
+    task = plan.task
+    hint = f"collect more traffic first, {least_requests(task.cluster, settings.fit)} usable requests at least"
+    few = f"{{}} requests to plan anew for {task.cluster.num_groups} groups"
+    run = EvaluationRun.split(requests, task, dataclasses.replace(settings, timing=None), few, hint)
+    rows = [
+        Row("linear", "linear", "none"),
+        Row(OLD, strategy.name, "prefill"),
+        Row(OLD_RANDOM, strategy.name, "none"),
+        Row(FRESH, strategy.name, "prefill"),
+    ]
+    measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
+    notes: dict[str, None] = {}
+    for fold in run.folds():
+        progress(fold.fold, settings.folds, f"fold {fold.fold + 1}")
+        problem, seed = requests.problem(task, fold.fit), settings.seed + fold.fold
+        fresh = solve(problem, strategy, seed)
+        notes |= dict.fromkeys(fresh.provenance.notes)
+        plans = {"linear": solve(problem, "linear", seed), FRESH: fresh}
+        for row in rows:
+            of = plans.get(row.name, plan)
+            measured[row.name].append(fold.measure(of, fold.group(of, row.signature)))
+    table = tabulate(run, rows, measured, tuple(notes))
+    checksum = requests.trace.checksum if requests.trace else ""
+    seen = bool(checksum) and checksum == plan.provenance.trace_checksum
+    return _judge(key, strategy.name, table, seen)
+
+
+def check_drift(plan: Plan, settings: EvaluationSettings) -> tuple[str, Strategy]:
+    """The figure by which a plan is judged, and the strategy that plans anew: the plan's own, or `moeplan` where that
+    is none of ours (a deployed placement).
+
+    Raises:
+        UsageError, FormatError: as `detect_drift`, before any request is read.
     """
     if plan.dispatch not in _KEYS:
         raise UsageError(
@@ -108,87 +196,14 @@ def drift_setup(plan: Plan, *, seed: int = 0, block: int = 1, steps: int = 500, 
             "the plan was made with --objective time, and drift is judged by what leaves a node",
             hint="moeplan evaluate TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
         )
-    if folds < 2:
-        raise UsageError(f"{folds} fold does not tell one plan from the next", hint="use at least 2 folds")
-    params = params_of(plan)
-    strategy = params if anew(plan) == params.name else anew(plan)
-    return Setup(
-        plan.cluster, (strategy,), plan.redundant, plan.replica_rule, plan.dispatch,
-        fit=0.5, folds=folds, seed=seed, block=block, steps=steps,
-    )  # fmt: skip
+    if settings.folds < 2:
+        raise UsageError(f"{settings.folds} fold does not tell one plan from the next", hint="use at least 2 folds")
+    params = MoeplanParams.of_plan(plan.params)
+    name = plan.strategy if plan.strategy in available() else params.name
+    return _KEYS[plan.dispatch], params if name == params.name else find(name)
 
 
-def anew(plan: Plan) -> str:
-    """The strategy that plans anew: the plan's own; `moeplan` where that is none of ours (a deployed placement)."""
-    return plan.strategy if plan.strategy in available() else "moeplan"
-
-
-def params_of(
-    plan: Plan, *, guard: float | None = None, objective: str | None = None, step_cost: StepCost | None = None
-) -> MoeplanParams:
-    """The parameters that the plan was made with, as far as it says; what is given goes before them.
-
-    Args:
-        step_cost: for the objective time, which a plan does not keep.
-
-    Raises:
-        FormatError: the plan's guard or objective is invalid. UsageError: a given one is; the plan was made for time,
-            and neither another objective nor `step_cost` is given.
-    """
-    stored, limit = plan.params.get("objective") or "bytes", plan.params.get("guard", GUARD)
-    try:
-        limit = float("inf") if limit is None else float(limit)
-        made = MoeplanParams(limit, "bytes" if stored == "time" else stored)
-    except (TypeError, ValueError, UsageError):
-        raise FormatError(
-            f"guard {str(limit)[:20]!r} or objective {str(stored)[:20]!r} is invalid",
-            where="plan.json",
-            hint="plan again",
-        ) from None
-    if stored == "time" and objective is None and step_cost is None:
-        raise UsageError(
-            "the plan was made with --objective time", hint="give --hardware and --model again, or --objective bytes"
-        )
-    return replace(made, guard=limit if guard is None else guard, objective=objective or stored, step_cost=step_cost)
-
-
-def drift(requests: RequestSet, plan: Plan, setup: Setup, progress: Progress | None = None) -> DriftReport:
-    """Measure the stored plan and fresh ones on requests that the fresh ones have not seen.
-
-    Raises:
-        PlanError: too few requests to split, plan and replay.
-    """
-    block = blocks(requests.index, setup.block)
-    folds = folds_of(requests, setup, block)
-    more = f"collect more traffic first, {least_requests(setup.cluster, setup.fit)} usable requests at least"
-    least = min(len(fit) for fit, _ in folds)
-    if least < setup.cluster.num_groups:
-        raise PlanError(f"{least} requests to plan anew for {setup.cluster.num_groups} groups", hint=more)
-    live = live_requests([len(test) for _, test in folds], setup.cluster, more)
-    rows = [
-        Row("linear", "linear", "none"),
-        Row(OLD, anew(plan), "prefill"),
-        Row(OLD_RANDOM, anew(plan), "none"),
-        Row(FRESH, anew(plan), "prefill"),
-    ]
-    measured: dict[str, list[Measured]] = {row.name: [] for row in rows}
-    notes: dict[str, None] = {}
-    for fold, (fit, test) in enumerate(folds):
-        if progress:
-            progress(fold, setup.folds, f"fold {fold + 1}")
-        problem = fit_problem(requests, setup, fit)
-        fresh = solve(problem, setup.strategies[0], setup.seed + fold)
-        notes |= dict.fromkeys(fresh.notes)
-        of = {"linear": solve(problem, "linear", setup.seed + fold), FRESH: fresh}
-        draws = draw_steps(requests.measured_span[test], setup.steps, rng_of(setup, fold, 2))
-        for row in rows:
-            result = of.get(row.name, plan)
-            group = group_test(requests, fit, test, result, row.signature, rng_of(setup, fold, 1))
-            measured[row.name].append(measure(requests, setup, row, test, group, draws, live, result))
-    return _judge(tabulate(requests, setup, rows, measured, block, live, tuple(notes)), _KEYS[setup.dispatch])
-
-
-def _judge(table: Comparison, key: str) -> DriftReport:
+def _judge(key: str, planner: str, table: Comparison, seen: bool) -> DriftReport:
     rows = {name: table.row(name) for name in ("linear", OLD, FRESH)}
     linear, old, fresh = (row.figures for row in rows.values())
     apart = _interval_of_folds(np.subtract(fresh[key].folds, old[key].folds))
@@ -197,10 +212,15 @@ def _judge(table: Comparison, key: str) -> DriftReport:
         moved["ci95_of_planning"] = [end / today for end in apart]
     load = _interval_of_folds(np.divide(old["node_load_ratio"].folds, linear["node_load_ratio"].folds))
     return DriftReport(
-        key, table, moved, load,
-        helps=less_than(fresh[key], old[key]) and apart[1] < 0.0,
+        key=key,
+        planner=planner,
+        table=table,
+        change=moved,
+        load=load,
+        helps=significantly_below(fresh[key], old[key]) and apart[1] < 0.0,
         overloaded=load[0] > GUARD and rows[FRESH].guarded,
-    )  # fmt: skip
+        fitted_on_this_trace=seen,
+    )
 
 
 def _interval_of_folds(values: FloatArray) -> list[float]:

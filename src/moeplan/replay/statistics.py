@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-__all__ = ["Figure", "block_weights", "change", "figure_of_ratio", "less_than", "load_ratio", "noise_floor"]
+from moeplan.arrays import FloatArray, Int64Array, NumberArray
+from moeplan.planning.expected_load import load_ratio
 
-FloatArray = npt.NDArray[np.float64]
+__all__ = [
+    "Figure", "block_weights", "change", "figure_of_ratio", "mean_load_ratio", "noise_floor", "significantly_below",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Figure:
-    """One figure of one row of a comparison.
+    """One figure of one row of a comparison, with its bootstrap draws.
 
     Attributes:
         value: the figure; None when it cannot be known.
@@ -36,6 +38,13 @@ class Figure:
     folds: tuple[float, ...] = ()
     unit: str = ""
     extra: tuple[tuple[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        if self.value is None:
+            return "Figure(unknown)"
+        low, high = self.interval() or (None, None)
+        spread = "" if low is None else f", 95 % {low:.4g} to {high:.4g} over {self.unit}"
+        return f"Figure({self.value:.4g}{spread})"
 
     def interval(self) -> list[float] | None:
         """The 95 % interval [low, high]."""
@@ -56,7 +65,7 @@ def _interval(draws: FloatArray) -> list[float] | None:
     return [float(q) for q in np.quantile(finite, (0.025, 0.975))] if len(finite) else None
 
 
-def block_weights(block: npt.NDArray[np.int64], draws: int, rng: np.random.Generator) -> FloatArray:
+def block_weights(block: Int64Array, draws: int, rng: np.random.Generator) -> FloatArray:
     """float64 [draws, n]: how often each request is drawn, whole blocks at a time."""
     count = int(block.max()) + 1
     drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=draws)
@@ -78,11 +87,9 @@ def figure_of_ratio(top: FloatArray, bottom: FloatArray, weights: FloatArray, un
     return Figure(float(scale * top.sum() / bottom.sum()), draws, tuple(float(v) for v in folds), unit)
 
 
-def load_ratio(load: npt.NDArray[np.floating]) -> FloatArray:
-    """Max / mean over the last axis, mean over the one before: load [.., L, P] -> [..]."""
-    mean = load.mean(axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((load.max(axis=-1) / mean).mean(axis=-1), np.float64)
+def mean_load_ratio(load: NumberArray) -> FloatArray:
+    """`load_ratio` of each layer, mean over layers: load [.., L, units] -> [..]."""
+    return np.asarray(load_ratio(load).mean(axis=-1), np.float64)
 
 
 def change(figure: Figure, baseline: Figure) -> dict[str, Any] | None:
@@ -96,8 +103,8 @@ def change(figure: Figure, baseline: Figure) -> dict[str, Any] | None:
     return out
 
 
-def less_than(figure: Figure, other: Figure) -> bool:
-    """`figure` beats `other` (smaller is better): the interval of the paired difference lies below 0."""
+def significantly_below(figure: Figure, other: Figure) -> bool:
+    """Whether `figure` is smaller beyond noise: the interval of the paired difference lies below 0."""
     if figure.draws is None or other.draws is None or figure is other:
         return False
     interval = _interval(figure.draws - other.draws)

@@ -9,12 +9,14 @@ Names: S steps, L MoE layers, P GPUs, B live requests of one group.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import Int32Array
 from moeplan.cluster import Cluster, Deployment, Dispatch
 from moeplan.embedded import MODEL, WORD, named
 from moeplan.errors import MoeplanError, PlanError, UsageError
@@ -24,7 +26,6 @@ from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.memory import MemoryModel, Parallel, Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
-from moeplan.planning.problem import StepCost
 from moeplan.types import ModelShape
 
 __all__ = [
@@ -125,17 +126,6 @@ class Timing:
     context: int = CONTEXT
     steps: int = TIMED_STEPS
 
-    def step_cost(self, cluster: Cluster, mode: Dispatch) -> StepCost:
-        """Milliseconds of one step from its messages, picks and touched experts: what the objective time lowers."""
-
-        def cost(links: npt.NDArray[Any], picks: npt.NDArray[Any], touched: npt.NDArray[Any]) -> float:
-            times = step_times(
-                cluster, mode, self.spec, self.machine, links[None], picks[None], touched[None], context=self.context
-            )
-            return float(times.ms[0])
-
-        return cost
-
     def check(self, shape: ModelShape, cluster: Cluster, mode: Dispatch) -> None:
         """Refuse a model that is not the trace's, and a set-up that cannot be.
 
@@ -177,6 +167,14 @@ class Timing:
     def times(self, cluster: Cluster, mode: Dispatch, links: Any, picks: Any, touched: Any) -> StepTimes:
         """`step_times` of this model, hardware and context."""
         return step_times(cluster, mode, self.spec, self.machine, links, picks, touched, context=self.context)
+
+    def step_cost(self, cluster: Cluster, dispatch: Dispatch) -> Callable[[Int32Array, Int32Array, Int32Array], float]:
+        """Milliseconds of one counted step, as the objective `time` of a plan takes them."""
+
+        def cost(links: Int32Array, picks: Int32Array, touched: Int32Array) -> float:
+            return float(self.times(cluster, dispatch, links[None], picks[None], touched[None]).ms[0])
+
+        return cost
 
     def notes(self, cluster: Cluster, layers: int, redundant: int, live: int) -> list[str]:
         """What a reader must know before any time: layers that were not recorded, memory that does not suffice."""

@@ -9,12 +9,10 @@ Names: S steps, L MoE layers, P GPUs.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan.cluster import Cluster, Dispatch
 from moeplan.errors import UsageError
 from moeplan.model.spec import ModelSpec
 from moeplan.perf.collectives import Messages
@@ -23,10 +21,11 @@ from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.routing import Routing
 from moeplan.perf.step_model import StepModel
 from moeplan.planning import Plan, RequestSet, read_requests
-from moeplan.replay.comparison import Setup, check_shape, group_test
-from moeplan.replay.measure import measure_requests, measure_steps
-from moeplan.replay.split import draw_steps, live_requests
-from moeplan.replay.timing import CONTEXT, StepTimes, Timing, model_of, parallel_of, routing_of
+from moeplan.replay.evaluator import FoldEvaluator
+from moeplan.replay.measure import measure_requests
+from moeplan.replay.run import check_shape
+from moeplan.replay.split import live_requests
+from moeplan.replay.timing import CONTEXT, Timing, model_of, parallel_of, routing_of
 from moeplan.trace import Trace
 
 __all__ = ["TraceRouting", "estimate_plan", "real_routing"]
@@ -51,19 +50,6 @@ class TraceRouting:
     def experts_per_gpu(self) -> float:
         """Distinct experts that a GPU touches in a layer, mean over steps, layers and GPUs."""
         return float(self.routing.experts.mean())
-
-
-@dataclass(frozen=True)
-class _Counter(Timing):
-    """Stands where steps are timed, and keeps what was counted instead."""
-
-    redundant: int = 0
-    counted: list[Routing] = field(default_factory=list)
-
-    def times(self, cluster: Cluster, mode: Dispatch, links: Any, picks: Any, touched: Any) -> StepTimes:
-        self.counted.append(routing_of(cluster, self.spec, links, picks, touched, self.redundant))
-        nothing = np.zeros(len(picks))
-        return StepTimes(nothing, nothing)
 
 
 def estimate_plan(
@@ -91,16 +77,16 @@ def estimate_plan(
     """
     spec, machine = model_of(requests.shape, model), load_hardware(hardware)
     settings = settings or EstimateSettings()
-    mode = settings.dispatch or plan.dispatch
-    settings = dataclasses.replace(settings, dispatch=mode)
+    plan = dataclasses.replace(plan, dispatch=settings.dispatch or plan.dispatch)
+    settings = dataclasses.replace(settings, dispatch=plan.dispatch)
     timing = Timing(spec, machine, context)
     check_shape(requests.shape, plan.model, "plan")
-    timing.check(requests.shape, plan.cluster, mode)  # before a large trace is read
+    timing.check(requests.shape, plan.cluster, plan.dispatch)  # before a large trace is read
     if isinstance(requests, Trace):
         requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     parallel = parallel_of(plan.cluster, spec, plan.redundant)
     step_model = settings.step_model(spec, machine, parallel, plan.cluster.gpus_per_node)
-    steps = real_routing(requests, plan, timing, mode, live=batch, seed=seed)
+    steps = real_routing(requests, plan, timing, live=batch, seed=seed)
     found = estimate_step(step_model, steps.live, context, settings, steps.routing)
     return dataclasses.replace(found, measured=_measured(step_model, steps, requests, plan, context))
 
@@ -147,7 +133,7 @@ def _measured(model: StepModel, steps: TraceRouting, requests: RequestSet, plan:
 
 
 def real_routing(
-    requests: RequestSet, plan: Plan, timing: Timing, mode: Dispatch, *, live: int | None = None, seed: int = 0
+    requests: RequestSet, plan: Plan, timing: Timing, *, live: int | None = None, seed: int = 0
 ) -> TraceRouting:
     """Replay `timing.steps` steps of all usable requests under a plan.
 
@@ -173,15 +159,14 @@ def real_routing(
             f"most {most} that are live at a time",
             hint=f"leave --batch out, or give 1 to {most}",
         )
-    setup = Setup(cluster, (), plan.redundant, plan.replica_rule, mode, folds=1, seed=seed, steps=timing.steps)
-    everyone, rng = np.arange(len(requests)), np.random.default_rng([seed, 0, 2])
-    group = group_test(requests, everyone, everyone, plan, "prefill", rng)
-    figures = measure_requests(requests, everyone, group, plan.routes, mode)
-    counter = _Counter(timing.spec, timing.machine, timing.context, timing.steps, redundant=plan.redundant)
-    draws = draw_steps(requests.measured_span, setup.steps, rng)
-    measure_steps(requests, draws, group, live, plan.routes, mode, counter)
+    everyone = np.arange(len(requests))
+    fold = FoldEvaluator(requests, everyone, everyone, live, timing.steps, seed)
+    grouping = fold.group(plan, "prefill")
+    figures = measure_requests(requests, everyone, grouping.group, plan)
+    counts = fold.sample(plan, grouping).counts(timing.steps)
+    counted = [routing_of(cluster, timing.spec, *step, plan.redundant) for step in counts]
     local = 1 - float(figures.remote.sum() / figures.picks.sum())
-    return TraceRouting(_joined(counter.counted), live, timing.steps, local)
+    return TraceRouting(_joined(counted), live, timing.steps, local)
 
 
 def _joined(parts: list[Routing]) -> Routing:

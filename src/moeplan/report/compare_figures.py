@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from moeplan.replay import Comparison, TableRow
+from moeplan.replay.bars import bar_height, draw_bars
+from moeplan.replay.table import Comparison, TableRow
 from moeplan.report.figures import GREY, PALETTE, STYLES, Image, canvas, legend_below, to_image
 
 __all__ = ["bars_figure", "gpu_load_figure", "load_figure"]
@@ -15,31 +14,14 @@ __all__ = ["bars_figure", "gpu_load_figure", "load_figure"]
 def bars_figure(
     rows: list[TableRow], table: Comparison, key: str, label: str, alt: str, scale: float = 1.0
 ) -> Image | None:
-    """Horizontal bars of one key (times `scale`) with 95 % intervals; rows that do not count are hatched, `linear` is
-    a dashed line."""
+    """Horizontal bars of one key (times `scale`); None where no row has a value."""
     shown = [row for row in rows if row.figures[key].value is not None]
     baseline = table.row("linear").figures[key].value
     if not shown or baseline is None:
         return None
-    with canvas(height=0.9 + 0.3 * len(shown)) as (figure, axes):
-        for i, row in enumerate(reversed(shown)):
-            found = row.figures[key]
-            value = (found.value or 0.0) * scale
-            axes.barh(i, value, height=0.66, **_paint(row))
-            if interval := found.interval():
-                axes.plot([end * scale for end in interval], [i, i], color="#1b1f24", linewidth=1.4)
-        axes.axvline(baseline * scale, color=GREY, linewidth=1.2, linestyle="--")
-        axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(label)
-        axes.set_xlim(left=0)
+    with canvas(height=bar_height(len(shown))) as (figure, axes):
+        draw_bars(axes, shown, key, label, baseline, scale, PALETTE)
         return to_image(figure, alt)
-
-
-def _paint(row: TableRow) -> dict[str, Any]:
-    if row.guarded:
-        return {"color": PALETTE[0]}
-    return {"facecolor": "#ffffff", "edgecolor": PALETTE[1], "hatch": "////", "linewidth": 1.0}
 
 
 def load_figure(rows: list[TableRow], key: str, label: str, alt: str) -> Image | None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moeplan.replay import Comparison, TableRow
+from moeplan.planning.problem import GUARD
 from moeplan.replay.split import MAX_LIVE
-from moeplan.replay.table import GUARD
+from moeplan.replay.table import SIGNATURES, Comparison, TableRow
 from moeplan.report.compare_figures import bars_figure, gpu_load_figure, load_figure
 from moeplan.report.page import Section, Table, render, write_page
 from moeplan.trace import Trace
 
-__all__ = ["GROUPS_BY", "compare_html", "verdict", "write_compare_page"]
-
-#: What a signature kind is called in tables.
-GROUPS_BY = {"none": "random", "prefill": "signature"}
+__all__ = ["compare_html", "verdict", "write_compare_page"]
 
 #: key, heading, scale, format: all keys of the full table.
 _KEYS = (
@@ -276,7 +273,7 @@ def _all_keys(table: Comparison) -> Section:
     head = ["strategy", "groups by", "guard", *(name for _, name, _, _ in keys)]
     body = []
     for row in table.rows:
-        cells = [row.name, GROUPS_BY.get(row.signature, row.signature), _mark(row).strip(" ()") or "ok"]
+        cells = [row.name, SIGNATURES.get(row.signature, row.signature), _mark(row).strip(" ()") or "ok"]
         for key, _, scale, form in keys:
             value = row.figures[key].value
             cells.append("–" if value is None else form.format(value * scale))

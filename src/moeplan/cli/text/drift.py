@@ -15,12 +15,10 @@ __all__ = ["drift_lines"]
 
 def drift_lines(found: DriftReport, stored: Plan, requests: RequestSet, trace: Path, plan: Path) -> Iterator[str]:
     """What was measured, the figures, the verdict, and what follows."""
-    from moeplan.replay.drift import anew
-
     opened = requests.trace
     assert opened is not None
     count, setup = found.table.head["requests"], found.table.head["setup"]
-    by = "" if anew(stored) == stored.strategy else f" (planned anew by {anew(stored)})"
+    by = "" if found.planner == stored.strategy else f" (planned anew by {found.planner})"
     yield (
         f"{opened.label}: {count['fit'][0]} requests to plan anew on, {count['test'][0]} others to measure on, "
         f"{setup['folds']} folds; {stored.strategy}{by} on {setup['nodes']} nodes x "
@@ -32,7 +30,7 @@ def drift_lines(found: DriftReport, stored: Plan, requests: RequestSet, trace: P
         yield f"  - {note}"
     if requests.known != stored.signature:
         yield f"  - signatures are taken from the {requests.known}; the plan was fitted on the {stored.signature}"
-    if stored.provenance.trace_checksum == opened.checksum:
+    if found.fitted_on_this_trace:
         yield "  - the plan was fitted on this trace, test parts included: results are optimistic"
 
 
@@ -61,10 +59,8 @@ def _figures(found: DriftReport) -> Iterator[str]:
 
 
 def _verdict(found: DriftReport, trace: Path, plan: Path) -> Iterator[str]:
-    why = [f"planning anew lowers {found.key} by more than noise"] * found.helps
-    why += ["it exceeds the guard on node load, and a plan made anew does not"] * found.overloaded
-    if why:
-        yield f"stale: {', and '.join(why)}"
+    if found.stale:
+        yield f"stale: {', and '.join(found.reasons)}"
         yield f"next: moeplan rebalance {trace} --plan {plan} --max-moves M -o NEW, or a new plan: moeplan plan {trace}"
     else:
         yield "still good: planning anew would change no more than noise"

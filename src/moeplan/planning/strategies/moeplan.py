@@ -9,13 +9,14 @@ penalty rises until steps replayed on the fit requests keep the load guard.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from moeplan.errors import PlanError, UsageError
+from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.planning.balance import eplb_slots, linear_slots
 from moeplan.planning.coactivation import coactivation_slots
 from moeplan.planning.guard import GuardSettings, StepSampler, keep_guard
@@ -72,6 +73,38 @@ class MoeplanParams(Strategy):
         for part in self.without:
             if part not in PARTS:
                 raise UsageError(f"moeplan has no part {part!r} to leave out", hint=f"one of {', '.join(PARTS)}")
+
+    @classmethod
+    def of_plan(
+        cls,
+        stored: Mapping[str, Any],
+        *,
+        guard: float | None = None,
+        objective: str | None = None,
+        step_cost: StepCost | None = None,
+    ) -> MoeplanParams:
+        """The parameters that a plan was made with, as far as it keeps them; what is given goes before them.
+
+        Args:
+            stored: `Plan.params`. step_cost: for the objective time, which a plan does not keep.
+
+        Raises:
+            FormatError: the plan's guard or objective is invalid. UsageError: a given one is; the plan was made for
+                time, and neither another objective nor `step_cost` is given.
+        """
+        kept, limit = stored.get("objective") or cls.objective, stored.get("guard", GUARD)
+        try:
+            limit = float("inf") if limit is None else float(limit)
+            cls(limit, "bytes" if kept == "time" else kept)
+        except (TypeError, ValueError, UsageError):
+            what = f"guard {str(limit)[:20]!r} or objective {str(kept)[:20]!r} is invalid"
+            raise FormatError(what, where="plan.json", hint="plan again") from None
+        if kept == "time" and objective is None and step_cost is None:
+            raise UsageError(
+                "the plan was made with --objective time",
+                hint="give --hardware and --model again, or --objective bytes",
+            )
+        return cls(limit if guard is None else guard, objective or kept, step_cost)
 
     def solve(self, problem: Problem, seed: int) -> Solution:
         return _solve(self, problem, None, seed)
