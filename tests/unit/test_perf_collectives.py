@@ -1,4 +1,4 @@
-"""Collective times: messages against `cluster.token_messages`, the busiest link, padding, limits, measured DeepEP."""
+"""Collective times: messages against `cluster.token_messages`, the busiest link, limits, measured DeepEP."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ from moeplan.perf.collectives import (
 )
 from moeplan.perf.constants import load_constants
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.operators import Device
+from moeplan.perf.operators import Device, Time
 
 H100 = Device(load_hardware("H100"))
+
+
+def bound(time: Time) -> object:
+    """What would take longest alone, of each time."""
+    longest = np.argmax(np.stack(np.broadcast_arrays(*time.parts.values())), axis=0)
+    return np.array(list(time.parts))[longest].tolist()
 
 
 @pytest.mark.parametrize("mode", list(Dispatch))
@@ -42,16 +48,14 @@ def test_uniform_messages_are_the_mean_of_drawn_ones(mode: Dispatch, nodes: int)
         np.testing.assert_allclose(getattr(drawn, name).mean(), getattr(expected, name)[0], rtol=0.03, atol=1e-9)
 
 
-def test_levels_and_padding_by_hand() -> None:
+def test_levels_by_hand() -> None:
     pairs = np.array([[9, 1, 4, 0], [2, 9, 0, 0], [0, 0, 9, 0], [0, 3, 5, 9]], float)  # the diagonal is no message
-    plain, padded = messages_between(pairs, 2), messages_between(pairs, 2, padded=True)
+    plain = messages_between(pairs, 2)
     np.testing.assert_array_equal(plain.sent_up, [1, 2, 0, 5])
     np.testing.assert_array_equal(plain.received_up, [2, 1, 5, 0])
     np.testing.assert_array_equal(plain.sent_out, [4, 0, 0, 3])
     np.testing.assert_array_equal(plain.received_out, [0, 3, 4, 0])
     assert (plain.busiest_up, plain.busiest_out) == (5, 4)
-    np.testing.assert_array_equal(padded.sent_up, [5] * 4)
-    np.testing.assert_array_equal(padded.sent_out, [8] * 4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,8 +71,6 @@ def test_the_busiest_link_decides(counts: list[int], mode: Dispatch, way: str) -
     assert time.seconds >= messages.busiest_out * size / 50e9
     assert time.seconds >= messages.busiest_up * size / 450e9
     assert time.seconds <= sum(time.parts.values()) * 1.001
-    padded = messages_between(np.array(counts, float).reshape(4, 4), 2, padded=True)
-    assert expert_exchange(H100, mode, padded, 7168, 8, 2, way).seconds >= time.seconds * 0.999  # type: ignore[arg-type]
 
 
 def test_arrays_of_layers_give_arrays_of_times() -> None:
@@ -77,7 +79,7 @@ def test_arrays_of_layers_give_arrays_of_times() -> None:
         H100, Dispatch.PICK, uniform_messages(Dispatch.PICK, 4, 8, tokens, 8, 256), 7168, 8, 4, "dispatch"
     )
     assert np.asarray(time.seconds).shape == (3,)
-    assert list(time.bound) == ["latency", "scale_out", "scale_out"]
+    assert bound(time) == ["latency", "scale_out", "scale_out"]
 
 
 def test_more_units_copy_faster_until_the_link_is_full() -> None:
@@ -96,14 +98,14 @@ def test_group_limited_routing_reaches_fewer_nodes() -> None:
 def test_all_reduce_takes_the_quicker_way() -> None:
     fit = load_constants().collective
     assert all_reduce(H100, 1e6, 1).seconds == 0
-    assert all_reduce(H100, 16e3, 8).bound == "latency"
+    assert bound(all_reduce(H100, 16e3, 8)) == "latency"
     large = 1e9
     assert all_reduce(H100, large, 8).seconds == pytest.approx(
         2 * 7 / 8 * large / (450e9 * fit.scale_up), rel=0.01
     )  # ring
     once = fit.launch_s + 6e-7 + 7 * 1e3 / (450e9 * fit.scale_up)
     assert all_reduce(H100, 1e3, 8).seconds == pytest.approx(once)
-    assert all_reduce(H100, large, 16).bound in ("scale_up", "scale_out")
+    assert bound(all_reduce(H100, large, 16)) in ("scale_up", "scale_out")
     assert all_reduce(H100, large, 16).seconds > all_reduce(H100, large, 8).seconds
     np.testing.assert_allclose(
         all_reduce(H100, np.array([1e3, large]), 8).seconds,
@@ -123,7 +125,7 @@ def test_directions_are_two() -> None:
     with pytest.raises(UsageError, match="direction back is unknown; use dispatch or combine"):
         expert_exchange(H100, Dispatch.PICK, none, 7168, 8, 2, "back")  # type: ignore[arg-type]
     empty = expert_exchange(H100, Dispatch.PICK, none, 7168, 8, 2, "dispatch")
-    assert empty.bound == "latency" and empty.seconds > 0
+    assert bound(empty) == "latency" and empty.seconds > 0
 
 
 @pytest.mark.parametrize("way", ["dispatch", "combine"])

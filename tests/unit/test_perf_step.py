@@ -77,7 +77,7 @@ def adds_up(step: Step) -> None:
 @given(
     layout=st.sampled_from(LAYOUTS),
     batch=st.integers(2, 512),
-    tokens=st.integers(1, 8192),
+    tokens=st.integers(2, 8192),
     overlap=st.booleans(),
     prefill=st.booleans(),
 )

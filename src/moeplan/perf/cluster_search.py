@@ -58,8 +58,6 @@ class SizingSettings:
     def __post_init__(self) -> None:
         if self.requests < 1 or self.max_gpus < 1:
             raise UsageError("requests and max_gpus must be at least 1")
-        if self.gpus_per_node is not None and self.gpus_per_node < 1:
-            raise UsageError("gpus_per_node must be at least 1")
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,10 +197,12 @@ def smallest_cluster(
     Raises:
         UsageError: a dtype that no kernel is modelled for.
     """
-    search = _Search(spec, hardware, case, precision, settings)
+    per_node = hardware.scale_up_size if settings.gpus_per_node is None else settings.gpus_per_node
+    options = StepOptions(overlap=True, gpus_per_node=per_node)
+    search = _Search(spec, hardware, case, precision, settings.requests, options)
     before, nearest, memory_ratio = _Tried(0), _NOTHING, math.inf
     weights = float(weight_bytes(spec, Parallel(), precision, mtp=case.drafts > 0).sum())
-    for gpus in cluster_sizes(search.per_node, settings.max_gpus):
+    for gpus in cluster_sizes(per_node, settings.max_gpus):
         if nearest.model and gpus > BEYOND * nearest.model.parallel.gpus:
             break
         report(gpus)
@@ -263,11 +263,8 @@ class _Search:
     hardware: Hardware
     case: UseCase
     precision: Precision
-    settings: SizingSettings
-
-    @property
-    def per_node(self) -> int:
-        return self.settings.gpus_per_node or self.hardware.scale_up_size
+    requests: int
+    options: StepOptions
 
     def attempt(self, gpus: int, bound: float = math.inf) -> _Tried:
         """All layouts of one size; those whose TPOT misses by more than `bound` are passed over."""
@@ -275,7 +272,7 @@ class _Search:
         met: list[_Candidate] = []
         nearest, least, passed = _NOTHING, None, False
         for model in self._layouts(gpus):
-            batch = -(-self.settings.requests // model.parallel.dp)
+            batch = -(-self.requests // model.parallel.dp)
             if batch > holds(model, workload):
                 need = used(model, workload, batch)
                 least = need if least is None or need.used < least.used else least
@@ -297,12 +294,11 @@ class _Search:
 
     def _layouts(self, gpus: int) -> list[StepModel]:
         """Layouts worth trying. More data-parallel ranks than requests serve only experts; in a dense model, nobody."""
-        options = StepOptions(overlap=True, gpus_per_node=self.per_node)
         try:
-            possible = step_models(self.spec, self.hardware, gpus, self.precision, options=options)
+            possible = step_models(self.spec, self.hardware, gpus, self.precision, options=self.options)
         except PlanError:
             return []
-        return [model for model in possible if self.spec.moe or model.parallel.dp <= self.settings.requests]
+        return [model for model in possible if self.spec.moe or model.parallel.dp <= self.requests]
 
     def answer(self, tried: _Tried, before: _Tried) -> SizingResult:
         """Of the layouts within the limits, the one that gives most when it is full."""

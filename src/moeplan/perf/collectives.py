@@ -10,7 +10,7 @@ P: GPUs. Ring and one-shot all-reduce: Thakur, Rabenseifner and Gropp, IJHPCA 19
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -54,15 +54,9 @@ class Messages:
         return np.asarray(np.maximum(sent, received).max(axis=-1), np.float64)
 
 
-def messages_between(pairs: npt.ArrayLike, gpus_per_node: int, *, padded: bool = False) -> Messages:
-    """From messages [..., P, P], from GPU to GPU.
-
-    Args:
-        padded: the kernel pads every pair of a level to that level's largest, as all-to-alls of equal blocks do.
-    """
+def messages_between(pairs: npt.ArrayLike, gpus_per_node: int) -> Messages:
+    """From messages [..., P, P], from GPU to GPU."""
     counts = np.asarray(pairs)
-    if padded:
-        counts = _padded(counts, gpus_per_node)
     own = np.diagonal(counts, axis1=-2, axis2=-1)
     sent_up, received_up = -own.astype(np.float64), -own.astype(np.float64)
     for first in range(0, counts.shape[-1], gpus_per_node):
@@ -72,17 +66,6 @@ def messages_between(pairs: npt.ArrayLike, gpus_per_node: int, *, padded: bool =
         received_up[..., node] += inside.sum(axis=-2)
     sent, received = counts.sum(axis=-1) - own, counts.sum(axis=-2) - own
     return Messages(sent_up, received_up, sent - sent_up, received - received_up)
-
-
-def _padded(counts: npt.NDArray[Any], gpus_per_node: int) -> Array:
-    """Every pair of a level as large as that level's largest."""
-    gpu = np.arange(counts.shape[-1])
-    near = gpu[:, None] // gpus_per_node == gpu // gpus_per_node
-    out = np.zeros(counts.shape)
-    for level in (near & (gpu[:, None] != gpu), ~near):
-        largest = np.where(level, counts, 0).max(axis=(-2, -1), keepdims=True)
-        out = np.where(level, largest, out)
-    return np.asarray(out, np.float64)
 
 
 def uniform_messages(

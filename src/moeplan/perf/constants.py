@@ -7,14 +7,17 @@ those of Hopper. Derived from the data base of aiconfigurator-core 0.12.0 (Apach
 
 from __future__ import annotations
 
-import math
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct, defstruct
+from msgspec.structs import asdict
 
 from moeplan.errors import FormatError
 from moeplan.io.catalogue import read_object
+from moeplan.io.json import convert
 from moeplan.perf.hardware import DATA
 
 __all__ = ["Constants", "EngineFit", "GenerationFit", "for_generation", "load_constants"]
@@ -181,6 +184,21 @@ def for_generation(constants: Constants, blackwell: bool) -> Constants:
     return Constants(**groups)
 
 
+class ValueEntry(Struct):
+    """One constant in the file, beside its unit, meaning and origin."""
+
+    value: Annotated[float, Meta(ge=0.0, le=1e30)]
+
+
+def _file_type() -> type[Struct]:
+    """What the file must hold: {"groups": {group: {"values": {name: {"value": ..}}}}}, each name of them."""
+    groups = []
+    for name, kind in Constants.groups().items():
+        values = defstruct("Values", [(f.name, ValueEntry) for f in fields(kind)], forbid_unknown_fields=True)
+        groups.append((name, defstruct("Group", [("values", values)])))
+    return defstruct("File", [("groups", defstruct("Groups", groups, forbid_unknown_fields=True))])
+
+
 @cache
 def load_constants(path: Path = FILE) -> Constants:
     """Read and check a file of constants.
@@ -188,37 +206,15 @@ def load_constants(path: Path = FILE) -> Constants:
     Raises:
         FormatError: the file, a group or a value is missing, unknown, or not a positive number.
     """
-    data = read_object(path)
+    data, where, hint = read_object(path), str(path), "run benchmarks/time_fit.py"
     if (data.get("format"), data.get("version")) != FORMAT:
-        raise FormatError(f"is not {FORMAT[0]} version {FORMAT[1]}", where=str(path), hint="run benchmarks/time_fit.py")
-    groups = data.get("groups")
-    known = Constants.groups()
-    _same_names("groups", groups, set(known), str(path))
-    assert isinstance(groups, dict)  # _same_names has refused anything else
-    return Constants(**{name: _group(kind, groups[name], f"{path}, {name}") for name, kind in known.items()})
-
-
-def _group(kind: type, data: Any, where: str) -> Any:
-    """One group, each value checked."""
-    values = data.get("values") if isinstance(data, dict) else None
-    names: list[Field[Any]] = list(fields(kind))
-    _same_names("values", values, {f.name for f in names}, where)
-    assert isinstance(values, dict)  # likewise
-    out = {}
-    for name in (f.name for f in names):
-        value = values[name].get("value") if isinstance(values[name], dict) else None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise FormatError(f"{name} is {value!r}, not a number of 0 or more", where=where)
-        if value == 0 and name not in MAY_BE_ZERO:
-            raise FormatError(f"{name} is 0, and is divided by", where=where)
-        out[name] = float(value)
-    return kind(**out)
-
-
-def _same_names(what: str, data: Any, names: set[str], where: str) -> None:
-    if not isinstance(data, dict):
-        raise FormatError(f"has no {what}", where=where, hint="run benchmarks/time_fit.py")
-    odd = sorted(names ^ set(data))
-    if odd:
-        kind = "lacks" if odd[0] in names else "has an unknown"
-        raise FormatError(f"{kind} {odd[0]}", where=where, hint="run benchmarks/time_fit.py")
+        raise FormatError(f"is not {FORMAT[0]} version {FORMAT[1]}", where=where, hint=hint)
+    stored: Any = convert(data, _file_type(), where, hint)
+    groups = {}
+    for name, kind in Constants.groups().items():
+        values = {key: entry.value for key, entry in asdict(getattr(stored.groups, name).values).items()}
+        for key in values.keys() - MAY_BE_ZERO:
+            if values[key] == 0:
+                raise FormatError(f"{name}.{key} is 0, and is divided by", where=where, hint=hint)
+        groups[name] = kind(**values)
+    return Constants(**groups)

@@ -37,6 +37,10 @@ class StepOptions:
     skew: float = 1.0
     constants: Constants | None = None
 
+    def __post_init__(self) -> None:
+        if self.gpus_per_node is not None and self.gpus_per_node < 1:
+            raise UsageError("gpus_per_node must be at least 1")
+
 
 class KernelDtypes(NamedTuple):
     """Kernels that dtypes lead to on a piece of hardware: of matrices, of experts, of cached keys and values."""

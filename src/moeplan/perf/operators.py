@@ -67,16 +67,6 @@ class Time:
     seconds: Number
     parts: dict[str, Number]
 
-    @property
-    def bound(self) -> str | npt.NDArray[np.str_]:
-        """The part that takes longest alone."""
-        names = list(self.parts)
-        longest = np.argmax(np.stack(np.broadcast_arrays(*self.parts.values())), axis=0)
-        if longest.ndim == 0:
-            return names[int(longest)]
-        named: npt.NDArray[np.str_] = np.array(names)[longest]
-        return named
-
     def __mul__(self, count: float) -> Time:
         """The same, `count` times one after the other."""
         return Time(self.seconds * count, {name: part * count for name, part in self.parts.items()})

@@ -74,21 +74,14 @@ class Routing:
 
 
 def counted_routing(
-    picks: npt.ArrayLike,
-    experts: npt.ArrayLike,
-    links: npt.ArrayLike | None,
-    *,
-    gpus_per_node: int,
-    slots: float,
-    padded: bool = False,
+    picks: npt.ArrayLike, experts: npt.ArrayLike, links: npt.ArrayLike | None, *, gpus_per_node: int, slots: float
 ) -> Routing:
     """From the arrays of a replayed step (`moeplan.cluster.step_messages`).
 
     Args:
         picks, experts: [..., L, P]. links: [..., L, P, P], messages from GPU to GPU, or None.
-        padded: the kernel pads every pair to the largest (see `messages_between`).
     """
-    messages = None if links is None else messages_between(links, gpus_per_node, padded=padded)
+    messages = None if links is None else messages_between(links, gpus_per_node)
     return Routing(np.asarray(picks, np.float64), np.asarray(experts, np.float64), messages, float(slots), "replay")
 
 

@@ -64,8 +64,6 @@ class SweepSettings:
                 raise UsageError(f"{name} must be numbers of at least 1")
         if not self.tpot_ms > 0:
             raise UsageError(f"tpot {self.tpot_ms:g} is not above 0", hint="give milliseconds")
-        if self.gpus_per_node is not None and self.gpus_per_node < 1:
-            raise UsageError("gpus_per_node must be at least 1")
 
     def counts(self, hardware: Hardware) -> tuple[int, ...]:
         """Numbers of accelerators to try of this hardware."""
