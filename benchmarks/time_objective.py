@@ -25,7 +25,7 @@ import numpy as np
 from moeplan.cluster import Cluster, Dispatch
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
-from moeplan.perf.hardware import Hardware, Link, load_hardware
+from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
@@ -80,7 +80,9 @@ class World:
     @property
     def machine(self) -> Hardware:
         h100 = load_hardware("H100")
-        up, out = (Link(link.bytes_per_s * self.factor, link.latency_s) for link in (h100.scale_up, h100.scale_out))
+        up, out = (
+            replace(link, bytes_per_s=link.bytes_per_s * self.factor) for link in (h100.scale_up, h100.scale_out)
+        )
         return replace(h100, scale_up=up, scale_out=out)
 
 

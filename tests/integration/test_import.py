@@ -304,9 +304,9 @@ def test_bad_csv(tmp_path: Path, change: Callable[[str], str], message: str) -> 
 
 
 def test_num_experts_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the recording does not say .*; give --num-experts"):
+    with pytest.raises(UsageError, match=r"the source does not say .*; give --num-experts"):
         import_expert_selection([put(tmp_path / "a-1.json", steps())], tmp_path / "t")
-    with pytest.raises(UsageError, match=r"the recording does not say .*; give --num-experts"):
+    with pytest.raises(UsageError, match=r"the source does not say .*; give --num-experts"):
         import_moe_beyond([put(tmp_path / "a.csv", CSV)], tmp_path / "t")
 
 

@@ -207,7 +207,7 @@ def test_constants_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="cannot be read"):
         load_constants(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"format": ')
-    with pytest.raises(FormatError, match="is not whole JSON"):
+    with pytest.raises(FormatError, match="invalid or truncated JSON"):
         load_constants(tmp_path / "cut.json")
 
 

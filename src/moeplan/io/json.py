@@ -1,7 +1,7 @@
 """Reading and writing JSON: bounded in size, checked against types, and every error names the file, the key, the value.
 
 What a file must hold is said by a type: `msgspec.Struct` classes with bounds (`msgspec.Meta`), dataclasses, or plain
-lists and dicts. Keys that a type does not have are ignored unless it forbids them.
+lists and dicts. Keys that a type does not have are ignored, unless a `Struct` forbids them, then also inside it.
 """
 
 from __future__ import annotations
@@ -84,9 +84,24 @@ def convert(value: Any, kind: Any, where: str, hint: str | None = None) -> Any:
     """
     try:
         with located(where):  # a dataclass may check itself
-            return msgspec.convert(value, kind)
+            made = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise FormatError(_in_words(str(error), value), where=where, hint=hint) from None
+    if unknown := _unknown(value, made):
+        raise FormatError(f"unknown key {unknown}", where=where, hint=hint)
+    return made
+
+
+def _unknown(value: Any, made: Any, strict: bool = False, path: str = "") -> str:
+    """The path of a key that a dataclass inside a strict `Struct` does not have; empty if there is none."""
+    if not isinstance(value, dict) or isinstance(made, dict):
+        return ""
+    if isinstance(made, msgspec.Struct):
+        strict = made.__struct_config__.forbid_unknown_fields
+    elif strict and (strange := value.keys() - vars(made)):
+        return f"{path}{min(strange)}"
+    found = (_unknown(each, getattr(made, key, None), strict, f"{path}{key}.") for key, each in value.items())
+    return next(filter(None, found), "")
 
 
 def _in_words(message: str, value: Any) -> str:

@@ -67,7 +67,7 @@ class Checkpoint(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Entry(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One model in the catalogue's form (docs/catalogue.md)."""
+    """One model in the catalogue's form (docs/reference/catalogue.md)."""
 
     layers: Layers
     hidden: Width

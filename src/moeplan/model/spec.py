@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypedDict, Unpack
+from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
-from msgspec import Meta, Struct
-from msgspec.structs import force_setattr
+from msgspec import Meta
 
 from moeplan.errors import FormatError, UsageError
 from moeplan.model.bounds import Heads, NoHeads, NoWidth
@@ -18,11 +17,14 @@ from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS, ModelShape
 
 __all__ = ["Attention", "CompleteMoe", "CompleteSpec", "LinearAttention", "ModelSpec", "Moe", "Overrides"]
 
+T = TypeVar("T")
+
 #: Dimensions that latent attention must have, and other attention has not.
 LATENT = ("kv_lora_rank", "qk_nope_head_dim")
 
 
-class Attention(Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True)
+class Attention:
     """Softmax attention of one layer.
 
     Attributes:
@@ -61,12 +63,13 @@ class Attention(Struct, frozen=True, forbid_unknown_fields=True):
             if getattr(self, key):
                 raise ValueError(f"{key} is a dimension of mla")
         head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim if mla else self.head_dim
-        force_setattr(self, "kv_heads", self.heads if mla else self.kv_heads or self.heads)
-        force_setattr(self, "head_dim", head_dim)
-        force_setattr(self, "v_head_dim", self.v_head_dim or head_dim)
+        object.__setattr__(self, "kv_heads", self.heads if mla else self.kv_heads or self.heads)
+        object.__setattr__(self, "head_dim", head_dim)
+        object.__setattr__(self, "v_head_dim", self.v_head_dim or head_dim)
 
 
-class LinearAttention(Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True)
+class LinearAttention:
     """A gated delta net (Qwen3.5): a state of [value_heads, key_dim, value_dim] per request instead of a KV cache."""
 
     key_heads: Heads
@@ -192,13 +195,7 @@ class ModelSpec:
 
     def need_experts(self, where: str) -> int:
         """E, or an error that says how to give it."""
-        if self.num_experts is None:
-            raise UsageError(
-                "the recording does not say how many experts a layer has",
-                where=where,
-                hint="give --num-experts, e.g. 128, or --config config.json",
-            )
-        return self.num_experts
+        return _need(self.num_experts, "how many experts a layer has", "--num-experts, e.g. 128", where)
 
     def override(self, **given: Unpack[Overrides]) -> ModelSpec:
         """The spec with what a user says of the model.
@@ -245,23 +242,15 @@ class ModelSpec:
         Raises:
             UsageError: a number that nobody gave. FormatError: an impossible shape.
         """
-        experts = self.need_experts(where) if num_experts is None else num_experts
-        picks = self.top_k if top_k is None else top_k
-        layers = self.moe_layers if layer_ids is None else tuple(layer_ids)
-        for value, what, flag in (
-            (picks, "how many experts a token picks", "--top-k"),
-            (layers, "which layers have experts", "--num-layers and --dense-layers"),
-        ):
-            if value is None:
-                raise UsageError(f"does not say {what}", where=where, hint=f"give --config, or {flag}")
-        assert picks is not None and layers is not None
+        found = self.moe_layers if layer_ids is None else layer_ids
+        layers = _need(found, "which layers have experts", "--num-layers and --dense-layers", where)
         try:
             return ModelShape(
                 name=name if self.name is None else self.name,
                 num_layers=len(layers),
-                num_experts=experts,
-                top_k=picks,
-                layer_ids=layers,
+                num_experts=self.need_experts(where) if num_experts is None else num_experts,
+                top_k=_need(self.top_k if top_k is None else top_k, "how many experts a token picks", "--top-k", where),
+                layer_ids=tuple(layers),
                 hidden=self.hidden,
                 routing_groups=self.moe.groups if self.moe else 1,
                 expert_bytes=self.expert_bytes,
@@ -277,19 +266,20 @@ class ModelSpec:
             FormatError: dimensions that are not known, by name, or that no model can have.
         """
         moe = self.moe
-        needed = {key: getattr(self, key) for key in ("name", "layers", "hidden", "vocab", "attention", "full_layers")}
+        needed = {key: getattr(self, key) for key in ("layers", "hidden", "vocab", "attention", "full_layers")}
         needed |= {f"moe.{key}": getattr(moe, key) for key in ("layers", "experts", "top_k", "width") if moe}
         missing = [key for key, value in needed.items() if value is None]
         if missing:
             raise self.obstacle or FormatError(
                 f"does not say {', '.join(missing)}",
-                where=self.source or self.name,
+                where=self.source or self.name or "",
                 hint="give a model of the catalogue, or its config.json",
             )
-        spec = CompleteSpec(**{**vars(self), "moe": CompleteMoe(**vars(moe)) if moe else None, "obstacle": None})
+        own = {"name": self.name or "", "moe": CompleteMoe(**vars(moe)) if moe else None, "obstacle": None}
+        spec = CompleteSpec(**{**vars(self), **own})
         for wrong, what, hint in _impossible(spec):
             if wrong:
-                raise FormatError(what, where=self.source or self.name, hint=hint)
+                raise FormatError(what, where=self.source or spec.name, hint=hint)
         return spec
 
 
@@ -304,6 +294,12 @@ class CompleteSpec(ModelSpec):
     attention: Attention
     full_layers: tuple[int, ...]
     moe: CompleteMoe | None
+
+
+def _need(value: T | None, what: str, flag: str, where: str) -> T:
+    if value is None:
+        raise UsageError(f"the source does not say {what}", where=where, hint=f"give {flag}, or --config config.json")
+    return value
 
 
 def _completed(key: str, given: int | None, known: int | None, top: int, source: str) -> int | None:

@@ -148,7 +148,7 @@ class Timing:
         if spec.checkpoint is None:
             raise UsageError(
                 f"the configuration of {spec.name} does not tell its weights' dtype",
-                hint="describe the model in the catalogue's form (docs/catalogue.md), with its checkpoint",
+                hint="describe the model in the catalogue's form (docs/reference/catalogue.md), with its checkpoint",
             )
         if self.context < 1:
             raise UsageError(f"--context {self.context} is not positive")
