@@ -26,7 +26,7 @@ from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.measure import measure_requests
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
-from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, less_than, noise_floor
+from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, noise_floor, significantly_below
 from moeplan.replay.steps import sample_steps
 from moeplan.replay.table import Comparison
 from moeplan.synthetic.generator import generate
@@ -147,8 +147,8 @@ def test_beating_needs_a_paired_interval() -> None:
     rng = np.random.default_rng(0)
     shared = rng.normal(size=1000)
     a, b = Figure(1.0, 1.0 + shared), Figure(1.1, 1.1 + shared + 0.01 * rng.normal(size=1000))
-    assert less_than(a, b) and not less_than(b, a)
-    assert not less_than(Figure(1.0, 1.0 + rng.normal(size=1000)), b)
+    assert significantly_below(a, b) and not significantly_below(b, a)
+    assert not significantly_below(Figure(1.0, 1.0 + rng.normal(size=1000)), b)
 
 
 def test_noise_floor_by_hand() -> None:

@@ -27,7 +27,7 @@ from moeplan.perf.memory import (
     model_shape,
     weight_bytes,
 )
-from moeplan.replay.table import _Tools
+from moeplan.replay.figures import RowFigures
 
 V3, LLAMA, OSS = load_model("DeepSeek-V3"), load_model("Llama-3.1-70B"), load_model("gpt-oss-120b")
 
@@ -221,9 +221,9 @@ def test_redundant_experts_lower_the_batch() -> None:
     """The `kv_tokens_lost` of a comparison are the tokens by which the largest batch falls."""
     h, precision = load_hardware("H200"), Precision.of_checkpoint(V3)
     batches = [MemoryModel(V3, h, Parallel(dp=64, ep=64, redundant=r), precision).largest_batch(1) for r in (0, 64)]
-    setup = SimpleNamespace(cluster=SimpleNamespace(num_gpus=64, gpus_per_group=1), redundant=64)
-    tools = SimpleNamespace(requests=SimpleNamespace(shape=model_shape(V3)), setup=setup)
-    lost = _Tools._memory(tools)["kv_tokens_lost"].value  # type: ignore[arg-type]
+    task = SimpleNamespace(cluster=SimpleNamespace(num_gpus=64, gpus_per_group=1), redundant=64)
+    run = SimpleNamespace(requests=SimpleNamespace(shape=model_shape(V3)), task=task)
+    lost = RowFigures._memory(SimpleNamespace(run=run))["kv_tokens_lost"].value  # type: ignore[arg-type]
     token, row = activation_bytes(V3, Parallel(dp=64, ep=64), precision)
     assert batches[0] - batches[1] == pytest.approx(lost * 70272 / (70272 + token + row), abs=1)
 
