@@ -6,11 +6,13 @@ import base64
 import hashlib
 import io
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,10 +170,14 @@ class _Quiet(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(fake: Fake) -> Iterator[Fake]:
-    """Run it until the block ends; `fake.url` says where."""
+def serve(fake: Fake, certificate: Path | None = None) -> Iterator[Fake]:
+    """Run it until the block ends; `fake.url` says where. With a certificate (and its key): over TLS."""
     server = _Quiet(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": fake}))
-    fake.url = f"http://127.0.0.1:{server.server_port}"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    fake.url = f"http{'s' * (certificate is not None)}://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

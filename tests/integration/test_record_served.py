@@ -196,7 +196,7 @@ def test_models(fake: Fake, tmp_path: Path) -> None:
     fake.models = [{"id": "base", "max_model_len": 9}, {"id": "tuned", "parent": "base"}, {"id": 7}]
     server = Server(fake.url)
     assert served_model(server, None) == ("base", 9) and served_model(server, "tuned") == ("tuned", None)
-    with pytest.raises(UsageError, match="does not serve other; choose one with --model: base, tuned"):
+    with pytest.raises(UsageError, match="does not serve other; choose one with --served-model: base, tuned"):
         served_model(server, "other")
     fake.models = [{"id": "a"}, {"id": "b"}]
     with pytest.raises(UsageError, match="serves several models; choose one with --model: a, b"):
@@ -288,7 +288,7 @@ def test_a_server_that_dies_leaves_what_can_be_resumed(fake: Fake, tmp_path: Pat
     record(fake, tmp_path / "whole", prompts)
     fake.seen = []
     fake.fault = lambda path, before: 503 if len(fake.bodies("completions")) > 12 else None
-    with pytest.raises(ServerError, match=r"p.jsonl, row \d+: .*answers 503.*tried 3 times.*go on with --resume"):
+    with pytest.raises(ServerError, match=r"p.jsonl, row \d+: .*answers 503.*tried 3 times.*continue with --resume"):
         record(fake, tmp_path / "t", prompts, concurrency=2)
     stopped = open_trace(tmp_path / "t")
     assert not stopped.complete and 5 <= len(stopped.requests) <= 12

@@ -6,6 +6,7 @@ import email.utils
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,27 @@ from moeplan.errors import ServerError, UsageError
 from moeplan.record import http_client as module
 from moeplan.record.http_client import Server, ServerOptions
 
+#: Of localhost, signed by itself, valid for a century; the key protects nothing.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUa2LprnueQQTtAo8Iq2n96Wec1+UwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyODEyNTQxNloYDzIxMjYxMTA0
+MTI1NDE2WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAQnoom572P57CVk6zvDratzAuUc14oHf8K8OAGF5eyyovbPEqvOHENq
+4a4PnhWL7/Ev7keZgdlSc1RczEgZKJVGo28wbTAdBgNVHQ4EFgQUJGzlrkC3MI65
+IBL6y9hvfMGVO8AwHwYDVR0jBBgwFoAUJGzlrkC3MI65IBL6y9hvfMGVO8AwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgOztnEZP+8oLjPJAVBLR0Bi7TqsJTJimj5YnzOaf+8ckCIEzL
+0MtAtmKxcmq5woHNxbBfXHlhcz7sbhhUdpUU6mH1
+-----END CERTIFICATE-----
+"""
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgURD9Z/mX4YX4/3CG
+FgIxVYTPjSGV4SfkhtZYN+l2S+mhRANCAAQnoom572P57CVk6zvDratzAuUc14oH
+f8K8OAGF5eyyovbPEqvOHENq4a4PnhWL7/Ev7keZgdlSc1RczEgZKJVG
+-----END PRIVATE KEY-----
+"""
 BODY = {"model": "m", "prompt": "secret words", "max_tokens": 3}
 
 
@@ -65,8 +87,8 @@ def test_what_may_pass_is_tried_again(fake: Fake, fault: Any) -> None:
     [
         (503, "answers 503 BadRequestError, max_tokens"),
         ((429, {"Retry-After": "0"}), "answers 429"),
-        (CUT, "broke off its answer (IncompleteRead)"),
-        (b"", "cannot be reached (RemoteDisconnected)"),
+        (CUT, "closed the connection mid-response"),
+        (b"", "closed the connection mid-response"),
     ],
 )
 def test_retries_are_bounded(fake: Fake, fault: Any, message: str) -> None:
@@ -75,7 +97,7 @@ def test_retries_are_bounded(fake: Fake, fault: Any, message: str) -> None:
         ask(fake, retries=3)
     line = error.value.line()
     assert line.startswith(f"p.jsonl, row 3: {fake.url}/v1/completions: {message}")
-    assert "(tried 4 times); see that the server runs, then go on with --resume" in line
+    assert "(tried 4 times); make sure that the server runs, then continue with --resume" in line
     assert len(fake.seen) == 4
 
 
@@ -83,8 +105,8 @@ def test_nobody_there() -> None:
     with serve(Fake()) as gone:
         pass
     server = Server(gone.url, options=ServerOptions(retries=1))
-    with pytest.raises(ServerError, match=r"cannot be reached \(Connection refused\); see that .* check --url"):
-        server.get("/v1/models", patient=False)
+    with pytest.raises(ServerError, match=r"cannot be reached \(Connection refused\); make sure that .* check --url"):
+        server.get("/v1/models", retry=False)
     with pytest.raises(ServerError, match=r"cannot be reached \(Connection refused\) \(tried 2 times\)"):
         server.get("/v1/models")
 
@@ -103,19 +125,9 @@ def test_retry_after_is_honoured_within_a_bound(fake: Fake, monkeypatch: pytest.
 
 
 def test_retry_after_in_each_form() -> None:
-    class EngineResponse:
-        def __init__(self, text: str | None) -> None:
-            self.text = text
-
-        def getheader(self, name: str) -> str | None:
-            return self.text
-
-    def wait(text: str | None) -> float:
-        return module._asked_wait(EngineResponse(text))  # type: ignore[arg-type]
-
-    assert [wait(text) for text in (None, "", "7", "-7", "soon", "9" * 400, "Fri, 99 Foo 2024 00:00:00 GMT")] == [
-        0, 0, 7, 0, 0, 0, 0,
-    ]  # fmt: skip
+    wait = module._retry_after
+    texts = (None, "", "7", "-7", "soon", "9" * 400, "Fri, 99 Foo 2024 00:00:00 GMT")
+    assert [wait(text) for text in texts] == [0, 0, 7, 0, 0, 0, 0]
     assert 25 < wait(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
     assert wait(email.utils.formatdate(0, usegmt=True)) == 0
 
@@ -127,7 +139,7 @@ def test_retry_after_in_each_form() -> None:
         (422, "refuses the request, BadRequestError, max_tokens (HTTP 422)"),
         (401, "refuses the key (HTTP 401); put the server's key into THE_KEY"),
         (403, "refuses the key (HTTP 403)"),
-        (404, "knows no such path, or no such model (HTTP 404); check --url and --model"),
+        (404, "unknown path or model (HTTP 404); check --url and --served-model"),
         (302, "redirects, which is not followed (HTTP 302); give the final address with --url"),
     ],
 )
@@ -154,18 +166,18 @@ def test_errors_of_any_form_are_one_line(fake: Fake, body: bytes) -> None:
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b"", b'{"a": 1', b'{"a":' * 50_000, b"\xff\xfe", b'"\xed"'])
 def test_an_answer_that_is_no_object(fake: Fake, body: bytes) -> None:
     fake.fault = lambda path, before: b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-    with pytest.raises(ServerError, match="answers with no JSON object; check --url"):
+    with pytest.raises(ServerError, match="the response is not a JSON object; check --url"):
         ask(fake)
     assert len(fake.seen) == 1
 
 
 @pytest.mark.parametrize("head", [b"Content-Length: 5000000", b"Transfer-Encoding: chunked", b"X: y"])
 def test_a_huge_answer_is_refused(fake: Fake, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
-    monkeypatch.setattr(module, "MAX_ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(module, "MAX_RESPONSE_BYTES", 100_000)
     block = b" " * 4096
     chunk = b"1000\r\n%s\r\n" % block if b"chunked" in head else block
     fake.fault = lambda path, before: b"HTTP/1.1 200 OK\r\n%s\r\n\r\n%s" % (head, chunk * 1220)
-    with pytest.raises(ServerError, match="answers with more than 100000 bytes; use a smaller --max-new-tokens"):
+    with pytest.raises(ServerError, match="the response is larger than 100000 bytes; use a smaller --max-new-tokens"):
         ask(fake)
     assert len(fake.seen) == 1
 
@@ -201,22 +213,48 @@ def test_stop_ends_waiting_at_once(fake: Fake) -> None:
     assert time.monotonic() - start < 30
 
 
+def test_stop_ends_waiting_for_a_retry_at_once(fake: Fake) -> None:
+    fake.fault = lambda path, before: (503, {"Retry-After": "50"})
+    server = Server(fake.url)
+    threading.Timer(0.3, server.stop).start()
+    start = time.monotonic()
+    with pytest.raises(ServerError, match="stopped"):
+        server.post("/v1/completions", BODY)
+    assert time.monotonic() - start < 30 and len(fake.seen) == 1
+
+
+def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cert.pem").write_text(CERTIFICATE + KEY)
+    with serve(Fake(), tmp_path / "cert.pem") as fake:
+        with pytest.raises(ServerError, match=r"certificate cannot be verified \(self.signed .*SSL_CERT_FILE") as error:
+            Server(fake.url).post("/v1/completions", BODY)
+        assert "tried" not in error.value.line() and not fake.seen
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert Server(fake.url).post("/v1/completions", BODY)["choices"]
+        fake.delay = lambda body: 60.0
+        server, start = Server(fake.url), time.monotonic()
+        threading.Timer(0.3, server.stop).start()
+        with pytest.raises(ServerError):
+            server.post("/v1/completions", BODY)
+        assert time.monotonic() - start < 30
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("127.0.0.1:8000", "no http address"),
-        ("ftp://host", "no http address"),
-        ("http://", "no http address"),
-        ("http://host:port", "is no address"),
-        ("http://[::1", "is no address"),
-        ("http://host/?q=1", "no http address"),
-        ("http://ho st", "no http address"),
-        ("http://host/\nx", "no http address"),
-        ("http://höst", "no http address"),
+        ("127.0.0.1:8000", "is not a valid http URL"),
+        ("ftp://host", "is not a valid http URL"),
+        ("http://", "is not a valid http URL"),
+        ("http://host:port", "is not a valid http URL"),
+        ("http://[::1", "is not a valid http URL"),
+        ("http://host/?q=1", "is not a valid http URL"),
+        ("http://ho st", "is not a valid http URL"),
+        ("http://host/\nx", "is not a valid http URL"),
+        ("http://höst", "is not a valid http URL"),
         ("http://user:pw@host", "holds a user or a password"),
     ],
 )
-def test_addresses_that_are_none(url: str, message: str) -> None:
+def test_invalid_addresses(url: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
         Server(url)
     assert "pw" not in error.value.line()

@@ -1,50 +1,54 @@
-"""Asking an inference server over HTTP: JSON in, JSON out, with time limits, size limits and retries.
+"""Requests to an inference server: JSON in, JSON out, with time limits, size limits and retries.
 
 A busy or restarting server is the normal case of a long recording: 408, 429, any 5xx, a refused or broken connection
-and an answer that is cut off are tried again, later each time, and when the server asks (up to a minute). What it
-refuses (other 4xx) is final. Nothing that a server says in an error is repeated, since it may quote the prompt;
-redirects are not followed, since they could carry the key to somebody else.
+and a response that is cut short are retried, after longer and longer waits, or when the server asks (at most a minute).
+Refusals (other 4xx) are final. No text of an error response is repeated, since it may quote the prompt; redirects are
+not followed, since they could send the key to another host.
 """
 
 from __future__ import annotations
 
 import contextlib
 import email.utils
-import http.client
 import json
+import os
 import random
 import re
 import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from moeplan.errors import ServerError, UsageError
-from moeplan.io.json import MAX_JSON_BYTES
+import httpx
+import tenacity
 
-__all__ = ["Server", "ServerOptions"]
+from moeplan.errors import FormatError, ServerError, UsageError
+from moeplan.io.json import MAX_JSON_BYTES, decode_json
 
+__all__ = ["KEY_VARIABLE", "Server", "ServerOptions", "connect"]
+
+#: Environment variable that holds the server's key where no other is named.
+KEY_VARIABLE = "MOEPLAN_API_KEY"
 #: Seconds: to connect; before the first retry, doubled for each further one; at most, whatever `Retry-After` says.
 CONNECT_SECONDS = 10.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-#: An answer of a size that `moeplan import` would refuse as a file is refused here as well.
-MAX_ANSWER_BYTES = MAX_JSON_BYTES
+#: A response of a size that `moeplan import` would refuse as a file is refused here as well.
+MAX_RESPONSE_BYTES = MAX_JSON_BYTES
 MAX_ERROR_BYTES = 64 * 1024
-_BLOCK = 64 * 1024
-#: Worth trying again, besides all of 5xx.
+#: Statuses to retry besides 5xx: request timeout, too many requests.
 _BUSY = (408, 429)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How patient to be.
+    """Time limit and retries.
 
     Attributes:
-        timeout: seconds for one request, from sending it to the last byte of its answer.
-        retries: how often a request is tried again after a failure that may pass.
+        timeout: seconds for one request, from sending it to the last byte of its response; looked at when bytes come.
+        retries: how often a request is retried after a temporary failure.
     """
 
     timeout: float = 600.0
@@ -57,7 +61,22 @@ class ServerOptions:
             raise UsageError(f"--retries {self.retries} is outside 0 to 100")
 
 
-class _PassingError(Exception):
+def connect(url: str, *, api_key_env: str | None = None, timeout: float = 600.0, retries: int = 5) -> Server:
+    """A server, with its key from the environment: command lines are visible to others and kept in histories.
+
+    Args:
+        api_key_env: the variable that holds the key; by default `KEY_VARIABLE`, if it is set.
+
+    Raises:
+        UsageError: no such variable; what `Server` and `ServerOptions` raise.
+    """
+    if api_key_env is not None and api_key_env not in os.environ:
+        raise UsageError(f"--api-key-env {api_key_env}: the environment has no such variable")
+    name = api_key_env or KEY_VARIABLE
+    return Server(url, key=os.environ.get(name), key_name=name, options=ServerOptions(timeout, retries))
+
+
+class _TemporaryError(Exception):
     """A failure that may pass; `wait` is the seconds that the server asks for."""
 
     def __init__(self, why: str, wait: float = 0.0) -> None:
@@ -66,7 +85,7 @@ class _PassingError(Exception):
 
 
 class Server:
-    """One server; any number of threads may ask at a time, each request on a connection of its own.
+    """One server; any number of threads may send requests at a time, each on its own connection.
 
     Args:
         url: http or https, host, port, and a path before the server's own if there is one; a final `/v1` is dropped.
@@ -74,36 +93,35 @@ class Server:
         key_name: where the key comes from, for messages.
 
     Raises:
-        UsageError: a URL that is none, or holds a password; a key that no header can carry.
+        UsageError: an invalid URL, or one that holds a password; a key that no header can carry.
     """
 
     def __init__(
         self, url: str, *, key: str | None = None, key_name: str = "the API key", options: ServerOptions | None = None
     ) -> None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:
-            raise UsageError("--url is no address", hint="give e.g. --url http://127.0.0.1:8000") from None
-        if parts.username is not None or parts.password is not None:
-            raise UsageError("--url holds a user or a password", hint="use an API key from the environment")
-        plain = url.isascii() and url.isprintable() and " " not in url
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or not plain:
-            raise UsageError("--url is no http address", hint="give e.g. --url http://127.0.0.1:8000")
+        options = options or ServerOptions()
+        address = _parse_url(url)
         if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
             raise UsageError(f"{key_name} is empty or holds characters that no header can carry")
-        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, port
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
-        self.url = f"{parts.scheme}://{parts.netloc}{self._path}"
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        self.url = str(address).rstrip("/").removesuffix("/v1").rstrip("/")
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "moeplan"}
+        headers |= {"Accept-Encoding": "identity", "Connection": "close"}
         if key is not None:
-            self._headers["Authorization"] = f"Bearer {key}"
-        self._key_name, self._options = key_name, options or ServerOptions()
-        self._stopped, self._open, self._lock = threading.Event(), set[socket.socket | None](), threading.Lock()
+            headers["Authorization"] = f"Bearer {key}"
+        self._client = httpx.Client(
+            headers=headers,
+            # The system's certificates and SSL_CERT_FILE, not those that httpx brings along.
+            verify=ssl.create_default_context() if address.scheme == "https" else False,
+            timeout=httpx.Timeout(options.timeout, connect=min(CONNECT_SECONDS, options.timeout)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            trust_env=False,
+        )
+        self._key_name, self._options = key_name, options
+        self._stopped, self._open, self._lock = threading.Event(), set[socket.socket](), threading.Lock()
 
-    def get(self, path: str, *, patient: bool = True) -> dict[str, Any]:
-        """The JSON object at a path; not `patient`: a server that cannot be reached is an error at once."""
-        return self._ask("GET", path, None, patient=patient)
+    def get(self, path: str, *, retry: bool = True) -> dict[str, Any]:
+        """The JSON object at a path; without `retry`, a server that cannot be reached is an error at once."""
+        return self._request("GET", path, None, tries=self._options.retries + 1 if retry else 1)
 
     def post(self, path: str, body: dict[str, Any], *, where: str | None = None) -> dict[str, Any]:
         """The JSON object that answers a body.
@@ -112,139 +130,171 @@ class Server:
             where: what an error should call this request (a file and row).
 
         Raises:
-            ServerError: it refuses, keeps failing, or answers with something that is no JSON object of bounded size.
+            ServerError: it refuses, keeps failing, or its response is not a JSON object of bounded size.
         """
-        return self._ask("POST", path, json.dumps(body).encode(), where=where)
+        return self._request("POST", path, json.dumps(body).encode(), tries=self._options.retries + 1, where=where)
 
     def stop(self) -> None:
-        """Break off whatever is being waited for; every request under way, or made later, fails."""
+        """Interrupt every request in progress or waiting for its retry; later ones fail."""
         self._stopped.set()
         with self._lock:
-            for connection in filter(None, self._open):
+            for connection in self._open:
                 with contextlib.suppress(OSError):  # it may have ended by itself
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def _ask(
-        self, method: str, path: str, body: bytes | None, *, where: str | None = None, patient: bool = True
+    def _request(
+        self, method: str, path: str, body: bytes | None, *, tries: int, where: str | None = None
     ) -> dict[str, Any]:
         place = f"{where}: {self.url}{path}" if where else f"{self.url}{path}"
-        tries = self._options.retries + 1 if patient else 1
-        for attempt in range(tries):
-            try:
-                return self._once(method, path, body, place)
-            except _PassingError as error:
-                why, wait = str(error), max(error.wait, _back_off(attempt))
-            if attempt + 1 < tries and self._stopped.wait(min(wait, LONGEST_WAIT)):
-                break
-        often = f" (tried {tries} times)" if tries > 1 else ""
-        then = "go on with --resume" if where else "check --url"
-        raise ServerError(f"{why}{often}", where=place, hint=f"see that the server runs, then {then}")
+        # tenacity and not stamina: its waits end when an event is set, so that Ctrl-C does not wait for a retry.
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_TemporaryError),
+            stop=tenacity.stop_any(tenacity.stop_after_attempt(tries), tenacity.stop_when_event_set(self._stopped)),
+            wait=_wait_seconds,
+            sleep=tenacity.sleep_using_event(self._stopped),
+            reraise=True,
+        )
+        try:
+            return retrying(self._once, method, path, body, place)
+        except _TemporaryError as error:
+            often = f" (tried {tries} times)" if tries > 1 else ""
+            then = "continue with --resume" if where else "check --url"
+            hint = f"make sure that the server runs, then {then}"
+            raise ServerError(f"{error}{often}", where=place, hint=hint) from None
 
     def _once(self, method: str, path: str, body: bytes | None, place: str) -> dict[str, Any]:
-        """One attempt: connect, send, read; the connection is closed whatever happens."""
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=min(CONNECT_SECONDS, self._options.timeout))
+        """One attempt on a connection of its own."""
+        if self._stopped.is_set():
+            raise _TemporaryError("stopped")
         deadline = time.monotonic() + self._options.timeout
-        sock: socket.socket | None = None
+        with (
+            _explained(place, self._client.timeout),
+            self._interruptible() as trace,
+            self._client.stream(method, self.url + path, content=body, extensions={"trace": trace}) as response,
+        ):
+            data = _read_body(response, deadline, place)
+        if response.status_code in _BUSY or response.status_code >= 500:
+            why = f"answers {response.status_code} {_error_kind(data)}".rstrip()
+            raise _TemporaryError(why, _retry_after(response.headers.get("Retry-After")))
+        if response.status_code != 200:
+            raise self._refusal(response.status_code, data, place)
         try:
-            connection.connect()
-            sock = connection.sock
-            with self._lock:
-                self._open.add(sock)
-            if self._stopped.is_set():
-                raise _PassingError("stopped")
-            sock.settimeout(self._options.timeout)
-            connection.request(method, self._path + path, body, self._headers)
-            answer = connection.getresponse()
-            data = _read(answer, sock, deadline, place)
-        except ssl.SSLCertVerificationError as error:
-            raise ServerError(
-                f"its certificate cannot be verified ({error.verify_message})",
-                where=place,
-                hint="name the authority's certificate in SSL_CERT_FILE",
-            ) from None
-        except TimeoutError:
-            limit = f"did not answer within {self._options.timeout:g} s (--timeout)"
-            raise _PassingError(limit if sock else f"cannot be reached within {connection.timeout:g} s") from None
-        except OSError as error:
-            raise _PassingError(f"cannot be reached ({error.strerror or type(error).__name__})") from None
-        except http.client.HTTPException as error:
-            raise _PassingError(f"broke off its answer ({type(error).__name__})") from None
+            value = decode_json(data, where=place)
+        except FormatError:
+            value = None
+        if not isinstance(value, dict):
+            raise ServerError("the response is not a JSON object", where=place, hint="check --url")
+        return value
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+        """A hook for httpx that keeps the sockets of a request where `stop` finds them."""
+        own: list[socket.socket] = []
+
+        def trace(event: str, info: dict[str, Any]) -> None:
+            if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+                own.append(info["return_value"].get_extra_info("socket"))
+                with self._lock:
+                    self._open.add(own[-1])
+                if self._stopped.is_set():
+                    raise _TemporaryError("stopped")
+
+        try:
+            yield trace
         finally:
             with self._lock:
-                self._open.discard(sock)
-            connection.close()
-        if answer.status in _BUSY or answer.status >= 500:
-            raise _PassingError(f"answers {answer.status} {_kind(data)}".rstrip(), _asked_wait(answer))
-        if answer.status != 200:
-            raise self._refusal(answer.status, data, place)
-        return _object(data, place)
+                self._open.difference_update(own)
 
     def _refusal(self, status: int, data: bytes, place: str) -> ServerError:
         if status in (401, 403):
             why, hint = "refuses the key", f"put the server's key into {self._key_name}"
         elif status in (404, 405):
-            why, hint = "knows no such path, or no such model", "check --url and --served-model"
+            why, hint = "unknown path or model", "check --url and --served-model"
         elif 300 <= status < 400:
             why, hint = "redirects, which is not followed", "give the final address with --url"
         else:
-            why, hint = f"refuses the request, {_kind(data)}".rstrip(", "), "its log says why"
+            why, hint = f"refuses the request, {_error_kind(data)}".rstrip(", "), "its log says why"
         return ServerError(f"{why} (HTTP {status})", where=place, hint=hint, status=status)
 
 
-def _read(answer: http.client.HTTPResponse, sock: socket.socket, deadline: float, place: str) -> bytes:
-    """The whole body, block by block, so that neither its size nor a trickle of bytes is without bound."""
-    most = MAX_ANSWER_BYTES if answer.status == 200 else MAX_ERROR_BYTES
-    blocks, size = list[bytes](), 0
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        sock.settimeout(left)
-        block = answer.read1(_BLOCK)
-        if not block:
-            break
-        blocks.append(block)
-        size += len(block)
-        if size > most:
-            if answer.status != 200:
-                return b""  # no server explains itself at such length
+def _parse_url(url: str) -> httpx.URL:
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL()
+    if address.userinfo:
+        raise UsageError("--url holds a user or a password", hint="use an API key from the environment")
+    plain = url.isascii() and url.isprintable() and " " not in url
+    if address.scheme not in ("http", "https") or not address.host or address.query or address.fragment or not plain:
+        raise UsageError("--url is not a valid http URL", hint="give e.g. --url http://127.0.0.1:8000")
+    return address
+
+
+@contextlib.contextmanager
+def _explained(place: str, limits: httpx.Timeout) -> Iterator[None]:
+    """What went wrong with a connection, as a temporary failure, or a final one; nothing that the server sent."""
+    try:
+        yield
+    except httpx.ConnectTimeout:
+        raise _TemporaryError(f"cannot be reached within {limits.connect:g} s") from None
+    except httpx.TimeoutException:
+        raise _TemporaryError(f"did not answer within {limits.read:g} s (--timeout)") from None
+    except httpx.RemoteProtocolError as error:
+        cut = re.match("peer closed|Server disconnected", str(error))
+        why = "closed the connection mid-response" if cut else "the response is not valid HTTP"
+        raise _TemporaryError(why) from None
+    except httpx.TransportError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, ssl.SSLCertVerificationError):
             raise ServerError(
-                f"answers with more than {most} bytes", where=place, hint="use a smaller --max-new-tokens"
-            )
-    if answer.length:  # read1 ends quietly where a connection breaks; what was promised is still missing
-        raise http.client.IncompleteRead(b"", answer.length)
-    return b"".join(blocks)
+                f"its certificate cannot be verified ({cause.verify_message})",
+                where=place,
+                hint="name the authority's certificate in SSL_CERT_FILE",
+            ) from None
+        why = (cause.strerror if cause else None) or type(cause or error).__name__
+        raise _TemporaryError(f"cannot be reached ({why})") from None
 
 
-def _object(data: bytes, place: str) -> dict[str, Any]:
+def _read_body(response: httpx.Response, deadline: float, place: str) -> bytes:
+    """The whole body, block by block, so that both its size and the time it takes are bounded."""
+    good = response.status_code == 200
+    limit = MAX_RESPONSE_BYTES if good else MAX_ERROR_BYTES
+    data = bytearray()
+    for block in response.iter_raw():
+        data += block
+        if len(data) > limit:
+            if not good:
+                return b""  # no server explains itself at such length
+            hint = "use a smaller --max-new-tokens"
+            raise ServerError(f"the response is larger than {limit} bytes", where=place, hint=hint)
+        if time.monotonic() > deadline:
+            raise httpx.ReadTimeout("")
+    return bytes(data)
+
+
+def _error_kind(data: bytes) -> str:
+    """The type and field of an error, where the response has them as words; never its text."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ServerError("answers with no JSON object", where=place, hint="check --url")
-    return value
-
-
-def _kind(data: bytes) -> str:
-    """The type and field of an error, if the answer names them as words; never its text, which may quote the prompt."""
-    try:
-        error = json.loads(data).get("error")
+        error = decode_json(data, where="")["error"]
         words = [error.get("type"), error.get("param")]
-    except (ValueError, RecursionError, AttributeError):
+    except (FormatError, AttributeError, LookupError, TypeError):
         return ""
     return ", ".join(word for word in words if isinstance(word, str) and re.fullmatch(r"[A-Za-z_. ]{1,40}", word))
 
 
-def _back_off(attempt: int) -> float:
-    """Seconds before the next attempt, spread so that several threads do not return at the same moment."""
-    return min(FIRST_WAIT * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.75, 1.25)
+def _wait_seconds(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt, random so that several threads do not return at the same moment."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.wait if isinstance(error, _TemporaryError) else 0.0
+    back_off = min(FIRST_WAIT * 2.0 ** (state.attempt_number - 1), LONGEST_WAIT)
+    return min(max(asked, back_off * random.uniform(0.75, 1.25)), LONGEST_WAIT)
 
 
-def _asked_wait(answer: http.client.HTTPResponse) -> float:
+def _retry_after(text: str | None) -> float:
     """Seconds of a `Retry-After`, given in seconds or as a date (RFC 9110, 10.2.3); 0 without one."""
-    text = (answer.getheader("Retry-After") or "").strip()
+    text = (text or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
     try:

@@ -213,7 +213,7 @@ def served_model(server: Server, asked: str | None) -> tuple[str, int | None]:
         ServerError: no list of models.
         UsageError: it serves several, or not the one that is wanted.
     """
-    entries = server.get("/v1/models", patient=False).get("data")
+    entries = server.get("/v1/models", retry=False).get("data")
     entries = entries if isinstance(entries, list) else []
     entries = [e for e in entries if isinstance(e, dict) and _is_name(e.get("id"))]
     names = [e["id"] for e in entries]
