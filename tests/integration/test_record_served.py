@@ -199,7 +199,7 @@ def test_models(fake: Fake, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not serve other; choose one with --served-model: base, tuned"):
         served_model(server, "other")
     fake.models = [{"id": "a"}, {"id": "b"}]
-    with pytest.raises(UsageError, match="serves several models; choose one with --model: a, b"):
+    with pytest.raises(UsageError, match="serves several models; choose one with --served-model: a, b"):
         served_model(server, None)
     for models in ([], None, [3], [{"id": None}], [{"id": "\x1b[2J"}]):
         fake.models = models  # type: ignore[assignment]
