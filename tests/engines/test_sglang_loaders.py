@@ -187,9 +187,9 @@ def test_what_sglang_does_not_notice_our_check_does(answers: Any, name: str) -> 
         assert 3 in {int(slot) for rank in made[name] for slot in rank["all"][1, EXPERTS - 1]}
     spec = ModelSpec(layers=LAYERS, moe=Moe(experts=EXPERTS, layers=MOE))
     report = sglang.examine(folder / f"{name.replace(' ', '-')}.json", spec, ExpertLayout(RANKS, NODES, REDUNDANT))
-    assert not report.good
+    assert not report.ok
     places = {"minus one": "layer 1), slot 3", "a layer too few": "physical_to_logical_map", "a slot too many": "row 0"}
-    assert places[name] in report.faults[0].line(report.path)
+    assert places[name] in report.errors[0].line(report.path)
 
 
 @pytest.mark.parametrize("name", ["global", "hierarchical"])
@@ -203,7 +203,7 @@ def test_deepseeks_maps_are_plans(answers: Any, name: str, tmp_path: Path) -> No
     path = tmp_path / "deepseek.json"
     path.write_text(json.dumps({"physical_to_logical_map": theirs.tolist()}))
     spec = ModelSpec(layers=LAYERS, moe=Moe(experts=16, layers=MOE))
-    placement = sglang.examine(path, spec, ExpertLayout(4, 2)).need()
+    placement = sglang.examine(path, spec, ExpertLayout(4, 2)).require_placement()
     np.testing.assert_array_equal(placement.physical_to_logical, theirs[list(MOE)])
 
 

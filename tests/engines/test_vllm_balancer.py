@@ -159,5 +159,5 @@ def test_vllms_maps_are_plans(answers: dict[str, Any], name: str, tmp_path: Path
     np.save(path, theirs)
     spec = ModelSpec(layers=6, moe=Moe(experts=EXPERTS, layers=MOE))
     np.testing.assert_array_equal(
-        vllm.examine(path, spec, ExpertLayout(RANKS, NODES)).need().physical_to_logical, theirs
+        vllm.examine(path, spec, ExpertLayout(RANKS, NODES)).require_placement().physical_to_logical, theirs
     )

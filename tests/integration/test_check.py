@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moeplan.cli.app import run
-from moeplan.engines.files import ENGINES, EnginePlacement, ExpertLayout, Report, examine, write
+from moeplan.engines.placement_files import ENGINES, EnginePlacement, ExpertLayout, Report, examine, write
 from moeplan.errors import FormatError, UsageError
 from moeplan.model.spec import ModelSpec, Moe
 
@@ -92,9 +92,9 @@ def test_no_good_file_is_refused_and_it_comes_back_the_same(
         made = placement(rng, experts, nodes, gpus_per_node, slots - experts, tuple(sorted(layers)), apart=apart)
         path = written(tmp_path, engine, made)
         report = examine(path, engine, *known_of(made))
-        assert report.good and not report.unchecked, [finding.line(path) for finding in report.findings]
-        assert report.need().same_as(made)
-        assert examine(path, engine).good  # as far as it can be told without a config
+        assert report.ok and not report.unchecked, [finding.line(path) for finding in report.findings]
+        assert report.require_placement().same_as(made)
+        assert examine(path, engine).ok  # as far as it can be told without a config
         if apart:
             assert not report.findings
 
@@ -106,7 +106,7 @@ def test_the_engines_own_examples_come_in(engines: Path) -> None:
         ("vllm-ascend", "vllm_ascend_expert_map.json", small),
         ("tensorrt-llm", "trtllm_moe_load_balancer.yaml", known(4, 3, (1, 2), 2, 2, 2)),
     ):
-        read = examine(engines / name, engine, *said).need()
+        read = examine(engines / name, engine, *said).require_placement()
         assert read.physical_to_logical.tolist() == [[0, 1, 2, 3, 0, 1], [3, 2, 0, 0, 1, 2]]
 
 
@@ -219,8 +219,8 @@ def test_two_hundred_corruptions_are_caught_where_they_are(engine: str, tmp_path
         path = tmp_path / f"broken{SUFFIX[engine]}"
         path.write_text(broken.text)
         report = examine(path, engine, *known_of(made))
-        assert report.faults, f"{trial}: {broken.kind} got by"
-        line = report.faults[0].line(path)
+        assert report.errors, f"{trial}: {broken.kind} got by"
+        line = report.errors[0].line(path)
         assert all(place in line for place in broken.places), f"{broken.kind} at {broken.places}: {line}"
         assert report.placement is None
         kinds[broken.kind] = kinds.get(broken.kind, 0) + 1
@@ -249,13 +249,13 @@ def look(tmp_path: Path, engine: str, text: str | bytes, *given: Any, name: str 
         ("sglang", '{"physical_to_logical_map": []}', "", "0 rows"),
         ("sglang", '{"physical_to_logical_map": {}}', MAP, "not a list of rows"),
         ("sglang", '{"physical_to_logical_map": [[0, 1]], "note": 1}', "key 'note'", "TypeError"),
-        ("sglang", '{"physical_to_logical_map": [[0]], "physical_to_logical_map": [[0]]}', f"key '{MAP}'", "twice"),
+        ("sglang", '{"physical_to_logical_map": [[0]], "physical_to_logical_map": [[0]]}', f"key '{MAP}'", "duplicate"),
         ("sglang", '{"logical_count": [[1, 2]]}', "logical_count", "counts"),
         ("sglang", '[[0, 1]]', "", "not an object"),
         ("sglang", "[" * 100_000, "", "nested too deeply"),
         ("sglang", '{"physical_to_logical_map": [[' + "9" * 5000 + "]]}", "", "Exceeds the limit"),
         ("sglang", b"\xff\xfe", "byte 0", "UTF-8"),
-        ("sglang", "", "line 1", "not whole JSON"),
+        ("sglang", "", "line 1", "invalid or truncated JSON"),
         ("sglang", '{"physical_to_logical_map": [[' + str(10**30) + ", 0]]}", "slot 0", "outside"),
         ("vllm", '{"format": "moeplan-vllm", "version": 2}', "format", "version 2"),
         ("vllm", '{"expert_to_ep_rank": [0]}', "format", "null"),
@@ -265,7 +265,7 @@ def look(tmp_path: Path, engine: str, text: str | bytes, *given: Any, name: str 
         ("tensorrt-llm", "num_slots: 2\ninitial_global_assignments: {0: [0, 1]}\nmore: 1\n", "key 'more'", "refused"),
         ("tensorrt-llm", "a: &a [1]\nb: [*a, *a]\n", "line 2", "alias"),
         ("tensorrt-llm", "a: !!python/object/apply:os.system ['true']\n", "line 1", "constructor"),
-        ("tensorrt-llm", "num_slots: 2\nnum_slots: 2\n", "num_slots", "twice"),
+        ("tensorrt-llm", "num_slots: 2\nnum_slots: 2\n", "num_slots", "duplicate"),
         ("tensorrt-llm", "? [1]\n: 2\n", "", "key"),
         ("tensorrt-llm", "num_slots: 2\ninitial_global_assignments: {x: [0, 1]}\n", "key 'x'", "not a layer"),
         ("tensorrt-llm", "num_slots: 3\ninitial_global_assignments: {0: [0, 1]}\n", "layer 0", "has 2 slots, not 3"),
@@ -278,8 +278,8 @@ def test_each_kind_of_bad_file_is_one_finding(
     tmp_path: Path, engine: str, text: str | bytes, place: str, what: str
 ) -> None:
     report = look(tmp_path, engine, text)
-    assert not report.good
-    line = report.faults[0].line(report.path)
+    assert not report.ok
+    line = report.errors[0].line(report.path)
     assert place in line and what in line and "\n" not in line, line
 
 
@@ -288,26 +288,26 @@ def test_what_each_engine_makes_of_a_file_that_it_accepts(tmp_path: Path) -> Non
     good = known(4, 2, (0, 1), 2, 2, 2)
     rows = [[0, 1, 2, 3, 0, 1], [3, 2, 0, 0, 1, 2]]
     minus = [rows[0], [3, 2, 0, -1, 1, 2]]
-    line = look(tmp_path, "sglang", json.dumps({MAP: minus}), *good).faults[0].line(Path("f"))
+    line = look(tmp_path, "sglang", json.dumps({MAP: minus}), *good).errors[0].line(Path("f"))
     assert "row 1 (layer 1), slot 3" in line and "takes it for expert 3" in line
     for wrong, what in (
         ([row[:5] for row in rows], "5 slots, not 6 (4 experts + 2 redundant)"),
         ([[*row, 0, 1] for row in rows], "8 slots, not 6 (4 experts + 2 redundant)"),
         ([rows[0]], "1 rows for 2 hidden layers"),
     ):
-        faults = look(tmp_path, "sglang", json.dumps({MAP: wrong}), *good).faults
+        faults = look(tmp_path, "sglang", json.dumps({MAP: wrong}), *good).errors
         assert any(what in finding.what for finding in faults), faults
     twice = look(tmp_path, "sglang", json.dumps({MAP: [rows[0], [0, 0, 1, 2, 3, 1]]}), *good)
-    assert twice.good and twice.findings[0].legal
+    assert twice.ok and twice.findings[0].legal
     assert twice.findings[0].place == f"{MAP}, row 1 (layer 1), slot 0 and slot 1"
     same = {"device_id": 0, "device_expert": [0, 0, 1]}, {"device_id": 1, "device_expert": [2, 3, 1]}
     layer = {"layer_id": 0, "device_count": 2, "device_list": list(same)}
     report = look(tmp_path, "vllm-ascend", json.dumps({"moe_layer_count": 1, "layer_list": [layer]}))
-    assert "rank 0 holds expert 0 2 times" in report.faults[0].what
+    assert "rank 0 holds expert 0 2 times" in report.errors[0].what
     uneven = copy.deepcopy(layer)
     uneven["device_list"][1]["device_expert"] = [2, 3]  # type: ignore[index]
     report = look(tmp_path, "vllm-ascend", json.dumps({"moe_layer_count": 1, "layer_list": [uneven]}))
-    assert "item 1, device_expert" in report.faults[0].place
+    assert "item 1, device_expert" in report.errors[0].place
 
 
 def test_the_order_of_vllm_ascends_lists_is_what_counts(tmp_path: Path) -> None:
@@ -315,8 +315,8 @@ def test_the_order_of_vllm_ascends_lists_is_what_counts(tmp_path: Path) -> None:
     made = placement(rng, 8, 2, 2, 4)
     data = json.loads(written(tmp_path, "vllm-ascend", made).read_text())
     data["layer_list"][0], data["layer_list"][1] = data["layer_list"][1], data["layer_list"][0]
-    faults = look(tmp_path, "vllm-ascend", json.dumps(data)).faults
-    assert faults[0].place == "layer_list, item 0, layer_id" and "goes by the place" in faults[0].what
+    faults = look(tmp_path, "vllm-ascend", json.dumps(data)).errors
+    assert faults[0].place == "layer_list, item 0, layer_id" and "uses the position" in faults[0].what
 
 
 def test_the_numbers_of_the_plug_ins_file_agree_with_its_map(tmp_path: Path) -> None:
@@ -329,26 +329,26 @@ def test_the_numbers_of_the_plug_ins_file_agree_with_its_map(tmp_path: Path) -> 
         ("num_experts", 21, MAP, "24 slots, not 25"),
         ("num_redundant_experts", 5, MAP, "24 slots, not 25"),
         ("num_redundant_experts", True, "num_redundant_experts", "true"),
-        ("layer_ids", [1, 2, 3, 4, 6, 5], "layer_ids, item 5", "layers must rise"),
+        ("layer_ids", [1, 2, 3, 4, 6, 5], "layer_ids, item 5", "ids must increase"),
         ("layer_ids", [1, 2], MAP, "6 rows for 2 layer_ids"),
         ("layer_ids", [0.5], "layer_ids", "not a list of layer numbers"),
         ("version", True, "format", "version true"),
         ("spare", 1, "key 'spare'", "unknown"),
     ):
         report = look(tmp_path, "vllm", json.dumps({**good, key: value}))
-        line = report.faults[0].line(report.path)
+        line = report.errors[0].line(report.path)
         assert place in line and what in line, line
     report = look(tmp_path, "vllm", json.dumps(good), ModelSpec(moe=Moe(layers=(1, 2))), ExpertLayout(8))
-    assert "is 4, but --ep-size says 8" in report.faults[0].what
-    assert any("differ in 3, 4, 5, 6" in finding.what for finding in report.faults)
+    assert "is 4, but --ep-size says 8" in report.errors[0].what
+    assert any("differ in 3, 4, 5, 6" in finding.what for finding in report.errors)
 
 
 def test_files_are_bounded_and_named_as_the_engine_wants(tmp_path: Path) -> None:
     big = tmp_path / "big.json"
     with big.open("wb") as file:
         file.truncate(1 << 30)
-    assert "more than any placement" in examine(big, "sglang").faults[0].what
-    assert "names end in .json or .pt" in look(tmp_path, "sglang", "{}", name="x.txt").faults[0].what
+    assert "more than any placement" in examine(big, "sglang").errors[0].what
+    assert "names end in .json or .pt" in look(tmp_path, "sglang", "{}", name="x.txt").errors[0].what
     with pytest.raises(FormatError, match="cannot be read"):
         examine(tmp_path / "none.json", "sglang")
     with pytest.raises(UsageError, match="not known"):
@@ -361,10 +361,10 @@ def test_pt_files_are_tensors_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "map.pt"
     given = known(4, 2, (0, 1), 2, 2, 2)
     torch.save({MAP: rows}, path)
-    assert examine(path, "sglang", *given).need().physical_to_logical.tolist() == rows.tolist()
+    assert examine(path, "sglang", *given).require_placement().physical_to_logical.tolist() == rows.tolist()
     torch.save({MAP: rows.int()}, path)
     report = examine(path, "sglang", *given)
-    assert report.good and "int32" in report.findings[0].what
+    assert report.ok and "int32" in report.findings[0].what
     for bad, what in (
         ({MAP: rows.float()}, "not whole numbers"),
         ({MAP: rows, "more": 1}, "TypeError"),
@@ -374,26 +374,26 @@ def test_pt_files_are_tensors_and_nothing_else(tmp_path: Path) -> None:
         ({MAP: rows, "f": Broken}, "not a whole .pt file"),
     ):
         torch.save(bad, path)
-        assert what in examine(path, "sglang", *given).faults[0].what
+        assert what in examine(path, "sglang", *given).errors[0].what
     path.write_bytes(path.read_bytes()[:100])
-    assert "not a whole .pt file" in examine(path, "sglang").faults[0].what
+    assert "not a whole .pt file" in examine(path, "sglang").errors[0].what
 
 
 def test_bare_maps_as_vllm_and_deepseek_return_them(tmp_path: Path) -> None:
     made = placement(np.random.default_rng(1), 12, 2, 2, 4)
     given = known(12, LAYERS, made.layer_ids, 4, 2)
     text = look(tmp_path, "vllm", json.dumps(made.physical_to_logical.tolist()), *given)
-    assert text.need().same_as(made)
+    assert text.require_placement().same_as(made)
     path = tmp_path / "map.npy"
     np.save(path, made.physical_to_logical)
-    assert examine(path, "vllm", *given).need().same_as(made)
+    assert examine(path, "vllm", *given).require_placement().same_as(made)
     with pytest.raises(UsageError, match="does not say the number of experts, which layers"):
-        examine(path, "vllm").need()
+        examine(path, "vllm").require_placement()
     np.save(path, made.physical_to_logical.astype(float))
-    assert "holds float64" in examine(path, "vllm", *given).faults[0].what
+    assert "holds float64" in examine(path, "vllm", *given).errors[0].what
     np.save(path, made.physical_to_logical)
     path.write_bytes(path.read_bytes()[:-4])
-    assert "not a whole .npy" in examine(path, "vllm", *given).faults[0].what
+    assert "invalid or truncated .npy" in examine(path, "vllm", *given).errors[0].what
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_a_file_of_another_engine_is_known_by_its_keys(tmp_path: Path) -> None:
         ("vllm-ascend", "sglang"),
     ):
         report = examine(files[other], engine)
-        assert any(f"? use --engine {other}" in finding.hint for finding in report.faults), (engine, other)
+        assert any(f"? use --engine {other}" in finding.hint for finding in report.errors), (engine, other)
 
 
 def test_a_plan_is_not_a_placement_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,10 @@ import yaml
 from helpers.command_line import refused
 from moeplan import embedded
 from moeplan.cli.app import run
-from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule
-from moeplan.engines.files import ENGINES, EnginePlacement, write
-from moeplan.engines.from_placement import deployed
+from moeplan.cluster import Cluster, Dispatch, ReplicaRule
+from moeplan.engines.from_placement import plan_from_placement
 from moeplan.engines.launch import Serving, launch
+from moeplan.engines.placement_files import ENGINES, EnginePlacement, write
 from moeplan.engines.vllm import own_strategy, read
 from moeplan.errors import OutputError, PlanError, UsageError
 from moeplan.planning import read_requests
@@ -44,8 +44,7 @@ def stored(place: Path, slots: list[list[int]], layers: tuple[int, ...], nodes: 
     rows = np.array(slots, np.int32)
     made = EnginePlacement(rows, layers, int(rows.max()) + 1, nodes * gpus, nodes)
     shape = ModelShape("m", len(layers), made.num_experts, 1, layers)
-    rule, where = ReplicaRule.NEAREST_STATIC, "x"
-    deployed(made, shape, deployment=Deployment.NODES, rule=rule, dispatch=Dispatch.PICK, where=where).save(place)
+    plan_from_placement(made, shape, "sglang").save(place)
     return place
 
 
@@ -250,7 +249,7 @@ def test_a_model_that_the_engine_serves_without_placement_is_named(
     )
     export = ["export", str(place), "--config", str(config)]
     assert run([*export, "--engine", "sglang", "-o", str(tmp_path / "s.json")]) == 0
-    assert "warning: SGLang 0.5.23 serves MixtralForCausalLM without any placement" in capsys.readouterr().out
+    assert "warning: SGLang 0.5.23 silently serves MixtralForCausalLM without any placement" in capsys.readouterr().out
     assert run([*export, "--engine", "tensorrt-llm", "-o", str(tmp_path / "t.yaml")]) == 0
     assert "warning: TensorRT" not in capsys.readouterr().out
 

@@ -270,7 +270,7 @@ def test_idle_entry_points_load_nothing_heavy(group: str) -> None:
     [
         (None, "plan", "does not exist; check the path"),
         ("folder", "plan", "is not a moeplan plan (a directory with plan.json); make one: moeplan plan"),
-        ("{", "plan", "is not whole JSON"),
+        ("{", "plan", "is invalid or truncated JSON"),
         ('{"format": "moeplan-vllm", "version": 9}', "plan", "version 9, not moeplan-vllm, version 1"),
         (None, "sometimes", "MOEPLAN_VLLM_MODE is 'sometimes'; set it to plan or online"),
     ],

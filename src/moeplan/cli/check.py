@@ -34,4 +34,4 @@ def check(
     for line in check_lines(report):
         echo(line)
     emit_json(json, check_facts(report))
-    return 0 if report.good else 1
+    return 0 if report.ok else 1

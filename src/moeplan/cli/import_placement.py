@@ -34,10 +34,10 @@ def placement(
         dispatch: Dispatch mode: what one message carries.
     """
     from moeplan.cluster import Deployment, Dispatch
-    from moeplan.engines.from_placement import plan_of_file
+    from moeplan.engines.from_placement import plan_from_file
 
     o.refuse_plan(file)
-    plan = plan_of_file(
+    plan = plan_from_file(
         file,
         engine,
         model.spec(top_k=top_k, name=name),

@@ -10,8 +10,8 @@ import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.embedded import MODEL, named
-from moeplan.engines.from_placement import rule_of
-from moeplan.engines.loading import load_json
+from moeplan.engines.from_placement import find_replica_rule
+from moeplan.engines.parsing import load_json
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.report import Report
 from moeplan.errors import FormatError, UsageError
@@ -107,7 +107,7 @@ def balance_counts(
     """
     if others is not None and (others.counts.shape, others.layer_ids) != (counts.counts.shape, counts.layer_ids):
         raise UsageError("has other layers or experts", where=others_name, hint="measure on counts of the same model")
-    rule = rule_of(engine, cluster.nodes)
+    rule = find_replica_rule(engine, cluster.nodes)
     found = candidates(
         counts.counts, cluster, redundant, rule, routing_groups=routing_groups, distinct=engine == "vllm-ascend"
     )

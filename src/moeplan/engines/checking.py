@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeplan.engines.files import examine
+from moeplan.engines.placement_files import examine
 from moeplan.engines.report import ExpertLayout, Report
 from moeplan.engines.unsupported_models import without_placement
 from moeplan.errors import UsageError
@@ -45,7 +45,7 @@ def check(
     if plan is not None:
         _compare(report, plan, plan_path)
     if ignored is not None:
-        report.warn("", ignored, "the file would have no effect")
+        report.add_warning("", ignored, "the file would have no effect")
     return report
 
 
@@ -76,7 +76,7 @@ def _compare(report: Report, plan: Plan, where: str) -> None:
     differ = np.argwhere(ours != theirs)
     if len(differ):
         row, slot = (int(i) for i in differ[0])
-        report.fault(
+        report.add_error(
             f"layer {plan.model.layer_ids[row]}, slot {slot}",
             f"holds expert {ours[row, slot]}, the plan {where} has {theirs[row, slot]} "
             f"({len(differ)} of {ours.size} slots differ)",

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeplan.engines.files import check_write, write
 from moeplan.engines.launch import Launch, Serving, launch
 from moeplan.engines.layer_axis import check_axis, left_out
 from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.placement_files import check_write, write
 from moeplan.engines.unsupported_models import without_placement
 from moeplan.engines.vllm import own_strategy
 from moeplan.errors import UsageError
@@ -113,7 +113,7 @@ def _check_vllm_strategy(engine: str, placement: EnginePlacement, strategy: str)
             f"--expert-placement-strategy {strategy[:20]} is not one of vLLM's (linear, round_robin)",
             hint="leave it out",
         )
-    if placement.has_copies:
+    if placement.has_replicas:
         raise UsageError(
             f"vLLM has no {strategy} with redundant slots: with EPLB it starts from its own layout",
             hint="leave --expert-placement-strategy out and use the plug-in, or plan with --redundant 0",

@@ -1,12 +1,12 @@
-"""A placement that somebody else made, as a plan: to be stored, replayed, and improved by few moves."""
+"""An engine's placement as a plan, to store, evaluate and rebalance it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, check_slots, routes
-from moeplan.engines.files import examine
 from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.placement_files import examine
 from moeplan.engines.report import ExpertLayout, Report
 from moeplan.errors import UsageError
 from moeplan.model.spec import ModelSpec
@@ -14,23 +14,23 @@ from moeplan.planning.plan import DEPLOYED, Plan, Provenance
 from moeplan.planning.router import LocalityRouter
 from moeplan.types import ModelShape
 
-__all__ = ["deployed", "plan_of_file", "rule_of"]
+__all__ = ["find_replica_rule", "plan_from_file", "plan_from_placement"]
 
 
-def rule_of(engine: str, nodes: int) -> ReplicaRule:
+def find_replica_rule(engine: str, nodes: int) -> ReplicaRule:
     """The replica rule by which moeplan models an engine.
 
-    SGLang takes the copy on the own GPU, else the first on the own node if that rules any copy out, else one of a fair
-    deal (0.5.23, `_find_nearest_expert`): on one node that is `nearest-even`. vLLM takes copies by a hash of the row.
-    TensorRT-LLM (in turn) and vLLM-Ascend (by rank) do not look at the distance either: `hash` has the same
-    expectation, 1 / copies each.
+    SGLang uses the replica on its own GPU, else the first on its own node if some replicas are on other nodes, else all
+    evenly (0.5.23, `_find_nearest_expert`): on one node that is `nearest-even`. vLLM selects by a hash of the row.
+    TensorRT-LLM (in turn) and vLLM-Ascend (by rank) ignore the distance too: `hash` has the same expectation,
+    1 / replicas each.
     """
     if engine != "sglang":
         return ReplicaRule.HASH
     return ReplicaRule.NEAREST_STATIC if nodes > 1 else ReplicaRule.NEAREST_EVEN
 
 
-def deployed(
+def plan_from_placement(
     placement: EnginePlacement,
     model: ModelShape,
     engine: str,
@@ -39,7 +39,7 @@ def deployed(
     dispatch: Dispatch = Dispatch.PICK,
     where: str = "",
 ) -> Plan:
-    """A placement as the plan that it amounts to: nothing was fitted.
+    """A placement as a plan, without fitting anything.
 
     Args:
         engine: how it selects among replicas. where: the file, for messages.
@@ -48,14 +48,14 @@ def deployed(
         UsageError, FormatError: the file is for other experts or layers.
     """
     place = placement.fit(model, where)
-    cluster, rule = Cluster(place.nodes, place.gpus_per_node, deployment), rule_of(engine, place.nodes)
+    cluster, rule = Cluster(place.nodes, place.gpus_per_node, deployment), find_replica_rule(engine, place.nodes)
     check_slots(model.num_experts, place.redundant, cluster)
     router = LocalityRouter.of(routes(place, cluster, rule))
     notes = (f"the placement of {where}; nothing was fitted",)
     return Plan(place, router, cluster, dispatch, rule, model, DEPLOYED, provenance=Provenance(notes=notes))
 
 
-def plan_of_file(
+def plan_from_file(
     path: Path,
     engine: str,
     spec: ModelSpec,
@@ -79,15 +79,15 @@ def plan_of_file(
     report = examine(path, engine, spec, layout)
     if shape is None:
         _check_known(report, path)
-    placement = report.need()
+    placement = report.require_placement()
     if shape is None:
         shape = spec.moe_shape(num_experts=placement.num_experts, layer_ids=placement.layer_ids, where=str(path))
-    return deployed(placement, shape, engine, deployment=deployment, dispatch=dispatch, where=str(path))
+    return plan_from_placement(placement, shape, engine, deployment=deployment, dispatch=dispatch, where=str(path))
 
 
 def _check_known(report: Report, path: Path) -> None:
     """Ask for all that is missing at once, where the file alone does not say its model."""
-    if report.good and None in (report.model.num_experts, report.model.moe_layers):
+    if report.ok and None in (report.model.num_experts, report.model.moe_layers):
         layout = report.layout
         cluster = [flag for flag, at in (("--ep-size", layout.ep_size), ("--nodes", layout.nodes)) if not at]
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The flags that an engine must be started with, so that a placement file means what it says.
+"""The command that starts an engine with a placement file.
 
 Read in SGLang 0.5.23 (`srt/arg_groups/fields/`, `moe_hook.py`), vLLM 0.33.0 (`config/parallel.py`,
 `engine/arg_utils.py`), vLLM-Ascend 182b75ea and TensorRT-LLM's wide_ep README 2a595f81; docs/export.md has the table.
@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 
 from moeplan.cluster import Dispatch, ReplicaRule
-from moeplan.engines.from_placement import rule_of
+from moeplan.engines.from_placement import find_replica_rule
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.vllm import own_strategy
 
@@ -19,11 +19,11 @@ __all__ = ["Launch", "Serving", "launch"]
 
 @dataclass(frozen=True)
 class Serving:
-    """What a plan says of the serving beside the placement.
+    """What a plan says of serving, besides the placement.
 
     Attributes:
-        groups: data-parallel ranks of attention; None where no plan says it.
-        dispatch: how tokens travel; None likewise.
+        groups: data-parallel ranks of attention; None if unknown.
+        dispatch: how tokens are sent; None if unknown.
     """
 
     groups: int | None = None
@@ -35,10 +35,10 @@ class Launch:
     """How to start an engine.
 
     Attributes:
-        command: one argument with its value per item. environment: variables. extra: a further file's name and text.
-        flags: what must be so, by name, for JSON.
-        rule: which copy the engine takes, as moeplan models it; exact: it models it rank for rank.
-        notes: what to know, one line each.
+        command: one argument with its value per item. environment: variables. extra: name and text of a further file.
+        flags: required values by name, for JSON.
+        rule: the replica rule that models the engine; exact: whether it is the same for every rank.
+        notes: one line each.
     """
 
     command: tuple[str, ...]
@@ -50,19 +50,19 @@ class Launch:
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """The command as a shell takes it."""
+        """The command for a shell."""
         lines = [f"{name}={value} \\" for name, value in self.environment]
         return "\n".join([*lines, " \\\n  ".join(self.command)])
 
 
 def launch(engine: str, placement: EnginePlacement, file: str, serving: Serving | None = None) -> Launch:
-    """The command that serves with a placement file; MODEL, HEAD and RANK are the reader's to fill in."""
+    """The command that serves with a placement file; MODEL, HEAD and RANK are to be set by the user."""
     return _BY_ENGINE[engine](placement, file, serving or Serving())
 
 
 def _sglang(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
-    ranks, copies, notes = placement.ep_size, placement.has_copies, []
-    backend, algorithm, rule = ["--moe-a2a-backend deepep"], "static", rule_of("sglang", placement.nodes)
+    ranks, copies, notes = placement.ep_size, placement.has_replicas, []
+    backend, algorithm, rule = ["--moe-a2a-backend deepep"], "static", find_replica_rule("sglang", placement.nodes)
     if serving.dispatch is Dispatch.PICK:
         backend.append("--deepep-mode low_latency")
     elif serving.dispatch is Dispatch.NODE:

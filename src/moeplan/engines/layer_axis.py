@@ -1,4 +1,4 @@
-"""Which layers have experts, and how many layers there are: from the model's config and the plan, never guessed."""
+"""Check a placement's layers against the model's: which have experts, and how many there are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check_axis", "left_out"]
 
 
 def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Layers that a rising row of them skips, e.g. 45 of 41, 43, 47: those between that keep the usual step."""
+    """Layers missing from a sequence with a regular step, e.g. 45 from 41, 43, 47."""
     steps = [b - a for a, b in itertools.pairwise(layers)]
     if not steps:
         return ()
@@ -24,13 +24,13 @@ def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
 def check_axis(
     placement: EnginePlacement, model: ModelSpec, engine: str, where: str, *, from_config: bool = True
 ) -> int | None:
-    """Hold a placement's layers to the model's; the number of hidden layers, if it is known.
+    """Check a placement's layers against the model's; returns the number of hidden layers, if known.
 
     Args:
-        from_config: whether a config.json says what is known, or flags and the source itself; for the messages.
+        from_config: whether the model is from a config.json, or from flags and the source; for messages.
 
     Raises:
-        UsageError: other experts or layers than the config's; for SGLang, a number of hidden layers that nothing says.
+        UsageError: other experts or layers than the config's; for SGLang, the number of hidden layers is not known.
     """
     layers, experts = placement.layer_ids, placement.num_experts
     says = "the config" if from_config else "the flags"

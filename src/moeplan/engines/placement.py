@@ -1,4 +1,4 @@
-"""What every engine's placement file comes to: one value, whatever the file's layer axis and keys are.
+"""`EnginePlacement`: the content of any engine's placement file, independent of its format.
 
 Names: L MoE layers, E experts per layer, S slots per layer, P GPUs of the expert-parallel group.
 """
@@ -22,18 +22,18 @@ __all__ = ["EnginePlacement"]
 
 @dataclass(frozen=True)
 class EnginePlacement:
-    """Where an engine is to put every expert, MoE layers only.
+    """The placement of an engine, MoE layers only.
 
     Slot p is on expert-parallel rank p // (S / ep_size); ranks fill nodes in order, ep_size / nodes to each.
 
     Attributes:
         physical_to_logical: int32 [L, S], the logical expert in each slot.
-        layer_ids: the model's own index of each row, rising, length L.
+        layer_ids: the model's own index of each row, increasing, length L.
         num_experts: E.
-        ep_size: P. nodes: that the P ranks fill.
+        ep_size: P. nodes: over which the P ranks are spread.
 
     Raises:
-        PlanError: a placement that cannot be: ids out of range, an expert without a slot, slots that do not divide.
+        PlanError: an invalid placement: ids out of range, an expert without a slot, slots that do not divide.
     """
 
     physical_to_logical: Int32Array
@@ -46,18 +46,18 @@ class EnginePlacement:
         if self.ep_size < 1 or self.nodes < 1 or self.ep_size % self.nodes:
             raise PlanError(
                 f"{self.ep_size} ranks do not divide over {self.nodes} nodes",
-                hint="give the number of GPUs that share the experts, and of the nodes that they fill",
+                hint="give the number of GPUs that share the experts, and of nodes",
             )
         rows = self.placement.slots  # made and checked here
         object.__setattr__(self, "physical_to_logical", rows)
         if len(self.layer_ids) != len(rows):
             raise PlanError(f"{len(self.layer_ids)} layer ids for {len(rows)} rows of slots")
         if any(b <= a for a, b in zip(self.layer_ids, self.layer_ids[1:], strict=False)):
-            raise PlanError("layer ids must rise")
+            raise PlanError("layer ids must increase")
 
     @cached_property
     def placement(self) -> Placement:
-        """The same as the package's own value."""
+        """As a `Placement`."""
         return Placement(self.physical_to_logical, self.num_experts, self.nodes, self.ep_size // self.nodes)
 
     @property
@@ -71,13 +71,13 @@ class EnginePlacement:
         return self.num_slots - self.num_experts
 
     @property
-    def has_copies(self) -> bool:
+    def has_replicas(self) -> bool:
         """Whether some expert has several slots."""
         return self.redundant > 0
 
     @classmethod
     def of(cls, placement: Placement, layer_ids: tuple[int, ...]) -> EnginePlacement:
-        """From the package's own value, and the model's index of its layers."""
+        """From a `Placement` and the model's index of its layers."""
         return cls(placement.slots, layer_ids, placement.num_experts, placement.num_gpus, placement.nodes)
 
     @classmethod

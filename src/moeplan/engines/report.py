@@ -1,4 +1,4 @@
-"""What a look at a placement file finds: each fault with its place and mend, and what could not be looked at."""
+"""Result of checking a placement file: each error with its place and a suggested fix, and what was not checked."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class ExpertLayout:
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault.
+    """One error or warning.
 
     Attributes:
-        place: key, layer, slot in the file. what: is wrong. mend: it so.
-        legal: the engine takes it and serves right: a warning, not a fault.
+        place: key, layer, slot in the file. what: the problem. hint: a suggested fix.
+        legal: the engine accepts it and serves correctly: a warning, not an error.
     """
 
     place: str
@@ -61,15 +61,15 @@ class Finding:
 
 @dataclass
 class Report:
-    """All that one look finds; engines add to it while they read.
+    """Everything found in one file; the engines' readers add to it.
 
     Attributes:
-        path, engine: the file, and whose it is.
-        model, layout: what is known of them, completed by what the file itself says.
-        findings: faults and warnings, in the order of the file.
+        path, engine: the file, and the engine that reads it.
+        model, layout: what is known, completed from the file itself.
+        findings: errors and warnings, in the order of the file.
         unchecked: what could not be checked, one line each, with the flag that would.
-        rows, slots: rows of the map, and slots of a row; None where they are not to be told.
-        placement: what the file says, if it has no fault and enough is known; MoE layers only.
+        rows, slots: rows of the map, and slots of a row; None if unknown.
+        placement: what the file holds, if it has no error and enough is known; MoE layers only.
     """
 
     path: Path
@@ -83,24 +83,25 @@ class Report:
     placement: EnginePlacement | None = None
 
     @property
-    def faults(self) -> list[Finding]:
-        """Findings that the engine does not serve right with."""
+    def errors(self) -> list[Finding]:
+        """Findings with which the engine would fail or serve wrong results."""
         return [finding for finding in self.findings if not finding.legal]
 
     @property
-    def good(self) -> bool:
-        return not self.faults
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return not self.errors
 
-    def fault(self, place: str, what: str, hint: str = "") -> None:
-        """Something that is wrong."""
+    def add_error(self, place: str, what: str, hint: str = "") -> None:
+        """Add an error."""
         self.findings.append(Finding(place, what, hint))
 
-    def warn(self, place: str, what: str, hint: str = "") -> None:
-        """Something that is legal and worth knowing."""
+    def add_warning(self, place: str, what: str, hint: str = "") -> None:
+        """Add a warning: the engine accepts it."""
         self.findings.append(Finding(place, what, hint, legal=True))
 
-    def learn(self, place: str, flag: str, key: str, value: int) -> None:
-        """Take a number from the file into `model` or `layout`; a fault where it contradicts what was given."""
+    def record(self, place: str, flag: str, key: str, value: int) -> None:
+        """Set a number of `model` or `layout` from the file; an error where it contradicts what was given."""
         given = self.model.num_experts if key == "num_experts" else getattr(self.layout, key)
         if given is None:
             try:
@@ -108,19 +109,19 @@ class Report:
                     self.model = self.model.override(num_experts=value)
                 else:
                     self.layout = replace(self.layout, **{key: value})
-            except UsageError as error:  # GPUs that do not fill the nodes
-                self.fault(place, f"is {value}: {error.what}", "correct one of them")
+            except UsageError as error:  # GPUs do not divide over the nodes
+                self.add_error(place, f"is {value}: {error.what}", "correct one of them")
         elif given != value:
-            self.fault(place, f"is {value}, but {flag} says {given}", "correct one of the two")
+            self.add_error(place, f"is {value}, but {flag} says {given}", "correct one of the two")
 
-    def need(self) -> EnginePlacement:
+    def require_placement(self) -> EnginePlacement:
         """The placement.
 
         Raises:
-            FormatError: the first fault. UsageError: what the file does not say and no flag did.
+            FormatError: the first error. UsageError: what neither the file nor a flag gives.
         """
-        for finding in self.faults[:1]:
-            more = f" (and {len(self.faults) - 1} more: moeplan check lists them)" if len(self.faults) > 1 else ""
+        for finding in self.errors[:1]:
+            more = f" (and {len(self.errors) - 1} more: moeplan check lists them)" if len(self.errors) > 1 else ""
             where = f"{self.path}: {finding.place}" if finding.place else str(self.path)
             raise FormatError(finding.what + more, where=where, hint=finding.hint)
         if self.placement is None:
@@ -141,7 +142,7 @@ class Report:
 
 
 def other_engine_hint(data: Any, engine: str) -> str:
-    """The end of a mend where a file's keys look like another engine's; empty where they do not."""
+    """The end of a hint where a file's keys look like those of another engine; else empty."""
     if not isinstance(data, dict):
         return ""
     marks = {
@@ -156,6 +157,6 @@ def other_engine_hint(data: Any, engine: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A value of somebody else's file, short enough for a line."""
+    """A value of a file, short enough for a line."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 40 else text[:37] + ".."

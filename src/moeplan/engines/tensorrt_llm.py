@@ -5,7 +5,7 @@
       LAYER: [the expert of every slot]      # LAYER: the model's own index of each MoE layer
     layer_updates_per_iter: 0                # above 0 the engine moves experts by itself
 
-The engine does not install here, so its rules are written again from its source, read at these commits:
+moeplan cannot run the engine's code, so the rules follow its source, read at these commits:
 `MoeLoadBalancerConfig` (a strict pydantic model: other keys are refused); `moe_load_balancer.py` 000a01de (an entry for
 every MoE layer, else KeyError; slots that divide by the EP size, else ValueError; as many experts in a list as slots);
 the README of wide_ep, 2a595f81.
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moeplan.engines.map_rules import Row, check_rows, finish
+from moeplan.engines.parsing import load_yaml
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
-from moeplan.engines.rules import Row, check_rows, finish
-from moeplan.engines.yaml_file import load_yaml
 from moeplan.model.spec import ModelSpec
 from moeplan.types import MAX_LAYERS
 
@@ -39,39 +39,39 @@ def content(placement: EnginePlacement) -> str:
 
 
 def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
-    """Look at a file."""
+    """Check a file."""
     report = Report(path, "tensorrt-llm", model, layout)
     data = load_yaml(report)
-    if data is None and not report.good:
+    if data is None and not report.ok:
         return report
     if not isinstance(data, dict):
-        report.fault("", f"is {show(data)}, not a map of {', '.join(_KEYS)}", "write these keys")
+        report.add_error("", f"is {show(data)}, not a map of {', '.join(_KEYS)}", "write these keys")
         return report
     for key in data:
         if key not in _KEYS:
-            report.fault(f"key {show(key)}", "is unknown, and refused", f"the keys are {', '.join(_KEYS)}")
+            report.add_error(f"key {show(key)}", "is unknown, and refused", f"the keys are {', '.join(_KEYS)}")
     slots = data.get("num_slots")
     if type(slots) is not int or slots < 1:
-        report.fault("num_slots", f"is {show(slots)}, not a number of slots", "write experts + redundant slots")
+        report.add_error("num_slots", f"is {show(slots)}, not a number of slots", "write experts + redundant slots")
         slots = None
     updates = data.get("layer_updates_per_iter", 0)
     if type(updates) is not int or updates < 0:
         what = f"is {show(updates)}, not a number of layers"
-        report.fault("layer_updates_per_iter", what, "write 0 for a placement that stays")
+        report.add_error("layer_updates_per_iter", what, "write 0 for a static placement")
     elif updates:
-        what = f"is {updates}: the engine moves experts by itself, and leaves this placement"
-        report.warn("layer_updates_per_iter", what, "write 0 for one that stays")
+        what = f"is {updates}: the engine moves experts itself and does not keep this placement"
+        report.add_warning("layer_updates_per_iter", what, "write 0 for a static one")
     else:
         if "layer_updates_per_iter" not in data:
-            report.warn("layer_updates_per_iter", "is missing: the default is 0, a placement that stays")
+            report.add_warning("layer_updates_per_iter", "is missing: the default is 0, a static placement")
     rows = data.get(MAP)
     if not isinstance(rows, dict) or not rows:
         hint = "write an entry for every MoE layer" + other_engine_hint(data, "tensorrt-llm")
-        report.fault(MAP, f"is {show(rows)}, not a map from layers to lists", hint)
+        report.add_error(MAP, f"is {show(rows)}, not a map from layers to lists", hint)
         return report
     bad = [key for key in rows if type(key) is not int or not 0 <= key < MAX_LAYERS]
     if bad:
-        report.fault(
+        report.add_error(
             f"{MAP}, key {show(bad[0])}", "is not a layer's number", "write the model's own index of the layer"
         )
         return report
@@ -83,17 +83,17 @@ def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
 
 
 def _check_layers(report: Report, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """The layers to go by: the model's where they are known, else the file's own."""
+    """The layers to use: the model's if known, else the file's own."""
     model = report.model
     if model.moe_layers is None:
-        report.unchecked.append("that every MoE layer has its entry (without one the engine stops): give --config")
+        report.unchecked.append("that every MoE layer has an entry (the engine fails without one): give --config")
         return layers
     for layer in sorted(set(model.moe_layers) - set(layers)):
-        report.fault(f"{MAP}, layer {layer}", "is missing: the engine stops (KeyError)", "add its entry")
+        report.add_error(f"{MAP}, layer {layer}", "is missing: the engine fails (KeyError)", "add its entry")
     for layer in sorted(set(layers) - set(model.moe_layers)):
         place = f"{MAP}, layer {layer}"
         if model.layers is not None and layer >= model.layers:
-            report.warn(place, f"is beyond the {model.layers} hidden layers", "right for a layer of the MTP head only")
+            report.add_warning(place, f"exceeds the {model.layers} hidden layers", "valid only for the MTP head")
         elif model.layers is not None:
-            report.fault(place, "is a layer without experts", "leave it out")
+            report.add_error(place, "is a layer without experts", "leave it out")
     return model.moe_layers

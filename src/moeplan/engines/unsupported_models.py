@@ -1,11 +1,11 @@
-"""Models that an engine serves without a placement, whatever file it is given."""
+"""Models for which an engine ignores any placement file."""
 
 from __future__ import annotations
 
 __all__ = ["without_placement"]
 
-#: Served by SGLang 0.5.23 (`srt/models/`) in a class without `get_model_config_for_expert_location`: it then starts
-#: without any placement and does not say so.
+#: Served by SGLang 0.5.23 (`srt/models/`) in a class without `get_model_config_for_expert_location`: it then
+#: silently starts without any placement.
 _SGLANG_WITHOUT = (
     "MixtralForCausalLM", "QuantMixtralForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration",
     "OlmoeForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM", "GraniteMoeHybridForCausalLM",
@@ -17,14 +17,14 @@ _TENSORRT_LLM_WITH = ("DeepseekV3", "Mixtral", "Llama4", "Qwen2Moe", "Qwen3Moe")
 
 
 def without_placement(engine: str, architectures: tuple[str, ...]) -> str | None:
-    """A line to warn with where the engine would ignore or refuse any placement of this model; else None.
+    """A warning if the engine ignores or refuses any placement of this model; else None.
 
     Args:
         architectures: class names that the model's config.json gives.
     """
     for name in architectures:
         if engine == "sglang" and name in _SGLANG_WITHOUT:
-            return f"SGLang 0.5.23 serves {name} without any placement, and does not say so"
+            return f"SGLang 0.5.23 silently serves {name} without any placement"
         if engine == "tensorrt-llm" and not name.startswith(_TENSORRT_LLM_WITH):
             return f"TensorRT-LLM names {', '.join(_TENSORRT_LLM_WITH)} as models with a load balancer, not {name}"
     return None

@@ -3,7 +3,7 @@
     {"moe_layer_count": L, "layer_list": [{"layer_id": 0, "device_count": P, "device_list": [
         {"device_id": 0, "device_expert": [experts of its slots]}, ..]}, ..]}
 
-MoE layers only, and by their order: the loader goes by the place in the lists and never looks at the ids.
+MoE layers only, in their order: the loader uses the position in the lists and ignores the ids.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeplan.engines.loading import load_json
+from moeplan.engines.map_rules import Row, check_rows, finish
+from moeplan.engines.parsing import load_json
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
-from moeplan.engines.rules import Row, check_rows, finish
 from moeplan.model.spec import ModelSpec
 
 __all__ = ["content", "examine"]
@@ -45,12 +45,12 @@ def content(placement: EnginePlacement) -> dict[str, Any]:
 
 
 def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
-    """Look at a file."""
+    """Check a file."""
     report = Report(path, "vllm-ascend", model, layout)
     if path.suffix != ".json":
-        report.fault("", "vLLM-Ascend reads files whose names end in .json only", "rename it")
+        report.add_error("", "vLLM-Ascend reads files whose names end in .json only", "rename it")
     data = load_json(report)
-    if data is None and not report.good:
+    if data is None and not report.ok:
         return report
     layers = _member(report, "", data, _TOP, "layer_list")
     if layers is None:
@@ -58,24 +58,24 @@ def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
     _equal(report, "moe_layer_count", data.get("moe_layer_count"), len(layers), f"there are {len(layers)} layers")
     moe = model.moe_layers
     if moe is None:
-        report.unchecked.append("that every MoE layer is there, in the model's order: give --config")
+        report.unchecked.append("that every MoE layer is present, in the model's order: give --config")
     elif len(moe) != len(layers):
-        report.fault("layer_list", f"has {len(layers)} layers for {len(moe)} MoE layers", "give every MoE layer, once")
+        report.add_error("layer_list", f"has {len(layers)} layers for {len(moe)} MoE layers", "give each layer once")
         moe = None
     rows = [_row(report, i, layer, moe) for i, layer in enumerate(layers)]
     if any(row is None for row in rows):
         return report
-    table = check_rows(report, [row for row in rows if row is not None], twice="fault", wraps=True)
+    table = check_rows(report, [row for row in rows if row is not None], unique=True, wraps=True)
     return finish(report, table, moe)
 
 
 def _row(report: Report, i: int, layer: Any, moe: tuple[int, ...] | None) -> Row | None:
-    """One layer's devices end to end; None with a finding where they are not lists of one length."""
+    """One layer's devices concatenated; None with an error where they are not lists of the same length."""
     place = f"layer_list, item {i}"
     devices = _member(report, place, layer, _LAYER, "device_list")
     if devices is None:
         return None
-    _equal(report, f"{place}, layer_id", layer.get("layer_id"), i, "the loader goes by the place in the list")
+    _equal(report, f"{place}, layer_id", layer.get("layer_id"), i, "the loader uses the position in the list")
     count, ok = len(devices), True
     _equal(report, f"{place}, device_count", layer.get("device_count"), count, f"there are {count} devices")
     held: list[list[Any]] = []
@@ -84,17 +84,17 @@ def _row(report: Report, i: int, layer: Any, moe: tuple[int, ...] | None) -> Row
         experts = _member(report, here, device, _DEVICE, "device_expert")
         if experts is None:
             return None
-        _equal(report, f"{here}, device_id", device.get("device_id"), d, "the loader goes by the place in the list")
+        _equal(report, f"{here}, device_id", device.get("device_id"), d, "the loader uses the position in the list")
         if held and len(experts) != len(held[0]):
             what = f"has {len(experts)} experts, device 0 has {len(held[0])}"
-            report.fault(f"{here}, device_expert", what, "give every device as many")
+            report.add_error(f"{here}, device_expert", what, "give every device the same number")
             ok = False
         held.append(experts)
     if not count:
-        report.fault(f"{place}, device_list", "is empty", "give every device its experts")
+        report.add_error(f"{place}, device_list", "is empty", "give every device its experts")
         return None
     if report.layout.ep_size is None or report.layout.ep_size != count:
-        report.learn(f"{place}, device_list", "--ep-size (or the layer before)", "ep_size", count)
+        report.record(f"{place}, device_list", "--ep-size (or the layer before)", "ep_size", count)
     per = max(len(held[0]), 1)
 
     def slot(s: int) -> str:
@@ -105,14 +105,14 @@ def _row(report: Report, i: int, layer: Any, moe: tuple[int, ...] | None) -> Row
 
 
 def _member(report: Report, place: str, data: Any, keys: tuple[str, ...], wanted: str) -> list[Any] | None:
-    """The list `wanted` of an object; None with a finding. Keys that the loader never reads are told."""
+    """The list `wanted` of an object; None with an error. A warning for keys that the loader never reads."""
     at = f"{place}, " if place else ""
     if not isinstance(data, dict):
-        report.fault(place, f"is {show(data)}, not an object", f"write {', '.join(keys)}")
+        report.add_error(place, f"is {show(data)}, not an object", f"write {', '.join(keys)}")
         return None
     if wanted not in data:
         found = ", ".join(show(key) for key in list(data)[:4]) or "none"
-        report.fault(
+        report.add_error(
             f"{at}key {wanted}",
             f"is missing (keys: {found})",
             f"write {', '.join(keys)}" + other_engine_hint(data, "vllm-ascend"),
@@ -120,13 +120,13 @@ def _member(report: Report, place: str, data: Any, keys: tuple[str, ...], wanted
         return None
     for key in data:
         if key not in keys:
-            report.warn(f"{at}key {show(key)}", "is never read", "leave it out")
+            report.add_warning(f"{at}key {show(key)}", "is never read", "leave it out")
     if not isinstance(data[wanted], list):
-        report.fault(f"{at}{wanted}", f"is {show(data[wanted])}, not a list", "write a list")
+        report.add_error(f"{at}{wanted}", f"is {show(data[wanted])}, not a list", "write a list")
         return None
     return list(data[wanted])
 
 
 def _equal(report: Report, place: str, value: Any, expected: int, why: str) -> None:
     if type(value) is not int or value != expected:
-        report.fault(place, f"is {show(value)}, but {why}", f"write {expected}")
+        report.add_error(place, f"is {show(value)}, but {why}", f"write {expected}")

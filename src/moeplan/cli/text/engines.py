@@ -153,11 +153,11 @@ def check_lines(report: Report) -> Iterator[str]:
         yield f"{'warning' if finding.legal else 'error'}: {finding.line(report.path)}"
     if len(report.findings) > SHOWN:
         yield f".. and {len(report.findings) - SHOWN} more findings (--json has them all)"
-    if report.good:
+    if report.ok:
         yield from (f"not checked: {line}" for line in dict.fromkeys(report.unchecked))
         yield "valid" + (", as far as it could be checked" if report.unchecked else "")
     else:
-        yield f"invalid: {plural(len(report.faults), 'error')}"
+        yield f"invalid: {plural(len(report.errors), 'error')}"
 
 
 def check_facts(report: Report) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def check_facts(report: Report) -> dict[str, Any]:
     return {
         "file": str(report.path),
         "engine": report.engine,
-        "good": report.good,
+        "good": report.ok,
         "layers": report.rows,
         "slots": report.slots,
         "findings": [dataclasses.asdict(finding) for finding in report.findings],

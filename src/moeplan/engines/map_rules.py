@@ -1,4 +1,4 @@
-"""The rules that every engine's map must keep and none of them checks, and what a broken one would do.
+"""Rules for the maps of all engines, which the engines do not check themselves.
 
 Names: a map has one row per layer and S slots per row; E experts; P ranks.
 """
@@ -33,8 +33,8 @@ class Row:
 
     Attributes:
         place: where it is in the file. layer: the model's own index; None where not known.
-        values: what stands there, whatever it is.
-        slot: names a slot of it.
+        values: unchecked content.
+        slot: the name of a slot, for messages.
     """
 
     place: str
@@ -47,49 +47,56 @@ class Row:
 
 
 def check_rows(
-    report: Report, rows: list[Row], *, slots: int | None = None, twice: str = "warn", wraps: bool = False
+    report: Report,
+    rows: list[Row],
+    *,
+    slots: int | None = None,
+    unique: bool = False,
+    wraps: bool = False,
 ) -> Int32Array | None:
-    """Hold every row to the rules; int32 [rows, S] when none is broken.
+    """Check every row; int32 [rows, S] if all are valid.
 
     Args:
-        report: gets the findings, and E and R where only the rows tell them.
-        rows: in the file's order. twice: what two copies of an expert on one rank are: "warn" or "fault".
-        slots: S, where the file says it beside the rows.
-        wraps: the engine indexes with negative ids, so that -1 becomes its last expert.
+        report: gets the findings.
+        rows: in the file's order. unique: an expert twice on one rank is an error, not a warning.
+        slots: S, if the file gives it separately.
+        wraps: the engine accepts negative ids: -1 becomes the last expert.
 
-    The number of experts that is not given is what most rows say (largest id + 1), and the report tells so.
+    If the number of experts is not known, that of most rows is used (largest id + 1), and the report says so.
     """
     if not 1 <= len(rows) <= MAX_LAYERS:
-        report.fault("", f"{len(rows)} rows are outside 1..{MAX_LAYERS}", "one row per layer")
+        report.add_error("", f"{len(rows)} rows are outside 1..{MAX_LAYERS}", "one row per layer")
         return None
     whole = [row for row in rows if _is_list(report, row)]
-    typed = [row for row in whole if _are_numbers(report, row)]
+    typed = [row for row in whole if _are_integers(report, row)]
     experts = _num_experts(report, typed)
     slots = _num_slots(report, whole, experts, slots)
     sound = [row for row in typed if _in_range(report, row, experts, wraps)]
-    complete = [row for row in sound if len(row.values) == slots and _all_there(report, row, experts)]
+    complete = [row for row in sound if len(row.values) == slots and _all_present(report, row, experts)]
     report.rows, report.slots = len(rows), slots
-    if len(complete) < len(rows) or not report.good:
+    if len(complete) < len(rows) or not report.ok:
         return None
     table = np.array([row.values for row in rows], np.int32)
-    _two_on_one_rank(report, rows, table, twice)
-    return table if report.good else None
+    _check_duplicates(report, rows, table, unique)
+    return table if report.ok else None
 
 
 def _is_list(report: Report, row: Row) -> bool:
     if isinstance(row.values, list) and row.values and len(row.values) <= MAX_SLOTS:
         return True
     what = "is empty" if row.values == [] else f"is {show(row.values)[:40]}, not a list of experts"
-    report.fault(row.place, what, "give the expert of every slot")
+    report.add_error(row.place, what, "give the expert of every slot")
     return False
 
 
-def _are_numbers(report: Report, row: Row) -> bool:
+def _are_integers(report: Report, row: Row) -> bool:
     bad = [slot for slot, value in enumerate(row.values) if type(value) is not int]
     if bad:
         value = row.values[bad[0]]
-        kind = " (a fraction or a float)" if isinstance(value, float) else ""
-        report.fault(row.at(bad[0]), f"{show(value)} is not a whole number{kind}{_more(bad)}", "give the expert's id")
+        kind = " (a float)" if isinstance(value, float) else ""
+        report.add_error(
+            row.at(bad[0]), f"{show(value)} is not a whole number{kind}{_more(bad)}", "give the expert's id"
+        )
     return not bad
 
 
@@ -101,41 +108,41 @@ def _num_experts(report: Report, rows: list[Row]) -> int:
     if not common:
         return MAX_EXPERTS
     report.unchecked.append(
-        f"that there are {common[0]} experts, as the file itself has it: give --config, or --num-experts"
+        f"that there are {common[0]} experts, the number in the file itself: give --config, or --num-experts"
     )
     return int(common[0])
 
 
-def _num_slots(report: Report, rows: list[Row], experts: int, said: int | None) -> int | None:
-    """S, and a fault for each row that has another number of slots."""
+def _num_slots(report: Report, rows: list[Row], experts: int, given: int | None) -> int | None:
+    """S; an error for each row with another number of slots."""
     model, layout = report.model, report.layout
     if not rows:
         return None
     lengths = Counter(len(row.values) for row in rows)
     usual = max(lengths, key=lambda length: (lengths[length], -length))
-    slots, why = (usual, "as most rows have") if said is None else (said, "as num_slots says")
+    slots, why = (usual, "as most rows have") if given is None else (given, "as num_slots says")
     if layout.redundant is None:
-        report.unchecked.append("that the engine is started with as many redundant slots: give --redundant")
+        report.unchecked.append("that the engine starts with as many redundant slots: give --redundant")
     elif model.num_experts is not None and slots != experts + layout.redundant:
         slots, why = experts + layout.redundant, f"{experts} experts + {layout.redundant} redundant"
-        if said is not None:
-            report.fault("num_slots", f"is {said}, not {slots} ({why})", "correct one of them")
+        if given is not None:
+            report.add_error("num_slots", f"is {given}, not {slots} ({why})", "correct one of them")
     for row in rows:
         if len(row.values) != slots:
-            report.fault(
+            report.add_error(
                 row.place, f"has {len(row.values)} slots, not {slots} ({why})", "give the expert of every slot, once"
             )
     if layout.ep_size is None:
         report.unchecked.append("that slots divide by the EP size, and no rank holds an expert twice: give --ep-size")
     elif slots % layout.ep_size:
         near = slots - slots % layout.ep_size
-        report.fault(
+        report.add_error(
             "",
             f"{slots} slots do not divide over an EP size of {layout.ep_size}",
             f"use {f'{near} or ' if near else ''}{near + layout.ep_size} slots, or another EP size",
         )
     if model.num_experts is not None and slots == usual < experts:
-        report.fault("", f"{slots} slots do not hold {experts} experts", "use more slots, or the model's own config")
+        report.add_error("", f"{slots} slots do not hold {experts} experts", "use more slots, or the model's config")
     return slots
 
 
@@ -144,35 +151,35 @@ def _in_range(report: Report, row: Row, experts: int, wraps: bool) -> bool:
     if bad:
         value = row.values[bad[0]]
         means = f": the engine takes it for expert {experts + value}" if wraps and -experts <= value < 0 else ""
-        report.fault(
+        report.add_error(
             row.at(bad[0]), f"expert {value} is outside 0..{experts - 1}{means}{_more(bad)}", "give the expert's id"
         )
     return not bad
 
 
-def _all_there(report: Report, row: Row, experts: int) -> bool:
+def _all_present(report: Report, row: Row, experts: int) -> bool:
     missing = np.flatnonzero(np.bincount(row.values, minlength=experts) == 0)
     if len(missing):
         named = ", ".join(str(expert) for expert in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         what = f"experts {named}{more} have no slot" if len(missing) > 1 else f"expert {named} has no slot"
-        report.fault(row.place, what + _again(row, experts), "every expert needs a slot")
+        report.add_error(row.place, what + _again(row, experts), "every expert needs a slot")
     return not len(missing)
 
 
 def _again(row: Row, experts: int) -> str:
-    """The slot that is likely wrong, where no expert may have two: the later of two that hold the same."""
+    """The slot that is likely wrong if there are no redundant slots: the second one with the same expert."""
     seen: set[int] = set()
     if len(row.values) > experts:
         return ""
     for slot, value in enumerate(row.values):
         if value in seen:
-            return f"; expert {value} is there again in {row.slot(slot)}"
+            return f"; expert {value} is duplicate in {row.slot(slot)}"
         seen.add(value)
     return ""
 
 
-def _two_on_one_rank(report: Report, rows: list[Row], table: Int32Array, twice: str) -> None:
+def _check_duplicates(report: Report, rows: list[Row], table: Int32Array, unique: bool) -> None:
     if report.layout.ep_size is None:
         return
     by_rank = table.reshape(len(table), report.layout.ep_size, -1)
@@ -187,23 +194,23 @@ def _two_on_one_rank(report: Report, rows: list[Row], table: Int32Array, twice: 
     more = f"; {plural(count, 'row has', 'rows have')} such ({count} of {len(rows)})"
     where = f"{rows[row].place}, {' and '.join(rows[row].slot(slot) for slot in slots[:2])}"
     what = f"rank {rank} holds expert {expert} {len(slots)} times{more}"
-    if twice == "fault":
-        report.fault(where, what, "give each rank an expert once")
+    if unique:
+        report.add_error(where, what, "give each rank an expert once")
     else:
-        report.warn(where, what, "legal, but the second copy balances nothing: give the slot to another expert")
+        report.add_warning(where, what, "legal, but does not balance load: give the slot to another expert")
 
 
 def finish(
     report: Report, table: Int32Array | None, layers: tuple[int, ...] | None, keep: npt.NDArray[np.intp] | None = None
 ) -> Report:
-    """Set the placement, if there is no fault and all is known.
+    """Set the placement, if there is no error and everything is known.
 
     Args:
         table: int32 [rows, S] of `check_rows`. layers: the model's index of the rows to keep.
         keep: those rows; None: all.
     """
     layout, experts = report.layout, report.model.num_experts
-    if table is None or not report.good or layers is None or layout.ep_size is None or layout.nodes is None:
+    if table is None or not report.ok or layers is None or layout.ep_size is None or layout.nodes is None:
         return report
     if experts is None or layout.ep_size % layout.nodes:
         return report

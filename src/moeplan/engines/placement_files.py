@@ -1,6 +1,6 @@
-"""The front door to placement files: look at one, write one.
+"""Check and write the placement files of all engines.
 
-One module per engine says what its file is and which rules it has; `rules` holds those that all share.
+One module per engine has its format and rules; `map_rules` has the rules that all share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EXAMINE = {
     "tensorrt-llm": tensorrt_llm.examine,
     "vllm-ascend": vllm_ascend.examine,
 }
-#: Engine -> how the names of its files may end.
+#: Engine -> allowed suffixes of its files.
 _SUFFIXES = {
     "sglang": (".json",),
     "vllm": (".json",),
@@ -34,12 +34,12 @@ ENGINES = tuple(_EXAMINE)
 
 
 def examine(path: Path, engine: str, model: ModelSpec | None = None, layout: ExpertLayout | None = None) -> Report:
-    """Look at a file; the report says what is wrong and where.
+    """Check a file; the report says what is wrong and where.
 
     Raises:
-        FormatError: the file cannot be read at all. UsageError: no such engine.
+        FormatError: the file cannot be read. UsageError: no such engine.
     """
-    return _EXAMINE[_named(engine)](path, model or ModelSpec(), layout or ExpertLayout())
+    return _EXAMINE[_known(engine)](path, model or ModelSpec(), layout or ExpertLayout())
 
 
 def write(
@@ -51,24 +51,25 @@ def write(
         num_layers: all hidden layers, which SGLang's file needs. model: its name, for the plug-in's file.
 
     Raises:
-        UsageError: a name that the engine would not read; what the engine cannot do.
-        OutputError: the place is taken or cannot be written.
+        UsageError: a file name that the engine does not accept; a placement that it does not support.
+        OutputError: the path exists or cannot be written.
     """
     check_write(path, engine, placement)
     with atomic_path(path) as temporary:
         temporary.write_text(_text(engine, placement, num_layers, model), encoding="utf-8")
     spec = ModelSpec(layers=num_layers, moe=Moe(experts=placement.num_experts, layers=placement.layer_ids))
     layout = ExpertLayout(placement.ep_size, placement.nodes, placement.redundant)
-    assert examine(path, engine, spec, layout).need().same_as(placement), "a file that does not read back"
+    assert examine(path, engine, spec, layout).require_placement().same_as(placement), "a file that does not read back"
 
 
 def check_write(path: Path, engine: str, placement: EnginePlacement) -> None:
-    """Refuse what `write` would refuse, without writing.
+    """Raise the errors of `write`, without writing.
 
     Raises:
-        UsageError: a name that the engine would not read; what the engine cannot do. OutputError: the place is taken.
+        UsageError: a file name that the engine does not accept; a placement that it does not support.
+        OutputError: the path exists.
     """
-    if path.suffix not in _SUFFIXES[_named(engine)]:
+    if path.suffix not in _SUFFIXES[_known(engine)]:
         raise UsageError(
             f"the name ends in {path.suffix or 'nothing'}, but {engine} needs {' or '.join(_SUFFIXES[engine])}",
             where=str(path),
@@ -76,7 +77,7 @@ def check_write(path: Path, engine: str, placement: EnginePlacement) -> None:
         )
     if path.exists():
         raise OutputError("already exists", where=str(path), hint="choose another place, or remove it")
-    _refuse(engine, placement)
+    _check_supported(engine, placement)
 
 
 def _text(engine: str, placement: EnginePlacement, num_layers: int | None, model: str) -> str:
@@ -91,12 +92,8 @@ def _text(engine: str, placement: EnginePlacement, num_layers: int | None, model
     return json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _refuse(engine: str, placement: EnginePlacement) -> None:
-    """What the engine cannot do.
-
-    Raises:
-        UsageError: with what to do instead.
-    """
+def _check_supported(engine: str, placement: EnginePlacement) -> None:
+    """Raise a UsageError for a placement that the engine does not support."""
     if engine == "vllm" and placement.redundant > vllm.MAX_REDUNDANT:
         raise UsageError(
             f"{placement.redundant} redundant slots are more than vLLM's limit of {vllm.MAX_REDUNDANT}",
@@ -110,12 +107,12 @@ def _refuse(engine: str, placement: EnginePlacement) -> None:
             for device, experts in enumerate(row.tolist()):
                 if len(set(experts)) < len(experts):
                     raise UsageError(
-                        f"layer {layer}: device {device} has an expert twice, which vLLM-Ascend takes and serves wrong",
-                        hint="plan with --strategy moeplan, which never does that",
+                        f"layer {layer}: device {device} has an expert twice, which vLLM-Ascend serves incorrectly",
+                        hint="plan with --strategy moeplan, which avoids duplicates",
                     )
 
 
-def _named(engine: str) -> str:
+def _known(engine: str) -> str:
     if engine not in _EXAMINE:
         raise UsageError(f"--engine {engine[:40]!r} is not known", hint=f"choose one of {', '.join(ENGINES)}")
     return engine
