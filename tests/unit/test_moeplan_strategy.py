@@ -57,13 +57,15 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         "use": rng.gamma(0.5, size=(nodes, experts)),
         "slots": held,
         "gpus_per_node": per_node,
-        "price_node": draw(st.sampled_from([0.0, 0.05, 0.5])),
-        "price_gpu": draw(st.sampled_from([0.0, 0.05, 0.5])),
-        "nearest": nearest,
-        "near": rng.random((gpus, experts)) * 0.01 if draw(st.booleans()) else None,
+        "objective": local_search.Objective(
+            node_penalty=draw(st.sampled_from([0.0, 0.05, 0.5])),
+            gpu_penalty=draw(st.sampled_from([0.0, 0.05, 0.5])),
+            nearest=nearest,
+            counted_by=draw(st.sampled_from([local_search.BY_PICK, local_search.BY_NODE, local_search.BY_GPU])),
+            sharing_credit=draw(st.sampled_from([1.0, 0.4])),
+        ),
+        "same_gpu": rng.random((gpus, experts)) * 0.01 if draw(st.booleans()) else None,
         "rows": (rows, rng.integers(0, nodes, 30)),
-        "by": draw(st.sampled_from([local_search.BY_PICK, local_search.BY_NODE, local_search.BY_GPU])),
-        "credit": draw(st.sampled_from([1.0, 0.4])),
     }
 
 
@@ -78,11 +80,17 @@ def value(task: dict[str, Any], slots: FloatArray) -> float:
 
 def improved(task: dict[str, Any], sweeps: int = 100, budget: int = -1) -> tuple[FloatArray, float]:
     slots = task["slots"].copy()[None]
+    same_gpu = None if task["same_gpu"] is None else task["same_gpu"][None]
     found = local_search.improve(
-        task["use"][None], slots, task["gpus_per_node"], task["price_node"], task["price_gpu"], sweeps,
-        nearest=task["nearest"], near=None if task["near"] is None else task["near"][None], rows=[task["rows"]],
-        by=task["by"], credit=task["credit"], budget=budget,
-    )  # fmt: skip
+        task["use"][None],
+        slots,
+        task["gpus_per_node"],
+        task["objective"],
+        sweeps,
+        same_gpu=same_gpu,
+        rows=[task["rows"]],
+        budget=budget,
+    )
     return slots[0], float(found[0])
 
 
@@ -92,19 +100,19 @@ def test_improving_keeps_the_rules_and_stops_where_no_move_helps(task: dict[str,
     nodes, experts = task["use"].shape
     gpus = nodes * task["gpus_per_node"]
     slots, found = improved(task)
-    assert legal(slots, gpus, nodes, experts, task["nearest"])
+    assert legal(slots, gpus, nodes, experts, task["objective"].nearest)
     assert found == pytest.approx(value(task, slots), abs=1e-9)
     assert found >= value(task, task["slots"]) - 1e-9
     for x, y in itertools.combinations(range(slots.size), 2):
         other = slots.copy()
         other[x], other[y] = slots[y], slots[x]
-        if legal(other, gpus, nodes, experts, task["nearest"]):
-            assert value(task, other) <= found + 2 * local_search.LEAST
+        if legal(other, gpus, nodes, experts, task["objective"].nearest):
+            assert value(task, other) <= found + 2 * local_search.MIN_GAIN
     for x, e in itertools.product(range(slots.size), range(experts)):
         other = slots.copy()
         other[x] = e
-        if legal(other, gpus, nodes, experts, task["nearest"]):
-            assert value(task, other) <= found + 2 * local_search.LEAST
+        if legal(other, gpus, nodes, experts, task["objective"].nearest):
+            assert value(task, other) <= found + 2 * local_search.MIN_GAIN
 
 
 @settings(max_examples=30, deadline=None)
@@ -125,7 +133,7 @@ def test_locality_is_near_the_exact_optimum(redundant: int) -> None:
     use = rng.gamma(0.4, size=(6, nodes, experts)) * rng.gamma(1.0, size=(6, 1, experts))
     room = (experts + redundant) // nodes
     slots = place_by_use(use, room).reshape(6, -1)
-    value = local_search.improve(use, slots, 1, 0.0, 0.0, 100)
+    value = local_search.improve(use, slots, 1, local_search.Objective(0.0, 0.0), 100)
     best = np.array([best_placement(layer, room).value for layer in use]).sum()
     kept = ((1.0 + value) * use.sum(axis=(1, 2))).sum()
     # Swaps and replacements end in a local optimum, on such random counts up to 2.5 % short of the best.
@@ -143,10 +151,9 @@ def test_messages_are_what_the_replay_counts(seed: int, nearest: bool) -> None:
     request = np.repeat(np.arange(n), 4)
     who = routes(Placement(slots.astype(np.int32), experts, nodes, per_node), cluster, ReplicaRule.NEAREST_STATIC)
     for mode, by in ((Dispatch.NODE, local_search.BY_NODE), (Dispatch.GPU, local_search.BY_GPU)):
-        sent = local_search.messages(
-            slots, nodes, per_node, experts, nearest=nearest, rows=[rows[:, i].copy() for i in range(2)],
-            request=request, requests=n, by=by,
-        )  # fmt: skip
+        sampled = [rows[:, i].copy() for i in range(2)]
+        objective = local_search.Objective(0.0, 0.0, nearest, by)
+        sent = local_search.sampled_messages(slots, per_node, objective, sampled, request, (n, nodes, experts))
         for home in range(nodes):
             counted = request_messages(who, mode, rows, np.arange(n) * 4, np.arange(n) * 4 + 4, np.full(n, home))
             np.testing.assert_allclose(sent[:, home], counted[:, 0])

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.compiled import compiled
+from moeplan.arrays import CountArray, ExpertArray, Int64Array
 
 __all__ = ["count_pairs", "count_pairs_reference", "count_ranges", "count_ranges_reference"]
 
-Experts = npt.NDArray[np.unsignedinteger]
 
 #: From this k on, a loop over one token's picks pays for its own start; below it, rows are walked flat (measured, see
 #: benchmarks/counting.py: by layer 2.9 against 2.4 G picks/s at k = 8, 1.5 against 2.8 at k = 6).
@@ -19,11 +19,7 @@ CACHED_COUNTERS = 30 * 1024 // 4
 
 
 def count_ranges(
-    experts: Experts,
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-    keys: npt.NDArray[np.int64],
-    out: npt.NDArray[np.uint32],
+    experts: ExpertArray, starts: Int64Array, stops: Int64Array, keys: Int64Array, out: CountArray
 ) -> None:
     """Add the picks of rows starts[i] .. stops[i] - 1 to `out[keys[i]]`; a negative key skips the range.
 
@@ -43,12 +39,12 @@ def count_ranges(
 
 @compiled
 def _count_flat(
-    picks: Experts,
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-    keys: npt.NDArray[np.int64],
+    picks: ExpertArray,
+    starts: Int64Array,
+    stops: Int64Array,
+    keys: Int64Array,
     base: npt.NDArray[np.uint64],
-    out: npt.NDArray[np.uint32],
+    out: CountArray,
 ) -> None:
     """`picks` [T, L * k], `out` [keys, L * E]; all indices unsigned, so that numba need not test for negative ones.
 
@@ -76,11 +72,7 @@ def _count_flat(
 
 @compiled
 def _count_by_layer(
-    experts: Experts,
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-    keys: npt.NDArray[np.int64],
-    out: npt.NDArray[np.uint32],
+    experts: ExpertArray, starts: Int64Array, stops: Int64Array, keys: Int64Array, out: CountArray
 ) -> None:
     """For any strides; as many layers at a time as have counters that stay in a first-level cache."""
     layers, k = np.uint64(experts.shape[1]), np.uint64(experts.shape[2])
@@ -99,11 +91,7 @@ def _count_by_layer(
 
 
 def count_ranges_reference(
-    experts: Experts,
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-    keys: npt.NDArray[np.int64],
-    out: npt.NDArray[np.uint32],
+    experts: ExpertArray, starts: Int64Array, stops: Int64Array, keys: Int64Array, out: CountArray
 ) -> None:
     """`count_ranges` in plain NumPy: one `bincount` per range and layer."""
     for start, stop, key in zip(starts, stops, keys, strict=True):
@@ -115,12 +103,7 @@ def count_ranges_reference(
 
 
 @compiled
-def count_pairs(
-    experts: Experts,
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-    out: npt.NDArray[np.uint32],
-) -> None:
+def count_pairs(experts: ExpertArray, starts: Int64Array, stops: Int64Array, out: CountArray) -> None:
     """Add, for rows starts[i] .. stops[i] - 1, one to `out[layer, a, b]` and `out[layer, b, a]` for each pair of picks.
 
     Args:
@@ -143,12 +126,7 @@ def count_pairs(
                 out[layer, a, b] += one_way[a, b] + one_way[b, a]
 
 
-def count_pairs_reference(
-    experts: Experts,
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-    out: npt.NDArray[np.uint32],
-) -> None:
+def count_pairs_reference(experts: ExpertArray, starts: Int64Array, stops: Int64Array, out: CountArray) -> None:
     """`count_pairs` in plain NumPy."""
     k = experts.shape[2]
     for start, stop in zip(starts, stops, strict=True):

@@ -1,7 +1,7 @@
 """Counting messages: what `moeplan.cluster` defines for one token, over whole steps and whole requests.
 
 The plain reference is `moeplan.cluster.token_messages`; the property tests hold both loops here to it, for every
-dispatch mode, replica rule and home.
+dispatch mode, replica rule and deployment.
 
 Mode codes: 0 `pick`, 1 `gpu`, 2 `node`, 3 `allgather`.
 """
@@ -9,9 +9,9 @@ Mode codes: 0 `pick`, 1 `gpu`, 2 `node`, 3 `allgather`.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from moeplan._kernels.compiled import compiled
+from moeplan.arrays import BoolArray, ExpertArray, FloatArray, Int16Array, Int32Array, Int64Array
 
 __all__ = [
     "KNUTH",
@@ -30,19 +30,19 @@ _PICK, _GPU, _NODE, _ALLGATHER = 0, 1, 2, 3
 
 @compiled
 def step_messages(
-    experts: npt.NDArray[np.unsignedinteger],
-    rows: npt.NDArray[np.int64],
-    sources: npt.NDArray[np.int64],
-    indices: npt.NDArray[np.int64],
-    table: npt.NDArray[np.int16],
-    replica_gpu: npt.NDArray[np.int16],
-    replica_count: npt.NDArray[np.int32],
+    experts: ExpertArray,
+    rows: Int64Array,
+    sources: Int64Array,
+    indices: Int64Array,
+    table: Int16Array,
+    replica_gpu: Int16Array,
+    replica_count: Int32Array,
     use_hash: bool,
     gpus_per_node: int,
     mode: int,
-    links: npt.NDArray[np.int32],
-    picks: npt.NDArray[np.int32],
-    touched: npt.NDArray[np.int32],
+    links: Int32Array,
+    picks: Int32Array,
+    touched: Int32Array,
 ) -> None:
     """One decode step under the replica rule itself.
 
@@ -62,7 +62,7 @@ def step_messages(
     links[:] = 0
     picks[:] = 0
     touched[:] = 0
-    node_of = np.arange(num_gpus) // gpus_per_node  # looked up: division is the dearest thing in these loops
+    node_of = np.arange(num_gpus) // gpus_per_node  # looked up: division is the most expensive operation here
     expert_stamp = np.full((num_gpus, num_experts), -1, np.int32)
     gpu_stamp = np.full(num_gpus, -1, np.int64)
     node_stamp = np.full(num_nodes, -1, np.int64)
@@ -116,11 +116,7 @@ STEP_VALUES = 6
 
 @compiled
 def summarise_step(
-    links: npt.NDArray[np.int32],
-    picks: npt.NDArray[np.int32],
-    touched: npt.NDArray[np.int32],
-    gpus_per_node: int,
-    out: npt.NDArray[np.float64],
+    links: Int32Array, picks: Int32Array, touched: Int32Array, gpus_per_node: int, out: FloatArray
 ) -> None:
     """One step's figures, from what `step_messages` counted.
 
@@ -174,7 +170,7 @@ def summarise_step(
 
 
 def summarise_step_reference(
-    links: npt.NDArray[np.int32], picks: npt.NDArray[np.int32], touched: npt.NDArray[np.int32], gpus_per_node: int
+    links: Int32Array, picks: Int32Array, touched: Int32Array, gpus_per_node: int
 ) -> list[float]:
     """`summarise_step` in plain NumPy."""
     layers, gpus = picks.shape
@@ -202,29 +198,29 @@ def _gcd(a: int, b: int) -> int:
 
 @compiled
 def request_messages(
-    experts: npt.NDArray[np.unsignedinteger],
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-    homes: npt.NDArray[np.int64],
-    home_gpus: int,
-    table: npt.NDArray[np.int16],
-    uniform: npt.NDArray[np.bool_],
-    replica_gpu: npt.NDArray[np.int16],
-    replica_count: npt.NDArray[np.int32],
+    experts: ExpertArray,
+    starts: Int64Array,
+    stops: Int64Array,
+    first_gpus: Int64Array,
+    group_gpus: int,
+    table: Int16Array,
+    uniform: BoolArray,
+    replica_gpu: Int16Array,
+    replica_count: Int32Array,
     use_hash: bool,
     gpus_per_node: int,
     mode: int,
-    out: npt.NDArray[np.float64],
+    out: FloatArray,
 ) -> None:
     """Expected messages of whole requests, summed over their rows and layers.
 
-    A row's source GPU is taken as equally likely to be any GPU of its home (`home_gpus` of them from `homes[i]` on);
-    under `hash`, the hash is taken as uniform modulo the counts of the row's replicas.
+    A row's source GPU is taken as equally likely to be any GPU of its group (`group_gpus` of them from `first_gpus[i]`
+    on); under `hash`, the hash is taken as uniform modulo the counts of the row's replicas.
 
     Args:
         experts: unsigned [T, L, k].
-        starts, stops, homes: int64 [n]; a request's rows, and the first GPU of its home.
-        table: int16 [L, P, E]; uniform: bool [L, P], true at a home's first GPU where all its GPUs share one table row.
+        starts, stops, first_gpus: int64 [n]; a request's rows, and the first GPU of its group.
+        table: int16 [L, P, E]; uniform: bool [L, P], true at a group's first GPU where its GPUs share one table row.
         replica_gpu, replica_count: int16 [L, E, X], int32 [L, E].
         out: float64 [n, 3], set to (messages between nodes, messages inside nodes, distinct other nodes reached).
     """
@@ -237,18 +233,18 @@ def request_messages(
     node_stamp = np.full(num_nodes, -1, np.int64)
     mark = np.int64(0)
     for i in range(starts.size):
-        first = homes[i]
-        home_node = first // gpus_per_node
+        first = first_gpus[i]
+        own_node = first // gpus_per_node
         inter_sum, intra_sum, node_sum = 0.0, 0.0, 0.0
         for t in range(starts[i], stops[i]):
             for layer in range(num_layers):
-                # Scenarios: the hash's residues, or the home's source GPUs where they see different replicas.
+                # Scenarios: the hash's residues, or the group's source GPUs where they see different replicas.
                 cycle = np.int64(1)
                 if use_hash:
                     for j in range(k):
                         count = np.int64(replica_count[layer, experts[t, layer, j]])
                         cycle = cycle // _gcd(cycle, count) * count
-                scenarios = cycle if use_hash else (1 if uniform[layer, first] else home_gpus)
+                scenarios = cycle if use_hash else (1 if uniform[layer, first] else group_gpus)
                 averaged = use_hash or uniform[layer, first]  # serving GPUs do not depend on the source
                 inter, intra, nodes = 0.0, 0.0, 0.0
                 for scenario in range(scenarios):
@@ -266,7 +262,7 @@ def request_messages(
                         node = node_of[gpu]
                         fresh = gpu_stamp[gpu] != mark
                         gpu_stamp[gpu] = mark
-                        if node == home_node:
+                        if node == own_node:
                             node_picks += 1
                             node_gpus += fresh
                             if gpu == source:
@@ -280,18 +276,18 @@ def request_messages(
                             if node_stamp[node] != mark:
                                 node_stamp[node] = mark
                                 far_nodes += 1
-                    # Averaged: each GPU of the home is the source (or, elsewhere, the forwarder) equally often.
-                    share = 1.0 / home_gpus
+                    # Averaged: each GPU of the group is the source (or, elsewhere, the forwarder) equally often.
+                    share = 1.0 / group_gpus
                     nodes += far_nodes
                     if mode == _PICK:
                         inter += far_picks
-                        intra += node_picks - (node_picks * share if averaged and home_gpus > 1 else own_picks)
+                        intra += node_picks - (node_picks * share if averaged and group_gpus > 1 else own_picks)
                     elif mode == _GPU:
                         inter += far_gpus
-                        intra += node_gpus - (node_gpus * share if averaged and home_gpus > 1 else own_gpus)
+                        intra += node_gpus - (node_gpus * share if averaged and group_gpus > 1 else own_gpus)
                     elif mode == _NODE:
                         inter += far_nodes
-                        if averaged and home_gpus > 1:
+                        if averaged and group_gpus > 1:
                             intra += (node_gpus + far_gpus) * (1.0 - share)
                         else:
                             intra += node_gpus - own_gpus + far_gpus - rails

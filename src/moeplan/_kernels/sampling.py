@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.compiled import compiled
+from moeplan.arrays import CountArray, ExpertArray, FloatArray, Int64Array
 
 __all__ = ["alias_tables", "mix64", "sample_picks", "sample_picks_reference"]
 
@@ -49,7 +50,7 @@ def _mix(value: Any) -> Any:
 
 
 @compiled
-def alias_tables(weights: npt.NDArray[np.float64], groups: int, out: npt.NDArray[np.uint32]) -> None:
+def alias_tables(weights: FloatArray, groups: int, out: CountArray) -> None:
     """Walker's alias table of every routing group (Vose's construction).
 
     Args:
@@ -98,12 +99,12 @@ def alias_tables(weights: npt.NDArray[np.float64], groups: int, out: npt.NDArray
 @compiled
 def sample_picks(
     keys: UInt64Array,
-    table: npt.NDArray[np.int64],
+    table: Int64Array,
     salts: UInt64Array,
-    aliases: npt.NDArray[np.uint32],
-    masses: npt.NDArray[np.float64],
+    aliases: CountArray,
+    masses: FloatArray,
     groups_per_token: int,
-    out: npt.NDArray[np.unsignedinteger],
+    out: ExpertArray,
 ) -> None:
     """Draw each token's picks at each layer: first its routing groups, then k distinct experts inside them.
 
@@ -185,12 +186,12 @@ def sample_picks(
 
 def sample_picks_reference(
     keys: UInt64Array,
-    table: npt.NDArray[np.int64],
+    table: Int64Array,
     salts: UInt64Array,
-    aliases: npt.NDArray[np.uint32],
-    masses: npt.NDArray[np.float64],
+    aliases: CountArray,
+    masses: FloatArray,
     groups_per_token: int,
-    out: npt.NDArray[np.unsignedinteger],
+    out: ExpertArray,
 ) -> None:
     """`sample_picks` in plain Python: the same draws, to the bit."""
     _, layers, experts = aliases.shape
@@ -233,7 +234,7 @@ def _stream(seed: int) -> Any:
         yield int(mix64(np.array([state], np.uint64))[0])
 
 
-def _draw_groups(stream: Any, mass: npt.NDArray[np.float64], count: int) -> list[int]:
+def _draw_groups(stream: Any, mass: FloatArray, count: int) -> list[int]:
     free, left, chosen = list(range(len(mass))), float(np.add.accumulate(mass)[-1]), []
     for _ in range(count):
         target = (next(stream) >> 40) * _UNIT * left

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from moeplan._kernels.compiled import compiled
+from moeplan.arrays import FloatArray, Int64Array
 
 __all__ = ["swap_partition"]
 
 
 @compiled
-def swap_partition(weight: npt.NDArray[np.float64], part: npt.NDArray[np.int64], parts: int, sweeps: int) -> float:
+def swap_partition(weight: FloatArray, part: Int64Array, parts: int, sweeps: int) -> float:
     """Swap pairs of nodes of different parts while the weight inside the parts rises.
 
     Args:

@@ -9,9 +9,9 @@ path. The reference that tests hold it to is `scipy.optimize.linear_sum_assignme
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from moeplan._kernels.compiled import compiled
+from moeplan.arrays import Int64Array
 
 __all__ = ["transport"]
 
@@ -19,7 +19,7 @@ _FAR = np.int64(1) << 62
 
 
 @compiled
-def _cheapest(cost: npt.NDArray[np.int64], prices: npt.NDArray[np.int64], group: npt.NDArray[np.int64]) -> None:
+def _cheapest(cost: Int64Array, prices: Int64Array, group: Int64Array) -> None:
     for r in range(cost.shape[0]):
         best = 0
         for d in range(1, cost.shape[1]):
@@ -29,14 +29,7 @@ def _cheapest(cost: npt.NDArray[np.int64], prices: npt.NDArray[np.int64], group:
 
 
 @compiled
-def _refresh(
-    cost: npt.NDArray[np.int64],
-    members: npt.NDArray[np.int64],
-    count: int,
-    a: int,
-    move: npt.NDArray[np.int64],
-    mover: npt.NDArray[np.int64],
-) -> None:
+def _refresh(cost: Int64Array, members: Int64Array, count: int, a: int, move: Int64Array, mover: Int64Array) -> None:
     """move[a, b]: the least cost of moving one member of group a to group b, and who it is."""
     for b in range(cost.shape[1]):
         move[a, b], mover[a, b] = _FAR, -1
@@ -49,7 +42,7 @@ def _refresh(
 
 
 @compiled
-def transport(cost: npt.NDArray[np.int64], rounds: int) -> npt.NDArray[np.int64]:
+def transport(cost: Int64Array, rounds: int) -> Int64Array:
     """Least-cost groups of floor(n / D) or ceil(n / D) requests.
 
     Args:
@@ -71,7 +64,7 @@ def transport(cost: npt.NDArray[np.int64], rounds: int) -> npt.NDArray[np.int64]
             spread = max(spread, abs(cost[r, d] - cost[r, 0]))
     size = np.zeros(groups, np.int64)
     step = spread // 4 + 1
-    for _ in range(rounds):  # bidding: overfull groups dearer, underfull cheaper, in shrinking steps
+    for _ in range(rounds):  # bidding: raise the price of overfull groups, lower that of others
         _cheapest(cost, prices, group)
         size[:] = 0
         for r in range(n):
@@ -81,14 +74,14 @@ def transport(cost: npt.NDArray[np.int64], rounds: int) -> npt.NDArray[np.int64]
         step = step * 9 // 10 + 1
     _cheapest(cost, prices, group)
 
-    # A group may hold one request over floor by holding one of the hub's `extra` units: first the dearest groups.
+    # A group may hold one request over floor by holding one of the hub's `extra` units: the highest prices first.
     holds = np.zeros(groups, np.bool_)
     for _ in range(extra):
-        dearest = -1
+        highest = -1
         for d in range(groups):
-            if not holds[d] and (dearest < 0 or prices[d] > prices[dearest]):
-                dearest = d
-        holds[dearest] = True
+            if not holds[d] and (highest < 0 or prices[d] > prices[highest]):
+                highest = d
+        holds[highest] = True
 
     members = np.zeros((groups, n), np.int64)
     where = np.zeros(n, np.int64)

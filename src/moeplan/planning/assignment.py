@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.transport import transport
+from moeplan.arrays import FloatArray, Int64Array
 from moeplan.errors import PlanError
 
 __all__ = ["equal_groups", "random_groups", "soft_groups"]
@@ -14,7 +15,7 @@ __all__ = ["equal_groups", "random_groups", "soft_groups"]
 _STEPS = 2**40 - 1
 
 
-def equal_groups(score: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
+def equal_groups(score: npt.NDArray[np.floating]) -> Int64Array:
     """Groups of floor(n / D) or ceil(n / D) requests with the largest sum of scores.
 
     Exact for scores rounded to 2**40 steps of their range: the total is within n x 2**-40 of the range of the best.
@@ -40,14 +41,14 @@ def equal_groups(score: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
     return np.asarray(transport(cost, 60), np.int64)
 
 
-def random_groups(n: int, groups: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def random_groups(n: int, groups: int, rng: np.random.Generator) -> Int64Array:
     """Equal groups at random: int64 [n]."""
     if groups > n:
         raise PlanError(f"{groups} groups for {n} requests", hint="use fewer nodes, or a trace with more requests")
     return np.asarray(rng.permutation(np.arange(n) % groups), np.int64)
 
 
-def soft_groups(score: npt.NDArray[np.float64], softness: float) -> npt.NDArray[np.float64]:
+def soft_groups(score: FloatArray, softness: float) -> FloatArray:
     """Memberships float64 [n, D] that fade with the score: each row sums to 1, each column to n / D (Sinkhorn).
 
     A new request will be like a group's members, not one of them. Partial membership keeps a placement from fitting

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import FloatArray, Int32Array
 from moeplan.cluster import Cluster, ReplicaRule, check_slots, routes
 from moeplan.errors import PlanError, UsageError
 from moeplan.planning.expected_load import load_ratio
 from moeplan.planning.packing import pack, replicate, slots_from_nodes
-from moeplan.types import Int32Array, Placement, has_duplicate_experts
+from moeplan.types import Placement, has_duplicate_experts
 
 __all__ = ["Candidate", "balance", "candidates", "eplb_slots", "gpu_load_ratio", "linear_slots", "rebalance_experts"]
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

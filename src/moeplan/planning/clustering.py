@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from moeplan.arrays import Float32Array, Int64Array
 
 __all__ = ["in_span", "kmeans"]
 
@@ -11,7 +12,7 @@ __all__ = ["in_span", "kmeans"]
 STARTS = 4
 
 
-def kmeans(points: npt.NDArray[np.float32], clusters: int, seed: int) -> npt.NDArray[np.int64]:
+def kmeans(points: Float32Array, clusters: int, seed: int) -> Int64Array:
     """int64 [n], labels 0, 1, .. without gaps, of points [n, f]; the same for the same seed."""
     import warnings
 
@@ -26,7 +27,7 @@ def kmeans(points: npt.NDArray[np.float32], clusters: int, seed: int) -> npt.NDA
     return np.asarray(np.unique(label, return_inverse=True)[1], np.int64)
 
 
-def in_span(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def in_span(points: Float32Array) -> Float32Array:
     """The points [n, f] in coordinates of their own span, [n, at most n]: the same distances, far fewer numbers."""
     if len(points) >= points.shape[1]:
         return points

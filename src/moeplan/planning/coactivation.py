@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from moeplan._kernels.swaps import swap_partition
+from moeplan.arrays import FloatArray, Int32Array, Int64Array
 from moeplan.planning.packing import replicate, slots_from_nodes
 from moeplan.planning.problem import Problem
-from moeplan.types import Int32Array
 
 __all__ = ["coactivation_slots"]
 
@@ -40,7 +39,7 @@ def coactivation_slots(problem: Problem, seed: int) -> Int32Array:
     return slots_from_nodes(held, load, cluster.gpus_per_node)
 
 
-def _partition(weight: npt.NDArray[np.float64], nodes: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def _partition(weight: FloatArray, nodes: int, rng: np.random.Generator) -> Int64Array:
     """int64 [E]: equal parts with much weight inside; the best of a few seeded starts, the first of them linear."""
     count = len(weight)
     even = np.arange(count, dtype=np.int64) * nodes // count

@@ -11,22 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.loads import load_norm, load_norm_slope
+from moeplan.arrays import BoolArray, FloatArray, Int64Array, NumberArray
 from moeplan.cluster import Cluster
 from moeplan.planning.pricing import Pricing
 
 __all__ = ["ExpectedLoad", "load_per_replica", "load_ratio", "shared_gpu_load"]
 
-FloatArray = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
-
-def load_ratio(load: npt.NDArray[np.number]) -> FloatArray:
+def load_ratio(load: NumberArray) -> FloatArray:
     """[..], the busiest unit's load over the mean of all units, from load [.., units]; 1 where there is no load."""
     mean = load.mean(axis=-1)
     return np.asarray(np.where(mean > 0, load.max(axis=-1) / np.where(mean > 0, mean, 1.0), 1.0))
 
 
-def load_per_replica(use: FloatArray, replicas: FloatArray, local: npt.NDArray[np.bool_]) -> FloatArray:
+def load_per_replica(use: FloatArray, replicas: FloatArray, local: BoolArray) -> FloatArray:
     """float64 [L, N, E], the picks that one replica on each node serves, or would serve.
 
     Args:

@@ -9,13 +9,12 @@ leave-one-out error, which for ridge regression has a closed form (Golub, Heath 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import Float32Array, FloatArray, NumberArray
 from moeplan.planning.router import LinearRouter, by_layer
 
 __all__ = ["LocalityForecast"]
 
-FloatArray = npt.NDArray[np.float64]
 
 #: Ridges that are tried, in shares of the signatures' variance.
 STRENGTHS = 0.001 * 10.0 ** np.arange(0, 6.01, 0.5)
@@ -30,7 +29,7 @@ class LocalityForecast:
         signature: [n, L, E], picks of each fit request in its signature rows.
     """
 
-    def __init__(self, signature: npt.NDArray[np.number]) -> None:
+    def __init__(self, signature: NumberArray) -> None:
         self._points = by_layer(signature)
         self._centre = self._points.mean(axis=0)
         self._points -= self._centre
@@ -42,7 +41,7 @@ class LocalityForecast:
         #: [m, strengths], 1 - the weight of each request's own target in its own fit.
         self._free = np.maximum(1.0 - (self._vector**2) @ kept - 1.0 / len(gram), 1e-6)
 
-    def fit(self, target: FloatArray, home: npt.NDArray[np.float32]) -> tuple[LinearRouter, FloatArray]:
+    def fit(self, target: FloatArray, home: Float32Array) -> tuple[LinearRouter, FloatArray]:
         """The router, and what it foretells of the requests when each is left out.
 
         Args:

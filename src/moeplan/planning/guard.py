@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import Int32Array, Int64Array
 from moeplan.cluster import Dispatch, Routes, step_messages
 from moeplan.errors import UsageError
 from moeplan.planning.assignment import random_groups
@@ -21,11 +22,9 @@ from moeplan.planning.planner import Planner, State
 from moeplan.planning.pricing import Pricing
 from moeplan.planning.problem import Problem, StepCost
 from moeplan.trace.steps import draw_rows, live_members
-from moeplan.types import Int32Array
 
 __all__ = ["GuardSettings", "StepSampler", "keep_guard"]
 
-Int64Array = npt.NDArray[np.int64]
 
 STEPS, MAX_LIVE = 48, 128
 COSTED_STEPS = 12  # of the same steps: a step's cost takes longer than its load

@@ -10,16 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
-from moeplan._kernels import local_search
+from moeplan._kernels.local_search import Objective, improve
+from moeplan.arrays import FloatArray, Int64Array
 from moeplan.cluster import Cluster
 from moeplan.errors import PlanError
 from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.packing import replicate, slots_from_nodes
 
 __all__ = ["by_router_group", "deal_to_gpus", "orient_to_demand", "place_by_use", "place_quickly"]
-
-FloatArray = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 
 def place_by_use(use: FloatArray, slots_per_node: int, max_replicas: int = 1) -> Int64Array:
@@ -65,7 +63,7 @@ def place_quickly(
     """
     held = place_by_use(use, slots_per_node)
     slots = held.reshape(len(use), -1).astype(np.int64)
-    local_search.improve(use, slots, 1, node_penalty, 0.0, sweeps)
+    improve(use, slots, 1, Objective(node_penalty, 0.0), sweeps)
     return deal_to_gpus(slots.reshape(held.shape), use, gpus_per_node)
 
 

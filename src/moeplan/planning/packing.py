@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.types import Int32Array
+from moeplan.arrays import FloatArray, Int32Array, Int64Array
 
 __all__ = ["pack", "replicate", "slots_from_nodes"]
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def pack(weights: npt.NDArray[np.floating], bins: int) -> tuple[Int64Array, Int64Array]:
@@ -41,9 +39,7 @@ def pack(weights: npt.NDArray[np.floating], bins: int) -> tuple[Int64Array, Int6
     return chosen, rank
 
 
-def replicate(
-    load: npt.NDArray[np.float64], slots: int, max_replicas: int | None = None
-) -> tuple[Int64Array, Int64Array]:
+def replicate(load: FloatArray, slots: int, max_replicas: int | None = None) -> tuple[Int64Array, Int64Array]:
     """Give each spare slot to the expert whose replicas carry most (the rule of DeepSeek's EPLB).
 
     Args:

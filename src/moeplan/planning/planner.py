@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
-from moeplan._kernels import local_search
+from moeplan._kernels.local_search import improve, sampled_messages
+from moeplan.arrays import Float32Array, FloatArray, Int32Array, Int64Array
 from moeplan.cluster import Deployment, ReplicaRule
 from moeplan.errors import UsageError
 from moeplan.planning.assignment import equal_groups, soft_groups
@@ -23,12 +23,9 @@ from moeplan.planning.initial_placement import place_quickly
 from moeplan.planning.pricing import Pricing
 from moeplan.planning.problem import MoveLimit, Problem
 from moeplan.planning.router import LinearRouter, normalised
-from moeplan.types import Int32Array
 
 __all__ = ["PARTS", "Planner", "SearchSettings", "State"]
 
-FloatArray = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 #: Slots [L, S] to search from besides the current ones, for a use [L, N, E].
 Start = Callable[[FloatArray], Int64Array]
 
@@ -88,7 +85,7 @@ class State:
     score: FloatArray
     slots: Int64Array
     router: LinearRouter | None = None
-    load_penalty: npt.NDArray[np.float32] | None = None
+    load_penalty: Float32Array | None = None
     value: float = -np.inf
 
 
@@ -161,11 +158,11 @@ class Planner:
             slots = place_quickly(
                 use, self.slots_per_node, self.cluster.gpus_per_node, pricing.node_penalty, self.settings.sweeps
             )
-        improve = partial(self._improve, use=use, by_group=by_group, member=member, pricing=pricing)
-        value = improve(slots)
+        search = partial(self._improve, use=use, by_group=by_group, member=member, pricing=pricing)
+        value = search(slots)
         if start is not None:
             other = start(use)
-            better = improve(other) > value
+            better = search(other) > value
             slots[better] = other[better]
         return slots, use
 
@@ -177,25 +174,11 @@ class Planner:
         if self.cluster.deployment is Deployment.GPUS and self.cluster.gpus_per_node > 1:
             same_gpu = np.ascontiguousarray(self.settings.same_gpu_value * by_group.transpose(1, 0, 2))
             same_gpu /= np.maximum(use.sum(axis=(1, 2)), 1e-12)[:, None, None]
-        rows, counted_by = None, local_search.BY_PICK
-        if pricing.rows is not None:
-            home, counted_by = pricing.rows.homes(member, self.group_node), pricing.rows.counted_by
-            rows = [(experts, home) for experts in pricing.rows.experts]
+        rows = None if pricing.rows is None else pricing.rows.by_layer(member, self.group_node)
         budget = -1 if self.limit is None else self.limit.max_moves
-        return local_search.improve(
-            use,
-            slots,
-            self.cluster.gpus_per_node,
-            pricing.node_penalty,
-            pricing.gpu_penalty,
-            max(self.settings.sweeps, budget),
-            nearest=self.nearest,
-            near=same_gpu,
-            rows=rows,
-            by=counted_by,
-            credit=pricing.sharing_credit,
-            budget=budget,
-        )
+        objective, sweeps = pricing.objective(self.nearest), max(self.settings.sweeps, budget)
+        gpus_per_node = self.cluster.gpus_per_node
+        return improve(use, slots, gpus_per_node, objective, sweeps, same_gpu=same_gpu, rows=rows, budget=budget)
 
     def assign(self, state: State, slots: Int64Array, use: FloatArray, pricing: Pricing) -> State:
         """Equal groups by what the router predicts of each request, with that request left out of the fit."""
@@ -226,22 +209,14 @@ class Planner:
         value = float((chosen * self.picks).sum() / self.picks.sum() - np.dot(penalties, imbalance))
         return State(group, score, slots, router, penalty, value)
 
-    def _local_share(self, slots: Int64Array, local: npt.NDArray[np.float32], pricing: Pricing) -> FloatArray:
+    def _local_share(self, slots: Int64Array, local: Float32Array, pricing: Pricing) -> FloatArray:
         """float64 [n, D], the share of each request's picks that sends no message, in each group."""
         rows = pricing.rows
         if rows is None:
             return np.asarray((self.flat @ local.T) / self.picks[:, None])
-        sent = local_search.messages(
-            slots,
-            self.cluster.nodes,
-            self.cluster.gpus_per_node,
-            self.problem.shape.num_experts,
-            nearest=self.nearest,
-            rows=rows.experts,
-            request=rows.request,
-            requests=len(self.flat),
-            by=rows.counted_by,
-        )
+        shape = (len(self.flat), self.cluster.nodes, self.problem.shape.num_experts)
+        objective = pricing.objective(self.nearest)
+        sent = sampled_messages(slots, self.cluster.gpus_per_node, objective, rows.experts, rows.request, shape)
         sampled = np.bincount(rows.request, minlength=len(self.flat))[:, None] * self.problem.shape.num_layers
         return np.asarray((1.0 - sent / np.maximum(sampled * self.problem.shape.top_k, 1))[:, self.group_node])
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from moeplan._kernels import local_search
+from moeplan._kernels.local_search import BY_GPU, BY_NODE, BY_PICK, Objective
+from moeplan.arrays import ExpertArray, FloatArray, Int64Array
 from moeplan.cluster import Dispatch
 from moeplan.planning.problem import Problem
 
 __all__ = ["BALANCE", "BOTH", "LOCALITY", "Pricing", "TokenSample"]
 
-Int64Array = npt.NDArray[np.int64]
 
-_COUNTED_BY = {Dispatch.NODE: local_search.BY_NODE, Dispatch.GPU: local_search.BY_GPU}
+_COUNTED_BY = {Dispatch.NODE: BY_NODE, Dispatch.GPU: BY_GPU}
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class TokenSample:
     """Token rows of the fit requests, sampled: they tell which experts one token picks together.
 
     Attributes:
-        counted_by: `local_search.BY_NODE` or `BY_GPU`, what a message is counted by.
+        counted_by: `BY_NODE` or `BY_GPU`, what a message is counted by.
         request: int64 [T], the fit request of each row.
         experts: for each layer, unsigned [T, k].
         draw: float64 [T] in [0, 1), chooses one of the groups that the row's request belongs to in part.
@@ -31,8 +30,8 @@ class TokenSample:
 
     counted_by: int
     request: Int64Array
-    experts: list[npt.NDArray[np.unsignedinteger]]
-    draw: npt.NDArray[np.float64]
+    experts: list[ExpertArray]
+    draw: FloatArray
 
     @classmethod
     def of(cls, problem: Problem, max_rows: int, seed: int) -> TokenSample | None:
@@ -48,10 +47,10 @@ class TokenSample:
         experts = [np.ascontiguousarray(picked[:, layer]) for layer in range(picked.shape[1])]
         return cls(_COUNTED_BY[problem.dispatch], request, experts, rng.random(len(request)))
 
-    def homes(self, member: npt.NDArray[np.float64], group_node: Int64Array) -> Int64Array:
-        """int64 [T], the node where each row's request decodes, for memberships [n, D]."""
-        group = (np.cumsum(member[self.request], axis=1) < self.draw[:, None]).sum(axis=1)
-        return np.asarray(group_node[group])
+    def by_layer(self, member: FloatArray, group_node: Int64Array) -> list[tuple[ExpertArray, Int64Array]]:
+        """For each layer, the rows' experts [T, k] and home nodes [T], given memberships [n, D] in the groups."""
+        home = group_node[(np.cumsum(member[self.request], axis=1) < self.draw[:, None]).sum(axis=1)]
+        return [(experts, home) for experts in self.experts]
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,11 @@ class Pricing:
     gpu_penalty: float
     sharing_credit: float = 1.0
     rows: TokenSample | None = None
+
+    def objective(self, nearest: bool) -> Objective:
+        """What the local search raises, where the nearest replica serves (`nearest`) or any."""
+        counted_by = BY_PICK if self.rows is None else self.rows.counted_by
+        return Objective(self.node_penalty, self.gpu_penalty, nearest, counted_by, self.sharing_credit)
 
 
 #: First penalties of three objectives: locality within the load guard, locality and load, load before locality.

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.counting import count_pairs
+from moeplan.arrays import CountArray, ExpertArray, FloatArray, Int32Array, Int64Array
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, Routes, check_slots, routes
 from moeplan.errors import PlanError, UsageError
 from moeplan.planning.router import Router
-from moeplan.types import Int32Array, ModelShape, Placement
+from moeplan.types import ModelShape, Placement
 
 __all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "Problem", "Solution", "StepCost", "Strategy", "Stream"]
 
@@ -26,8 +27,6 @@ GUARD = 1.05
 MAX_MOVES = 1_000_000
 #: Milliseconds of a decode step, from its messages int32 [L, P, P], picks served and distinct experts int32 [L, P].
 StepCost = Callable[[Int32Array, Int32Array, Int32Array], float]
-
-Counts = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Stream:
         starts, stops: int64 [n], each request's rows.
     """
 
-    experts: npt.NDArray[np.unsignedinteger]
-    starts: npt.NDArray[np.int64]
-    stops: npt.NDArray[np.int64]
+    experts: ExpertArray
+    starts: Int64Array
+    stops: Int64Array
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Problem:
     shape: ModelShape
     cluster: Cluster
     redundant: int
-    use: Counts
-    signature: Counts
+    use: CountArray
+    signature: CountArray
     stream: Stream
     replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
     dispatch: Dispatch = Dispatch.PICK
@@ -86,12 +85,12 @@ class Problem:
         return self.shape.num_experts + self.redundant
 
     @cached_property
-    def load(self) -> npt.NDArray[np.float64]:
+    def load(self) -> FloatArray:
         """float64 [L, E], picks of every expert over all fit requests."""
         return np.asarray(self.use.sum(axis=0, dtype=np.float64))
 
     @cached_property
-    def pairs(self) -> npt.NDArray[np.uint32]:
+    def pairs(self) -> CountArray:
         """uint32 [L, E, E], how often a token picked both experts.
 
         Raises:

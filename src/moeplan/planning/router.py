@@ -8,12 +8,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import BoolArray, Float32Array, FloatArray, Int64Array, NumberArray
 from moeplan.cluster import Routes
 
 __all__ = ["ClusterRouter", "LinearRouter", "LocalityRouter", "Router"]
-
-FloatArray = npt.NDArray[np.float64]
-Signatures = npt.NDArray[np.number]
 
 
 class Router(Protocol):
@@ -28,7 +26,7 @@ class Router(Protocol):
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]: ...
 
-    def scores(self, signatures: Signatures) -> FloatArray:
+    def scores(self, signatures: NumberArray) -> FloatArray:
         """float64 [n, D] from signatures [n, L, E]: the higher, the better the group suits the request."""
         ...
 
@@ -54,7 +52,7 @@ class LocalityRouter:
         """The router that a placement brings along."""
         return cls(who.local_share)
 
-    def scores(self, signatures: Signatures) -> FloatArray:
+    def scores(self, signatures: NumberArray) -> FloatArray:
         """Expected share of the signature's picks that stay on the group's node."""
         n, groups = len(signatures), len(self.local)
         flat = signatures.reshape(n, -1).astype(np.float32)
@@ -75,24 +73,24 @@ class ClusterRouter:
     """
 
     kind: ClassVar[str] = "clusters"
-    centroids: npt.NDArray[np.float32]
-    serves: npt.NDArray[np.bool_]
+    centroids: Float32Array
+    serves: BoolArray
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Both."""
         return {"centroids": self.centroids, "serves": self.serves}
 
-    def nearness(self, signatures: Signatures) -> FloatArray:
+    def nearness(self, signatures: NumberArray) -> FloatArray:
         """float64 [n, K]: the cosine between the signature and each centroid."""
         return np.asarray(normalised(signatures) @ self.centroids.T, np.float64)
 
-    def scores(self, signatures: Signatures) -> FloatArray:
+    def scores(self, signatures: NumberArray) -> FloatArray:
         """A group is as good as the nearest of its clusters."""
         near = self.nearness(signatures)[:, :, None]
         return np.asarray(np.where(self.serves[None], near, -np.inf).max(axis=1), np.float64)
 
-    def nearest_groups(self, signatures: Signatures) -> npt.NDArray[np.int64]:
+    def nearest_groups(self, signatures: NumberArray) -> Int64Array:
         """int64 [n]: the nearest cluster's group; requests of a cluster with several groups take turns (unequal)."""
         cluster = self.nearness(signatures).argmax(axis=1)
         group = np.zeros(len(cluster), np.int64)
@@ -111,7 +109,7 @@ class LinearRouter:
     """
 
     kind: ClassVar[str] = "linear"
-    weights: npt.NDArray[np.float32]
+    weights: Float32Array
     intercept: FloatArray
 
     @property
@@ -119,19 +117,19 @@ class LinearRouter:
         """Both."""
         return {"weights": self.weights, "intercept": self.intercept}
 
-    def scores(self, signatures: Signatures) -> FloatArray:
+    def scores(self, signatures: NumberArray) -> FloatArray:
         """Expected share of the request's decode that each group holds."""
         return np.asarray(by_layer(signatures) @ self.weights.T + self.intercept, np.float64)
 
 
-def by_layer(counts: Signatures) -> npt.NDArray[np.float32]:
+def by_layer(counts: NumberArray) -> Float32Array:
     """float32 [n, L * E]: each request's counts as shares of a layer's picks, over L (all layers weigh the same)."""
     layers = counts.astype(np.float32)
     layers /= np.maximum(layers.sum(axis=2, keepdims=True) * layers.shape[1], 1e-12)
     return layers.reshape(len(counts), -1)
 
 
-def normalised(counts: Signatures) -> npt.NDArray[np.float32]:
+def normalised(counts: NumberArray) -> Float32Array:
     """float32 [n, L * E]: each request's counts as a vector of length 1 (zero stays zero)."""
     flat = counts.reshape(len(counts), -1).astype(np.float32)
     return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12), np.float32)

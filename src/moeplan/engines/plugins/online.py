@@ -16,11 +16,11 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.types import Int32Array, Placement, has_duplicate_experts
+from moeplan.arrays import BoolArray, FloatArray, Int32Array, NumberArray
+from moeplan.types import Placement, has_duplicate_experts
 
 __all__ = ["LOCAL_SHARE", "MAX_RATIO", "TIME_LIMIT", "find_duplicate", "rebalance", "warm_up"]
 
-Float64Array = npt.NDArray[np.float64]
 
 #: Share of an expert's picks that are assumed to come from the nodes that hold it in the plan.
 LOCAL_SHARE = 0.5
@@ -34,7 +34,7 @@ BATCH = 4
 
 def rebalance(
     plan: Placement,
-    load: npt.NDArray[np.number],
+    load: NumberArray,
     old: Int32Array | None = None,
     *,
     nearest: bool,
@@ -73,12 +73,12 @@ def rebalance(
         layers = order[first : first + BATCH]
         part = slots[layers]
         use = _use_by_node(plan, layers, counted[layers])
-        improve(use, part, plan.gpus_per_node, BOTH.node_penalty, BOTH.gpu_penalty, 1, nearest=nearest)
+        improve(use, part, plan.gpus_per_node, BOTH.objective(nearest), 1)
         slots[layers] = part
     return slots.astype(np.int32)
 
 
-def _use_by_node(plan: Placement, layers: npt.NDArray[np.intp], load: Float64Array) -> Float64Array:
+def _use_by_node(plan: Placement, layers: npt.NDArray[np.intp], load: FloatArray) -> FloatArray:
     """float64 [layers, N, E]: the load split by the node that picks are assumed to come from."""
     held = np.zeros((len(layers), plan.nodes, plan.num_experts))
     by_node = plan.slots[layers].reshape(len(layers), plan.nodes, -1)
@@ -93,7 +93,7 @@ def find_duplicate(plan: Placement) -> str:
     return f"GPU {found[0, 1]} holds an expert twice in layer row {found[0, 0]}" if len(found) else ""
 
 
-def _usable_layers(old: Int32Array, plan: Placement, nearest: bool) -> npt.NDArray[np.bool_]:
+def _usable_layers(old: Int32Array, plan: Placement, nearest: bool) -> BoolArray:
     """bool [L]: layers in which `old` is valid for the search and not the engine's initial map."""
     inside = ((old >= 0) & (old < plan.num_experts)).all(axis=1)
     present = np.zeros((len(old), plan.num_experts), bool)

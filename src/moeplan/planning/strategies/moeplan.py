@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplan.arrays import Int32Array
 from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.planning.balance import eplb_slots, linear_slots
 from moeplan.planning.coactivation import coactivation_slots
@@ -25,7 +26,7 @@ from moeplan.planning.packing import slots_from_nodes
 from moeplan.planning.planner import PARTS, Planner, SearchSettings, Start, State
 from moeplan.planning.pricing import BALANCE, BOTH, LOCALITY, Pricing, TokenSample
 from moeplan.planning.problem import GUARD, MoveLimit, Problem, Solution, StepCost, Strategy, Stream
-from moeplan.types import Int32Array, has_duplicate_experts
+from moeplan.types import has_duplicate_experts
 
 __all__ = ["OBJECTIVES", "PARTS", "MoeplanParams"]
 

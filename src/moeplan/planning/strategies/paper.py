@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import BoolArray, CountArray, Float32Array, FloatArray, Int32Array, Int64Array
 from moeplan.errors import PlanError, UsageError
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.clustering import in_span, kmeans
@@ -24,12 +24,8 @@ from moeplan.planning.initial_placement import place_by_use
 from moeplan.planning.packing import slots_from_nodes
 from moeplan.planning.problem import Problem, Solution, Strategy
 from moeplan.planning.router import ClusterRouter, normalised
-from moeplan.types import Int32Array
 
 __all__ = ["PaperParams", "map_clusters", "pick_clusters"]
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -76,12 +72,12 @@ STRATEGIES = (PaperParams(), PaperParams(equal=False))
 
 
 def group_requests(
-    use: npt.NDArray[np.uint32],
+    use: CountArray,
     clusters: int,
     groups: int,
     seed: int,
-    points: npt.NDArray[np.float32] | None = None,
-) -> tuple[ClusterRouter, npt.NDArray[np.int64]]:
+    points: Float32Array | None = None,
+) -> tuple[ClusterRouter, Int64Array]:
     """K-means of the L2-normalised decode counts, and the map from clusters to groups.
 
     Args:
@@ -128,9 +124,7 @@ def map_clusters(activations: FloatArray, groups: int, seed: int) -> BoolArray:
     return serves
 
 
-def fit_groups(
-    router: ClusterRouter, use: npt.NDArray[np.uint32], label: npt.NDArray[np.int64], equal: bool
-) -> BoolArray:
+def fit_groups(router: ClusterRouter, use: CountArray, label: Int64Array, equal: bool) -> BoolArray:
     """bool [n, D]: the groups whose use each fit request is part of.
 
     Unequal (as published): all groups of its cluster, so groups that share a cluster have the same use. Equal: one.
@@ -141,7 +135,7 @@ def fit_groups(
     return np.asarray(router.serves[label])
 
 
-def use_by_group(use: npt.NDArray[np.uint32], group: BoolArray) -> FloatArray:
+def use_by_group(use: CountArray, group: BoolArray) -> FloatArray:
     """U: float64 [L, D, E], use of each expert by the requests mapped to each group."""
     total = group.T.astype(np.float64) @ use.reshape(len(use), -1)
     return np.ascontiguousarray(total.reshape(group.shape[1], *use.shape[1:]).transpose(1, 0, 2))
