@@ -275,7 +275,7 @@ def test_import_trace_stores_less(full: Path, tmp_path: Path, capsys: pytest.Cap
     assert rows.positions is not None and rows.positions[0] == 5 and rows.weights is not None
     sums, said = convert("sums", "--aggregate", "3", "--without-layers", "3")
     assert sums.shape.layer_ids == (1, 45) and not sums.has_weights and (sums.requests.dp_rank == -1).all()
-    assert "3 sums of 3 requests" in said and "not stored: 2 requests that filled no sum of 3" in said
+    assert "3 sums of 3 requests" in said and "not stored: 2 requests that do not fill a sum of 3" in said
     original = open_trace(full, without_layers=[3]).load()
     members = [i for i in range(11) if i % 2 == 0][:3]
     (part,) = sums.sums()

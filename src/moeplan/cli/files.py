@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeplan.embedded import TRACE, WORD
-from moeplan.errors import OutputError, UsageError
+from moeplan.errors import OutputError
 
 __all__ = ["File", "check_files"]
 
-EMBEDDED = TRACE.parent
 Kind = Literal["input", "file", "new file", "folder", "new folder"]
 
 
@@ -38,11 +37,12 @@ def check_files(command: Callable[..., Any], arguments: Mapping[str, Any]) -> No
         OutputError, UsageError: naming the output.
     """
     from moeplan.io.files import check_folder, check_place
+    from moeplan.io.paths import check_outputs
 
     found = list(_files(typing.get_type_hints(command, include_extras=True), arguments))
-    outputs = [(kind, path) for kind, path in found if kind != "input"]
-    _check_outputs([path for _, path in outputs], [path for kind, path in found if kind == "input"])
-    for kind, path in outputs:
+    outputs = [(flag, kind, path) for flag, kind, path in found if kind != "input"]
+    check_outputs({flag: path for flag, _, path in outputs}, [path for _, kind, path in found if kind == "input"])
+    for _, kind, path in outputs:
         if kind in ("new file", "new folder") and path.exists():
             raise OutputError("already exists", where=str(path), hint="choose another place, or remove it")
         if kind.endswith("file"):
@@ -51,19 +51,8 @@ def check_files(command: Callable[..., Any], arguments: Mapping[str, Any]) -> No
             check_folder(path)
 
 
-def _check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
-    """Refuse an output that is an input, or lies in one, or is another output."""
-    for place, output in enumerate(outputs):
-        target = output.resolve()
-        for other in (*inputs, *outputs[:place]):
-            source = EMBEDDED if str(other) == WORD and not other.exists() else other.resolve()
-            same = target == source or (target.exists() and source.exists() and target.samefile(source))
-            if same or (source.is_dir() and source in target.parents):
-                raise UsageError(f"{output} would be written over {other}", hint="give every output a place of its own")
-
-
-def _files(hints: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[tuple[Kind, Path]]:
-    """Kind and path of each file, through groups of flags."""
+def _files(hints: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[tuple[str, Kind, Path]]:
+    """Flag, kind and path of each file, through groups of flags."""
     for name, value in values.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             inner = typing.get_type_hints(type(value), include_extras=True)
@@ -71,7 +60,8 @@ def _files(hints: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[tupl
         elif value is not None and (kind := _kind(hints[name])):
             for path in value if isinstance(value, list | tuple) else [value]:
                 if str(path) != "-":
-                    yield kind, Path(path)
+                    word = str(path) == WORD and not Path(path).exists()
+                    yield f"--{name.replace('_', '-')}", kind, TRACE if word else Path(path)
 
 
 def _kind(hint: Any) -> Kind | None:
