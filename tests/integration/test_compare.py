@@ -106,7 +106,9 @@ def test_a_comparison_says_how_many_requests_it_takes(cluster: Cluster, fit: flo
 def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
     cluster = Cluster(16, 8, Deployment.GPUS)
     redundant = -demo.shape.num_experts % cluster.num_gpus
-    with pytest.raises(PlanError, match="use fewer nodes, --home node, another --fit, or a trace with 2048 usable"):
+    with pytest.raises(
+        PlanError, match="use fewer nodes, --deployment nodes, another --fit, or a trace with 2048 usable"
+    ):
         compare(demo, cluster, ("linear",), redundant=redundant)
     with pytest.raises(PlanError, match="use fewer nodes, another --fit, or a trace with 480 usable requests"):
         compare(demo, Cluster(80, 1), ("linear",), redundant=-demo.shape.num_experts % 80)

@@ -74,7 +74,7 @@ def compare_task(
     if isinstance(requests, Trace):
         requests = read_requests(requests)
     cluster = task.cluster
-    ways = ["fewer nodes", *["--home node"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
+    ways = ["fewer nodes", *["--deployment nodes"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
     ways += ["a smaller --block"] * (settings.block > 1)
     hint = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, settings.fit)} usable requests"
     few = f"{cluster.num_groups} groups for {{}} fit requests"
