@@ -7,6 +7,8 @@ from .cluster import Deployment as Deployment
 from .cluster import Dispatch as Dispatch
 from .cluster import ReplicaRule as ReplicaRule
 from .errors import MoeplanError as MoeplanError
+from .model.catalogue import load_model as load_model
+from .model.spec import ModelSpec as ModelSpec
 from .planning.balance import balance as balance
 from .planning.plan import Plan as Plan
 from .planning.plan import Provenance as Provenance

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
-from moeplan.embedded import MODEL, named
 from moeplan.engines.from_placement import find_replica_rule
 from moeplan.engines.parsing import load_json
 from moeplan.engines.placement import EnginePlacement
@@ -130,7 +129,7 @@ def step_times(
     """
     if batch < 1:
         raise UsageError(f"--batch {batch} is not positive")
-    spec, machine, cluster = load_model(named(model, MODEL)), load_hardware(hardware), balanced.cluster
+    spec, machine, cluster = load_model(model), load_hardware(hardware), balanced.cluster
     moe, tokens, counts = spec.moe, context or CONTEXT, balanced.counts.counts
     if moe is None or (len(moe.layers), moe.experts) != counts.shape:
         raise UsageError(

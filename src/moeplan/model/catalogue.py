@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
+from moeplan import embedded
 from moeplan.errors import FormatError
 from moeplan.io.catalogue import find_name, read_object
 from moeplan.io.json import convert
@@ -123,7 +124,8 @@ def load_model(name_or_path: str | Path | ModelSpec) -> CompleteSpec:
 
     Args:
         name_or_path: a name or alias of the catalogue (any case), or the path of a Transformers `config.json`, of the
-            folder that holds it, or of a file with one entry in the catalogue's own form; or a description as it is.
+            folder that holds it, or of a file with one entry in the catalogue's own form; the word `embedded`; or a
+            description as it is.
 
     Raises:
         UsageError: neither a known name nor a path.
@@ -131,7 +133,7 @@ def load_model(name_or_path: str | Path | ModelSpec) -> CompleteSpec:
     """
     if isinstance(name_or_path, ModelSpec):
         return name_or_path.complete()
-    text, path = str(name_or_path), Path(name_or_path)
+    text, path = str(name_or_path), embedded.named(name_or_path, embedded.MODEL)
     if path.exists() or path.suffix == ".json" or path.is_absolute():
         file = config_file(path)
         data = read_object(file)

@@ -117,7 +117,7 @@ def of_config(path: Path, data: dict[str, Any]) -> ModelSpec:
     except FormatError as error:
         raise FormatError(error.what, where=str(path), hint=error.hint) from None
     spec = ModelSpec(
-        name=path.parent.name if path.stem == "config" and path.parent.name else path.stem,
+        name=_name(path),
         layers=layers,
         hidden=hidden,
         moe=None if moe == Moe() else moe,
@@ -131,6 +131,13 @@ def of_config(path: Path, data: dict[str, Any]) -> ModelSpec:
         return _with_dimensions(spec, c, family).complete()
     except FormatError as error:
         return replace(spec, obstacle=FormatError(error.what, where=str(path), hint=error.hint))
+
+
+def _name(path: Path) -> str:
+    """A model is called after its folder, or after its file where that is not named config.json."""
+    if path.parent == embedded.MODEL:
+        return embedded.WORD
+    return path.parent.name if path.stem == "config" and path.parent.name else path.stem
 
 
 def _routing(c: Keys, family: Family | None, layers: int | None) -> Moe:

@@ -8,7 +8,6 @@ Names: S steps, L MoE layers, P GPUs, B live requests of one group.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ import numpy.typing as npt
 
 from moeplan.arrays import Int32Array
 from moeplan.cluster import Cluster, Deployment, Dispatch
-from moeplan.embedded import MODEL, WORD, named
 from moeplan.errors import MoeplanError, PlanError, UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
@@ -237,11 +235,8 @@ def model_of(shape: ModelShape, name: str | ModelSpec | None = None) -> Complete
     Raises:
         UsageError: not in the catalogue. FormatError: a file that does not describe a model.
     """
-    if isinstance(name, ModelSpec):
-        return name.complete()
-    place = named(name or shape.name, MODEL)
     try:
-        spec = load_model(place)
+        return load_model(name or shape.name)
     except MoeplanError:
         if name is not None:
             raise
@@ -249,4 +244,3 @@ def model_of(shape: ModelShape, name: str | ModelSpec | None = None) -> Complete
             f'the trace\'s model "{shape.name[:80]}" is not in the catalogue',
             hint="give --model with a name of the catalogue, or the path of its config.json",
         ) from None
-    return dataclasses.replace(spec, name=WORD) if place == MODEL else spec
