@@ -73,6 +73,7 @@ def test_a_trace(name: str) -> None:
     assert {key: facts["model"][key] for key in expected["model"]} == expected["model"]  # later versions may know more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trace-sums", "trace-columns", "trace-cut-off"])
 def test_a_trace_on_the_command_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = ["-o", tmp_path / "page.html"]
@@ -113,6 +114,7 @@ def test_a_plan_scores_what_it_scored(name: str, capsys: pytest.CaptureFixture[s
         assert {key: rows[row][key]["value"] for key in figures} == pytest.approx(figures, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_plan_made_from_first_tokens_is_held_to_new_traffic(capsys: pytest.CaptureFixture[str]) -> None:
     """Its signature is stored as text for people; drift must understand it."""
     status = run(["drift", str(OLD / "trace"), "--plan", str(OLD / "plan-first-tokens"), "--json", "-"])

@@ -22,6 +22,7 @@ def test_the_most_gpus_that_divide(nodes: int, redundant: int, gpus: int) -> Non
     assert gpus_per_node("embedded", nodes, redundant) == gpus
 
 
+@pytest.mark.slow
 def test_a_part_of_the_page_and_its_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     strategies.main([*SMALL, "--cache", str(tmp_path)])
     first = capsys.readouterr()

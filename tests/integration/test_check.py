@@ -68,6 +68,7 @@ def written(folder: Path, engine: str, made: EnginePlacement, layers: int = LAYE
 # Good files
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32),
@@ -207,6 +208,7 @@ def _layers_place(engine: str) -> str:
     return {"tensorrt-llm": f"{ASSIGNMENTS}, layer", "vllm-ascend": "layer_"}.get(engine, MAP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_hundred_corruptions_are_caught_where_they_are(engine: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
@@ -355,6 +357,7 @@ def test_files_are_bounded_and_named_as_the_engine_wants(tmp_path: Path) -> None
         examine(big, "triton")
 
 
+@pytest.mark.slow
 def test_pt_files_are_tensors_and_nothing_else(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     rows = torch.tensor([[0, 1, 2, 3, 0, 1], [3, 2, 0, 1, 1, 0]])

@@ -38,6 +38,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     assert run(["demo", "-o", str(out), "--json", str(tmp_path / "demo.json")]) == 0
@@ -52,6 +53,7 @@ def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "cannot be written" in refused(["demo", "-o", tmp_path / "file"], capsys)
 
 
+@pytest.mark.slow
 def test_plan_and_replay(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--nodes", "4", "--gpus-per-node", "2"]
     plan = tmp_path / "plan"
@@ -243,6 +245,7 @@ def test_a_plan_for_another_model(
     assert "is a trace, not a plan" in refused(["evaluate", trace, "--plan", trace], capsys)
 
 
+@pytest.mark.slow
 def test_help_and_version() -> None:
     for arguments, says in ((["--help"], "compare"), (["--version"], "moeplan 0."), (["compare", "--help"], "--nodes")):
         out = subprocess.run([sys.executable, "-m", "moeplan", *arguments], capture_output=True, text=True)

@@ -173,6 +173,7 @@ def real(plan: Path, *more: str) -> list[str]:
     return ["--trace", "embedded", "--plan", str(plan), "--hardware", "H100", *more]
 
 
+@pytest.mark.slow
 def test_real_routing_is_that_of_a_replay(plans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same steps, counted and timed as `replay --hardware` does; and uniform routing beside it."""
     facts = figures(tmp_path, *real(plans / "eplb"))
@@ -262,6 +263,7 @@ def test_real_routing_needs_both_and_equal_groups(plans: Path, capsys: pytest.Ca
     assert "--model is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_pages(plans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert estimate(*real(plans / "linear", "-o", str(page))) == 0

@@ -103,6 +103,7 @@ def test_a_comparison_says_how_many_requests_it_takes(cluster: Cluster, fit: flo
         live_requests([fewer[1] if fewer[0] >= cluster.num_groups else 0], cluster)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
     cluster = Cluster(16, 8, Deployment.GPUS)
     redundant = -demo.shape.num_experts % cluster.num_gpus
@@ -116,6 +117,7 @@ def test_a_comparison_of_too_few_says_what_to_do(demo: RequestSet) -> None:
         compare(demo, Cluster(4, 1), ("linear",), settings=EvaluationSettings(block=1000))
 
 
+@pytest.mark.slow
 def test_no_grouping_keeps_more_at_home_than_the_oracle_s(demo: RequestSet) -> None:
     everyone = np.arange(len(demo))
     plan = solve(demo.problem(PlanningTask(Cluster(4, 2))), "paper")
@@ -339,6 +341,7 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_real_sets(real: dict[str, RequestSet], name: str) -> None:
     gpus, _, block = SETS[name]
@@ -354,6 +357,7 @@ def test_real_sets(real: dict[str, RequestSet], name: str) -> None:
     assert "linear" in table.row("paper").beats["remote_share"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prototype", "within"), [("maverick-mmlu", -25.6, 3.0), ("gpt-oss-20b", -14.6, 5.0)])
 def test_the_unbalanced_original_is_as_the_prototype(
     real: dict[str, RequestSet], name: str, prototype: float, within: float

@@ -29,6 +29,7 @@ def locked(tmp_path: Path) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}, **named}
 
 
+@pytest.mark.slow
 def test_a_read_only_installation_and_home_compile_in_memory_and_say_so_once(
     locked: dict[str, str], tmp_path: Path
 ) -> None:

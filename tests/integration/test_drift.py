@@ -56,6 +56,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: part(trace, half & keep, folder / name) for name, keep in cuts.items()}
 
 
+@pytest.mark.slow
 def test_other_requests_of_the_same_kinds_leave_a_plan_good(
     parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +75,7 @@ def test_other_requests_of_the_same_kinds_leave_a_plan_good(
     assert set(data["strategies"]) == {"linear", OLD, f"{OLD}/none", FRESH}
 
 
+@pytest.mark.slow
 def test_other_domains_make_a_plan_stale(
     parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +95,7 @@ def test_other_domains_make_a_plan_stale(
     assert change["value"] < -0.05 and change["ci95"][1] < 0 and change["ci95_of_planning"][1] < 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["moeplan", "paper"])
 def test_nothing_changed_and_no_wolf_cried(strategy: str, tmp_path: Path) -> None:
     """Generated traffic of one and the same kind: intervals of 95 % leave room for one alarm in so many, not two."""
@@ -125,6 +128,7 @@ def test_a_plan_that_overloads_a_node_is_stale_though_nothing_more_crosses(tmp_p
     assert not verdict(stored, hot([0, 4, 8, 12], tmp_path / "same", 2)).stale
 
 
+@pytest.mark.slow
 def test_each_mode_is_judged_by_what_it_sends(parts: dict[str, Path]) -> None:
     old, new = open_trace(parts["code-math"]), open_trace(parts["chat-prose"])
     for mode in (Dispatch.GPU, Dispatch.NODE):
@@ -136,6 +140,7 @@ def test_each_mode_is_judged_by_what_it_sends(parts: dict[str, Path]) -> None:
         check_drift(planned(old, "paper-unbalanced"), SETTINGS)
 
 
+@pytest.mark.slow
 def test_signatures_are_those_of_the_plan(
     parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +160,7 @@ def test_signatures_are_those_of_the_plan(
     assert "has a wrong 'tokens': 'some'" in refused(ask, capsys)
 
 
+@pytest.mark.slow
 def test_one_clear_line_for_wrong_use(
     parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

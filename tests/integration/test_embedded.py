@@ -55,6 +55,7 @@ def found() -> dict[str, Any]:
     return moeplan.profile_trace(moeplan.open_trace("embedded")).to_dict()
 
 
+@pytest.mark.slow
 def test_no_layer_collapses(found: dict[str, Any]) -> None:
     assert found["imbalance"]["flagged_layers"] == []
     assert max(found["imbalance"]["overall"]) < 8  # 32 would be one expert doing everything a token asks for
@@ -69,6 +70,7 @@ def test_specialises_and_foretells_beyond_the_nulls(found: dict[str, Any]) -> No
     assert abs(gain["domain_popularity"]["value"]) < 0.02
 
 
+@pytest.mark.slow
 def test_speaks_its_four_domains() -> None:
     """It is a language model: right answers are likelier than the same tokens shuffled."""
     torch = pytest.importorskip("torch")

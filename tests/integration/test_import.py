@@ -378,6 +378,7 @@ sys.exit(run(["import", "arrays", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_a_real_sigint_ends_the_command_with_130(tmp_path: Path) -> None:
     offsets = np.arange(0, 1201, 4)
     many = {

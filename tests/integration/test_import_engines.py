@@ -12,6 +12,7 @@ from helpers.engine_files import save
 from moeplan.cli.app import run
 
 
+@pytest.mark.slow
 def test_the_commands(engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def moeplan(*words: Any) -> dict[str, Any]:
         assert run(["import", *map(str, words), "--json", str(tmp_path / "facts.json")]) == 0

@@ -51,6 +51,7 @@ def record(engine: str, fake: Fake, prompts: Path, out: Path, *flags: str) -> in
     return command_line(["record", engine, "--url", fake.url, "--prompts", str(prompts), "-o", str(out), *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_from_prompts_to_a_profile(
     fake: Fake, prompts: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str

@@ -149,6 +149,7 @@ def router_inputs(model: Any, path: str, layers: tuple[int, ...], ids: list[int]
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_picks_equal_those_computed_by_hand(family: str, tmp_path: Path) -> None:
     config, settings, path, layers, rule = FAMILIES[family]
@@ -213,6 +214,7 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "keep"),
     [
@@ -359,6 +361,7 @@ def run(folder: Path, prompts: Path, out: Path, *flags: str) -> int:
     return command_line([*arguments, *flags])
 
 
+@pytest.mark.slow
 def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"prompt": "w1 w2 w3", "domain": "a"},

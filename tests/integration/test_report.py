@@ -37,6 +37,7 @@ def html(trace: Path) -> str:
     return profile_html(profile_trace(open_trace(trace)))
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_escapes_labels(html: str):
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
     assert "<script" not in html and "&lt;script&gt;" in html
@@ -59,6 +60,7 @@ def test_every_section_has_a_sentence_with_numbers_and_a_figure(html: str):
     assert all(re.search(r'alt="[^"]{10,}"', image) for image in re.findall(r"<img[^>]*>", html))
 
 
+@pytest.mark.slow
 def test_the_same_profile_gives_the_same_page(trace: Path, html: str):
     assert profile_html(profile_trace(open_trace(trace))) == html
 
@@ -101,6 +103,7 @@ def test_an_unwritable_report_is_one_line(tmp_path: Path):
     assert not (tmp_path / "x.html").exists()
 
 
+@pytest.mark.slow
 def test_the_verb(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     assert run(["profile", str(trace), "--json", "p.json", "--without-layers", "1"]) == 0

@@ -102,7 +102,9 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("make", [pipe, device, unix_socket])
+@pytest.mark.parametrize(
+    "make", [pipe, pytest.param(device, marks=pytest.mark.slow), pytest.param(unix_socket, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_no_file_is_refused_at_once(
     reader: str, make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,6 +20,7 @@ from moeplan.planning.assignment import equal_groups
 from moeplan.planning.strategies import available
 from moeplan.types import Placement
 
+pytestmark = pytest.mark.slow
 CLOSE = 1e-6
 
 

@@ -156,6 +156,7 @@ def test_config_gives_the_catalogue_s_numbers(name: str, tmp_path: Path) -> None
     assert load_model(tmp_path / "config.json").name == tmp_path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
 def test_counts_are_transformers_own(name: str, tmp_path: Path) -> None:
     """The model that Transformers builds from the same configuration (on no device) has as many parameters."""
@@ -265,6 +266,7 @@ def test_bad_file_is_one_line(text: str, said: str, tmp_path: Path) -> None:
         load_model(tmp_path / "absent" / "config.json")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(CONFIGS)),

@@ -94,6 +94,7 @@ def improved(task: dict[str, Any], sweeps: int = 100, budget: int = -1) -> tuple
     return slots[0], float(found[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(layers())
 def test_improving_keeps_the_rules_and_stops_where_no_move_helps(task: dict[str, Any]) -> None:
@@ -125,6 +126,7 @@ def test_a_budget_bounds_the_copies_that_move(task: dict[str, Any], budget: int)
     assert found >= value(task, task["slots"]) - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redundant", [0, 8, 16])
 def test_locality_is_near_the_exact_optimum(redundant: int) -> None:
     """Without a price on load, the best placement is a linear programme with whole solutions."""
@@ -140,6 +142,7 @@ def test_locality_is_near_the_exact_optimum(redundant: int) -> None:
     assert 0.97 * best <= kept <= best * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 999), st.booleans())
 def test_messages_are_what_the_replay_counts(seed: int, nearest: bool) -> None:
@@ -205,6 +208,7 @@ def trace() -> Trace:
     return moeplan.open_trace("embedded")
 
 
+@pytest.mark.slow
 def test_beats_the_others_on_unseen_requests_and_keeps_the_guard(trace: Trace) -> None:
     requests = read_requests(trace)
     for redundant in (0, 16):
@@ -219,6 +223,7 @@ def test_beats_the_others_on_unseen_requests_and_keeps_the_guard(trace: Trace) -
             assert share["moeplan"] < share["paper"]
 
 
+@pytest.mark.slow
 def test_a_routers_own_groups_help_where_messages_are_counted_by_node(tmp_path: Path) -> None:
     generate("deepseek-v3", tmp_path / "t", requests=160, prefill=100, decode=100, layers=2)
     requests = read_requests(moeplan.open_trace(tmp_path / "t"))
@@ -272,6 +277,7 @@ def halves(trace: Trace, domains: tuple[str, ...]) -> tuple[Any, np.ndarray]:
     return requests, np.flatnonzero(np.isin(requests.domain, wanted))
 
 
+@pytest.mark.slow
 def test_few_moves_improve_an_older_plan(trace: Trace) -> None:
     """A plan for code and math, improved for chat and prose by 0, 8 and any number of moves a layer."""
     requests, before = halves(trace, ("code", "math"))
@@ -308,6 +314,7 @@ def test_many_moves_are_all_made() -> None:
     assert 60 < sum(moved) <= 150
 
 
+@pytest.mark.slow
 def test_the_guard_is_a_curve(trace: Trace) -> None:
     """The looser the guard, the more stays at home; in node mode it costs most."""
     requests = read_requests(trace)
@@ -331,6 +338,7 @@ def test_every_part_can_be_left_out(part: str, trace: Trace) -> None:
         MoeplanParams(without=("luck",))
 
 
+@pytest.mark.slow
 def test_balance_comes_first_when_it_is_the_objective(trace: Trace) -> None:
     requests = read_requests(trace)
     load = {}
@@ -355,6 +363,7 @@ def test_every_home_rule_and_mode(mode: Dispatch, home: Deployment, rule: Replic
     assert result.router.scores(task.signature).shape == (40, cluster.num_groups)
 
 
+@pytest.mark.slow
 def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
     """With a cost that counts messages alone, and one that counts the busiest GPU alone."""
     requests = read_requests(trace)

@@ -130,6 +130,7 @@ def test_improvements_are_just_enough() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "machine"), [("Llama-3.1-70B", "H200,GB200"), ("DeepSeek-V3", "GB200"), ("MoE-100T", "GB300")]
 )
@@ -153,6 +154,7 @@ def test_the_four_use_cases_are_answered(
                 assert answer["smaller"]["why"]
 
 
+@pytest.mark.slow
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "size.html"
     flags = ["--use-case", "qa", "--hardware", "H100,GB200,TPU-v5e", "--max-gpus", "32", "--sensitivity"]
@@ -162,6 +164,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert html.count("<td>TPOT</td>") == 3 and "http:" not in html
 
 
+@pytest.mark.slow
 def test_limits_and_lengths_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--prompt-tokens", "4000", "--output-tokens", "500", "--ttft", "1000", "--tpot", "25"]
     assert run(["size", "--model", "gpt-oss-120b", "--hardware", "H200", *own]) == 0
@@ -171,6 +174,7 @@ def test_limits_and_lengths_can_be_given(capsys: pytest.CaptureFixture[str]) -> 
     assert "none" in out and "or as given" in out and "; enough: " in out
 
 
+@pytest.mark.slow
 def test_drafts_shorten_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["size", "--model", "DeepSeek-V3", "--hardware", "H200", "--use-case", "summarise", "--json", "-"]
     tpot = []
@@ -211,6 +215,7 @@ def test_bad_input_gets_one_line(
     assert text in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_docs_show_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     """The quick ones of the examples in docs/guides/size-a-cluster.md."""
     page = (ROOT / "docs" / "guides" / "size-a-cluster.md").read_text(encoding="utf-8")

@@ -174,6 +174,7 @@ def replay_of(steps: int, layers: int, cluster: Cluster, batch: int, experts: in
     return counted_routing(picks, touched, links, gpus_per_node=cluster.gpus_per_node, slots=experts / cluster.num_gpus)
 
 
+@pytest.mark.slow
 def test_replayed_steps_come_as_arrays_and_agree_with_uniform() -> None:
     spec = OSS
     cluster, parallel = Cluster(2, 8), Parallel(dp=16, ep=16)

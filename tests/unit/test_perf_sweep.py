@@ -121,6 +121,7 @@ def test_pareto_against_all_pairs(pairs: list[tuple[int, int]]) -> None:
     assert best is None or best.per_gpu_s == max(y for t, y in pairs if t <= 5)
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, data = tmp_path / "sweep.html", tmp_path / "sweep.json"
     flags = ["--hardware", "H100,H200", "--nodes", "1,2", "--batch", "1,64", "--context", "1000,4096", "--overlap"]
@@ -134,6 +135,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert html.count("<figure>") >= 8 and "TPOT against the skew of expert load" in html and "http:" not in html
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_no_skew(tmp_path: Path) -> None:
     page = tmp_path / "sweep.html"
     assert run(["sweep", "--model", "Llama-3.1-8B", "--hardware", "H100", "--batch", "1,8", "-o", str(page)]) == 0

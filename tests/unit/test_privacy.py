@@ -121,6 +121,7 @@ def test_wilson_by_hand() -> None:
         assert abs(0.3 - p) == pytest.approx(1.96 * np.sqrt(p * (1 - p) / 50))
 
 
+@pytest.mark.slow
 def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     full = make(tmp_path / "full", domains="aab", own=False)
     sums = import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=4)))
@@ -155,6 +156,7 @@ def problem_of(requests: Any) -> Problem:
     return problem
 
 
+@pytest.mark.slow
 def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = make(tmp_path / "full", requests=40)
     import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=3)))

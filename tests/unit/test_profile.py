@@ -70,6 +70,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return profile_trace(write(tmp_path_factory.mktemp("two") / "trace", two_domains(rng)))
 
 
+@pytest.mark.slow
 def test_the_whole_is_plain_json_and_the_same_for_the_same_seed(found: Profile):
     text = json.dumps(found.to_dict(), allow_nan=False)
     again = profile_trace(found.trace)

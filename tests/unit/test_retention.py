@@ -93,6 +93,7 @@ LENGTHS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, aggregate=st.integers(2, 4), min_tokens=st.integers(1, 4), part_picks=st.integers(1, 200))
 def test_a_sum_is_the_sum(lengths: list[Any], aggregate: int, min_tokens: int, part_picks: int) -> None:
@@ -149,6 +150,7 @@ def test_short_requests_are_dropped_and_counted(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [RetentionPolicy(min_tokens=4), RetentionPolicy(aggregate=3), RetentionPolicy(4, 2)])
 def test_a_resumed_recording_equals_an_uninterrupted_one(tmp_path: Path, keep: RetentionPolicy) -> None:
     rng = np.random.default_rng(0)

@@ -41,6 +41,7 @@ def with_clusters() -> list[Strategy]:
     return [*available().values(), *(PaperParams(k, equal) for k in (1, 2, 5) for equal in (True, False))]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from(with_clusters()), st.integers(0, 99))
 def test_every_strategy_keeps_the_invariants(task: Problem, strategy: Strategy, seed: int) -> None:

@@ -188,6 +188,7 @@ def _rows(data: dict[str, Any]) -> dict[str, Any]:
     return dict(data["strategies"])
 
 
+@pytest.mark.slow
 def test_the_keys_and_that_nothing_else_changes(demo: RequestSet, timed: EvaluationSettings) -> None:
     strategies = ("linear", "eplb", "paper", "paper-unbalanced")
     table = compared(demo, timed, *strategies)
@@ -299,6 +300,7 @@ def test_set_ups_that_cannot_be(demo: RequestSet, timed: EvaluationSettings) -> 
 # ---- the command line
 
 
+@pytest.mark.slow
 def test_compare_and_replay_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--nodes", "4", "--gpus-per-node", "4"]
     few = ["--strategies", "eplb", "--folds", "1", "--steps", "12", "--hardware", "H100", "--context", "500"]
@@ -334,6 +336,7 @@ def test_bad_flags_are_one_line(flags: list[str], says: str, capsys: pytest.Capt
     assert says in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_real_trace_by_its_own_name(shared: Path, tmp_path: Path) -> None:
     """gpt-oss-20b calls itself by a name that the catalogue knows; more even GPUs wait less."""
     from moeplan.importers.arrays import import_arrays
