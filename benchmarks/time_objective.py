@@ -35,7 +35,7 @@ from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.run import EvaluationRun
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.statistics import Figure, change
-from moeplan.replay.timing import CONTEXT, parallel_of
+from moeplan.replay.timing import CONTEXT, cluster_parallel
 from results_settings import REAL, ROOT, SOURCES, present, requests_of
 
 PAGE = ROOT / "docs" / "results" / "planning-for-latency.md"
@@ -103,7 +103,7 @@ class Steps:
         cluster, spec = place.cluster, place.spec
         per_node = cluster.num_gpus if world.flat else cluster.gpus_per_node
         timed = StepModel(
-            spec, world.machine, parallel_of(cluster, spec, place.redundant), Precision.of_checkpoint(spec),
+            spec, world.machine, cluster_parallel(cluster, spec, place.redundant), Precision.of_checkpoint(spec),
             StepOptions(Dispatch.PICK, gpus_per_node=per_node),
         )  # fmt: skip
         step = timed.decode(self.batch * load, CONTEXT, routing=routing)

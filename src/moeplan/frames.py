@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeplan.errors import MoeplanError
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["data_frame"]
 
 
-def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A `pandas.DataFrame` of one row per mapping.
+def data_frame(table: Any, index: list[str] | None = None, name: str | None = None) -> pandas.DataFrame:
+    """Columns by name, or rows as mappings, as a `pandas.DataFrame`; `index` is the lines' labels and `name` theirs.
 
     Raises:
         MoeplanError: pandas is not installed.
@@ -19,5 +21,5 @@ def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     try:
         import pandas
     except ImportError:
-        raise MoeplanError("pandas is not installed", hint="pip install pandas, or use to_dict()") from None
-    return pandas.DataFrame(list(rows))
+        raise MoeplanError("to_pandas needs pandas, which is not installed", hint="pip install pandas") from None
+    return pandas.DataFrame(table, index=None if index is None else pandas.Index(index, name=name))

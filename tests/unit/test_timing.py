@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moeplan.cli.app import run
-from moeplan.cluster import Cluster, Deployment, Dispatch, step_messages
+from moeplan.cluster import Cluster, Deployment, Dispatch, StepCounts, step_messages
 from moeplan.embedded import MODEL
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model
@@ -31,7 +31,7 @@ from moeplan.replay.evaluate import evaluate
 from moeplan.replay.evaluator import FoldEvaluator, Grouping
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.table import Comparison
-from moeplan.replay.timing import Timing, parallel_of, step_times, timing_of
+from moeplan.replay.timing import StepTimes, Timing, cluster_parallel, find_timing
 from moeplan.synthetic.generator import generate
 from moeplan.trace import open_trace
 from moeplan.types import ModelShape
@@ -61,12 +61,16 @@ def _counted(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, layers: int, 
     return [np.stack(part) for part in zip(*out, strict=True)], live
 
 
+def step_times(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, *counts: Any, context: int = 4096) -> StepTimes:
+    return Timing(spec, H100, context).times(cluster, mode, StepCounts(*counts))
+
+
 @pytest.mark.parametrize("home", list(Deployment))
 @pytest.mark.parametrize("mode", list(Dispatch))
 def test_times_are_those_of_the_time_model(mode: Dispatch, home: Deployment) -> None:
     cluster = Cluster(2, 4, home)
     (links, picks, touched), live = _counted(cluster, mode, TINY, 8)
-    found = step_times(cluster, mode, TINY, H100, links, picks, touched, context=1000)
+    found = step_times(cluster, mode, TINY, links, picks, touched, context=1000)
     parallel = Parallel(tp=4, dp=2, ep=8) if home is Deployment.NODES else Parallel(tp=1, dp=8, ep=8)
     routing = counted_routing(picks, touched, links, gpus_per_node=4, slots=4)
     step = StepModel(TINY, H100, parallel, Precision("bf16"), StepOptions(mode, gpus_per_node=4)).decode(
@@ -78,13 +82,13 @@ def test_times_are_those_of_the_time_model(mode: Dispatch, home: Deployment) -> 
 
 
 def test_slots_do_not_matter_to_counted_steps() -> None:
-    """`step_times` asks for no redundant slots: given counts, they are no part of the time."""
+    """`Timing.times` asks for no redundant slots: given counts, they are no part of the time."""
     cluster = Cluster(2, 4)
     (links, picks, touched), live = _counted(cluster, Dispatch.PICK, TINY, 8)
-    found = step_times(cluster, Dispatch.PICK, TINY, H100, links, picks, touched).ms
+    found = step_times(cluster, Dispatch.PICK, TINY, links, picks, touched).ms
     routing = counted_routing(picks, touched, links, gpus_per_node=4, slots=7)
     options = StepOptions(Dispatch.PICK, gpus_per_node=4)
-    model_ = StepModel(TINY, H100, parallel_of(cluster, TINY, 24), Precision("bf16"), options)
+    model_ = StepModel(TINY, H100, cluster_parallel(cluster, TINY, 24), Precision("bf16"), options)
     step = model_.decode(live, 4096, routing=routing)
     assert found == pytest.approx(1e3 * np.asarray(step.seconds))
 
@@ -92,29 +96,29 @@ def test_slots_do_not_matter_to_counted_steps() -> None:
 def test_the_mean_layer_stands_for_layers_not_recorded() -> None:
     cluster, mode = Cluster(2, 4), Dispatch.PICK
     arrays, _ = _counted(cluster, mode, TINY, 8)
-    whole = step_times(cluster, mode, TINY, H100, *arrays)
-    part = step_times(cluster, mode, TINY, H100, *(a[:, :3] for a in arrays))
+    whole = step_times(cluster, mode, TINY, *arrays)
+    part = step_times(cluster, mode, TINY, *(a[:, :3] for a in arrays))
     assert part.ms == pytest.approx(whole.ms, rel=0.02) and (part.ms != whole.ms).any()
     alike = [np.repeat(a[:, :1], 8, axis=1) for a in arrays]
     one, all_ = (
-        step_times(cluster, mode, TINY, H100, *a) for a in ([a[:, :1] for a in alike], alike)
+        step_times(cluster, mode, TINY, *a) for a in ([a[:, :1] for a in alike], alike)
     )  # fmt: skip
     assert one.ms == pytest.approx(all_.ms) and one.idle_share == pytest.approx(all_.idle_share)
-    single = [step_times(cluster, mode, TINY, H100, *(a[:, i : i + 1] for a in arrays)).ms for i in range(3)]
+    single = [step_times(cluster, mode, TINY, *(a[:, i : i + 1] for a in arrays)).ms for i in range(3)]
     assert part.ms == pytest.approx(np.mean(single, axis=0))
 
 
 def test_more_messages_and_hotter_gpus_take_longer() -> None:
     cluster, mode, spec = Cluster(2, 4), Dispatch.PICK, load_model("gpt-oss-20b")
     (links, picks, touched), _ = _counted(cluster, mode, spec, 24, live=64)
-    plain = step_times(cluster, mode, spec, H100, links, picks, touched)
+    plain = step_times(cluster, mode, spec, links, picks, touched)
     far = links.copy()
     far[:, :, 0, 4:] *= 8
-    sent = step_times(cluster, mode, spec, H100, far, picks, touched)
+    sent = step_times(cluster, mode, spec, far, picks, touched)
     assert (sent.ms > plain.ms).all() and (sent.idle_share > plain.idle_share).all()
     hot = touched.copy()
     hot[:, :, 1:] = 1
-    assert (step_times(cluster, mode, spec, H100, links, picks, hot).idle_share > plain.idle_share).all()
+    assert (step_times(cluster, mode, spec, links, picks, hot).idle_share > plain.idle_share).all()
 
 
 def test_one_node_alone() -> None:
@@ -122,7 +126,7 @@ def test_one_node_alone() -> None:
     cluster = Cluster(1, 4)
     arrays, _ = _counted(cluster, Dispatch.PICK, TINY, 8)
     none = [np.zeros_like(arrays[0]), *arrays[1:]]
-    times = [step_times(cluster, Dispatch.PICK, TINY, H100, *a).ms for a in (arrays, none)]
+    times = [step_times(cluster, Dispatch.PICK, TINY, *a).ms for a in (arrays, none)]
     assert times[0] == pytest.approx(times[1])
 
 
@@ -143,7 +147,7 @@ def test_the_benchmark_of_the_time_objective_times_as_compare_does() -> None:
     steps = time_objective.counted(place, *arrays)
     ms = {world.name: steps.ms(place, world, 1.0) for world in time_objective.WORLDS}
     assert steps.batch == live
-    assert ms["today's links"] == pytest.approx(step_times(place.cluster, Dispatch.PICK, place.spec, H100, *arrays).ms)
+    assert ms["today's links"] == pytest.approx(step_times(place.cluster, Dispatch.PICK, place.spec, *arrays).ms)
     assert (ms["links x 1/4"] > ms["today's links"]).all() and (ms["today's links"] > ms["links x 4"]).all()
     assert (ms["one domain"] < ms["today's links"]).all()
     assert (steps.ms(place, time_objective.WORLDS[1], 8.0) > ms["today's links"]).all()
@@ -278,7 +282,7 @@ def test_replaying_a_plan_with_times(demo: RequestSet, timed: EvaluationSettings
 )
 def test_models_that_are_not_the_trace_s(shape: ModelShape, name: str | None, cluster: Cluster, says: str) -> None:
     with pytest.raises(UsageError) as error:
-        timing_of(shape, cluster, Dispatch.PICK, "H100", name)
+        find_timing(shape, cluster, Dispatch.PICK, "H100", name)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -286,10 +290,10 @@ def test_set_ups_that_cannot_be(demo: RequestSet, timed: EvaluationSettings) -> 
     with pytest.raises(
         PlanError, match=r"--deployment nodes splits attention over 8 GPUs of a node, but tp 8 .* --deployment gpus"
     ):
-        timing_of(SHAPE, Cluster(2, 8), Dispatch.PICK, "H100")
-    assert timing_of(SHAPE, Cluster(2, 8, Deployment.GPUS), Dispatch.PICK, "H100").spec.name == "embedded"
+        find_timing(SHAPE, Cluster(2, 8), Dispatch.PICK, "H100")
+    assert find_timing(SHAPE, Cluster(2, 8, Deployment.GPUS), Dispatch.PICK, "H100").spec.name == "embedded"
     with pytest.raises(UsageError, match="--context 0"):
-        timing_of(SHAPE, Cluster(2, 4), Dispatch.PICK, "H100", context=0)
+        find_timing(SHAPE, Cluster(2, 4), Dispatch.PICK, "H100", context=0)
     unknown = dataclasses.replace(TINY, checkpoint=None)
     with pytest.raises(UsageError, match="does not tell its weights' dtype"):
         Timing(unknown, H100).check(SHAPE, Cluster(2, 4), Dispatch.PICK)
@@ -344,7 +348,7 @@ def test_a_real_trace_by_its_own_name(shared: Path, tmp_path: Path) -> None:
     import_arrays(shared / "traces" / "gpt-oss-20b.npz", tmp_path / "t")
     trace = open_trace(tmp_path / "t")
     cluster = Cluster(8, 4)
-    how = timing_of(trace.shape, cluster, Dispatch.PICK, "H100")
+    how = find_timing(trace.shape, cluster, Dispatch.PICK, "H100")
     assert how.spec.name == "gpt-oss-20b"
     settings = EvaluationSettings(folds=1, steps=40, draws=100, timing=how)
     requests = read_requests(trace, signature_tokens=48)

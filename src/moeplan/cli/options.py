@@ -274,7 +274,7 @@ class TimingFlags:
         from moeplan.replay import timing
 
         context = timing.CONTEXT if self.context is None else self.context
-        return timing.timing_of(shape, task.cluster, task.dispatch, self.hardware, self.model, context)
+        return timing.find_timing(shape, task.cluster, task.dispatch, self.hardware, self.model, context)
 
 
 @Parameter(name="*", group=MODEL)

@@ -18,11 +18,9 @@ from moeplan.importers.logical_count import read_logical_count
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import ModelSpec
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Precision
 from moeplan.perf.routing import ExpertRanks, routing_from_counts
-from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning.balance import Candidate, candidates, gpu_load_ratio
-from moeplan.replay.timing import CONTEXT, parallel_of
+from moeplan.replay.timing import CONTEXT, Timing
 from moeplan.trace.counts import CountsProfile, read_counts
 
 __all__ = ["LACKS", "Balanced", "balance_counts", "read_any_counts", "step_times"]
@@ -137,14 +135,11 @@ def step_times(
             hint="give the counts' own --model",
         )
     ranks = ExpertRanks(cluster.num_gpus, cluster.nodes, dispatch=Dispatch.PICK)
-    options = StepOptions(Dispatch.PICK, gpus_per_node=cluster.gpus_per_node)
     ms = {}
     for way in balanced.candidates[:2]:
-        parallel = parallel_of(cluster, spec, way.placement.redundant)
+        timed = Timing(spec, machine).step_model(cluster, Dispatch.PICK, way.placement.redundant)
         routing = routing_from_counts(moe, counts, way.placement.slots, batch * cluster.num_groups, ranks)
-        step = StepModel(spec, machine, parallel, Precision.of_checkpoint(spec), options).decode(
-            batch, tokens, routing=routing
-        )
+        step = timed.decode(batch, tokens, routing=routing)
         ms[way.name] = float(np.mean(step.seconds)) * 1e3
     return {"model": spec.name, "hardware": machine.name, "context": tokens, "batch": batch, "ms": ms}
 

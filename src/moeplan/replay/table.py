@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeplan.arrays import FloatArray
-from moeplan.errors import MoeplanError, UsageError
+from moeplan.errors import UsageError
+from moeplan.frames import data_frame
 from moeplan.replay.bars import bar_height, draw_bars
 from moeplan.replay.statistics import Figure
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["SIGNATURES", "Comparison", "TableRow", "data_frame"]
+__all__ = ["SIGNATURES", "Comparison", "TableRow"]
 
 #: What a kind of signature is called in tables.
 SIGNATURES = {"none": "random", "prefill": "signature"}
@@ -200,16 +201,3 @@ class Comparison:
         canvas = Canvas(figsize=(6.4, bar_height(len(shown))), layout="constrained")
         draw_bars(canvas.subplots(), shown, key, key, baseline)
         return canvas
-
-
-def data_frame(table: dict[str, list[Any]], index: list[str], name: str) -> pandas.DataFrame:
-    """Columns as a `pandas.DataFrame`.
-
-    Raises:
-        MoeplanError: pandas is not installed.
-    """
-    try:
-        import pandas
-    except ImportError:
-        raise MoeplanError("to_pandas needs pandas, which is not installed", hint="pip install pandas") from None
-    return pandas.DataFrame(table, index=pandas.Index(index, name=name))

@@ -25,7 +25,7 @@ from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.measure import measure_requests
 from moeplan.replay.run import check_shape
 from moeplan.replay.split import live_requests
-from moeplan.replay.timing import CONTEXT, Timing, model_of, parallel_of, routing_of
+from moeplan.replay.timing import CONTEXT, Timing, cluster_parallel, find_model, step_routing
 from moeplan.trace import Trace
 
 __all__ = ["TraceRouting", "estimate_plan", "real_routing"]
@@ -36,7 +36,7 @@ class TraceRouting:
     """What the requests of a trace do to a cluster under a plan.
 
     Attributes:
-        routing: of S steps, as `moeplan.replay.timing.routing_of` gives it.
+        routing: of S steps, as `moeplan.replay.timing.step_routing` gives it.
         live: requests of each group in a step. steps: S.
         local_share: picks served on the token's own node, over all rows of all usable requests.
     """
@@ -75,7 +75,7 @@ def estimate_plan(
         UsageError: a model that is not the trace's; settings that the plan answers; more requests than a group has.
         PlanError: too few requests for the plan's groups.
     """
-    spec, machine = model_of(requests.shape, model), load_hardware(hardware)
+    spec, machine = find_model(requests.shape, model), load_hardware(hardware)
     settings = settings or EstimateSettings()
     plan = dataclasses.replace(plan, dispatch=settings.dispatch or plan.dispatch)
     settings = dataclasses.replace(settings, dispatch=plan.dispatch)
@@ -84,7 +84,7 @@ def estimate_plan(
     timing.check(requests.shape, plan.cluster, plan.dispatch)  # before a large trace is read
     if isinstance(requests, Trace):
         requests = read_requests(requests, signature_tokens=plan.signature.tokens)
-    parallel = parallel_of(plan.cluster, spec, plan.redundant)
+    parallel = cluster_parallel(plan.cluster, spec, plan.redundant)
     step_model = settings.step_model(spec, machine, parallel, plan.cluster.gpus_per_node)
     steps = real_routing(requests, plan, timing, live=batch, seed=seed)
     found = estimate_step(step_model, steps.live, context, settings, steps.routing)
@@ -164,7 +164,7 @@ def real_routing(
     grouping = fold.group(plan, "prefill")
     figures = measure_requests(requests, everyone, grouping.group, plan)
     counts = fold.sample(plan, grouping).counts(timing.steps)
-    counted = [routing_of(cluster, timing.spec, *step, plan.redundant) for step in counts]
+    counted = [step_routing(cluster, timing.spec, step, plan.redundant) for step in counts]
     local = 1 - float(figures.remote.sum() / figures.picks.sum())
     return TraceRouting(_joined(counted), live, timing.steps, local)
 
