@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import UsageError
@@ -13,15 +13,19 @@ from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.memory import Memory, MemoryModel, Parallel, Precision, check_parallel
+from moeplan.perf.pictures import breakdown_bars, breakdown_height, draw_breakdown
 from moeplan.perf.routing import Routing
 from moeplan.perf.serving import Cost, cost
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
 
-#: More tokens, or requests, than any set-up holds.
-MOST_TOKENS = 100_000_000
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Estimate", "EstimateSettings", "MeasuredRouting", "estimate", "estimate_step"]
+
+#: More tokens, or requests, than any set-up holds.
+MOST_TOKENS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -253,9 +257,23 @@ class Estimate:
             out["real"] = asdict(self.measured) | {"notes": list(self.measured.notes)}
         return out
 
-    def to_pandas(self) -> Any:
-        """A pandas data frame, one row per operator."""
+    def to_pandas(self) -> pandas.DataFrame:
+        """One line per operator.
+
+        Raises:
+            MoeplanError: pandas is not installed.
+        """
         return data_frame(self.operators())
+
+    def plot(self) -> Any:
+        """Bars of the operators by what bounds them, as a `matplotlib.figure.Figure`."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, breakdown_height(breakdown_bars(self.step))), layout="constrained")
+        axes = figure.subplots()
+        draw_breakdown(axes, self.step)
+        axes.legend()
+        return figure
 
 
 def estimate(
@@ -284,10 +302,10 @@ def estimate(
         FormatError: a file that does not describe a model.
 
     Example:
-        >>> from moeplan.perf.estimate import estimate
-        >>> step = estimate("deepseek-v3", "H100", nodes=9, gpus_per_node=8, redundant=32)
-        >>> round(step.tpot_ms)
-        35
+        >>> import moeplan
+        >>> step = moeplan.estimate("deepseek-v3", "H100", nodes=9, gpus_per_node=8, redundant=32)
+        >>> f"{step.tpot_ms:.1f} ms, {step.tokens_per_s_per_gpu:.0f} tokens/s a GPU"
+        '71.7 ms, 1785 tokens/s a GPU'
     """
     spec, machine = load_model(model), load_hardware(hardware)
     per_node = gpus_per_node if gpus_per_node is not None else machine.scale_up_size

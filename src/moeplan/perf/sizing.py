@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeplan.errors import UsageError
 from moeplan.frames import data_frame
@@ -16,6 +16,9 @@ from moeplan.perf.hardware import Hardware, hardware_list
 from moeplan.perf.memory import Precision
 from moeplan.perf.use_cases import UseCase, find_use_cases
 from moeplan.progress import Progress
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Sizing", "SizingResult", "SizingSettings", "size"]
 
@@ -62,8 +65,12 @@ class Sizing:
             },
         }
 
-    def to_pandas(self) -> Any:
-        """A pandas data frame, one row per use case and hardware."""
+    def to_pandas(self) -> pandas.DataFrame:
+        """One line per use case and hardware.
+
+        Raises:
+            MoeplanError: pandas is not installed.
+        """
         return data_frame([{"use_case": r.case.name, "hardware": r.hardware.name, **r.to_dict()} for r in self.results])
 
 
@@ -87,9 +94,10 @@ def size(
         FormatError: a file that does not describe a model.
 
     Example:
-        >>> from moeplan.perf.sizing import size
-        >>> size("Llama-3.1-70B", "H200", "chat").results[0].gpus
-        8
+        >>> import moeplan
+        >>> moeplan.size("Llama-3.1-70B", "H200", "chat")
+        Sizing of Llama-3.1-70B
+          chat on H200-SXM: 16 GPUs (tp 16), TTFT 86 ms, TPOT 9.9 ms
     """
     spec, machines = load_model(model), hardware_list(hardware)
     if isinstance(use_cases, UseCase):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeplan.errors import PlanError, UsageError
 from moeplan.frames import data_frame
@@ -18,11 +18,25 @@ from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware, hardware_list
 from moeplan.perf.layouts import LayoutChoice, node_parts, step_models
 from moeplan.perf.memory import MemoryModel, Precision
+from moeplan.perf.pictures import draw_pareto
 from moeplan.perf.serving import cost
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.progress import Progress
 
-__all__ = ["LayoutChoice", "Point", "Sweep", "SweepSettings", "best_within", "pareto", "sweep", "thinned"]
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = [
+    "LayoutChoice",
+    "Point",
+    "Sweep",
+    "SweepSettings",
+    "best_within",
+    "fronts_by_hardware",
+    "pareto",
+    "sweep",
+    "thinned",
+]
 
 #: Sweeps larger than this are a mistake more often than a wish.
 MOST_SETUPS = 200_000
@@ -171,9 +185,28 @@ class Sweep:
             "points": [p.to_dict() | {"pareto": id(p) in fronts} for p in self.points],
         }
 
-    def to_pandas(self) -> Any:
-        """A pandas data frame, one row per set-up."""
+    def to_pandas(self) -> pandas.DataFrame:
+        """One line per set-up.
+
+        Raises:
+            MoeplanError: pandas is not installed.
+        """
         return data_frame(self.to_dict()["points"])
+
+    def plot(self, context: int | None = None) -> Any:
+        """Throughput against TPOT with the front of each hardware, as a `matplotlib.figure.Figure`.
+
+        Args:
+            context: tokens of context; None: the first that was swept.
+        """
+        from matplotlib.figure import Figure
+
+        held = self.settings.contexts[0] if context is None else context
+        figure = Figure(layout="constrained")
+        axes = figure.subplots()
+        draw_pareto(axes, fronts_by_hardware(self.at(held)), self.best(held), self.settings.tpot_ms)
+        axes.legend()
+        return figure
 
 
 def sweep(
@@ -194,10 +227,10 @@ def sweep(
         FormatError: a file that does not describe a model.
 
     Example:
-        >>> from moeplan.perf.sweep import SweepSettings, sweep
-        >>> found = sweep("gpt-oss-20b", "H100", SweepSettings(gpus=(1, 2), batches=(1, 64)))
-        >>> len(found.points)
-        10
+        >>> import moeplan
+        >>> moeplan.sweep("gpt-oss-20b", "H100", moeplan.SweepSettings(gpus=(1, 2), batches=(1, 64)))
+        Sweep of gpt-oss-20b: 10 set-ups, 0 more do not fit
+          4,096 tokens of context, within 50 ms: 7,112 tokens/s a GPU on 2 x H100-SXM (dp 2 ep 2, 64 requests a rank)
     """
     spec = load_model(model)
     precision = Precision.of_checkpoint(spec, settings.weights, settings.experts, settings.kv)
@@ -248,6 +281,13 @@ def pareto(points: Sequence[Point]) -> list[Point]:
         if not front or point.per_gpu_s > front[-1].per_gpu_s:
             front.append(point)
     return front
+
+
+def fronts_by_hardware(points: Sequence[Point]) -> dict[str, tuple[list[Point], list[Point]]]:
+    """{hardware: (its set-ups, those that no other one beats)}."""
+    names = dict.fromkeys(point.hardware.name for point in points)
+    own = {name: [point for point in points if point.hardware.name == name] for name in names}
+    return {name: (mine, pareto(mine)) for name, mine in own.items()}
 
 
 def thinned(front: Sequence[Point], most: int) -> list[Point]:

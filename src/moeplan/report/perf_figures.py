@@ -6,41 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from moeplan.perf.pictures import breakdown_bars, breakdown_height, draw_breakdown, draw_pareto
 from moeplan.perf.step import Step
-from moeplan.perf.sweep import Point, pareto
-from moeplan.report.figures import GREY, PALETTE, STYLES, Image, canvas, legend_below, to_image
+from moeplan.perf.sweep import Point, fronts_by_hardware
+from moeplan.report.figures import PALETTE, STYLES, Image, canvas, legend_below, to_image
 
 __all__ = ["breakdown_figure", "elasticity_figure", "pareto_figure", "roofline_figure", "skew_figure"]
 
-#: Colour of what bounds an operator.
-_BOUNDS = {
-    "memory": PALETTE[0], "compute": PALETTE[1], "scale_up": PALETTE[4], "scale_out": PALETTE[2],
-    "latency": PALETTE[3], "overhead": GREY, "copying": PALETTE[7], "slowest stage": PALETTE[5],
-}  # fmt: skip
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-#: Operators below this share of a step are drawn as one.
-_SMALL = 0.004
 
 
 def breakdown_figure(step: Step, alt: str) -> Image:
     """One bar per operator: milliseconds that the step waits for it, by what bounds it; hatched: hidden elsewhere."""
-    total = float(step.seconds)
-    shown = [o for o in step.operators if float(o.seconds) >= _SMALL * total]
-    rest = sum(float(o.exposed) for o in step.operators) - sum(float(o.exposed) for o in shown)
-    bars = [(o.name, 1e3 * float(o.exposed), 1e3 * float(o.hidden), o.bound) for o in shown]
-    if rest > _SMALL * total:
-        bars.append(("the rest", 1e3 * rest, 0.0, "overhead"))
-    with canvas(height=1.1 + 0.27 * len(bars)) as (figure, axes):
-        for row, (_, exposed, hidden, bound) in enumerate(reversed(bars)):
-            colour = _BOUNDS.get(bound, PALETTE[6])
-            axes.barh(row, exposed, height=0.68, color=colour)
-            if hidden > 0:
-                axes.barh(row, hidden, left=exposed, height=0.68, facecolor="#ffffff", edgecolor=colour, hatch="////")
-        axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)])
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"ms of a step of {1e3 * total:.1f} ms")
-        for bound in dict.fromkeys(bound for *_, bound in bars):
-            axes.barh(0, 0, color=_BOUNDS.get(bound, PALETTE[6]), label=bound.replace("_", "-"))
+    with canvas(height=breakdown_height(breakdown_bars(step))) as (figure, axes):
+        draw_breakdown(axes, step, PALETTE)
         legend_below(figure, axes, columns=3)
         return to_image(figure, alt)
 
@@ -88,30 +67,11 @@ def _work(parts: Mapping[str, object]) -> tuple[float, float] | None:
 
 def pareto_figure(points: Sequence[Point], chosen: Point | None, limit_s: float, alt: str) -> Image:
     """The front of each hardware, all set-ups as faint dots, the TPOT limit, and the set-up chosen under it."""
-    hardware = list(dict.fromkeys(p.hardware.name for p in points))
-    with canvas(height=3.6 + 0.12 * len(hardware)) as (figure, axes):
-        for number, name in enumerate(hardware):
-            mine = [p for p in points if p.hardware.name == name]
-            front = pareto(mine)
-            colour = PALETTE[number % len(PALETTE)]
-            axes.scatter(*_axes(mine), s=4, color=colour, alpha=0.25, linewidths=0, rasterized=len(mine) > 3000)
-            axes.plot(
-                *_axes(front), label=name, color=colour, linestyle=STYLES[number % len(STYLES)], marker="o",
-                markersize=3.2,
-            )  # fmt: skip
-        axes.axvline(1e3 * limit_s, color=GREY, linewidth=1.2, linestyle=":")
-        if chosen:
-            axes.plot(*_axes([chosen]), "*", color="#1b1f24", markersize=13, linestyle="none", label="chosen")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("TPOT, ms")
-        axes.set_ylabel("tokens/s a GPU")
+    fronts = fronts_by_hardware(points)
+    with canvas(height=3.6 + 0.12 * len(fronts)) as (figure, axes):
+        draw_pareto(axes, fronts, chosen, 1e3 * limit_s, PALETTE)
         legend_below(figure, axes)
         return to_image(figure, alt)
-
-
-def _axes(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [1e3 * p.tpot_s for p in points], [p.per_gpu_s for p in points]
 
 
 def skew_figure(
