@@ -489,12 +489,13 @@ def test_json_is_never_written_over_a_file_of_the_command(
     cluster = ["--engine", "sglang", "--nodes", 2, "--gpus-per-node", 2, "-o", file]
     link.symlink_to(counts)
     for arguments in (
-        [*export, "--json", tmp_path / "." / ".." / tmp_path.name / "file.json"],
         [*export, "--json", plan / "plan.json"],
         ["export", counts, *cluster, "--json", counts],
         ["export", counts, *cluster, "--json", link],
     ):
         assert "would be written over" in refused(arguments, capsys)
+    same = tmp_path / "." / ".." / tmp_path.name / "file.json"
+    assert "are the same file" in refused([*export, "--json", same], capsys)
     assert not file.exists()
     assert run([str(a) for a in export]) == 0
     before = file.read_bytes()
