@@ -9,7 +9,7 @@ Names: S steps, L MoE layers, P GPUs, B live requests of one group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
