@@ -27,7 +27,7 @@ from moeplan import open_trace
 from moeplan.cluster import Cluster, Dispatch, request_messages
 from moeplan.planning import Plan, PlanningTask, Problem, RequestSet, read_requests, solve
 from moeplan.planning.assignment import equal_groups
-from moeplan.planning.problem import GUARD, Stream
+from moeplan.planning.problem import GUARD, TokenRows
 from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.types import ModelShape
 
@@ -55,7 +55,7 @@ def bench() -> list[tuple[str, str]]:
 
 def _placement(requests: RequestSet, redundant: int) -> list[tuple[str, str]]:
     """Every layer of the whole trace: without a look at load, and within the plan's own load."""
-    lines, stream = [], requests.problem(PlanningTask(Cluster(8, 1), redundant)).stream
+    lines, stream = [], requests.problem(PlanningTask(Cluster(8, 1), redundant)).rows
     for guard in (np.inf, GUARD):
         problem = Problem(requests.shape, Cluster(8, 1), redundant, requests.use, requests.use, stream)
         use, held, _ = _planned(problem, solve(problem, MoeplanParams(guard)))
@@ -88,7 +88,7 @@ def _nodes(problems: list[Problem]) -> str:
     pairs, total = [], 0
     for problem in problems:
         problem = dataclasses.replace(problem, dispatch=Dispatch.NODE)
-        result, stream = solve(problem, MoeplanParams(guard=np.inf)), problem.stream
+        result, stream = solve(problem, MoeplanParams(guard=np.inf)), problem.rows
         _, _, group = _planned(problem, result)
         rows = stream.experts, stream.starts, stream.stops
         reached = request_messages(result.routes, Dispatch.NODE, *rows, group)[:, 2]
@@ -138,10 +138,10 @@ def _cut(requests: RequestSet, n: int, nodes: int, layers: int, redundant: int, 
     """n requests of the embedded trace and its first layers."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(requests))[:n])
     shape = dataclasses.replace(requests.shape, num_layers=layers, layer_ids=requests.shape.layer_ids[:layers])
-    stream, use = requests.problem(PlanningTask(Cluster(nodes, 1)), chosen).stream, requests.use[chosen, :layers]
+    stream, use = requests.problem(PlanningTask(Cluster(nodes, 1)), chosen).rows, requests.use[chosen, :layers]
     return Problem(
         shape, Cluster(nodes, 1), redundant, use, use,
-        Stream(np.ascontiguousarray(stream.experts[:, :layers]), stream.starts, stream.stops),
+        TokenRows(np.ascontiguousarray(stream.experts[:, :layers]), stream.starts, stream.stops),
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _generated(n: int, nodes: int, experts: int, redundant: int, seed: int, *, r
     starts = np.arange(n) * rows
     return Problem(
         ModelShape("generated", 1, experts, 3), Cluster(nodes, 1), redundant, use, use,
-        Stream(picks.reshape(-1, 1, 3), starts, starts + rows),
+        TokenRows(picks.reshape(-1, 1, 3), starts, starts + rows),
     )  # fmt: skip
 
 

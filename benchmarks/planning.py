@@ -20,7 +20,7 @@ from moeplan.cluster import Cluster, Dispatch
 from moeplan.planning import Problem, solve
 from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.initial_placement import place_quickly
-from moeplan.planning.problem import Stream
+from moeplan.planning.problem import TokenRows
 from moeplan.types import ModelShape
 
 #: DeepSeek's file, as SGLang ships it.
@@ -70,7 +70,7 @@ def drawn(n: int, layers: int, experts: int, top_k: int, rows: int, redundant: i
     start = np.arange(n) * each
     return Problem(
         ModelShape("drawn", layers, experts, top_k), Cluster(8, 8), redundant, use, signature,
-        Stream(picked, start, start + each), dispatch=mode,
+        TokenRows(picked, start, start + each), dispatch=mode,
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def replan(use: npt.NDArray[np.float64], redundant: int) -> tuple[float, list[fl
         slots = place_quickly(use, (experts + redundant) // 8, 8, 0.02)
         seconds.append(time.perf_counter() - start)
     counts = np.round(use.transpose(1, 0, 2) * 1000).astype(np.uint32)
-    none = Stream(np.zeros((0, layers, 8), np.uint16), np.zeros(8, np.int64), np.zeros(8, np.int64))
+    none = TokenRows(np.zeros((0, layers, 8), np.uint16), np.zeros(8, np.int64), np.zeros(8, np.int64))
     balanced = solve(Problem(shape, cluster, redundant, counts, counts, none), "eplb")
     remote, load = [], []
     for of in (slots, balanced.placement.slots.astype(np.int64)):

@@ -6,7 +6,7 @@ import numpy as np
 
 from moeplan.cluster import Cluster, Deployment
 from moeplan.planning import Problem
-from moeplan.planning.problem import Stream
+from moeplan.planning.problem import TokenRows
 from moeplan.types import ModelShape
 
 __all__ = ["problem"]
@@ -27,5 +27,5 @@ def problem(
     starts = np.arange(n) * rows
     return Problem(
         ModelShape("test", layers, experts, k, routing_groups=routing_groups), Cluster(nodes, per_node, home),
-        redundant, use, use, Stream(picks.reshape(-1, layers, k), starts, starts + rows),
+        redundant, use, use, TokenRows(picks.reshape(-1, layers, k), starts, starts + rows),
     )  # fmt: skip

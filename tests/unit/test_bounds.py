@@ -223,7 +223,7 @@ def test_no_strategy_beats_a_bound(name: str, redundant: int) -> None:
     joint = best_joint(task.use, 2, room)
     assert joint.proved and placed.value <= joint.value + CLOSE
     if redundant == 0:
-        stream = task.stream
+        stream = task.rows
         reached = request_messages(
             result.routes, Dispatch.NODE, stream.experts, stream.starts, stream.stops, group
         )  # fmt: skip

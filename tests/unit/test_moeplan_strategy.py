@@ -167,9 +167,9 @@ def test_leave_one_out_is_what_leaving_out_gives() -> None:
     rng = np.random.default_rng(0)
     signature = rng.poisson(2.0, (12, 2, 6))
     target, home = rng.random((12, 3)), (rng.random((3, 12)) < 0.4).astype(np.float32)
-    router, foretold = LocalityForecast(signature).fit(target, home)
+    router, predicted = LocalityForecast(signature).fit(target, home)
     points = by_layer(signature).astype(np.float64)
-    assert np.isfinite(foretold).all() and router.weights.shape == (3, 12)
+    assert np.isfinite(predicted).all() and router.weights.shape == (3, 12)
     # Ridge with the mean taken out: refit on the others, with the centre and scale of all, as the closed form has it.
     centred = points - points.mean(axis=0)
     scale = (centred**2).sum() / 12
@@ -185,8 +185,8 @@ def test_leave_one_out_is_what_leaving_out_gives() -> None:
                 solution = np.linalg.solve(design.T @ design + penalty, design.T @ what[keep])
                 out[i] = what[i] - np.concatenate([[1.0], centred[i]]) @ solution
             left.append(out)
-        # foretold = target - (miss of target - trust x miss of own): some trust explains all of it
-        missed, spared = target - foretold, left[1]
+        # predicted = target - (miss of target - trust x miss of own): some trust explains all of it
+        missed, spared = target - predicted, left[1]
         trust = ((left[0] - missed) * spared).sum() / (spared**2).sum()
         matches.append((np.abs(left[0] - trust * spared - missed).max(), trust))
     gap, trust = min(matches)

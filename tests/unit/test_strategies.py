@@ -15,7 +15,7 @@ from moeplan.planning import Problem, Strategy, solve
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.balance import rebalance_experts
 from moeplan.planning.initial_placement import place_by_use
-from moeplan.planning.problem import Stream
+from moeplan.planning.problem import TokenRows
 from moeplan.planning.strategies import available
 from moeplan.planning.strategies.paper import PaperParams, map_clusters
 from moeplan.types import ModelShape
@@ -166,11 +166,11 @@ def test_affinity_gathers_what_is_called_together() -> None:
     experts = np.array([[[0, 2]], [[1, 3]]] * 30, np.uint8)
     use = np.ones((4, 1, 4), np.uint32)
     task = Problem(
-        ModelShape("test", 1, 4, 2), Cluster(2, 1), 0, use, use, Stream(experts, np.array([0]), np.array([60]))
+        ModelShape("test", 1, 4, 2), Cluster(2, 1), 0, use, use, TokenRows(experts, np.array([0]), np.array([60]))
     )  # fmt: skip
     first = set(solve(task, "affinity").placement.slots[0, :2].tolist())
     assert first in ({0, 2}, {1, 3})
-    stream = Stream(experts[:, :, :1], np.array([0]), np.array([60]))
+    stream = TokenRows(experts[:, :, :1], np.array([0]), np.array([60]))
     top1 = Problem(ModelShape("test", 1, 4, 1), Cluster(2, 1), 0, use, use, stream)
     assert "no pairs" in solve(top1, "affinity").notes[0]
 

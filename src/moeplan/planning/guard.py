@@ -42,7 +42,7 @@ class StepSampler:
         n, groups = len(problem.use), problem.cluster.num_groups
         rng = np.random.default_rng([seed, 0x57E9])
         self._live = int(np.clip(n // groups, 1, MAX_LIVE))
-        starts, stops = problem.stream.starts, problem.stream.stops
+        starts, stops = problem.rows.starts, problem.rows.stops
         span = np.stack([starts, np.maximum(stops, starts + 1)], axis=1)
         self._key, self._row = draw_rows(span, STEPS, rng, np.float64)
         self.random_groups = random_groups(n, groups, rng)
@@ -70,7 +70,7 @@ class StepSampler:
         decoding = np.hstack([live_members(self._key[:steps], member, live) for member in members])
         buffer = None
         for requests, row in zip(decoding, self._row[:steps], strict=True):
-            experts = self._problem.stream.experts
+            experts = self._problem.rows.experts
             buffer = step_messages(routes, dispatch, experts, row[requests], sources, indices, buffer)
             yield buffer
 

@@ -38,12 +38,12 @@ class TokenSample:
         """A seeded sample; None where messages are counted by pick, so that a pick shares its message with none."""
         if problem.dispatch not in _COUNTED_BY or problem.shape.top_k == 1:
             return None
-        stream, rng = problem.stream, np.random.default_rng([seed, 0x50])
-        length = stream.stops - stream.starts
+        rows, rng = problem.rows, np.random.default_rng([seed, 0x50])
+        length = rows.stops - rows.starts
         position = np.sort(rng.choice(int(length.sum()), min(max_rows, int(length.sum())), replace=False))
         end = np.cumsum(length)
         request = np.searchsorted(end, position, side="right")
-        picked = stream.experts[stream.starts[request] + position - (end - length)[request]]
+        picked = rows.experts[rows.starts[request] + position - (end - length)[request]]
         experts = [np.ascontiguousarray(picked[:, layer]) for layer in range(picked.shape[1])]
         return cls(_COUNTED_BY[problem.dispatch], request, experts, rng.random(len(request)))
 

@@ -20,7 +20,7 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.planning.router import Router
 from moeplan.types import ModelShape, Placement
 
-__all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "Problem", "Solution", "StepCost", "Strategy", "Stream"]
+__all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "Problem", "Solution", "StepCost", "Strategy", "TokenRows"]
 
 #: The load guard: a row is eligible when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
@@ -30,7 +30,7 @@ StepCost = Callable[[Int32Array, Int32Array, Int32Array], float]
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenRows:
     """Token rows of the fit requests, for what counts cannot say (which experts a token picks together).
 
     Attributes:
@@ -52,7 +52,7 @@ class Problem:
         redundant: R, extra slots per layer.
         use: uint32 [n, L, E], picks of each fit request in the rows that the plan is for (decode).
         signature: uint32 [n, L, E], picks of each fit request in the rows known before (prefill, or its substitute).
-        stream: the token rows behind `use`.
+        rows: the token rows behind `use`.
         replica_rule, dispatch: how a replica is chosen, and what a message is.
 
     Raises:
@@ -64,7 +64,7 @@ class Problem:
     redundant: int
     use: CountArray
     signature: CountArray
-    stream: Stream
+    rows: TokenRows
     replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
     dispatch: Dispatch = Dispatch.PICK
 
@@ -96,13 +96,13 @@ class Problem:
         Raises:
             PlanError: the trace is aggregated, so there are no token rows.
         """
-        if not len(self.stream.experts):
+        if not len(self.rows.experts):
             raise PlanError(
                 "the trace holds sums of requests, which do not tell what one token picks together",
                 hint="use another strategy, or the trace that the sums were made of",
             )
         out = np.zeros((self.shape.num_layers, self.shape.num_experts, self.shape.num_experts), np.uint32)
-        count_pairs(self.stream.experts, self.stream.starts, self.stream.stops, out)
+        count_pairs(self.rows.experts, self.rows.starts, self.rows.stops, out)
         return out
 
     def routes(self, slots: npt.NDArray[np.integer], seed: int = 0) -> Routes:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from moeplan._kernels.counting import count_ranges
 from moeplan.errors import UsageError
 from moeplan.planning.plan import PlanningTask, Signature
-from moeplan.planning.problem import Problem, Stream
+from moeplan.planning.problem import Problem, TokenRows
 from moeplan.trace import Trace
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
 from moeplan.types import ModelShape, expert_dtype
@@ -101,9 +101,9 @@ class RequestSet:
         """What a strategy is given: only what the fit requests did, int64 positions; None: all of them."""
         fit = np.arange(len(self)) if fit is None else fit
         span = self.use_span[fit]
-        stream = Stream(self.experts, np.ascontiguousarray(span[:, 0]), np.ascontiguousarray(span[:, 1]))
+        rows = TokenRows(self.experts, np.ascontiguousarray(span[:, 0]), np.ascontiguousarray(span[:, 1]))
         return Problem(
-            self.shape, task.cluster, task.redundant, self.use[fit], self.signature[fit], stream,
+            self.shape, task.cluster, task.redundant, self.use[fit], self.signature[fit], rows,
             task.replica_rule, task.dispatch,
         )  # fmt: skip
 

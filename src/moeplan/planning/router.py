@@ -44,13 +44,13 @@ class LocalityRouter:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """None: the placement says it all."""
+        """Nothing: it follows from the placement."""
         return {}
 
     @classmethod
-    def of(cls, who: Routes) -> LocalityRouter:
-        """The router that a placement brings along."""
-        return cls(who.local_share)
+    def of(cls, routes: Routes) -> LocalityRouter:
+        """The locality router of a placement."""
+        return cls(routes.local_share)
 
     def scores(self, signatures: NumberArray) -> FloatArray:
         """Expected share of the signature's picks that stay on the group's node."""
@@ -64,8 +64,8 @@ class LocalityRouter:
 class ClusterRouter:
     """The published router: the cluster whose centroid is nearest, then that cluster's groups.
 
-    Nearest by angle: a signature is shorter and noisier than the decode that made the centroids, so its distance to
-    each of them says how short it is as much as where it points.
+    Nearest by angle: a signature is shorter and noisier than the decode that made the centroids, so the distances
+    between them depend on its length as much as on its direction.
 
     Attributes:
         centroids: float32 [K, L * E], of L2-normalised counts, each of length 1.
@@ -81,18 +81,18 @@ class ClusterRouter:
         """Both."""
         return {"centroids": self.centroids, "serves": self.serves}
 
-    def nearness(self, signatures: NumberArray) -> FloatArray:
+    def similarity(self, signatures: NumberArray) -> FloatArray:
         """float64 [n, K]: the cosine between the signature and each centroid."""
         return np.asarray(normalised(signatures) @ self.centroids.T, np.float64)
 
     def scores(self, signatures: NumberArray) -> FloatArray:
-        """A group is as good as the nearest of its clusters."""
-        near = self.nearness(signatures)[:, :, None]
-        return np.asarray(np.where(self.serves[None], near, -np.inf).max(axis=1), np.float64)
+        """The similarity of the most similar of each group's clusters."""
+        similarity = self.similarity(signatures)[:, :, None]
+        return np.asarray(np.where(self.serves[None], similarity, -np.inf).max(axis=1), np.float64)
 
     def nearest_groups(self, signatures: NumberArray) -> Int64Array:
-        """int64 [n]: the nearest cluster's group; requests of a cluster with several groups take turns (unequal)."""
-        cluster = self.nearness(signatures).argmax(axis=1)
+        """int64 [n]: the nearest cluster's group, so groups are unequal; several groups of a cluster take turns."""
+        cluster = self.similarity(signatures).argmax(axis=1)
         group = np.zeros(len(cluster), np.int64)
         for k in np.unique(cluster):
             members, groups = np.flatnonzero(cluster == k), np.flatnonzero(self.serves[k])
@@ -118,7 +118,7 @@ class LinearRouter:
         return {"weights": self.weights, "intercept": self.intercept}
 
     def scores(self, signatures: NumberArray) -> FloatArray:
-        """Expected share of the request's decode that each group holds."""
+        """Expected share of the request's decode that each group's node serves."""
         return np.asarray(by_layer(signatures) @ self.weights.T + self.intercept, np.float64)
 
 

@@ -25,7 +25,7 @@ from moeplan.planning.initial_placement import by_router_group, orient_to_demand
 from moeplan.planning.packing import slots_from_nodes
 from moeplan.planning.planner import PARTS, Planner, SearchSettings, Start, State
 from moeplan.planning.pricing import BALANCE, BOTH, LOCALITY, Pricing, TokenSample
-from moeplan.planning.problem import GUARD, MoveLimit, Problem, Solution, StepCost, Strategy, Stream
+from moeplan.planning.problem import GUARD, MoveLimit, Problem, Solution, StepCost, Strategy, TokenRows
 from moeplan.types import has_duplicate_experts
 
 __all__ = ["OBJECTIVES", "PARTS", "MoeplanParams"]
@@ -140,10 +140,10 @@ def _solve(params: MoeplanParams, problem: Problem, limit: MoveLimit | None, see
 def _sample(problem: Problem, count: int, seed: int) -> Problem:
     """The same problem with some of its requests."""
     chosen = np.sort(np.random.default_rng([seed, 0x5A]).choice(len(problem.use), count, replace=False))
-    stream = problem.stream
-    if len(stream.experts):
-        stream = Stream(stream.experts, stream.starts[chosen], stream.stops[chosen])
-    return replace(problem, use=problem.use[chosen], signature=problem.signature[chosen], stream=stream)
+    rows = problem.rows
+    if len(rows.experts):
+        rows = TokenRows(rows.experts, rows.starts[chosen], rows.stops[chosen])
+    return replace(problem, use=problem.use[chosen], signature=problem.signature[chosen], rows=rows)
 
 
 def _full_replication(problem: Problem) -> Solution:
@@ -167,7 +167,7 @@ def _plan(params: MoeplanParams, planner: Planner, pricing: Pricing) -> Plan:
         nodes_only = replace(pricing, gpu_penalty=0.0)
         tried = [planner.alternate(start, nodes_only, trial_rounds) for start in planner.starts()]
         best = planner.alternate(max(tried, key=lambda state: state.value), pricing, rounds)
-    if not len(problem.stream.experts):
+    if not len(problem.rows.experts):
         return best, ("moeplan: the trace is aggregated, so the guard on node load was not checked",)
     rows = TokenSample.of(problem, search.max_rows, planner.seed)
     if rows is not None:
@@ -198,7 +198,7 @@ def _least_step_cost(params: MoeplanParams, planner: Planner) -> Plan:
     A plan that reads more distinct experts reads more weights: that can cost more than the messages that it saves.
     """
     problem, cost = planner.problem, params.step_cost
-    if cost is None or not len(problem.stream.experts):
+    if cost is None or not len(problem.rows.experts):
         raise PlanError("the objective time needs token rows to replay", hint="use a trace that is not aggregated")
     made: dict[str, Callable[[], Plan]] = {
         name: partial(_plan, params, planner, pricing) for name, pricing in PRICES.items()
