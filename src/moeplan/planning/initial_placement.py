@@ -68,7 +68,7 @@ def place_quickly(
 
 
 def deal_to_gpus(held: Int64Array, use: FloatArray, gpus_per_node: int) -> Int64Array:
-    """Slots [L, S] of what nodes hold [L, N, M], GPUs dealt by load."""
+    """Slots [L, S] of the experts of each node [L, N, M], GPUs dealt by load."""
     placed = ExpectedLoad(Cluster(use.shape[1], 1), held.reshape(len(held), -1), use.shape[2], True)
     load = np.take_along_axis(placed.per_replica(use), held, axis=2)
     return slots_from_nodes(held, load, gpus_per_node).astype(np.int64)

@@ -98,7 +98,7 @@ class Problem:
         """
         if not len(self.rows.experts):
             raise PlanError(
-                "the trace holds sums of requests, which do not tell what one token picks together",
+                "the trace is aggregated, which does not show what one token picks together",
                 hint="use another strategy, or the trace that the sums were made of",
             )
         out = np.zeros((self.shape.num_layers, self.shape.num_experts, self.shape.num_experts), np.uint32)

@@ -34,7 +34,7 @@ class RequestSet:
     """The usable requests of a trace.
 
     Attributes:
-        shape: the model. experts: unsigned [T, L, k], all rows of the trace; none where it holds sums of requests.
+        shape: the model. experts: unsigned [T, L, k], all rows of the trace; none where it is aggregated.
         index: int64 [n], each request's number in the trace. total: requests in the trace.
         domain: int64 [n] into `domains`.
         signature_span, use_span, measured_span: int64 [n, 2], first row and end: what is known before, what plans are
@@ -43,7 +43,7 @@ class RequestSet:
         column: what the measured rows are called: decode, prefill, prefill and decode, rest of prompt, rest of rows.
         known: what the signature rests on.
         notes: what a reader must know, one line each.
-        sums: uint32 [2, n, L, E], picks of prefill and decode, where the trace holds sums: each stands for a request.
+        sums: uint32 [2, n, L, E], picks of prefill and decode, where the trace is aggregated: each sum stands for a request.
         trace: where they come from; None for requests made by hand.
     """
 
@@ -120,7 +120,7 @@ def read_requests(
         trace: an opened trace.
         signature_tokens: N, to let the first N rows stand in for the prefill.
         phase: what is measured: decode, prefill or mixed.
-        rows: False where counts are enough, to read a trace of sums too, whose sums then stand for requests.
+        rows: False where counts are enough, to read an aggregated trace too, whose sums then stand for requests.
 
     Raises:
         UsageError: no usable request, with what to do instead; sums, where rows are needed.

@@ -58,7 +58,7 @@ def live_requests(test_sizes: list[int], cluster: Cluster, hint: str | None = No
     min(128, smallest group - 2), where the smallest of D equal groups of n test requests has floor(n / D).
 
     Args:
-        mend: what to do about too few; None: use a trace with more.
+        hint: what to do about too few; None: use a trace with more.
 
     Raises:
         PlanError: too few test requests for the groups.

@@ -91,7 +91,7 @@ class Trace:
         """Each part in turn, verified: checksum, schema, ids, and agreement with the table of requests.
 
         Raises:
-            UsageError: a trace of sums has no token rows; weights were asked for and are not there.
+            UsageError: an aggregated trace has no token rows; weights were asked for and are not there.
         """
         if self.aggregate > 1:
             raise UsageError(
@@ -108,9 +108,9 @@ class Trace:
             yield self._read_part(part, first, keep, weights, positions)
 
     def sums(self) -> Iterator[Sums]:
-        """Each part of a trace of sums in turn, verified."""
+        """Each part of an aggregated trace in turn, verified."""
         if self.aggregate == 1:
-            raise UsageError("has token rows, not sums of requests", where=str(self.path))
+            raise UsageError("has token rows, it is not aggregated", where=str(self.path))
         _, keep = layers_kept(self._stored, self.without_layers)
         for part, first in self._checked_files():
             own = self.requests.between(first, first + part.requests)

@@ -100,7 +100,7 @@ class TraceWriter:
             self._make_directory()
 
     def __len__(self) -> int:
-        """Requests (or sums of requests) stored so far."""
+        """Requests (or sums over requests) stored so far."""
         return len(self._requests)
 
     @property
