@@ -6,6 +6,10 @@ from .cluster import Cluster as Cluster
 from .cluster import Deployment as Deployment
 from .cluster import Dispatch as Dispatch
 from .cluster import ReplicaRule as ReplicaRule
+from .engines.checking import check as check
+from .engines.exporting import ExportReport as ExportReport
+from .engines.exporting import export as export
+from .engines.report import ExpertLayout as ExpertLayout
 from .errors import MoeplanError as MoeplanError
 from .model.catalogue import load_model as load_model
 from .model.spec import ModelSpec as ModelSpec

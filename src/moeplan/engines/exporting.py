@@ -14,6 +14,7 @@ from moeplan.engines.unsupported_models import without_placement
 from moeplan.engines.vllm import own_strategy
 from moeplan.errors import UsageError
 from moeplan.model.spec import ModelSpec
+from moeplan.types import Placement
 
 if TYPE_CHECKING:
     from moeplan.planning import Plan
@@ -43,6 +44,10 @@ class ExportReport:
     layers_left_out: tuple[int, ...]
     ignored: str | None
 
+    def __repr__(self) -> str:
+        layers, slots = self.placement.physical_to_logical.shape
+        return f"{self.path}: {layers} layers of {slots} slots for {self.engine}\n{self.launch.text()}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         extra = self.launch.extra
@@ -62,9 +67,9 @@ class ExportReport:
 
 
 def export(
-    source: Plan | EnginePlacement,
+    source: Plan | Placement | EnginePlacement,
     engine: str,
-    path: Path,
+    path: str | Path,
     *,
     model: ModelSpec | None = None,
     from_config: bool = False,
@@ -75,7 +80,8 @@ def export(
     """Write an engine's placement file, whole or not at all.
 
     Args:
-        source: a plan, or a placement.
+        source: a plan, or a placement, whose rows are all of the model's layers unless `model` says otherwise.
+        engine: sglang, vllm, tensorrt-llm or vllm-ascend.
         model: what its config.json (`from_config`) and flags say of it. where: the source, for messages.
         name: the model's name, for the plug-in's file; a plan has its own.
         vllm_strategy: refuse a placement that is not this layout of vLLM's own: linear or round_robin.
@@ -83,11 +89,22 @@ def export(
     Raises:
         UsageError: layers that are not the model's; what the engine cannot do; a file name that it would not read.
         OutputError: the place is taken or cannot be written.
+
+    Example:
+        >>> import moeplan
+        >>> placement = moeplan.balance([[4, 3, 2, 1]], moeplan.Cluster(1, 2))
+        >>> report = moeplan.export(placement, "sglang", "placement.json")  # doctest: +SKIP
     """
-    spec, serving, placement = model or ModelSpec(), Serving(), source
-    if not isinstance(placement, EnginePlacement):
-        name, serving = placement.model.name, Serving(placement.cluster.num_groups, placement.dispatch)
-        placement = EnginePlacement.of_plan(placement)
+    spec, serving, path = model or ModelSpec(), Serving(), Path(path)
+    if isinstance(source, Placement):
+        placement = EnginePlacement.of(source, tuple(range(source.num_layers)))
+        if model is None:
+            spec = spec.override(num_experts=source.num_experts, num_layers=source.num_layers, dense_layers=())
+    elif isinstance(source, EnginePlacement):
+        placement = source
+    else:
+        name, serving = source.model.name, Serving(source.cluster.num_groups, source.dispatch)
+        placement = EnginePlacement.of_plan(source)
     if vllm_strategy is not None:
         _check_vllm_strategy(engine, placement, vllm_strategy)
     layers = check_axis(placement, spec, engine, where, from_config=from_config)

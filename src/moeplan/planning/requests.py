@@ -43,7 +43,7 @@ class RequestSet:
         column: what the measured rows are called: decode, prefill, prefill and decode, rest of prompt, rest of rows.
         known: what the signature rests on.
         notes: what a reader must know, one line each.
-        sums: uint32 [2, n, L, E], picks of prefill and decode, where the trace is aggregated: each sum stands for a request.
+        sums: uint32 [2, n, L, E], picks of prefill and decode of an aggregated trace: each sum stands for a request.
         trace: where they come from; None for requests made by hand.
     """
 

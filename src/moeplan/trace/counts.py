@@ -2,8 +2,8 @@
 
 A directory: `counts.npy`, uint64 [L, E], and `counts.json` (format name and version, model, stage, source, checksum of
 the array). Engines that count without telling requests apart leave no more than this. It shows imbalance; what needs
-requests (groups, comparing strategies on held-out requests, signatures, co-activation) it cannot do, and a request-level
-trace would add exactly that.
+requests (groups, comparing strategies on held-out requests, signatures, co-activation) it cannot do, and a trace of
+requests would add exactly that.
 """
 
 from __future__ import annotations

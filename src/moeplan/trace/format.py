@@ -1,7 +1,7 @@
 """The trace format: names, schemas, and the two values that everything reads (`Requests`, `Rows`).
 
 A trace is a directory: `trace.json`, `requests.parquet` (one row per request) and `part-00000.parquet` .. (one row per
-token; version 2 has sums over requests instead, see `aggregation.py`). A request's rows are whole in one part, in order,
+token; version 2 has sums over requests instead: `aggregation.py`). A request's rows are whole in one part, in order,
 prefill before decode; requests are numbered 0, 1, .. in the order of the parts. The documentation of the trace format
 says what MUST and MAY be there.
 """
