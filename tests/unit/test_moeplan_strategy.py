@@ -390,5 +390,5 @@ def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
 
 def test_of_many_requests_some_are_planned_on() -> None:
     task = problem(n=1100, nodes=2, per_node=2)
-    notes = solve(task, "moeplan").notes
+    notes = solve(task, "moeplan").provenance.notes
     assert any("planned on 1000 of 1100" in note for note in notes)

@@ -89,7 +89,7 @@ def test_eplb_policies() -> None:
     # each routing group of 4 consecutive experts stays on one node
     for layer in hierarchical.slots.reshape(2, 2, -1):
         assert not {e // 4 for e in layer[0].tolist()} & {e // 4 for e in layer[1].tolist()}
-    assert "global" in solve(task, "eplb-global").notes[0]
+    assert "global" in solve(task, "eplb-global").provenance.notes[0]
 
 
 def test_cluster_to_group_cases() -> None:
@@ -172,7 +172,7 @@ def test_affinity_gathers_what_is_called_together() -> None:
     assert first in ({0, 2}, {1, 3})
     stream = TokenRows(experts[:, :, :1], np.array([0]), np.array([60]))
     top1 = Problem(ModelShape("test", 1, 4, 1), Cluster(2, 1), 0, use, use, stream)
-    assert "no pairs" in solve(top1, "affinity").notes[0]
+    assert "no pairs" in solve(top1, "affinity").provenance.notes[0]
 
 
 def test_odd_sizes() -> None:
