@@ -51,7 +51,7 @@ def plan(
     Raises:
         PlanError: slots that do not divide over the GPUs, more groups than requests. UsageError: no such strategy.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> plan = moeplan.plan(moeplan.open_trace("embedded"), moeplan.Cluster(4, 2), "eplb", redundant=8)
         >>> plan.placement.slots.shape
@@ -102,7 +102,7 @@ def rebalance(
         UsageError: requests of another model; a plan made for time, without `params`.
         FormatError: the plan's parameters are invalid.
 
-    Example:
+    Examples:
         >>> new = moeplan.rebalance(plan, trace, max_moves=4)  # doctest: +SKIP
         >>> new.moves_from(plan).most_in_a_layer  # doctest: +SKIP
         4

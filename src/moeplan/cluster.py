@@ -90,7 +90,7 @@ class Cluster:
     Raises:
         UsageError: no node, no GPU, or more GPUs than moeplan handles.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> moeplan.Cluster(nodes=4, gpus_per_node=8).num_groups
         4

@@ -90,7 +90,7 @@ def export(
         UsageError: layers that are not the model's; what the engine cannot do; a file name that it would not read.
         OutputError: the place is taken or cannot be written.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> placement = moeplan.balance([[4, 3, 2, 1]], moeplan.Cluster(1, 2))
         >>> report = moeplan.export(placement, "sglang", "placement.json")  # doctest: +SKIP

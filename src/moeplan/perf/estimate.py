@@ -301,7 +301,7 @@ def estimate(
         UsageError: an unknown name, a value out of range. PlanError: a layout that is impossible.
         FormatError: a file that does not describe a model.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> step = moeplan.estimate("deepseek-v3", "H100", nodes=9, gpus_per_node=8, redundant=32)
         >>> f"{step.tpot_ms:.1f} ms, {step.tokens_per_s_per_gpu:.0f} tokens/s a GPU"

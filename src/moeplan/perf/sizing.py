@@ -93,7 +93,7 @@ def size(
         UsageError: an unknown name; a dtype that no kernel is modelled for; drafts of a model that makes none.
         FormatError: a file that does not describe a model.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> moeplan.size("Llama-3.1-70B", "H200", "chat")
         Sizing of Llama-3.1-70B

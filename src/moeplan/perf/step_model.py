@@ -68,7 +68,7 @@ _PLAIN = Workload(1, 1)
 class StepModel:
     """The time of a step: model, accelerators, how the one is spread over the other, dtypes, and how steps run.
 
-    Example:
+    Examples:
         >>> from moeplan.model.catalogue import load_model
         >>> from moeplan.perf.hardware import load_hardware
         >>> from moeplan.perf.memory import Parallel, Precision

@@ -226,7 +226,7 @@ def sweep(
         PlanError: no count that a layout fits. UsageError: an unknown name; nothing fits the memory; too many set-ups.
         FormatError: a file that does not describe a model.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> moeplan.sweep("gpt-oss-20b", "H100", moeplan.SweepSettings(gpus=(1, 2), batches=(1, 64)))
         Sweep of gpt-oss-20b: 10 set-ups, 0 more do not fit

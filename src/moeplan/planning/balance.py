@@ -55,7 +55,7 @@ def balance(
     Raises:
         PlanError: slots that do not divide over the GPUs. UsageError: invalid counts, or a layer without a pick.
 
-    Example:
+    Examples:
         >>> counts = [[90, 132, 40, 61, 104, 165, 39, 4]]
         >>> balance(counts, Cluster(nodes=2, gpus_per_node=2), redundant=4).slots
         array([[5, 4, 7, 5, 0, 6, 1, 3, 2, 1, 4, 0]], dtype=int32)

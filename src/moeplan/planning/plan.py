@@ -144,7 +144,7 @@ class Plan:
     Raises:
         PlanError: the placement is for another cluster or model.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> plan = moeplan.plan(moeplan.open_trace("embedded"), moeplan.Cluster(4, 2), "eplb")
         >>> plan.placement.slots.shape

@@ -69,7 +69,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         FormatError: not a plan, a newer version, an unknown requirement, a wrong checksum, an impossible placement.
 
-    Example:
+    Examples:
         >>> moeplan.load_plan("plan").cluster  # doctest: +SKIP
         Cluster(nodes=8, gpus_per_node=8, deployment=<Deployment.NODES: 'nodes'>)
     """

@@ -50,7 +50,7 @@ def compare(
         PlanError: slots that do not divide, more groups than requests, too few held-out requests a group.
         UsageError: no such strategy; a model to time that is not the trace's.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> trace, settings = moeplan.open_trace("embedded"), moeplan.EvaluationSettings(folds=1, steps=20)
         >>> table = moeplan.compare(trace, moeplan.Cluster(4, 2), ("eplb",), settings=settings)

@@ -139,7 +139,7 @@ def detect_drift(
         PlanError: too few requests to split, plan and measure.
         FormatError: the plan's parameters are invalid.
 
-    Example:
+    Examples:
         >>> moeplan.detect_drift(plan, new_trace).stale  # doctest: +SKIP
         False
     """

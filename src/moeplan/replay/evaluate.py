@@ -78,7 +78,7 @@ def evaluate(
     Raises:
         UsageError: requests of another model; a model to time that is not theirs. PlanError: too few requests.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> trace, settings = moeplan.open_trace("embedded"), moeplan.EvaluationSettings(steps=20)
         >>> plan = moeplan.plan(trace, moeplan.Cluster(4, 2), "eplb")

@@ -24,7 +24,7 @@ class EvaluationSettings:
     Raises:
         UsageError: a value out of range.
 
-    Example:
+    Examples:
         >>> import moeplan
         >>> moeplan.EvaluationSettings(folds=1, steps=100)
         EvaluationSettings(fit=0.5, folds=1, block=1, steps=100, draws=1000, seed=0, hidden=None, timing=None)

@@ -63,7 +63,7 @@ class TraceWriter:
         UsageError: to resume, and the trace is complete or was begun with another shape, source or choice of weights.
         FormatError: to resume, and `path` is not a trace or a part of it is damaged.
 
-    Example:
+    Examples:
         >>> with TraceWriter(path, ModelShape("m", num_layers=2, num_experts=8, top_k=2), source={}) as writer:
         ...     writer.add(np.zeros((5, 2, 2), int) + [0, 7], prefill=3, domain="chat")
     """
