@@ -145,7 +145,7 @@ def test_a_placement_file(engine: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert run(["check", str(file), *about, "--plan", str(plan)]) == 0, capsys.readouterr().err
     capsys.readouterr()
     answered(capsys, "import", "placement", file, *about, "--top-k", "4", "-o", tmp_path / "p")
-    read, stored = load_plan(tmp_path / "p").result.placement, load_plan(plan).result.placement
+    read, stored = load_plan(tmp_path / "p").placement, load_plan(plan).placement
     assert np.array_equal(read.slots, stored.slots)
 
 
@@ -153,7 +153,7 @@ def test_a_placement_file(engine: str, tmp_path: Path, capsys: pytest.CaptureFix
 def test_the_plug_in_reads(file: str) -> None:
     placement = PluginSettings(str(OLD / file), "plan", "MOEPLAN_VLLM").placement
     assert placement is not None
-    assert np.array_equal(placement.physical_to_logical, load_plan(OLD / "plan-moeplan").result.placement.slots)
+    assert np.array_equal(placement.physical_to_logical, load_plan(OLD / "plan-moeplan").placement.slots)
 
 
 def test_hardware_and_model_files(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """The tutorial and the guides: every console and Python block is run, and its output compared with the page.
 
 `python tests/integration/test_docs.py [PAGE ..]` writes the outputs into the pages again. An output may leave lines out
-with a line `...`. Blocks that need a server or another machine are marked `sh` and are not run.
+with a line `...`. Blocks that need a server or another machine are marked `sh` or `shell-session` and are not run.
 """
 
 from __future__ import annotations
