@@ -75,6 +75,7 @@ ADDED: tuple[tuple[str, str], ...] = (
 )
 #: (pattern of a path whose text is for people and may be worded anew, reason).
 TEXT: tuple[tuple[str, str], ...] = (
+    (r": method\b", "how figures are made, in standard terms"),
     (r"^check-[\w-]+: (findings|unchecked)\b", "messages of a check, in standard terms"),
     (r"^export-[\w-]+: (notes|ignored)\b", "notes of an export, in standard terms"),
     (r"^profile-[\w-]+: (request_types\.meaning|notices|.*\.skipped)\b", "sentences of a profile, in standard terms"),

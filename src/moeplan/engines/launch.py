@@ -1,7 +1,8 @@
 """The command that starts an engine with a placement file.
 
 Read in SGLang 0.5.23 (`srt/arg_groups/fields/`, `moe_hook.py`), vLLM 0.33.0 (`config/parallel.py`,
-`engine/arg_utils.py`), vLLM-Ascend 182b75ea and TensorRT-LLM's wide_ep README 2a595f81; docs/export.md has the table.
+`engine/arg_utils.py`), vLLM-Ascend 182b75ea and TensorRT-LLM's wide_ep README 2a595f81; the table is in
+docs/guides/export.md.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def _vllm(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
     if own is not None:
         only = "" if own == "linear" else ", with a DeepEP low-latency or NIXL backend only"
         notes.append(f"vLLM has this placement by itself: --expert-placement-strategy {own} without EPLB{only}")
-    notes.append("the plug-in has to be installed with vLLM (docs/engines/vllm.md): vLLM alone reads no placement file")
+    place = "docs/guides/engines/vllm.md"
+        notes.append(f"the plug-in has to be installed with vLLM ({place}): vLLM alone reads no placement file")
     backend = {
         Dispatch.PICK: "deepep_low_latency",
         Dispatch.NODE: "deepep_high_throughput",

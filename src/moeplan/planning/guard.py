@@ -1,6 +1,7 @@
 """Holding a plan to the load guard, on steps replayed from the fit requests.
 
-The guard is on `node_load_ratio` of held-out requests, at most 1.05 x linear's (docs/metrics.md). A plan may see only
+The guard is on `node_load_ratio` of held-out requests, at most 1.05 x linear's
+(docs/reference/metrics.md). A plan may see only
 its fit requests, so it replays steps of those.
 """
 

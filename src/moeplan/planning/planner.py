@@ -1,4 +1,4 @@
-"""Groups and placement in turn: the planner behind the strategy `moeplan` (docs/method.md).
+"""Groups and placement in turn: the planner behind the strategy `moeplan` (docs/concepts/method.md).
 
 Names: n fit requests, L layers, E experts, S slots, N nodes, P GPUs, D groups, T sampled token rows.
 """

@@ -188,7 +188,7 @@ def check_drift(plan: Plan, settings: EvaluationSettings) -> tuple[str, Strategy
         )
     if not plan.equal_groups:
         raise UsageError(
-            f"the plan's strategy {plan.strategy} has unequal groups, whose figures do not count",
+            f"the plan's strategy {plan.strategy} has unequal groups, whose figures are not eligible",
             hint="plan with paper or moeplan",
         )
     if plan.params.get("objective") == "time":

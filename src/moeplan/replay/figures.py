@@ -1,4 +1,4 @@
-"""The figures of one row, from what was measured in every fold; keys and meanings are those of docs/metrics.md."""
+"""The figures of one row, from every fold; keys and meanings are those of docs/reference/metrics.md."""
 
 from __future__ import annotations
 

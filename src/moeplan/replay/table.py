@@ -38,7 +38,7 @@ class TableRow:
         strategy, signature: what made the plan, and what held-out requests are grouped by.
         equal_groups: whether all groups are of one size.
         guarded: equal groups, and node_load_ratio at most 1.05 x linear's.
-        figures: by key; docs/metrics.md defines each. versus_linear: paired relative changes, value and ci95.
+        figures: by key; docs/reference/metrics.md defines each. versus_linear: paired relative changes, value and ci95.
         gpu_load: float64 [P], each layer's GPU loads over the held-out part relative to their mean, sorted falling,
             then averaged over layers and folds.
         beats: for each key, the rows that this one beats by a paired interval.

@@ -83,7 +83,7 @@ def _method(run: EvaluationRun, unit: str) -> list[str]:
         "intervals bootstrap over steps",
         *([timing.method(cluster, settings.steps, run.live, column)] if timing else []),
         "signatures not shown: prompt-tokens (a trace holds no token ids), previous-turn (it holds no conversations)",
-        f"guard ok: equal groups, and node load at most {GUARD:g} x linear's; other rows do not count",
+        f"guard ok: equal groups, and node load at most {GUARD:g} x linear's; other rows are not eligible",
     ]
 
 

@@ -148,7 +148,7 @@ class Timing:
         return (
             "times: decode of {model} on {hardware}, dp {dp} x tp {tp}, experts over {ep} GPUs, {weights} weights, "
             f"{{experts}} experts, {live} requests of {self.context:,} tokens a group; {{steps}} steps a fold with "
-            f"their routing ({rows} rows), by the time model of docs/accuracy.md"
+            f"their routing ({rows} rows), by the time model of docs/results/accuracy.md"
         ).format(**said)
 
     def to_dict(self, cluster: Cluster, steps: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def compare_html(table: Comparison, trace: Trace) -> str:
 
 
 def verdict(table: Comparison) -> str:
-    """The answer in one sentence: who lowers the remote share, and the step time, most among the rows that count."""
+    """The answer in one sentence: who lowers the remote share, and the step time, most among the eligible rows."""
     said = _outcome(list(table.rows), "remote_share", "the remote share")
     if table.row("linear").figures["modelled_step_ms"].value is not None:
         said += " " + _outcome(list(table.rows), "modelled_step_ms", "the modelled step time")
@@ -100,7 +100,7 @@ def _best(rows: list[TableRow], key: str) -> TableRow | None:
 
 
 def _outcome(rows: list[TableRow], key: str, what: str) -> str:
-    """One sentence on who wins among the rows that count, and what an unguarded row would have given."""
+    """One sentence on who wins among the eligible rows, and what an unguarded row would have given."""
     rows = [row for row in rows if row.signature != "oracle"]
     best = _best(rows, key)
     if best is None:
@@ -113,7 +113,7 @@ def _outcome(rows: list[TableRow], key: str, what: str) -> str:
             text = f"No other row that counts lowers {what}"
         else:
             verb = f"lowers {what} most" if sure else f"comes lowest on {what}, but not beyond noise"
-            text = f"Among the rows that count, {best.name} {verb}: {_change(best, key)} against linear"
+            text = f"Among the eligible rows, {best.name} {verb}: {_change(best, key)} against linear"
     over = [row for row in rows if not row.guarded and row.figures[key].value is not None]
     lowest = min(over, key=lambda row: row.figures[key].value or 0.0, default=None)
     if lowest is not None:
@@ -121,7 +121,7 @@ def _outcome(rows: list[TableRow], key: str, what: str) -> str:
         if bar is None or value < bar:
             node = lowest.figures["node_load_ratio"].value
             cost = f"a node load of {node:.2f}" if node is not None else "groups of unequal size"
-            text += f"; {lowest.name} shows {_change(lowest, key)}, at the price of {cost}, and does not count"
+            text += f"; {lowest.name} shows {_change(lowest, key)}, at the price of {cost}, and is not eligible"
     return text + "."
 
 
@@ -282,12 +282,12 @@ def _all_keys(table: Comparison) -> Section:
     count = sum(row.guarded for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows count. On the remote share, "
     sentence += f"beyond noise, linear is beaten by {', '.join(wins)}." if wins else "none beats linear beyond noise."
-    note = f"ok: counts. over: node load above {GUARD:g} times linear's. unequal: of unequal size. See docs/metrics.md."
+    note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: group sizes. See docs/reference/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 
 def _mark(row: TableRow) -> str:
-    """Why a row does not count, in brackets; nothing where it does."""
+    """Why a row is not eligible, in brackets; empty if it is."""
     return "" if row.guarded else " (over)" if row.equal_groups else " (unequal)"
 
 

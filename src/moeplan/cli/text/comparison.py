@@ -30,7 +30,7 @@ def show_comparison(table: Comparison, trace: Trace, seconds: float) -> None:
     echo(f"{done} ({table.head['column']}), {seconds:.1f} s")
     for note in table.notes:
         echo(f"note: {note}")
-    for line in ("", repr(table), "", verdict(table), ""):
+    for line in ("", *repr(table).splitlines(), "", verdict(table), ""):
         echo(line)
     for note in table.method:
         echo(f"  - {note}")

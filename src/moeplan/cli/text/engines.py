@@ -116,7 +116,7 @@ def _step_line(found: Balanced, step: dict[str, Any]) -> str:
     return (
         f"modelled decode step of {step['model']} on {step['hardware']}, {step['batch']} requests a node of "
         f"{step['context']:,} tokens: {before:.2f} ms with {linear}, {after:.2f} ms with {found.best.name} "
-        f"({100 * (after / before - 1):+.1f} %), tokens drawn by these counts (docs/accuracy.md)"
+        f"({100 * (after / before - 1):+.1f} %), tokens drawn by these counts (docs/results/accuracy.md)"
     )
 
 

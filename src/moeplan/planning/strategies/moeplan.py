@@ -1,4 +1,4 @@
-"""`moeplan`: groups, placement and replicas planned together, for held-out requests (docs/method.md).
+"""`moeplan`: groups, placement and replicas planned together, for held-out requests (docs/concepts/method.md).
 
 From several starts, alternate: given the groups, each layer's slots are improved by swaps and replacements, with a
 penalty for load imbalance; given the placement, a regression predicts from each fit request's signature, with that

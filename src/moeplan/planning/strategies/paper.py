@@ -1,4 +1,4 @@
-"""`paper`: request grouping and placement as published (arXiv 2604.23150; reference: docs/strategies.md).
+"""`paper`: request grouping and placement as published (arXiv 2604.23150; reference: docs/concepts/strategies.md).
 
 Past requests are clustered by the experts that their decode used; clusters are mapped to the D groups; each expert goes
 to the group that uses it most. `paper` keeps the groups equal in size by an exact balanced assignment;
