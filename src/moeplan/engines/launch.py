@@ -106,8 +106,8 @@ def _vllm(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
     if own is not None:
         only = "" if own == "linear" else ", with a DeepEP low-latency or NIXL backend only"
         notes.append(f"vLLM has this placement by itself: --expert-placement-strategy {own} without EPLB{only}")
-    place = "docs/guides/engines/vllm.md"
-        notes.append(f"the plug-in has to be installed with vLLM ({place}): vLLM alone reads no placement file")
+    page = "docs/guides/engines/vllm.md"
+    notes.append(f"the plug-in has to be installed with vLLM ({page}): vLLM alone reads no placement file")
     backend = {
         Dispatch.PICK: "deepep_low_latency",
         Dispatch.NODE: "deepep_high_throughput",

@@ -282,7 +282,7 @@ def _all_keys(table: Comparison) -> Section:
     count = sum(row.guarded for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows count. On the remote share, "
     sentence += f"beyond noise, linear is beaten by {', '.join(wins)}." if wins else "none beats linear beyond noise."
-    note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: group sizes. See docs/reference/metrics.md."
+    note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: sizes. See docs/reference/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 

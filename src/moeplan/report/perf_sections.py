@@ -16,7 +16,7 @@ __all__ = ["ERROR", "UNIFORM", "can_skew", "skew_section", "skewed", "time_secti
 SKEWS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 UNIFORM = "Routing is uniform: no trace was given, and real routing loads GPUs less evenly."
 ERROR = (
-    "Errors of the model (docs/results/accuracy.md): TPOT of servers, median errors of 3 to 25 % by hardware and layout, "
+    "Errors of the model (docs/results/accuracy.md): TPOT of servers, median error 3 to 25 % by hardware and layout, "
     "from H100 to GB300. TTFT is of a request that finds a place at once: busy servers take several times as long. "
     "Beams, and all other hardware, are unchecked."
 )
