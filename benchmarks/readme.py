@@ -1,10 +1,11 @@
-"""Write the README's figures anew from the commands that it names: `python benchmarks/readme.py` (about three minutes).
+"""Write the README's figures anew from the commands and tables that it names: `python benchmarks/readme.py`.
 
-Each block lies between `<!-- name -->` and `<!-- /name -->`. The real trace's blocks stay where it is absent.
+Each block lies between `<!-- name -->` and `<!-- /name -->`.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -12,64 +13,58 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-REAL = ROOT.parent / "shared" / "traces" / "maverick-mmlu.npz"
+TRACES = ("gpt-oss-20b", "maverick-mmlu", "deepseek-v2-lite-chat")
+SHOWN = ("eplb", "paper", "moeplan", "moeplan/oracle")
 
 
-def moeplan(*arguments: str, folder: Path) -> str:
-    """What one command prints."""
-    command = [sys.executable, "-m", "moeplan", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+def demo() -> str:
+    """What `moeplan demo` prints, up to the verdict."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "moeplan", "demo"]
+        text = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    shown = re.search(r"^strategy .*?^Among [^\n]*$", text, re.DOTALL | re.MULTILINE)
+    assert shown is not None
+    lines = [line for line in shown[0].splitlines() if not re.match(r"\S+/(prefill|domain|oracle)|paper/", line)]
+    return "\n".join(["```", "$ moeplan demo", "...", *lines, "```"])
 
 
-def table(text: str) -> str:
-    """The strategy table of a command's output."""
-    return "\n".join(re.findall(r"^strategy .*?noise floor\)[^\n]*$", text, re.S | re.M))
+def results() -> str:
+    """Change of remote picks by strategy, dispatch per pick, on 8 nodes: from docs/results/strategies.csv."""
+    with (ROOT / "docs" / "results" / "strategies.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["nodes"] == "8" and _picks(row)]
+    lines = [
+        "| trace | redundant | " + " | ".join(f"`{name}`" for name in SHOWN) + " |",
+        "|---" * (2 + len(SHOWN)) + "|",
+    ]
+    for trace in TRACES:
+        for redundant in ("0", "16"):
+            own = {
+                row["row"]: row
+                for row in rows
+                if (row["trace"], row["redundant"]) == (trace, redundant) and _picks(row)
+            }
+            lines.append(f"| {trace} | {redundant} | " + " | ".join(_cell(own[name]) for name in SHOWN) + " |")
+    return "\n".join(
+        [*lines, "", "° over the load guard. `moeplan/oracle`: the same placement if the decode were known."]
+    )
 
 
-def blocks() -> dict[str, str]:
-    """Name -> new text of each block."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    out = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        out["demo"] = f"```\n{moeplan('demo', folder=folder).strip()}\n```"
-        if REAL.is_file():
-            moeplan(
-                "import",
-                "arrays",
-                str(REAL),
-                "-o",
-                "maverick",
-                "--without-layers",
-                "45",
-                "--hidden",
-                "5120",
-                folder=folder,
-            )
-            text = moeplan("compare", "maverick", "--nodes", "8", "--gpus-per-node", "8", folder=folder)
-            command = (
-                "$ moeplan import arrays maverick-mmlu.npz -o maverick --without-layers 45 --hidden 5120\n"
-                "$ moeplan compare maverick --nodes 8 --gpus-per-node 8"
-            )
-            out["maverick"] = f"```console\n{command}\n{table(text)}\n```"
-            for block, strategy in (("real", "paper"), ("ours", "moeplan")):
-                row = rf"^{strategy} +signature +[\d.]+ +-([\d.]+) % \[([-+\d.]+), ([-+\d.]+)\]"
-                gain = re.search(row, text, re.M)
-                assert gain is not None
-                out[block] = f"{gain[1]} % (interval {gain[3].lstrip('-')} to {gain[2].lstrip('-')})"
-            import paper
+def _picks(row: dict[str, str]) -> bool:
+    """Whether a row was planned for dispatch per pick, within the load guard."""
+    return row["planned_for"] in ("", "pick") and row["load_guard"] != "off"
 
-            kept = [line for line in paper.bench() if "padded" not in line[0] or "unpadded" in line[0]]
-            lines = [f"{label:44s} {result}" for label, result in kept if "busiest" not in label]
-            out["paper"] = "```\n" + "\n".join(lines) + "\n```"
-    return out
+
+def _cell(row: dict[str, str]) -> str:
+    mark = "" if row["eligible"] == "yes" else "°"
+    if row["row"] != "moeplan":
+        return f"{row['remote_share_change_pct']} %{mark}"
+    return f"**{row['remote_share_change_pct']} %**{mark} [{row['remote_share_low']}, {row['remote_share_high']}]"
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     page = readme.read_text(encoding="utf-8")
-    for name, text in blocks().items():
-        space = "" if name in ("real", "ours") else "\n"
+    for name, block in (("demo", demo()), ("results", results())):
         pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
-        page = re.sub(pattern, lambda m, s=space, t=text: f"{m[1]}{s}{t}{s}{m[2]}", page, flags=re.S)
+        page = re.sub(pattern, lambda match, text=block: f"{match[1]}\n{text}\n{match[2]}", page, flags=re.DOTALL)
     readme.write_text(page, encoding="utf-8")
