@@ -278,15 +278,3 @@ def test_the_pages(plans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert html.count("<figure>") == 2 and "skew" not in html and "uniform" not in html
     assert "wrote " in capsys.readouterr().out
     assert estimate(*NINE_NODES, "-o", "/nowhere/page.html") == 2
-
-
-def test_the_page_shows_what_it_prints_with_a_plan(
-    plans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (ROOT / "docs" / "guides" / "estimate.md").read_text(encoding="utf-8")
-    plan, command, shown = page.split("```console\n")[2].split("```")[0].split("\n", 2)
-    assert plan == "$ moeplan plan embedded --nodes 4 --gpus-per-node 2 --redundant 8 --strategy eplb -o eplb"
-    monkeypatch.chdir(plans)
-    capsys.readouterr()
-    assert run(command.removeprefix("$ moeplan ").split()) == 0
-    assert capsys.readouterr().out == shown

@@ -144,7 +144,7 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     problem = problem_of(requests)
     assert solve(problem, PaperParams(clusters=2)).placement.slots.shape == (LAYERS, EXPERTS)
     assert solve(problem, "eplb").equal_groups
-    with pytest.raises(MoeplanError, match="do not tell what one token picks together"):
+    with pytest.raises(MoeplanError, match="does not show what one token picks together"):
         solve(problem, "affinity")
 
 
@@ -173,7 +173,7 @@ def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytes
         (["evaluate", trace, "--plan", plan], "holds sums of 3 requests; comparing and replaying need the picks"),
         (["plan", trace, *where, "-o", plan + "2", "--signature-tokens", "4"], "--signature-tokens needs the picks"),
         (["profile", trace, "--signature-tokens", "4"], "--signature-tokens needs token rows"),
-        (["plan", trace, *where, "-o", plan + "2", "--strategy", "affinity"], "do not tell what one token picks"),
+        (["plan", trace, *where, "-o", plan + "2", "--strategy", "affinity"], "does not show what one token picks"),
     ):
         assert run(arguments) == 2
         error = capsys.readouterr().err
