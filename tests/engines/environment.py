@@ -28,7 +28,7 @@ MARK = FOLDER / "moeplan-pins"
 #: The same for moeplan in it.
 OWN_MARK = FOLDER / "moeplan-installed"
 #: What moeplan needs there and vLLM does not bring.
-OWN = ("scipy==1.17.1",)
+OWN = ("scipy==1.17.1", "lazy-loader==0.6")
 WHEELS = ROOT / ".venv-vllm-wheels"
 #: Where the CPU build of vLLM is installed.
 SITE = next(iter((FOLDER / "lib").glob("python3*/site-packages")), FOLDER)
