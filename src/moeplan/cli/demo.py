@@ -62,7 +62,7 @@ def demo(
     write_compare_page(output / "compare.html", table, trace)
     echo()
     echo(f"pages:  {output / 'profile.html'}  {output / 'compare.html'}")
-    echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a spare slot a GPU)")
+    echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a redundant slot a GPU)")
     echo(f"{time.perf_counter() - start:.1f} s in all")
     emit_json(json, table.to_dict())
 

@@ -106,7 +106,7 @@ def candidates(
 
 
 def linear_slots(layers: int, experts: int, slots: int) -> Int32Array:
-    """int32 [L, S]: expert e in slot e, spare slots with experts 0, 1, .. again."""
+    """int32 [L, S]: expert e in slot e, redundant slots with experts 0, 1, .. again."""
     return np.tile(np.arange(slots, dtype=np.int32) % experts, (layers, 1))
 
 

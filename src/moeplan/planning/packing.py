@@ -40,7 +40,7 @@ def pack(weights: npt.NDArray[np.floating], bins: int) -> tuple[Int64Array, Int6
 
 
 def replicate(load: FloatArray, slots: int, max_replicas: int | None = None) -> tuple[Int64Array, Int64Array]:
-    """Give each spare slot to the expert whose replicas carry most (the rule of DeepSeek's EPLB).
+    """Give each redundant slot to the expert whose replicas carry most (the rule of DeepSeek's EPLB).
 
     Args:
         load: float64 [rows, E]. slots: how many replicas in all.

@@ -15,7 +15,7 @@ from moeplan.planning.problem import Problem, Solution, Strategy
 
 @dataclass(frozen=True)
 class AffinityParams(Strategy):
-    """Partition each layer's co-activation graph into equal nodes; spare slots take a node's most co-activated."""
+    """Partition each layer's co-activation graph into equal nodes; redundant slots take a node's most co-activated."""
 
     name = "affinity"
 

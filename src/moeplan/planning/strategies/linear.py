@@ -10,7 +10,7 @@ from moeplan.planning.problem import Problem, Solution, Strategy
 
 @dataclass(frozen=True)
 class LinearParams(Strategy):
-    """Expert e in slot e, spare slots with experts 0, 1, .. again.
+    """Expert e in slot e, redundant slots with experts 0, 1, .. again.
 
     The engines' own initial layout: SGLang 0.5.23 `--init-expert-location trivial`; vLLM 0.33.0's initial map.
     """

@@ -147,7 +147,7 @@ def _sample(problem: Problem, count: int, seed: int) -> Problem:
 
 
 def _full_replication(problem: Problem) -> Solution:
-    """Every node holds every expert: no pick leaves its node, and spare slots go to the busiest experts."""
+    """Every node holds every expert: no pick leaves its node, and redundant slots go to the busiest experts."""
     cluster = problem.cluster
     use = np.repeat(problem.load[:, None, :], cluster.nodes, axis=1)
     held = place_by_use(use, problem.num_slots // cluster.nodes, cluster.gpus_per_node)
