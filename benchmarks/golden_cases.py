@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 
@@ -58,26 +59,51 @@ REWRITTEN: tuple[tuple[str, str], ...] = (
     (r"^(size .*)--output ", r"\1--output-tokens "),
     (r"^(size .*)--requests ", r"\1--concurrency "),
 )
-#: (pattern of an old path, replacement (re.sub) or None where the new tree has it no more, reason).
-RENAMED: tuple[tuple[str, str | None, str], ...] = (
+#: (pattern of an old path, its replacement (re.sub), reason).
+RENAMED: tuple[tuple[str, str, str], ...] = (
     (r"^(import-\w+: )stage$", r"\1phase", "what was counted is a phase, as everywhere else"),
-    (r"\b(setup|cluster)\.home$", None, "is deployment: nodes or gpus"),
-    (r"plan\.json: (guard|objective)$", None, "is in params, with the other parameters of the strategy"),
-    (r"plan\.json: signature_stands_in$", None, "is signature, as source and tokens"),
+    (r"\b(setup|cluster)\.home$", r"\1.deployment", "a deployment: nodes or gpus"),
+    (r"plan\.json: (guard|objective)$", r"plan.json: params.\1", "with the other parameters of the strategy"),
+    (r"plan\.json: signature_stands_in$", "plan.json: signature", "a source and a number of tokens"),
     (r"\bmoved\.copies$", "moved.replicas", "a replica, never a copy"),
+    (r"^(check-[\w-]+: findings\[\d+\])\.mend$", r"\1.hint", "a hint, as in error messages"),
+)
+
+
+def signature(words: str | None) -> dict[str, object]:
+    """The signature of plan format 2 for the text of format 1, such as "first 48 decode tokens"."""
+    if words is None:
+        return {"source": "prefill", "tokens": None}
+    _, tokens, source, _ = words.split()
+    return {"source": source, "tokens": int(tokens)}
+
+
+#: (pattern of a new path, how the old value is converted; a dictionary stands for the leaves below the path).
+CONVERTED: tuple[tuple[str, Callable[[Any], object]], ...] = (
+    (r"\.deployment$", lambda home: f"{home}s"),
+    (r"plan\.json: signature$", signature),
 )
 #: (pattern of a path that only the new tree has, reason).
 ADDED: tuple[tuple[str, str], ...] = (
-    (r"^(import|generate)-\w+: notes\b", "every verb that makes a trace gives the notes of the source"),
-    (r"\b(setup|cluster)\.deployment$", "was home"),
-    (r"plan\.json: (params|signature|requires)\b", "plan format version 2"),
+    (r"^(import|generate)-[\w-]+: notes\b", "every verb that makes a trace gives the notes of the source"),
+    (r"plan\.json: requires$", "plan format version 2"),
+    (r"plan\.json: params(\.(policy|clusters|equal))?$", "plan format version 2 keeps all parameters"),
     (r"^(replay|evaluate)[\w-]*: synthetic$", "as in compare"),
+)
+#: (pattern of an old path, under its new name, that the new tree has no more, reason).
+REMOVED: tuple[tuple[str, str], ...] = (
+    (
+        r"^plan-(embedded|eplb|paper|unequal|signature)/plan/plan\.json: params\.(guard|objective)$",
+        "the strategy takes neither",
+    ),
 )
 #: (pattern of a path whose text is for people and may be worded anew, reason).
 TEXT: tuple[tuple[str, str], ...] = (
     (r": method\b", "how figures are made, in standard terms"),
-    (r"^check-[\w-]+: (findings|unchecked)\b", "messages of a check, in standard terms"),
-    (r"^export-[\w-]+: (notes|ignored)\b", "notes of an export, in standard terms"),
+    (r"plan\.json: notes\b", "notes of a plan, in standard terms"),
+    (r"^check-[\w-]+: (findings|not_checked)\b", "messages of a check, in standard terms"),
+    (r"^export-[\w-]+: (notes|lacks)\b", "notes of an export, in standard terms"),
+    (r"^estimate-[\w-]+: real\.notes\b", "notes of an estimate, in standard terms"),
     (r"^profile-[\w-]+: (request_types\.meaning|notices|.*\.skipped)\b", "sentences of a profile, in standard terms"),
 )
 #: (pattern of a path that is left out on both sides, reason).
