@@ -19,9 +19,9 @@ __all__ = ["Int32Array", "ModelShape", "Placement", "expert_dtype", "has_duplica
 MAX_LAYERS, MAX_EXPERTS, MAX_K = 4096, 65535, 256
 
 
-def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
-    """The narrowest unsigned type that holds ids 0 .. num_experts - 1."""
-    return np.uint8 if num_experts <= 256 else np.uint16
+def expert_dtype(num_experts: int, *, fewer_picks: bool = False) -> type[np.uint8] | type[np.uint16]:
+    """The narrowest unsigned type that holds ids 0 .. num_experts - 1, and num_experts where picks may be missing."""
+    return np.uint8 if num_experts + fewer_picks <= 256 else np.uint16
 
 
 @dataclass(frozen=True)

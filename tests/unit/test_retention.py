@@ -191,7 +191,7 @@ def test_a_recording_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"version": 1}, "is of version 1 and sums 3 requests a row"),
-        ({"aggregate": 1}, "is of version 2 and sums 1 requests a row"),
+        ({"aggregate": 1}, "is of version 3 and sums 1 requests a row"),
         ({"aggregate": "3"}, "aggregate is 3, not a whole number"),
         ({"aggregate": True}, "aggregate is True, not a whole number"),
     ],

@@ -284,7 +284,11 @@ def test_cut_off_and_changed_files(trace: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "is of version 3, this moeplan reads up to 2; update moeplan"),
+        ({"version": 4}, "is of version 4, this moeplan reads up to 3; update moeplan"),
+        ({"version": True}, "is of version True"),
+        ({"requires": ["fewer-picks", "more"]}, "requires 'more', which this moeplan does not know; update moeplan"),
+        ({"requires": ["aggregated"]}, "is of version 3 and sums 1 requests a row"),
+        ({"prompts": {"kind": "words"}}, "prompts.kind is words, which is not supported"),
         ({"format": "other"}, "is not a moeplan-trace file"),
         ({"parts": []}, "holds no request"),
         (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.import_placement import placement
+from moeplan.cli.prompt_flags import PromptTokenFlags
 from moeplan.cli.terminal import progress
 from moeplan.cli.text.made import show_counts, show_made, show_trace
 
@@ -31,20 +33,23 @@ def arrays(
     *,
     output: o.TraceOut,
     how: o.SourceFlags = o.SourceFlags(),
+    prompts: PromptTokenFlags = PromptTokenFlags(),
     model: o.ModelFlags = o.ModelFlags(),
     json: o.Json = None,
 ) -> None:
     """Import request-level arrays from an .npz file.
 
-    It holds experts, request_offsets, prefill_lengths, domain, layer_ids and num_experts.
+    It holds experts, request_offsets, prefill_lengths and num_experts, and may hold domain, layer_ids, session, turn,
+    arrival, prompt_tokens and prompt_offsets.
 
     Args:
         source: The .npz file.
     """
     from moeplan.importers.arrays import import_arrays
 
-    with progress("importing requests") as tick:
-        trace = import_arrays(source, output, how.options(model), progress=tick)
+    options = how.options(model)
+    with prompts.added(options.retention, output) as retention, progress("importing requests") as tick:
+        trace = import_arrays(source, output, replace(options, retention=retention), progress=tick)
     show_trace(trace, json)
 
 
@@ -223,11 +228,15 @@ def trace(
     output: o.TraceOut,
     how: o.SourceFlags = o.SourceFlags(),
     keep: o.KeepFlags = o.KeepFlags(),
+    prompts: PromptTokenFlags = PromptTokenFlags(),
     json: o.Json = None,
 ) -> None:
     """Turn a trace into one that leaks less: without short requests, or with sums in place of token rows."""
     from moeplan.importers.trace import import_trace
+    from moeplan.trace import open_trace
 
-    with progress("copying requests") as tick:
-        made = import_trace(source, output, how.options(keep=keep), progress=tick)
+    options, stored = how.options(keep=keep), open_trace(source).prompts_info
+    key = stored.key if stored else ""
+    with prompts.added(options.retention, output, key=key) as retention, progress("copying requests") as tick:
+        made = import_trace(source, output, replace(options, retention=retention), progress=tick)
     show_trace(made, json)

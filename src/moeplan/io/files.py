@@ -65,15 +65,19 @@ def check_folder(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed onto it when the block ends well and removed when it does not."""
+def atomic_path(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed onto it when the block ends well and removed when it does not.
+
+    Args:
+        mode: permissions of the file, before the umask.
+    """
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode & ~_umask())
         temporary.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from None

@@ -110,11 +110,11 @@ def sweep(out: Path, *, begun: bool) -> None:
     """Remove what a kill left half-written, and the files of a first part that no `trace.json` names yet."""
     if not out.is_dir():
         return
-    temporary = [p for p in out.iterdir() if re.fullmatch(r"\.(part-\d+|requests|trace)\..*\.tmp", p.name)]
+    temporary = [p for p in out.iterdir() if re.fullmatch(r"\.(part-\d+|prompts-\d+|requests|trace)\..*\.tmp", p.name)]
     for path in temporary:
         path.unlink(missing_ok=True)
     rest = list(out.iterdir())
-    if not begun and {path.name for path in rest} <= {"part-00000.parquet", REQUESTS_NAME}:
+    if not begun and {path.name for path in rest} <= {"part-00000.parquet", "prompts-00000.parquet", REQUESTS_NAME}:
         for path in rest:
             path.unlink()
 

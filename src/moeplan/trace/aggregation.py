@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError
 from moeplan.trace.columns import list_column, list_values, phase_column, phase_names, read_columns
-from moeplan.trace.format import PHASES, UNKNOWN, Request, Requests, StoredRequest
+from moeplan.trace.format import AGGREGATED, PHASES, UNKNOWN, VERSION, Request, Requests, StoredRequest
 from moeplan.trace.retention import RetentionPolicy
 from moeplan.types import ModelShape, expert_dtype
 
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
     from moeplan.trace.reader import Trace
 
-__all__ = ["AGGREGATED_VERSION", "RequestSums", "Sums", "read_sums"]
-
-#: Format version of aggregated traces: version 1 has token rows only, so that its readers refuse them.
-AGGREGATED_VERSION = 2
+__all__ = ["RequestSums", "Sums", "read_sums"]
 
 Counts = npt.NDArray[np.uint32]
 
@@ -63,13 +60,14 @@ def _part_schema(shape: ModelShape) -> pa.Schema:
     )
 
 
-def read_sums(path: Path, first: int, requests: Requests, shape: ModelShape) -> Sums:
+def read_sums(path: Path, first: int, requests: Requests, shape: ModelShape, *, fewer_picks: bool = False) -> Sums:
     """Read a part and check it against the table of sums.
 
     Args:
         first: the number of its first sum.
         requests: those sums, and no others.
         shape: the model as stored.
+        fewer_picks: tokens may have fewer than k picks.
 
     Raises:
         FormatError: rows that are not those sums and phases, or counts that are not k picks a token and layer.
@@ -92,7 +90,8 @@ def read_sums(path: Path, first: int, requests: Requests, shape: ModelShape) -> 
     if values.dtype.kind not in "ui":
         raise FormatError(f"column counts holds {values.dtype}, not integers", where=str(path))
     values = values.reshape(-1, layers, experts)
-    wrong = (values.sum(axis=2, dtype=np.int64) != tokens[number, phase, None] * shape.top_k).any(axis=1)
+    found_picks, all_picks = values.sum(axis=2, dtype=np.int64), tokens[number, phase, None] * shape.top_k
+    wrong = ((found_picks > all_picks) if fewer_picks else (found_picks != all_picks)).any(axis=1)
     if wrong.any() or (values.size and int(values.min()) < 0):
         row = int(np.argmax(wrong))
         raise FormatError(
@@ -144,7 +143,8 @@ class RequestSums:
         assert retention.aggregate
         self._shape, self._retention, self._members = shape, retention, retention.aggregate
         self._domains: dict[str, _Domain] = {}
-        self.head = {"version": AGGREGATED_VERSION, "aggregate": self._members}
+        self.head = {"version": VERSION, "aggregate": self._members}
+        self.requires = (AGGREGATED,)
         self.row_values = shape.num_layers * shape.num_experts
 
     @property
@@ -169,7 +169,8 @@ class RequestSums:
         known = prefill != UNKNOWN
         ends = np.array([0, prefill, rows] if known else [0, 0, rows])
         phase = np.array([PHASES.index("prefill"), PHASES.index("decode" if known else "unknown")])
-        experts: npt.NDArray[Any] = np.ascontiguousarray(request.experts, expert_dtype(shape.num_experts))
+        dtype = expert_dtype(shape.num_experts, fewer_picks=self._retention.fewer_picks)
+        experts: npt.NDArray[Any] = np.ascontiguousarray(request.experts, dtype)
         count_ranges(experts, ends[:-1], ends[1:], phase, own.counts)
         own.members, own.rows, own.prefill = own.members + 1, own.rows + rows, own.prefill + max(prefill, 0)
         of.taken += 1
@@ -192,6 +193,9 @@ class RequestSums:
         request = pa.array((first + number).astype(np.uint32))
         columns = [request, phase_column(phase.astype(np.int8)), list_column(schema, "counts", found)]
         return pa.Table.from_arrays(columns, schema=schema)
+
+    def prompts(self, contents: Sequence[Counts]) -> None:
+        """Sums have no prompts."""
 
     def read_back(self, trace: Trace) -> list[Counts]:
         *_, last = trace.sums()

@@ -1,9 +1,10 @@
 """The trace format: names, schemas, and the two values that everything reads (`Requests`, `Rows`).
 
 A trace is a directory: `trace.json`, `requests.parquet` (one row per request) and `part-00000.parquet` .. (one row per
-token; version 2 has sums over requests instead: `aggregation.py`). A request's rows are whole in one part, in order,
-prefill before decode; requests are numbered 0, 1, .. in the order of the parts. The documentation of the trace format
-says what MUST and MAY be there.
+token; an aggregated trace has sums over requests instead: `aggregation.py`); where prompt features are kept,
+`prompts-00000.parquet` .. beside the parts (`prompts.py`). A request's rows are whole in one part, in order, prefill
+before decode; requests are numbered 0, 1, .. in the order of the parts. The documentation of the trace format says what
+MUST and MAY be there.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.errors import UsageError
+from moeplan.trace.prompts import PromptFeatures, PromptKind
 from moeplan.types import ModelShape, expert_dtype
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
+    "AGGREGATED",
+    "FEWER_PICKS",
     "FORMAT",
     "JSON_NAME",
     "PHASES",
@@ -30,16 +34,21 @@ __all__ = [
     "UNKNOWN",
     "VERSION",
     "PartInfo",
+    "PromptsInfo",
     "Request",
     "Requests",
     "Rows",
     "StoredRequest",
     "TraceHead",
     "layer_spans",
+    "layers_kept",
     "part_schema",
 ]
 
-FORMAT, VERSION = "moeplan-trace", 1
+#: Version 3 is written; 1 (token rows) and 2 (sums) are read.
+FORMAT, VERSION = "moeplan-trace", 3
+#: What `requires` in `trace.json` may name: a reader that does not know a name refuses the trace.
+AGGREGATED, FEWER_PICKS = "aggregated", "fewer-picks"
 JSON_NAME, REQUESTS_NAME = "trace.json", "requests.parquet"
 PHASES = ("prefill", "decode", "unknown")
 #: Prefill length of a request whose phases nobody recorded.
@@ -52,12 +61,28 @@ Count = Annotated[int, msgspec.Meta(ge=1, lt=2**32)]
 
 
 class PartInfo(msgspec.Struct, frozen=True):
-    """A part as `trace.json` describes it: its file's name, token rows, requests, and checksum."""
+    """A part as `trace.json` describes it: its file's name, token rows, requests, and checksums.
+
+    `prompts_sha256` is of the file with the prompt features of its requests, where the trace keeps them.
+    """
 
     file: str
     rows: Count
     requests: Count
     sha256: str
+    prompts_sha256: str | None = None
+
+    @property
+    def prompts_file(self) -> str:
+        """The name of the file with its prompt features."""
+        return self.file.replace("part-", "prompts-")
+
+
+class PromptsInfo(msgspec.Struct, frozen=True):
+    """The prompt features of a trace: their kind, and what names the secret of hashed ones."""
+
+    kind: PromptKind
+    key: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class HeadCounts(msgspec.Struct, frozen=True):
@@ -80,6 +105,8 @@ class TraceHead(msgspec.Struct, frozen=True):
     source: dict[str, Any] = {}  # msgspec copies it
     counts: HeadCounts = HeadCounts()
     requests_sha256: str | None = None
+    requires: tuple[str, ...] = ()
+    prompts: PromptsInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +114,8 @@ class Request:
     """One request, as it is added to a trace.
 
     Attributes:
-        experts: integers [rows, L, k], prefill rows first.
+        experts: integers [rows, L, k], prefill rows first. Where the writer allows fewer picks, -1 (or E) marks each
+            pick that a token lacks.
         prefill: how many rows are prefill; `UNKNOWN` (-1) where phases are not known.
         domain: a label; at most 200 characters.
         arrival: seconds since any fixed moment.
@@ -96,6 +124,9 @@ class Request:
         weights: gate weights, floats [rows, L, k]; None where the trace does not store them.
         dp_rank: the data-parallel rank that served it, 0 .. 2**31 - 1; None where unknown.
         where: what an error calls this request (a file and row).
+        session: number of the conversation that it belongs to, 0 .. 2**63 - 1; None where unknown.
+        turn: its place in the session, 0 for the first; None where unknown.
+        prompt: features of its prompt (of one request), stored where the writer keeps them; None where unknown.
     """
 
     experts: npt.NDArray[np.integer[Any]]
@@ -106,6 +137,9 @@ class Request:
     weights: npt.NDArray[np.floating[Any]] | None = None
     dp_rank: int | None = None
     where: str | None = None
+    session: int | None = None
+    turn: int | None = None
+    prompt: PromptFeatures | None = None
 
 
 class StoredRequest(NamedTuple):
@@ -113,7 +147,7 @@ class StoredRequest(NamedTuple):
 
     Attributes:
         rows, prefill: token rows, and how many of them are prefill; see `Request`.
-        domain, arrival, dp_rank: see `Request`.
+        domain, arrival, dp_rank, session, turn: see `Request`.
         taken: how many requests (of a sum: of its domain) had been added to the writer when this one was stored.
     """
 
@@ -123,6 +157,8 @@ class StoredRequest(NamedTuple):
     arrival: float | None
     dp_rank: int | None
     taken: int
+    session: int | None = None
+    turn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +172,8 @@ class Requests:
         domains: the labels, in order of first appearance.
         arrival: float64 [R], seconds; NaN where unknown.
         dp_rank: int64 [R], the data-parallel rank that served each request; -1 where unknown.
+        session: int64 [R], number of the conversation; -1 where unknown. None where the trace has no sessions.
+        turn: int32 [R], place in the session, 0 for the first; -1 where unknown. None where the trace has no turns.
     """
 
     rows: Int64Array
@@ -144,6 +182,8 @@ class Requests:
     domains: tuple[str, ...]
     arrival: npt.NDArray[np.float64]
     dp_rank: Int64Array
+    session: Int64Array | None = None
+    turn: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,7 +197,14 @@ class Requests:
         """Requests first .. last - 1."""
         part = slice(first, last)
         return Requests(
-            self.rows[part], self.prefill[part], self.domain[part], self.domains, self.arrival[part], self.dp_rank[part]
+            self.rows[part],
+            self.prefill[part],
+            self.domain[part],
+            self.domains,
+            self.arrival[part],
+            self.dp_rank[part],
+            None if self.session is None else self.session[part],
+            None if self.turn is None else self.turn[part],
         )
 
     @property
@@ -177,7 +224,7 @@ class Rows:
 
     Attributes:
         first: number of the first request.
-        experts: unsigned [T, L, k].
+        experts: unsigned [T, L, k]; E in place of a pick that a token lacks.
         offsets: int64 [n + 1]; request first + i has rows offsets[i] .. offsets[i + 1] - 1.
         prefill: int64 [n], prefill rows, -1 where phases are unknown.
         weights: float16 [T, L, k] gate weights, or None.
@@ -240,12 +287,12 @@ def layer_spans(ids: Sequence[int]) -> str:
     return ", ".join(texts[:24]) + (", .." if len(texts) > 24 else "")
 
 
-def part_schema(shape: ModelShape, *, weights: bool) -> pa.Schema:
+def part_schema(shape: ModelShape, *, weights: bool, fewer_picks: bool = False) -> pa.Schema:
     """The Arrow schema of a part: one row per token."""
     import pyarrow as pa
 
     picks = shape.num_layers * shape.top_k
-    ids = pa.uint8() if expert_dtype(shape.num_experts) is np.uint8 else pa.uint16()
+    ids = pa.uint8() if expert_dtype(shape.num_experts, fewer_picks=fewer_picks) is np.uint8 else pa.uint16()
     fields = [
         pa.field("request", pa.uint32(), nullable=False),
         pa.field("position", pa.uint32(), nullable=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +15,26 @@ from moeplan import embedded
 from moeplan.errors import FormatError, UsageError
 from moeplan.io.files import sha256
 from moeplan.io.json import convert, read_json
-from moeplan.trace.aggregation import AGGREGATED_VERSION, Sums, read_sums
+from moeplan.trace.aggregation import Sums, read_sums
 from moeplan.trace.columns import list_values, phase_names, read_columns
 from moeplan.trace.counts import is_counts_profile
 from moeplan.trace.format import (
+    AGGREGATED,
+    FEWER_PICKS,
     FORMAT,
     JSON_NAME,
     REQUESTS_NAME,
     UNKNOWN,
+    VERSION,
     PartInfo,
+    PromptsInfo,
     Requests,
     Rows,
     TraceHead,
     layers_kept,
 )
+from moeplan.trace.prompt_files import read_prompts
+from moeplan.trace.prompts import PromptFeatures
 from moeplan.types import ModelShape, expert_dtype
 
 __all__ = ["Trace", "open_trace"]
@@ -50,6 +57,8 @@ class Trace:
         dropped: requests that were shorter than asked for and are not stored.
         left_over: requests that filled no sum and are not stored.
         stored_parts: the files that hold the rows.
+        requires: what a reader had to know to open it, such as `fewer-picks`.
+        prompts_info: kind and key of its prompt features; None where it keeps none.
     """
 
     path: Path
@@ -64,6 +73,8 @@ class Trace:
     dropped: int
     left_over: int
     stored_parts: tuple[PartInfo, ...]
+    requires: tuple[str, ...]
+    prompts_info: PromptsInfo | None
     _stored: ModelShape
     _weights: bool
 
@@ -80,7 +91,31 @@ class Trace:
     @property
     def row_bytes(self) -> int:
         """Bytes that `load` takes per token."""
-        return self.shape.num_layers * self.shape.top_k * np.dtype(expert_dtype(self.shape.num_experts)).itemsize
+        return self.shape.num_layers * self.shape.top_k * np.dtype(self._dtype).itemsize
+
+    @property
+    def fewer_picks(self) -> bool:
+        """Whether tokens may have fewer than k picks: the id E then stands for each one that a token lacks."""
+        return FEWER_PICKS in self.requires
+
+    @property
+    def _dtype(self) -> type[np.uint8] | type[np.uint16]:
+        return expert_dtype(self.shape.num_experts, fewer_picks=self.fewer_picks)
+
+    @functools.cached_property
+    def prompts(self) -> PromptFeatures | None:
+        """Features of the prompts, in the order of `requests`; None where the trace keeps none.
+
+        Raises:
+            FormatError: a file that is damaged or missing.
+        """
+        if self.prompts_info is None:
+            return None
+        paths = [(self.path / part.prompts_file, part.requests) for part in self.stored_parts]
+        for (path, _), part in zip(paths, self.stored_parts, strict=True):
+            if sha256(path) != part.prompts_sha256:
+                raise FormatError("checksum differs from trace.json", where=str(path), hint="it was changed or cut off")
+        return read_prompts(paths, self.prompts_info.kind, self.prompts_info.key)
 
     @property
     def has_weights(self) -> bool:
@@ -114,7 +149,7 @@ class Trace:
         _, keep = layers_kept(self._stored, self.without_layers)
         for part, first in self._checked_files():
             own = self.requests.between(first, first + part.requests)
-            found = read_sums(self.path / part.file, first, own, self._stored)
+            found = read_sums(self.path / part.file, first, own, self._stored, fewer_picks=self.fewer_picks)
             yield found if keep is None else Sums(first, found.counts[:, :, keep])
 
     def _checked_files(self) -> Iterator[tuple[PartInfo, int]]:
@@ -134,7 +169,7 @@ class Trace:
     def load(self) -> Rows:
         """All rows in memory: tokens x `row_bytes` bytes."""
         total, layers, k = int(self.requests.rows.sum()), self.shape.num_layers, self.shape.top_k
-        experts = np.empty((total, layers, k), expert_dtype(self.shape.num_experts))
+        experts = np.empty((total, layers, k), self._dtype)
         at = 0
         for rows in self.parts():
             experts[at : at + len(rows.experts)] = rows.experts
@@ -147,12 +182,12 @@ class Trace:
         columns = read_columns(path, names, at_most=part.rows)
         count = len(columns["request"])
         picks = list_values(columns["experts"], stored.num_layers * stored.top_k, path)
-        dtype = expert_dtype(stored.num_experts)
+        dtype, most = self._dtype, stored.num_experts - 1 + self.fewer_picks
         if picks.dtype != dtype and not (picks.dtype.kind in "ui" and picks.size and int(picks.min()) >= 0):
             raise FormatError(f"column experts holds {picks.dtype}, not unsigned ids", where=str(path))
         experts = picks.reshape(count, stored.num_layers, stored.top_k)
-        if picks.size and int(picks.max()) >= stored.num_experts:
-            row = int(np.argmax((experts >= stored.num_experts).any(axis=(1, 2))))
+        if picks.size and int(picks.max()) > most:
+            row = int(np.argmax((experts > most).any(axis=(1, 2))))
             raise FormatError(
                 f"row {row}: expert {int(experts[row].max())} is outside 0..{stored.num_experts - 1}", where=str(path)
             )
@@ -225,15 +260,19 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise FormatError(f"is not a {FORMAT} file", where=where)
     version = raw.get("version")
-    if not isinstance(version, int) or version > AGGREGATED_VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise FormatError(
-            f"is of version {str(version)[:20]}, this moeplan reads up to {AGGREGATED_VERSION}",
-            where=where,
-            hint="update moeplan",
+            f"is of version {str(version)[:20]}, this moeplan reads up to {VERSION}", where=where, hint="update moeplan"
         )
     head: TraceHead = convert(raw, TraceHead, where)
-    parts, aggregate = head.parts, head.aggregate
-    if (aggregate > 1) != (version == AGGREGATED_VERSION):
+    parts, aggregate, requires = head.parts, head.aggregate, head.requires
+    for name in requires:
+        if name not in (AGGREGATED, FEWER_PICKS):
+            raise FormatError(
+                f"requires {name[:40]!r}, which this moeplan does not know", where=where, hint="update moeplan"
+            )
+    summed = version == 2 if version < 3 else AGGREGATED in requires  # version 2 was for sums and nothing else
+    if (aggregate > 1) != summed:
         raise FormatError(f"is of version {version} and sums {aggregate} requests a row", where=where)
     for number, part in enumerate(parts):
         if part.file != f"part-{number:05d}.parquet":  # a name of ours, never a path elsewhere
@@ -260,6 +299,8 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
         dropped=head.counts.dropped,
         left_over=head.counts.left_over,
         stored_parts=parts,
+        requires=requires,
+        prompts_info=head.prompts,
         _stored=head.model,
         _weights=head.weights,
     )
@@ -267,7 +308,7 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
 
 def _read_requests(path: Path, count: int, tokens: int) -> Requests:
     names = ["domain", "rows", "prefill", "arrival"]
-    columns = read_columns(path, names, at_most=count + MAX_AHEAD, optional=["dp_rank"])
+    columns = read_columns(path, names, at_most=count + MAX_AHEAD, optional=["dp_rank", "session", "turn"])
     if len(columns["rows"]) < count:
         raise FormatError(f"{len(columns['rows'])} requests, but trace.json counts {count}", where=str(path))
 
@@ -288,10 +329,27 @@ def _read_requests(path: Path, count: int, tokens: int) -> Requests:
     labels = [str(label) for label in columns["domain"].slice(0, count).to_pylist()]
     domains = tuple(dict.fromkeys(labels))
     index = {label: i for i, label in enumerate(domains)}
-    rank = numbers("dp_rank", -1, np.int64) if "dp_rank" in columns else np.full(count, -1, np.int64)
-    wrong = (rank < -1) | (rank >= 2**31)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise FormatError(f"row {row}: data-parallel rank {rank[row]} is outside 0..{2**31 - 1}", where=str(path))
-    domain = np.array([index[label] for label in labels], np.int64)
-    return Requests(rows, prefill, domain, domains, numbers("arrival", np.nan, np.float64), rank)
+
+    def optional(name: str, what: str, bits: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """A column of numbers 0 .. 2**bits - 1, -1 where one is unknown; None where there is no column."""
+        if name not in columns:
+            return None
+        values = numbers(name, -1, np.int64)
+        wrong = (values < -1) | (values > 2**bits - 1)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise FormatError(f"row {row}: {what} {values[row]} is outside 0..{2**bits - 1}", where=str(path))
+        return values
+
+    rank, session = optional("dp_rank", "data-parallel rank", 31), optional("session", "session", 63)
+    turn = optional("turn", "turn", 31)
+    return Requests(
+        rows,
+        prefill,
+        np.array([index[label] for label in labels], np.int64),
+        domains,
+        numbers("arrival", np.nan, np.float64),
+        np.full(count, -1, np.int64) if rank is None else rank,
+        session,
+        None if turn is None else turn.astype(np.int32),
+    )

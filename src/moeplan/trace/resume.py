@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moeplan.errors import UsageError
 from moeplan.trace.columns import read_columns
@@ -18,7 +19,7 @@ from moeplan.trace.format import REQUESTS_NAME, PartInfo, StoredRequest
 from moeplan.trace.reader import MAX_AHEAD, Trace
 from moeplan.types import ModelShape
 
-__all__ = ["Recorded", "check_same", "read_recorded"]
+__all__ = ["Recorded", "check_same", "read_recorded", "read_stored"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ def read_recorded(trace: Trace) -> Recorded:
     """
     if trace.complete:
         raise UsageError("is complete; there is nothing to resume", where=str(trace.path))
+    return read_stored(trace)
+
+
+def read_stored(trace: Trace) -> Recorded:
+    """Describe what a trace holds, complete or not."""
     requests, (*parts, last) = trace.requests, trace.stored_parts
     columns = (
         requests.rows.tolist(),
@@ -52,6 +58,8 @@ def read_recorded(trace: Trace) -> Recorded:
         [None if np.isnan(arrival) else arrival for arrival in requests.arrival.tolist()],
         [None if rank < 0 else rank for rank in requests.dp_rank.tolist()],
         _taken(trace),
+        _optional(requests.session, len(requests)),
+        _optional(requests.turn, len(requests)),
     )
     return Recorded(parts, last, [StoredRequest(*row) for row in zip(*columns, strict=True)])
 
@@ -75,6 +83,11 @@ def check_same(trace: Trace, shape: ModelShape, source: dict[str, Any], *, weigh
     if trace.has_weights != weights:
         hint = "resume with --keep-gate-weights" if trace.has_weights else "resume without --keep-gate-weights"
         raise UsageError("was begun with another choice of gate weights", where=where, hint=hint)
+
+
+def _optional(column: npt.NDArray[np.signedinteger] | None, count: int) -> list[int | None]:
+    """The values of a column, None where one is unknown or there is no column."""
+    return [None] * count if column is None else [None if value < 0 else value for value in column.tolist()]
 
 
 def _taken(trace: Trace) -> list[int]:

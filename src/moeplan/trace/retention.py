@@ -1,4 +1,4 @@
-"""What of the requests is stored: all of them, only those long enough, or nothing but sums over N of a domain."""
+"""What of the requests is stored: all of them or only those long enough, sums over N of a domain, prompt features."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeplan.errors import UsageError
+from moeplan.trace.prompts import PromptPolicy
 
 __all__ = ["RetentionPolicy"]
 
@@ -19,22 +20,30 @@ class RetentionPolicy:
     Attributes:
         min_tokens: requests of fewer rows (prefill and decode together) are dropped.
         aggregate: N, to store sums of N requests of a domain in place of token rows; None for token rows.
+        prompts: what is kept of the prompts; None for nothing.
+        fewer_picks: tokens may have fewer than k picks; False refuses them.
     """
 
     min_tokens: int = 1
     aggregate: int | None = None
+    prompts: PromptPolicy | None = None
+    fewer_picks: bool = False
 
     def __post_init__(self) -> None:
         if self.min_tokens < 1:
             raise UsageError(f"--min-tokens {self.min_tokens} is not positive")
         if self.aggregate is not None and self.aggregate < 2:
             raise UsageError(f"--aggregate {self.aggregate} must be at least 2")
+        if self.aggregate is not None and self.prompts is not None:
+            raise UsageError("sums over requests have no prompts", hint="leave out --aggregate or --keep-prompt-tokens")
 
     def source(self) -> dict[str, Any]:
         """What a trace's `source` says of it, so that a recording is resumed with the policy it was begun with."""
         return {
             **({"min_tokens": self.min_tokens} if self.min_tokens > 1 else {}),
             **({"aggregate": self.aggregate} if self.aggregate else {}),
+            **(self.prompts.source() if self.prompts else {}),
+            **({"fewer_picks": True} if self.fewer_picks else {}),
         }
 
     def check(self, domains: Sequence[str], *, weights: bool = False) -> None:

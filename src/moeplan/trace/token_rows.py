@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moeplan.trace.columns import list_column, phase_column
 from moeplan.trace.format import PHASES, UNKNOWN, VERSION, Request, StoredRequest, part_schema
+from moeplan.trace.prompts import PromptFeatures
 from moeplan.trace.retention import RetentionPolicy
 from moeplan.types import ModelShape, expert_dtype
 
@@ -28,15 +29,18 @@ class TokenRows:
 
     Attributes:
         head: the keys of `trace.json` that name this form.
+        requires: what a reader must know to read it, beside fewer picks.
         row_values: values in one row of a part.
         keeps_taken: whether `requests.parquet` must say how many requests had been added when each was stored.
         dropped: requests that were too short.
     """
 
     head: dict[str, Any] = {"version": VERSION}  # noqa: RUF012
+    requires: tuple[str, ...] = ()
 
     def __init__(self, shape: ModelShape, retention: RetentionPolicy, *, weights: bool) -> None:
         self._shape, self._retention, self._weights = shape, retention, weights
+        self._dtype = expert_dtype(shape.num_experts, fewer_picks=retention.fewer_picks)
         self.row_values = shape.num_layers * shape.top_k
         self.keeps_taken = retention.min_tokens > 1
         self.dropped = self._taken = 0
@@ -49,14 +53,27 @@ class TokenRows:
         """A request as it is stored."""
         rows = len(request.experts)
         positions = np.arange(rows) if request.positions is None else request.positions
+        policy, prompt = self._retention.prompts, request.prompt
+        if policy is not None and prompt is not None:
+            prompt = policy.kept(prompt, request.where)
         stored = replace(
             request,
-            experts=request.experts.astype(expert_dtype(self._shape.num_experts)),
+            experts=request.experts.astype(self._dtype),
+            prompt=prompt if policy is not None else None,
             positions=positions.astype(np.uint32),
             weights=None if request.weights is None else request.weights.astype(np.float16),
         )
         self._taken += 1
-        row = StoredRequest(rows, request.prefill, request.domain, request.arrival, request.dp_rank, self._taken)
+        row = StoredRequest(
+            rows,
+            request.prefill,
+            request.domain,
+            request.arrival,
+            request.dp_rank,
+            self._taken,
+            request.session,
+            request.turn,
+        )
         return row, stored
 
     def size(self, content: Request) -> int:
@@ -67,7 +84,7 @@ class TokenRows:
         """Whole requests as a part; `first` is the number of the first one."""
         import pyarrow as pa
 
-        schema = part_schema(self._shape, weights=self._weights)
+        schema = part_schema(self._shape, weights=self._weights, fewer_picks=self._retention.fewer_picks)
         rows = [len(request.experts) for request in contents]
         columns = [
             pa.array(np.repeat(np.arange(first, first + len(rows), dtype=np.uint32), rows)),
@@ -79,6 +96,15 @@ class TokenRows:
             columns.append(list_column(schema, "weights", [r.weights for r in contents if r.weights is not None]))
         return pa.Table.from_arrays(columns, schema=schema)
 
+    def prompts(self, contents: Sequence[Request]) -> list[PromptFeatures] | None:
+        """The prompt features of the requests of a part; None where they are not kept."""
+        policy = self._retention.prompts
+        if policy is None:
+            return None
+        counts = np.empty(0, np.uint16) if policy.kind == "hashed" else None
+        unknown = PromptFeatures(policy.kind, np.zeros(2, np.int64), np.empty(0, np.uint32), counts, policy.key)
+        return [unknown if request.prompt is None else request.prompt for request in contents]
+
     def read_back(self, trace: Trace) -> list[Request]:
         """The requests of the last part, as they were before it was written."""
         *_, rows = trace.parts(weights=self._weights, positions=True)  # this verifies every part
@@ -87,7 +113,10 @@ class TokenRows:
         for number, (start, stop) in enumerate(pairwise(rows.offsets)):
             weights = None if rows.weights is None else rows.weights[start:stop]
             experts, positions = rows.experts[start:stop], rows.positions[start:stop]
-            found.append(Request(experts, int(rows.prefill[number]), positions=positions, weights=weights))
+            prompt = None if trace.prompts is None else trace.prompts.take([rows.first + number])
+            found.append(
+                Request(experts, int(rows.prefill[number]), positions=positions, weights=weights, prompt=prompt)
+            )
         return found
 
     def restore(self, requests: Sequence[StoredRequest]) -> None:

@@ -1,8 +1,8 @@
 """Writing a trace request by request: parts are written as they fill, and the trace is readable at every moment.
 
-Order on disk at every flush: the part, then `requests.parquet`, then `trace.json`, each under a temporary name and then
-renamed. A kill between two of them leaves the older json, which names only finished parts; the reader takes from
-`requests.parquet` only as many rows as the json counts.
+Order on disk at every flush: the part, the prompt features of its requests where they are kept, `requests.parquet`,
+`trace.json`, each under a temporary name and then renamed. A kill between two of them leaves the older json, which
+names only finished parts; the reader takes from `requests.parquet` only as many rows as the json counts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,13 +19,24 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.errors import FormatError, MoeplanError, OutputError
+from moeplan.errors import FormatError, MoeplanError, OutputError, UsageError
 from moeplan.io.files import atomic_path, sha256
 from moeplan.io.json import write_json
 from moeplan.trace.aggregation import RequestSums
-from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, PartInfo, Request, StoredRequest
+from moeplan.trace.format import (
+    FEWER_PICKS,
+    FORMAT,
+    JSON_NAME,
+    REQUESTS_NAME,
+    UNKNOWN,
+    PartInfo,
+    PromptsInfo,
+    Request,
+    StoredRequest,
+)
+from moeplan.trace.prompt_files import write_prompts
 from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.resume import check_same, read_recorded
+from moeplan.trace.resume import check_same, read_recorded, read_stored
 from moeplan.trace.retention import RetentionPolicy
 from moeplan.trace.token_rows import TokenRows
 from moeplan.types import ModelShape
@@ -37,7 +49,8 @@ MAX_DOMAIN_CHARS = 200
 
 #: "import": an error of the input removes what the writer made. "record": what is on disk is kept. "resume": as record,
 #: and the recording at the path, which was interrupted, is continued.
-WriterMode = Literal["import", "record", "resume"]
+#: "append": as record, and the trace at the path gets more parts.
+WriterMode = Literal["import", "record", "resume", "append"]
 
 
 class TraceWriter:
@@ -56,11 +69,13 @@ class TraceWriter:
         part_picks: picks per part.
         mode: "import" removes what was made when the input turns out bad; "record" keeps it; "resume" continues the
             recording at `path` that was interrupted: `pending` says with which requests. The finished trace then equals
-            that of a recording without interruption, given the same arguments and requests.
+            that of a recording without interruption, given the same arguments and requests. "append" adds requests to
+            the trace at `path`, complete or not, in parts of their own; see `open_to_append`.
 
     Raises:
         OutputError: `path` is taken or cannot be made.
-        UsageError: to resume, and the trace is complete or was begun with another shape, source or choice of weights.
+        UsageError: to resume, and the trace is complete or was begun with another shape, source or choice of weights;
+            to append, and it is aggregated.
         FormatError: to resume, and `path` is not a trace or a part of it is damaged.
 
     Examples:
@@ -94,8 +109,11 @@ class TraceWriter:
         self._flushed = 0  # requests in parts
         self._last: PartInfo | None = None  # description of the last part of a recording that is resumed
         self._made = False
+        self._unmarked = mode == "append"  # its `trace.json` may still call it complete
         if mode == "resume":
             self._restore(open_trace(path))
+        elif mode == "append":
+            self._restore_all(open_trace(path))
         else:
             self._make_directory()
 
@@ -125,6 +143,14 @@ class TraceWriter:
         self._pending_rows = sum(self._form.size(content) for content in self._pending)
         self._flushed = len(self._requests) - len(self._pending)
 
+    def _restore_all(self, trace: Trace) -> None:
+        if trace.aggregate > 1:
+            raise UsageError("is aggregated: requests cannot be added to it", where=str(trace.path))
+        recorded = read_stored(trace)
+        self._form.restore(recorded.requests)
+        self._parts, self._requests = [*recorded.parts, recorded.last], recorded.requests
+        self._flushed = len(self._requests)
+
     def _make_directory(self) -> None:
         try:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -144,7 +170,8 @@ class TraceWriter:
             try:
                 self.close()
             except MoeplanError:
-                self._discard()
+                if not (self._keep_on_error and self._parts):
+                    self._discard()
                 raise
         elif issubclass(kind, MoeplanError) and not self._keep_on_error:
             self._discard()
@@ -152,26 +179,15 @@ class TraceWriter:
             self._flush()
 
     def _discard(self) -> None:
-        names = [part.file for part in self._parts] + [REQUESTS_NAME, JSON_NAME]
-        for name in names:
+        names = [name for part in self._parts for name in (part.file, part.prompts_file)]
+        for name in (*names, REQUESTS_NAME, JSON_NAME):
             (self.path / name).unlink(missing_ok=True)
         if self._made:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def add(
-        self,
-        experts: npt.NDArray[np.integer[Any]],
-        *,
-        prefill: int,
-        domain: str = "",
-        arrival: float | None = None,
-        positions: npt.NDArray[np.integer[Any]] | None = None,
-        weights: npt.NDArray[np.floating[Any]] | None = None,
-        dp_rank: int | None = None,
-        where: str | None = None,
-    ) -> None:
-        """Add one request; the arguments are the fields of `Request`, the errors those of `add_request`."""
-        self.add_request(Request(experts, prefill, domain, arrival, positions, weights, dp_rank, where))
+    def add(self, experts: npt.NDArray[np.integer[Any]], *, prefill: int, **fields: Any) -> None:
+        """Add one request; `fields` are further ones of `Request`, the errors those of `add_request`."""
+        self.add_request(Request(experts, prefill, **fields))
 
     def add_request(self, request: Request) -> None:
         """Add one request; one of fewer than `retention.min_tokens` rows is checked and dropped.
@@ -179,7 +195,10 @@ class TraceWriter:
         Raises:
             FormatError: wrong shape, an id outside 0 .. E - 1, lengths that do not fit.
         """
-        self._check(request, request.where or f"request {len(self)}")
+        where, missing = request.where or f"request {len(self)}", self.shape.num_experts
+        if self.retention.fewer_picks:
+            request = replace(request, experts=np.where(request.experts == -1, missing, request.experts))
+        self._check(request, where)
         if len(request.experts) < self.retention.min_tokens:
             self._form.drop(request.domain)
             return
@@ -198,6 +217,7 @@ class TraceWriter:
         """Raise FormatError for a request that does not fit the model, or itself."""
         experts, shape, rows = request.experts, self.shape, len(request.experts)
         layers, k, count = shape.num_layers, shape.top_k, shape.num_experts
+        most = count - 1 + self.retention.fewer_picks
         if experts.ndim != 3 or experts.shape[1:] != (layers, k):
             raise FormatError(
                 f"rows of shape {list(experts.shape[1:])}, but the trace has {layers} layers x {k} picks", where=where
@@ -208,8 +228,8 @@ class TraceWriter:
             raise FormatError(f"prefill length {request.prefill} does not fit {rows} rows", where=where)
         if len(request.domain) > MAX_DOMAIN_CHARS or any(ord(c) < 32 for c in request.domain):
             raise FormatError("the domain label is too long or holds control characters", where=where)
-        if int(experts.min()) < 0 or int(experts.max()) >= count:
-            row, layer, pick = np.argwhere((experts < 0) | (experts >= count))[0]
+        if int(experts.min()) < 0 or int(experts.max()) > most:
+            row, layer, pick = np.argwhere((experts < 0) | (experts > most))[0]
             raise FormatError(
                 f"row {row}, layer {shape.layer_ids[layer]}: expert {experts[row, layer, pick]} is outside"
                 f" 0..{count - 1}",
@@ -223,6 +243,11 @@ class TraceWriter:
             raise FormatError(f"{positions.shape} positions for {rows} rows", where=where)
         if dp_rank is not None and not 0 <= dp_rank < 2**31:
             raise FormatError(f"data-parallel rank {str(dp_rank)[:20]} is outside 0..{2**31 - 1}", where=where)
+        for label, number, bits in (("session", request.session, 63), ("turn", request.turn, 31)):
+            if number is not None and not 0 <= number < 2**bits:
+                raise FormatError(f"{label} {str(number)[:20]} is outside 0..{2**bits - 1}", where=where)
+        if request.prompt is not None and len(request.prompt) != 1:
+            raise FormatError(f"the features of {len(request.prompt)} prompts for one request", where=where)
 
     def close(self) -> None:
         """Write what is left and mark the trace complete; sums that are not full are left out."""
@@ -231,7 +256,14 @@ class TraceWriter:
             raise FormatError(what, where=str(self.path), hint=hint)
         self._flush(complete=True)
 
+    def flush(self) -> None:
+        """Write what was added so far; it is then in a part of its own, and readers see it."""
+        self._flush()
+
     def _flush(self, *, complete: bool = False) -> None:
+        if self._unmarked and self._pending:  # before requests.parquet changes: its checksum binds complete traces
+            self._write_json(complete=False)
+            self._unmarked = False
         if self._pending and not self._already_written():
             self._write_part()
         if self._parts:
@@ -269,6 +301,10 @@ class TraceWriter:
             pq.write_table(table, temporary, compression="zstd", row_group_size=table.num_rows)
         tokens = sum(request.rows for request in self._requests[self._flushed : self._flushed + count])
         part = PartInfo(path.name, tokens, count, sha256(path))
+        prompts = self._form.prompts(self._pending)
+        if prompts is not None:
+            write_prompts(self.path / part.prompts_file, prompts)
+            part = msgspec.structs.replace(part, prompts_sha256=sha256(self.path / part.prompts_file))
         parts, flushed, pending = [*self._parts, part], self._flushed + count, list[Any]()
         # Plain assignments, no call between them: a Ctrl-C cannot fall in here and write the same rows twice.
         self._parts, self._flushed, self._pending, self._pending_rows = parts, flushed, pending, 0
@@ -289,8 +325,10 @@ class TraceWriter:
             "decode": pa.array(rows - prefill, mask=unknown),
             "arrival": pa.array([request.arrival for request in done], pa.float64()),
         }
-        if any(request.dp_rank is not None for request in done):
-            columns["dp_rank"] = pa.array([request.dp_rank for request in done], pa.int32())
+        for name, kind in (("dp_rank", pa.int32()), ("session", pa.int64()), ("turn", pa.int32())):
+            values = [getattr(request, name) for request in done]
+            if any(value is not None for value in values):
+                columns[name] = pa.array(values, kind)
         if self._form.keeps_taken:
             columns["taken"] = pa.array([request.taken for request in done], pa.uint32())
         table = pa.table(columns)
@@ -303,6 +341,7 @@ class TraceWriter:
         data: dict[str, Any] = {
             "format": FORMAT,
             **self._form.head,
+            "requires": [*self._form.requires, *([FEWER_PICKS] if self.retention.fewer_picks else [])],
             "complete": complete,
             "synthetic": self.synthetic,
             "model": self.shape.to_dict(),
@@ -314,9 +353,18 @@ class TraceWriter:
                 "picks": tokens * self.shape.num_layers * self.shape.top_k,
                 **self._form.counts(self._flushed),
             },
-            "parts": msgspec.to_builtins(self._parts),
+            "parts": [_described(part) for part in self._parts],
             "checksum": digest,
         }
+        policy = self.retention.prompts
+        if policy is not None:
+            data["prompts"] = msgspec.to_builtins(PromptsInfo(policy.kind, policy.key))
         if complete:  # before that, a kill may leave it one part ahead of this file
             data["requests_sha256"] = sha256(self.path / REQUESTS_NAME)
         write_json(self.path / JSON_NAME, data)
+
+
+def _described(part: PartInfo) -> dict[str, Any]:
+    """A part as `trace.json` has it."""
+    described: dict[str, Any] = msgspec.to_builtins(part)
+    return {key: value for key, value in described.items() if value is not None}

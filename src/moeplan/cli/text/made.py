@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["show_counts", "show_made", "show_trace"]
 
+_PROMPTS = {
+    "ids": "the trace holds the prompts' token ids, which can be read as text",
+    "hashed": "the trace holds hashed prompt tokens, which the secret makes searchable",
+}
 _INCOMPLETE = (
     ("requests_with_unknown_phases", "have unknown phases"),
     (
@@ -37,7 +41,8 @@ def show_trace(trace: Trace, json: Path | None, **more: Any) -> None:
     """What was imported, recorded or generated; `more` goes into the JSON."""
     from moeplan.profile.summary import trace_summary
 
-    facts = {**trace_summary(trace), "notes": list(trace.source.get("notes", ())), **more}
+    kept = trace.prompts_info.kind if trace.prompts_info else None
+    facts = {**trace_summary(trace), "prompt_tokens": kept, "notes": list(trace.source.get("notes", ())), **more}
     layers = plural(facts["layers"], "layer")
     echo(
         f"{facts['model'] or 'unnamed model'}{' (synthetic)' * facts['synthetic']}: {layers} x {facts['experts']} "
@@ -59,6 +64,8 @@ def show_trace(trace: Trace, json: Path | None, **more: Any) -> None:
             echo(f"note: {facts[key]} of {facts['requests']} requests {why}")
     if facts["hidden"] is None:
         echo("note: the hidden size is unknown, so byte figures will be null: --hidden sets it")
+    if kept:
+        echo(f"warning: {_PROMPTS[kept]}; the files are readable by you only, and copies should be")
     for note in facts["notes"]:
         echo(f"note: {note}")
     took = f" in {facts['seconds']:.1f} s" if "seconds" in facts else ""
