@@ -99,6 +99,15 @@ def placements(draw: st.DrawFn) -> Placement:
     return Placement(np.array(rows), experts, nodes, per_node)
 
 
+def draw_picks(rng: np.random.Generator, place: Placement, tokens: int, most: int) -> np.ndarray:
+    """uint8 [tokens, L, k], k at most `most`; of half of the draws a third of the picks is missing."""
+    k = int(rng.integers(1, min(most, place.num_experts) + 1))
+    picks = rng.permuted(np.tile(np.arange(place.num_experts), (tokens, place.num_layers, 1)), axis=2)[:, :, :k]
+    if rng.random() < 0.5:
+        picks[rng.random(picks.shape) < 1 / 3] = place.num_experts
+    return np.ascontiguousarray(picks.astype(np.uint8))
+
+
 def serving_gpu(
     place: Placement, cluster: Cluster, rule: ReplicaRule, table, layer: int, source: int, e: int, row: int
 ):
@@ -156,9 +165,7 @@ def test_steps_equal_a_naive_triple_loop(
     rng = np.random.default_rng(seed)
     cluster = Cluster(place.nodes, place.gpus_per_node, home)
     who = routes(place, cluster, rule, seed)
-    k = int(rng.integers(1, min(4, place.num_experts) + 1))
-    experts = rng.permuted(np.tile(np.arange(place.num_experts), (20, place.num_layers, 1)), axis=2)[:, :, :k]
-    experts = np.ascontiguousarray(experts.astype(np.uint8))
+    experts = draw_picks(rng, place, 20, 4)
     live = int(rng.integers(1, 6))
     rows = rng.integers(0, 20, live * cluster.num_groups)
     sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
@@ -170,7 +177,7 @@ def test_steps_equal_a_naive_triple_loop(
     for layer in range(place.num_layers):
         for row, source, index in zip(rows, sources, indices, strict=True):
             serving = []
-            for e in experts[row, layer]:
+            for e in experts[row, layer][experts[row, layer] < place.num_experts]:
                 gpu = serving_gpu(place, cluster, rule, who.slot, layer, int(source), int(e), int(index))
                 serving.append(gpu)
                 want_picks[layer, gpu] += 1
@@ -199,9 +206,7 @@ def test_requests_equal_a_naive_triple_loop(
     rng = np.random.default_rng(seed)
     cluster = Cluster(place.nodes, place.gpus_per_node, home)
     who = routes(place, cluster, rule, seed)
-    k = int(rng.integers(1, min(3, place.num_experts) + 1))
-    experts = rng.permuted(np.tile(np.arange(place.num_experts), (6, place.num_layers, 1)), axis=2)[:, :, :k]
-    experts = np.ascontiguousarray(experts.astype(np.uint8))
+    experts = draw_picks(rng, place, 6, 3)
     starts, stops = np.array([0, 2]), np.array([2, 6])
     group = rng.integers(0, cluster.num_groups, 2)
     got = request_messages(who, mode, experts, starts, stops, group)
@@ -211,7 +216,7 @@ def test_requests_equal_a_naive_triple_loop(
         sources = range(first, first + cluster.gpus_per_group)
         want = np.zeros(3)
         for row, layer in itertools.product(range(starts[i], stops[i]), range(place.num_layers)):
-            picked = [int(e) for e in experts[row, layer]]
+            picked = [int(e) for e in experts[row, layer] if e < place.num_experts]
             residues = [0]
             if rule is ReplicaRule.HASH:
                 residues = list(range(math.lcm(*(int(place.replica_count[layer, e]) for e in picked))))

@@ -53,6 +53,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
     held = np.concatenate([deck[home == n] for n in range(nodes)])
     assume(legal(held, gpus, nodes, experts, nearest))
     rows = np.array([rng.permutation(experts)[: min(3, experts)] for _ in range(30)]).astype(np.uint8)
+    rows[rng.random(rows.shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = experts  # picks that tokens lack
     return {
         "use": rng.gamma(0.5, size=(nodes, experts)),
         "slots": held,
@@ -151,6 +152,7 @@ def test_messages_are_what_the_replay_counts(seed: int, nearest: bool) -> None:
     nodes, per_node, experts, k, n = 3, 2, 12, 3, 5
     cluster, slots = Cluster(nodes, per_node), np.tile(rng.permutation(experts), (2, 1)).astype(np.int64)
     rows = np.array([[rng.permutation(experts)[:k] for _ in range(2)] for _ in range(4 * n)]).astype(np.uint8)
+    rows[rng.random(rows.shape) < rng.choice([0.0, 0.3])] = experts  # picks that tokens lack
     request = np.repeat(np.arange(n), 4)
     who = routes(Placement(slots.astype(np.int32), experts, nodes, per_node), cluster, ReplicaRule.NEAREST_STATIC)
     for mode, by in ((Dispatch.NODE, local_search.BY_NODE), (Dispatch.GPU, local_search.BY_GPU)):

@@ -1,4 +1,7 @@
-"""Counting picks: from token rows to counts per request (or any other row key), layer and expert."""
+"""Counting picks: from token rows to counts per request (or any other row key), layer and expert.
+
+A token may lack picks: ids of E and above stand for those, and are not counted.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def count_ranges(
     """Add the picks of rows starts[i] .. stops[i] - 1 to `out[keys[i]]`; a negative key skips the range.
 
     Args:
-        experts: unsigned [T, L, k], ids below E (the reader has checked them).
+        experts: unsigned [T, L, k].
         starts, stops, keys: int64 [n].
         out: uint32 [keys, L, E], added to in place.
     """
@@ -32,7 +35,8 @@ def count_ranges(
     if k < LONG_INNER_LOOP and experts.flags.c_contiguous and out.flags.c_contiguous:
         # Where the counters of each of a row's L x k picks begin: the inner loop is then one flat walk over the row.
         base = np.repeat(np.arange(layers, dtype=np.uint64) * np.uint64(count), k)
-        _count_flat(experts.reshape(len(experts), layers * k), starts, stops, keys, base, out.reshape(len(out), -1))
+        flat = experts.reshape(len(experts), layers * k)
+        _count_flat(flat, starts, stops, keys, base, count, out.reshape(len(out), -1))
     else:
         _count_by_layer(experts, starts, stops, keys, out)
 
@@ -44,13 +48,14 @@ def _count_flat(
     stops: Int64Array,
     keys: Int64Array,
     base: npt.NDArray[np.uint64],
+    num_experts: int,
     out: CountArray,
 ) -> None:
     """`picks` [T, L * k], `out` [keys, L * E]; all indices unsigned, so that numba need not test for negative ones.
 
     Four rows at a time share each load of `base`.
     """
-    width, one = np.uint64(picks.shape[1]), np.uint32(1)
+    width, one, size = np.uint64(picks.shape[1]), np.uint32(1), np.uint64(num_experts)
     for i in range(starts.size):
         if keys[i] < 0:
             continue
@@ -60,14 +65,20 @@ def _count_flat(
             row0, row1, row2, row3 = picks[t], picks[t + 1], picks[t + 2], picks[t + 3]
             for c in range(width):
                 at = base[c]
-                counters[at + np.uint64(row0[c])] += one
-                counters[at + np.uint64(row1[c])] += one
-                counters[at + np.uint64(row2[c])] += one
-                counters[at + np.uint64(row3[c])] += one
+                e0, e1, e2, e3 = np.uint64(row0[c]), np.uint64(row1[c]), np.uint64(row2[c]), np.uint64(row3[c])
+                if e0 < size:
+                    counters[at + e0] += one
+                if e1 < size:
+                    counters[at + e1] += one
+                if e2 < size:
+                    counters[at + e2] += one
+                if e3 < size:
+                    counters[at + e3] += one
         for t in range(max(rest, starts[i]), stops[i]):
             row = picks[t]
             for c in range(width):
-                counters[base[c] + np.uint64(row[c])] += one
+                if np.uint64(row[c]) < size:
+                    counters[base[c] + np.uint64(row[c])] += one
 
 
 @compiled
@@ -75,7 +86,7 @@ def _count_by_layer(
     experts: ExpertArray, starts: Int64Array, stops: Int64Array, keys: Int64Array, out: CountArray
 ) -> None:
     """For any strides; as many layers at a time as have counters that stay in a first-level cache."""
-    layers, k = np.uint64(experts.shape[1]), np.uint64(experts.shape[2])
+    layers, k, size = np.uint64(experts.shape[1]), np.uint64(experts.shape[2]), np.uint64(out.shape[2])
     block = np.uint64(max(1, CACHED_COUNTERS // out.shape[2]))
     for i in range(starts.size):
         if keys[i] < 0:
@@ -87,7 +98,9 @@ def _count_by_layer(
                 for layer in range(first, last):
                     row, counters = experts[t, layer], of_key[layer]
                     for j in range(k):
-                        counters[np.uint64(row[j])] += np.uint32(1)
+                        e = np.uint64(row[j])
+                        if e < size:
+                            counters[e] += np.uint32(1)
 
 
 def count_ranges_reference(
@@ -99,6 +112,7 @@ def count_ranges_reference(
             continue
         for layer in range(experts.shape[1]):
             picks = experts[start:stop, layer].ravel()
+            picks = picks[picks < out.shape[2]]
             out[key, layer] += np.bincount(picks, minlength=out.shape[2]).astype(np.uint32)
 
 
@@ -111,16 +125,21 @@ def count_pairs(experts: ExpertArray, starts: Int64Array, stops: Int64Array, out
         starts, stops: int64 [n].
         out: uint32 [L, E, E], symmetric, added to in place; the diagonal stays 0 where a token's picks are distinct.
     """
-    layers, k = np.uint64(experts.shape[1]), np.uint64(experts.shape[2])
+    layers, k, size = np.uint64(experts.shape[1]), np.uint64(experts.shape[2]), np.uint64(out.shape[1])
     one_way = np.zeros((out.shape[1], out.shape[2]), np.uint32)
     for layer in range(layers):  # layer outermost: one [E, E] table stays in cache
         one_way[:] = 0
         for i in range(starts.size):
             for t in range(starts[i], stops[i]):
                 for a in range(k):
-                    row = one_way[np.uint64(experts[t, layer, a])]
+                    first = np.uint64(experts[t, layer, a])
+                    if first >= size:
+                        continue
+                    row = one_way[first]
                     for b in range(a + np.uint64(1), k):
-                        row[np.uint64(experts[t, layer, b])] += np.uint32(1)
+                        second = np.uint64(experts[t, layer, b])
+                        if second < size:
+                            row[second] += np.uint32(1)
         for a in range(out.shape[1]):
             for b in range(out.shape[2]):
                 out[layer, a, b] += one_way[a, b] + one_way[b, a]
@@ -134,4 +153,6 @@ def count_pairs_reference(experts: ExpertArray, starts: Int64Array, stops: Int64
             for a in range(k):
                 for b in range(k):
                     if a != b:
-                        np.add.at(out[layer], (experts[start:stop, layer, a], experts[start:stop, layer, b]), 1)
+                        pair = experts[start:stop, layer][:, [a, b]]
+                        pair = pair[(pair < out.shape[1]).all(axis=1)]
+                        np.add.at(out[layer], (pair[:, 0], pair[:, 1]), 1)

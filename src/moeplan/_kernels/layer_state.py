@@ -55,7 +55,8 @@ class Rows(NamedTuple):
     """Sampled token rows of one layer, and which of them hold an expert.
 
     Attributes:
-        experts: unsigned [T, k]; home: int64 [T], the node where each row's request decodes.
+        experts: unsigned [T, k], E and above for picks that a token lacks; home: int64 [T], the node where each row's
+            request decodes.
         starts: int64 [E + 1], holding: int64 [T * k]; rows that hold expert e: holding[starts[e]:starts[e + 1]].
     """
 
@@ -129,7 +130,7 @@ def _reached_units(layer: Layer, row: ExpertArray, home: int, s: Scratch) -> int
     found = 0
     for j in range(row.size):
         e = row[j]
-        if layer.nearest and layer.on_node[home, e] > 0:
+        if e >= layer.replicas.size or (layer.nearest and layer.on_node[home, e] > 0):
             continue
         each = 1.0 / layer.replicas[e]
         for i in range(layer.replicas[e]):
@@ -189,6 +190,8 @@ def _messages(layer: Layer, rows: Rows, s: Scratch, r: int, weight: float) -> fl
         total += 1.0 if s.sure[u] else 1.0 - s.missed[u]
         if weight != 0.0:
             for j in range(row.size):
+                if row[j] >= layer.replicas.size:
+                    continue
                 chance = s.chance[j, u]
                 sure = chance > 0.999999
                 reached = 1.0
@@ -262,7 +265,7 @@ def messages_by_home(layer: Layer, rows: Rows, s: Scratch, request: Int64Array, 
     for r in range(rows.home.size):
         row, replicated, of = rows.experts[r], False, request[r]
         for j in range(row.size):
-            replicated = replicated or layer.replicas[row[j]] > 1
+            replicated = replicated or (row[j] < layer.replicas.size and layer.replicas[row[j]] > 1)
         if replicated:
             for home in range(layer.on_node.shape[0]):
                 found = _reached_units(layer, row, home, s)
@@ -272,6 +275,8 @@ def messages_by_home(layer: Layer, rows: Rows, s: Scratch, request: Int64Array, 
         # Without replicas a token reaches the same units from every node, but for those on its own.
         found = 0
         for j in range(row.size):
+            if row[j] >= layer.replicas.size:
+                continue
             gpu = layer.replica_gpu[row[j], 0]
             if s.seen[layer.unit[gpu]] < 0:
                 s.seen[layer.unit[gpu]] = 0
@@ -304,7 +309,8 @@ def build_state(
     if by != BY_PICK and tokens is not None:
         picked, home = tokens[0].astype(np.uint16), tokens[1].astype(np.int64)
         unshared = np.zeros(use.shape)
-        np.add.at(unshared, (np.repeat(home, picked.shape[1]), picked.ravel()), 1.0)
+        there = picked < experts
+        np.add.at(unshared, (np.broadcast_to(home[:, None], picked.shape)[there], picked[there]), 1.0)
     units = (0, nodes, gpus)[by]
     layer = Layer(
         use=use,

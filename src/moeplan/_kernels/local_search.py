@@ -279,7 +279,8 @@ def improve(
         gpus_per_node: G.
         sweeps: over all slots of a layer, at most.
         same_gpu: float64 [L, P, E], what a replica on this very GPU is worth besides, in shares of all picks.
-        rows: for each layer, sampled tokens' experts [T, k] and home nodes [T], where messages are not counted by pick.
+        rows: for each layer, sampled tokens' experts [T, k] and home nodes [T], where messages are not counted by pick;
+            E stands for a pick that a token lacks.
         budget: the most replicas of a layer that may be elsewhere than they were (-1: any number), best moves first.
 
     Returns:
@@ -291,7 +292,7 @@ def improve(
             return 0.0
         near, tokens = None if same_gpu is None else same_gpu[i], None if rows is None else rows[i]
         layer, held, scratch = build_state(use[i], slots[i], gpus_per_node, objective, near, tokens)
-        scale = 1.0 / float(layer.unshared.sum())
+        scale = 1.0 / max(float(layer.unshared.sum()), 1e-12)  # all sampled tokens may lack all picks
         search = Search(layer, _savings(layer, objective), _load_state(layer, objective), scale)
         return float(_search(search, held, scratch, sweeps, budget))
 
@@ -374,13 +375,13 @@ def value_reference(
     if objective.counted_by == BY_PICK or rows is None:
         messages = float(np.einsum("nge,ne,ng->", chance, use, far)) / use.sum()
     else:
-        messages = 0.0
+        messages, picks = 0.0, max(int((rows[0] < experts).sum()), 1)
         for row, n in zip(*rows, strict=True):
-            each = chance[n][:, row] * far[n][:, None]
+            each = chance[n][:, row[row < experts]] * far[n][:, None]
             if objective.counted_by == BY_NODE:
                 each = each.reshape(nodes, gpus_per_node, -1).sum(axis=1)
-            messages += (1.0 - credit) * float(each.sum()) / rows[0].size
-            messages += credit * float((1.0 - np.prod(1.0 - each, axis=1)).sum()) / rows[0].size
+            messages += (1.0 - credit) * float(each.sum()) / picks
+            messages += credit * float((1.0 - np.prod(1.0 - each, axis=1)).sum()) / picks
     value = 0.0 if same_gpu is None else float((same_gpu * on_gpu).sum())
     penalty = objective.node_penalty * load_norm(load.reshape(nodes, -1).sum(axis=1))
     return float(value - messages - penalty - objective.gpu_penalty * load_norm(load))

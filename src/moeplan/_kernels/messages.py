@@ -1,7 +1,7 @@
 """Counting messages: what `moeplan.cluster` defines for one token, over whole steps and whole requests.
 
 The plain reference is `moeplan.cluster.token_messages`; the property tests hold both loops here to it, for every
-dispatch mode, replica rule and deployment.
+dispatch mode, replica rule and deployment. Ids of E and above stand for picks that a token lacks, and send nothing.
 
 Mode codes: 0 `pick`, 1 `gpu`, 2 `node`, 3 `allgather`.
 """
@@ -74,6 +74,8 @@ def step_messages(
             mark = np.int64(layer) * rows.size + r
             for j in range(k):
                 e = experts[t, layer, j]
+                if e >= num_experts:
+                    continue
                 if use_hash:
                     gpu = int(replica_gpu[layer, e, hashed % replica_count[layer, e]])
                 else:
@@ -164,8 +166,8 @@ def summarise_step(
         out[0] += nodes * (nodes - 1) * largest
         out[1] += gpus * busiest
         out[2] += across
-        out[3] += most * gpus / total / layers
-        out[4] += fullest * nodes / total / layers
+        out[3] += (most * gpus / total if total else 1.0) / layers
+        out[4] += (fullest * nodes / total if total else 1.0) / layers
         out[5] += experts / gpus / layers
 
 
@@ -179,12 +181,14 @@ def summarise_step_reference(
     pairs[:, np.arange(nodes), np.arange(nodes)] = 0
     busiest = np.maximum(links.sum(axis=1).max(axis=1), links.sum(axis=2).max(axis=1))
     served = picks.reshape(layers, nodes, -1).sum(axis=2)
+    mean = np.maximum(picks.mean(axis=1), 1e-12)
+    idle = mean <= 1e-12  # a layer without a pick is even
     return [
         float(nodes * (nodes - 1) * pairs.max(axis=(1, 2)).sum()),
         float(gpus * busiest.sum()),
         float(pairs.sum()),
-        float((picks.max(axis=1) / picks.mean(axis=1)).mean()),
-        float((served.max(axis=1) / served.mean(axis=1)).mean()),
+        float(np.where(idle, 1.0, picks.max(axis=1) / mean).mean()),
+        float(np.where(idle, 1.0, served.max(axis=1) / (mean * gpus_per_node)).mean()),
         float(touched.mean()),
     ]
 
@@ -224,7 +228,7 @@ def request_messages(
         replica_gpu, replica_count: int16 [L, E, X], int32 [L, E].
         out: float64 [n, 3], set to (messages between nodes, messages inside nodes, distinct other nodes reached).
     """
-    num_layers = replica_count.shape[0]
+    num_layers, num_experts = replica_count.shape
     num_gpus = table.shape[1]
     num_nodes = num_gpus // gpus_per_node
     k = experts.shape[2]
@@ -242,6 +246,8 @@ def request_messages(
                 cycle = np.int64(1)
                 if use_hash:
                     for j in range(k):
+                        if experts[t, layer, j] >= num_experts:
+                            continue
                         count = np.int64(replica_count[layer, experts[t, layer, j]])
                         cycle = cycle // _gcd(cycle, count) * count
                 scenarios = cycle if use_hash else (1 if uniform[layer, first] else group_gpus)
@@ -255,6 +261,8 @@ def request_messages(
                     own_gpus, node_gpus, far_gpus, far_nodes, rails = 0, 0, 0, 0, 0
                     for j in range(k):
                         e = experts[t, layer, j]
+                        if e >= num_experts:
+                            continue
                         if use_hash:
                             gpu = np.int64(replica_gpu[layer, e, scenario % replica_count[layer, e]])
                         else:

@@ -217,8 +217,9 @@ class Planner:
         shape = (len(self.flat), self.cluster.nodes, self.problem.shape.num_experts)
         objective = pricing.objective(self.nearest)
         sent = sampled_messages(slots, self.cluster.gpus_per_node, objective, rows.experts, rows.request, shape)
-        sampled = np.bincount(rows.request, minlength=len(self.flat))[:, None] * self.problem.shape.num_layers
-        return np.asarray((1.0 - sent / np.maximum(sampled * self.problem.shape.top_k, 1))[:, self.group_node])
+        picks = np.sum([(experts < self.problem.shape.num_experts).sum(axis=1) for experts in rows.experts], axis=0)
+        sampled = np.bincount(rows.request, weights=picks, minlength=len(self.flat))[:, None]
+        return np.asarray((1.0 - sent / np.maximum(sampled, 1))[:, self.group_node])
 
     def members(self, state: State) -> FloatArray:
         """float64 [n, D], how much of each request belongs to each group."""

@@ -16,7 +16,7 @@ from moeplan.errors import UsageError
 from moeplan.progress import Progress
 from moeplan.trace import Requests, Rows, Trace
 from moeplan.trace.stages import Stages
-from moeplan.types import ModelShape, expert_dtype
+from moeplan.types import ModelShape
 
 __all__ = ["DECODE", "OTHER", "PREFILL", "STAGES", "WITHOUT_ROWS", "Counts", "Reservoir", "count", "stratified"]
 
@@ -183,7 +183,7 @@ class _Tally:
 
 
 def _count_rows(trace: Trace, stages: Stages, chosen: _ReservoirRows, tally: _Tally) -> Reservoir:
-    kept = np.empty((len(chosen.row), trace.shape.num_layers, trace.shape.top_k), expert_dtype(trace.shape.num_experts))
+    kept = np.empty((len(chosen.row), trace.shape.num_layers, trace.shape.top_k), trace.expert_dtype)
     totals = tally.totals
     scratch = np.zeros((totals[..., 0, 0].size, *totals.shape[-2:]), np.uint32)
     for rows in trace.parts():

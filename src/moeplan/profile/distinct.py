@@ -55,13 +55,14 @@ def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Di
     of_stage = counts.reservoir.stage == stage
     experts = counts.reservoir.experts[of_stage][:, kept]  # [m, L', k]
     domain = counts.domain[counts.reservoir.request[of_stage]]
-    size, k = counts.shape.num_experts, counts.shape.top_k
+    size = counts.shape.num_experts
+    k = float((experts < size).sum()) / (len(experts) * len(kept))  # a token may have fewer picks than the model's k
     batch = 2 ** np.arange(int(np.log2(min(MAX_BATCH, len(experts)))) + 1)
     rng = np.random.default_rng([seed, 8])
 
     share = np.zeros((len(kept), size))  # of tokens that pick the expert
     for layer in range(len(kept)):
-        share[layer] = np.bincount(experts[:, layer].ravel(), minlength=size) / len(experts)
+        share[layer] = np.bincount(experts[:, layer].ravel(), minlength=size)[:size] / len(experts)
     mixed = [
         _count_distinct(experts[rng.choice(len(experts), batch[-1], replace=False)], batch, size) for _ in range(DRAWS)
     ]
@@ -96,11 +97,11 @@ def _count_distinct(
 ) -> FloatArray:
     """Mean over layers of distinct experts in the first b rows, for each b of `sizes`."""
     layers = experts.shape[1]
-    seen = np.zeros((layers, num_experts), np.bool_)
+    seen = np.zeros((layers, num_experts + 1), np.bool_)  # the last column is for picks that a token lacks
     column = np.arange(layers)[None, :, None]
     found, done = [], 0
     for b in sizes.tolist():
         seen[column, experts[done:b]] = True
-        found.append(seen.sum() / layers)
+        found.append(seen[:, :num_experts].sum() / layers)
         done = b
     return np.array(found)

@@ -23,7 +23,7 @@ def trace_summary(trace: Trace) -> dict[str, Any]:
         "synthetic": trace.synthetic,
         "requests": len(requests),
         "tokens": tokens,
-        "picks": tokens * shape.num_layers * shape.top_k,
+        "picks": None if trace.fewer_picks else tokens * shape.num_layers * shape.top_k,
         "layers": shape.num_layers,
         "experts": shape.num_experts,
         "top_k": shape.top_k,

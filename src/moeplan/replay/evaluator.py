@@ -51,7 +51,8 @@ def fold_rng(seed: int, fold: int, purpose: int) -> np.random.Generator:
 def time_steps(timing: Timing, steps: DecodeSteps) -> StepTimes:
     """Modelled milliseconds and idle shares of the first steps, as many as `timing` says."""
     cluster, dispatch = steps.routes.cluster, steps.dispatch
-    parts = [timing.times(cluster, dispatch, counts) for counts in steps.counts(timing.steps)]
+    batch = steps.rows.shape[1] / cluster.num_groups
+    parts = [timing.times(cluster, dispatch, counts, batch) for counts in steps.counts(timing.steps)]
     return StepTimes(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 

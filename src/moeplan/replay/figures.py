@@ -188,8 +188,9 @@ def _step_weights(steps: int, draws: int, rng: np.random.Generator) -> FloatArra
 def _floors(run: EvaluationRun, linear: list[Measured], rng: np.random.Generator) -> dict[str, float]:
     """Noise floors: as many independent picks as a step, or the held-out part, has in one layer."""
     cluster, shape = run.task.cluster, run.requests.shape
-    step = cluster.num_groups * run.live * shape.top_k
     total = float(np.mean([m.requests.picks.sum() for m in linear])) / shape.num_layers
+    rows = float(np.mean([m.requests.rows.sum() for m in linear]))
+    step = cluster.num_groups * run.live * (total / rows)  # a token may have fewer picks than the model's k
     return {
         "gpu_load_ratio": noise_floor(step, cluster.num_gpus, rng),
         "node_load_ratio": noise_floor(step, cluster.nodes, rng),

@@ -98,17 +98,19 @@ class Timing:
                 hint="time it with other --gpus-per-node, or with --deployment gpus",
             ) from None
 
-    def times(self, cluster: Cluster, dispatch: Dispatch, counts: StepCounts) -> StepTimes:
+    def times(self, cluster: Cluster, dispatch: Dispatch, counts: StepCounts, batch: float | None = None) -> StepTimes:
         """Decode steps as `moeplan.cluster.step_messages` counted them: arrays [S, L, P, P] and [S, L, P].
 
-        All steps have as many tokens; B follows from the picks. Where fewer layers were counted than the model has MoE
-        layers, their mean stands for each of the others.
+        All steps have as many tokens: `batch` in each group, else as many as the picks are of tokens with k each. Where
+        fewer layers were counted than the model has MoE layers, their mean stands for each of the others.
 
         Raises:
             PlanError, UsageError: a set-up that is impossible.
         """
         assert self.spec.moe is not None
-        batch = float(counts.picks.sum()) / np.prod(counts.picks.shape[:2]) / self.spec.moe.top_k / cluster.num_groups
+        if batch is None:
+            per_layer = float(counts.picks.sum()) / np.prod(counts.picks.shape[:2])
+            batch = per_layer / self.spec.moe.top_k / cluster.num_groups
         model = self.step_model(cluster, dispatch)
         routing = step_routing(cluster, self.spec, counts, model.parallel.redundant)
         step = model.decode(batch, self.context, routing=routing)

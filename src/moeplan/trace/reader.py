@@ -91,7 +91,7 @@ class Trace:
     @property
     def row_bytes(self) -> int:
         """Bytes that `load` takes per token."""
-        return self.shape.num_layers * self.shape.top_k * np.dtype(self._dtype).itemsize
+        return self.shape.num_layers * self.shape.top_k * np.dtype(self.expert_dtype).itemsize
 
     @property
     def fewer_picks(self) -> bool:
@@ -99,7 +99,8 @@ class Trace:
         return FEWER_PICKS in self.requires
 
     @property
-    def _dtype(self) -> type[np.uint8] | type[np.uint16]:
+    def expert_dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """The type of its token rows."""
         return expert_dtype(self.shape.num_experts, fewer_picks=self.fewer_picks)
 
     @functools.cached_property
@@ -169,7 +170,7 @@ class Trace:
     def load(self) -> Rows:
         """All rows in memory: tokens x `row_bytes` bytes."""
         total, layers, k = int(self.requests.rows.sum()), self.shape.num_layers, self.shape.top_k
-        experts = np.empty((total, layers, k), self._dtype)
+        experts = np.empty((total, layers, k), self.expert_dtype)
         at = 0
         for rows in self.parts():
             experts[at : at + len(rows.experts)] = rows.experts
@@ -182,7 +183,7 @@ class Trace:
         columns = read_columns(path, names, at_most=part.rows)
         count = len(columns["request"])
         picks = list_values(columns["experts"], stored.num_layers * stored.top_k, path)
-        dtype, most = self._dtype, stored.num_experts - 1 + self.fewer_picks
+        dtype, most = self.expert_dtype, stored.num_experts - 1 + self.fewer_picks
         if picks.dtype != dtype and not (picks.dtype.kind in "ui" and picks.size and int(picks.min()) >= 0):
             raise FormatError(f"column experts holds {picks.dtype}, not unsigned ids", where=str(path))
         experts = picks.reshape(count, stored.num_layers, stored.top_k)

@@ -350,7 +350,7 @@ class TraceWriter:
             "counts": {
                 "requests": self._flushed,
                 "tokens": tokens,
-                "picks": tokens * self.shape.num_layers * self.shape.top_k,
+                **({} if self.retention.fewer_picks else {"picks": tokens * self.shape.num_layers * self.shape.top_k}),
                 **self._form.counts(self._flushed),
             },
             "parts": [_described(part) for part in self._parts],
