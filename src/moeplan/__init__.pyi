@@ -49,6 +49,10 @@ from .replay.statistics import Figure as Figure
 from .replay.table import Comparison as Comparison
 from .replay.table import TableRow as TableRow
 from .replay.trace_routing import estimate_plan as estimate_plan
+from .simulation.result import PolicyFigures as PolicyFigures
+from .simulation.result import Simulation as Simulation
+from .simulation.run import simulate as simulate
+from .simulation.settings import SimulationSettings as SimulationSettings
 from .trace.counts import CountsProfile as CountsProfile
 from .trace.counts import read_counts as read_counts
 from .trace.reader import Trace as Trace

@@ -30,9 +30,9 @@ def distinct_of_step(experts: ExpertArray, rows: Int64Array, mark: int, marks: I
         for layer in range(layers):
             for j in range(k):
                 expert = np.uint64(token[layer, j])
-                if expert < count and marks[layer, expert] != mark:
+                if expert < count:
+                    out[layer] += marks[layer, expert] != mark  # without a branch: nobody could guess it
                     marks[layer, expert] = mark
-                    out[layer] += 1
 
 
 @compiled

@@ -1,0 +1,1 @@
+"""Which group or instance a request goes to, as it arrives."""

@@ -1,0 +1,1 @@
+"""Serving over time: requests of a trace as they arrive, under several policies."""
