@@ -12,7 +12,7 @@ import numpy.typing as npt
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import Int64Array
 
-__all__ = ["count_ngrams", "count_ngrams_reference", "siphash_reference"]
+__all__ = ["count_ngrams", "count_ngrams_reference", "hash_grams", "siphash_reference"]
 
 Uint32Array = npt.NDArray[np.uint32]
 Uint16Array = npt.NDArray[np.uint16]
@@ -83,7 +83,7 @@ def count_ngrams(
         last = max(last, first + 1)
         block = offsets[first : last + 1]
         grams = np.empty(int(np.maximum(2 * np.diff(block) - 1, 0).sum()), np.uint64)
-        _hash(tokens, block, key, grams)
+        hash_grams(tokens, block, key, grams)
         grams.sort()  # by sequence, then by hash
         own_hashes, own_counts = np.empty(len(grams), np.uint32), np.empty(len(grams), np.uint16)
         found = _count_runs(grams, own_hashes, own_counts, ends[first + 1 : last + 1])
@@ -94,7 +94,9 @@ def count_ngrams(
 
 
 @compiled
-def _hash(tokens: Uint32Array, offsets: Int64Array, key: npt.NDArray[np.uint64], grams: npt.NDArray[np.uint64]) -> None:
+def hash_grams(
+    tokens: Uint32Array, offsets: Int64Array, key: npt.NDArray[np.uint64], grams: npt.NDArray[np.uint64]
+) -> None:
     """Every gram as (number of its sequence, hash) in one integer of 64 bits."""
     k0, k1 = key[0], key[1]
     v0, v1 = k0 ^ np.uint64(0x736F6D6570736575), k1 ^ np.uint64(0x646F72616E646F6D)

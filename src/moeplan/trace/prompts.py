@@ -27,6 +27,7 @@ __all__ = [
     "PromptFeatures",
     "PromptKind",
     "PromptPolicy",
+    "hash_key",
     "key_id",
     "make_secret",
     "read_secret",
@@ -130,9 +131,8 @@ class PromptFeatures:
         if self.kind == "hashed":
             raise UsageError("the prompts are hashed already", hint="keep them as they are")
         _check_secret(secret)
-        digest = hashlib.blake2b(secret, digest_size=16, person=b"moeplan-prompts").digest()
-        key = np.frombuffer(digest, "<u8").astype(np.uint64)
-        return PromptFeatures("hashed", *count_ngrams(self.tokens, self.offsets, key), key_id(secret))
+        counted = count_ngrams(self.tokens, self.offsets, hash_key(secret))
+        return PromptFeatures("hashed", *counted, key_id(secret))
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,12 @@ class PromptPolicy:
             what = "ids cannot be had from hashed prompts" if self.kind == "ids" else "hashed under another secret"
             raise FormatError(what, where=where, hint="keep them as they are: --keep-prompt-tokens hashed")
         return prompt
+
+
+def hash_key(secret: bytes) -> npt.NDArray[np.uint64]:
+    """uint64 [2]: the key of `PromptFeatures.hashed` that a secret gives."""
+    digest = hashlib.blake2b(secret, digest_size=16, person=b"moeplan-prompts").digest()
+    return np.frombuffer(digest, "<u8").astype(np.uint64)
 
 
 def key_id(secret: bytes) -> str:
