@@ -27,8 +27,8 @@ from moeplan.planning.plan import Plan, PlanningTask
 from moeplan.planning.strategies import find
 from moeplan.planning.strategies.paper import PaperParams
 from moeplan.replay.evaluator import FoldEvaluator
+from moeplan.replay.measure import StepFigures, sample_steps
 from moeplan.replay.split import MAX_LIVE, blocks, draw_steps, split
-from moeplan.replay.steps import StepFigures, sample_steps
 
 SEEDS, BATCHES, REQUESTS, SMALLEST = range(4), 500, 2400, 8
 REAL = Path(__file__).parents[1].parent / "shared" / "traces" / "maverick-mmlu.npz"
@@ -45,7 +45,7 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
     """{(row, kind): median volume / linear's} of one seed, live requests a group, and those of unequal rows."""
     chosen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([seed, 0]))
     fit, test = np.flatnonzero(chosen), np.flatnonzero(~chosen)
-    draws = draw_steps(requests.measured_span[test], BATCHES, np.random.default_rng([seed, 2]))
+    draws = draw_steps(requests.spans.measured[:, test], BATCHES, np.random.default_rng([seed, 2]))
     problem = requests.problem(PlanningTask(Cluster(8, 8)), fit)
     linear = solve(problem, "linear", seed)
     even = random_groups(len(test), 8, np.random.default_rng([seed, 1]))

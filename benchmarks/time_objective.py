@@ -31,8 +31,7 @@ from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning import Plan, PlanningTask, Strategy, solve
 from moeplan.planning.strategies.moeplan import MoeplanParams
-from moeplan.replay.evaluator import FoldEvaluator
-from moeplan.replay.run import EvaluationRun
+from moeplan.replay.evaluator import EvaluationRun, FoldEvaluator
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.statistics import Figure, change
 from moeplan.replay.timing import CONTEXT, cluster_parallel

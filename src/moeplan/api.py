@@ -15,7 +15,7 @@ from moeplan.planning.strategies import find
 from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.progress import Progress, silent
 from moeplan.replay.compare import compare_task
-from moeplan.replay.run import check_shape
+from moeplan.replay.evaluator import check_shape
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.trace import Trace
 
@@ -75,8 +75,7 @@ def plan_task(
     """
     chosen = find(strategy)
     task.check(requests.shape.num_experts)  # before a large trace is read
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, rows=False)
+    requests = read_requests(requests, rows=False)
     progress(0, 2, "solving")
     made = fit(requests, task, chosen, held_out.seed)
     progress(1, 2, "figures on a held-out quarter")
@@ -109,8 +108,7 @@ def rebalance(
     """
     chosen, limit = params or MoeplanParams.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
     check_shape(requests.shape, plan.model, "plan")
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, signature_tokens=plan.signature.tokens, rows=False)
+    requests = read_requests(requests, signature_tokens=plan.signature.tokens, rows=False)
     progress(0, 1, "solving")
     return fit(requests, plan.task, chosen, seed, limit)
 

@@ -414,6 +414,11 @@ class StepCounts(NamedTuple):
     picks: Int32Array
     touched: Int32Array
 
+    @classmethod
+    def empty(cls, *shape: int) -> StepCounts:
+        """Arrays to count into; the shape ends with L, P."""
+        return cls(np.empty((*shape, shape[-1]), np.int32), np.empty(shape, np.int32), np.empty(shape, np.int32))
+
 
 def step_messages(
     routes: Routes,
@@ -431,10 +436,8 @@ def step_messages(
             row's index within its group's micro-batch (what the `hash` rule hashes).
         out: arrays to reuse.
     """
-    layers, gpus = routes.placement.num_layers, routes.cluster.num_gpus
     if out is None:
-        shapes = (layers, gpus, gpus), (layers, gpus), (layers, gpus)
-        out = StepCounts(*(np.empty(shape, np.int32) for shape in shapes))
+        out = StepCounts.empty(routes.placement.num_layers, routes.cluster.num_gpus)
     rule = routes.gpu, routes.replica_gpu, routes.placement.replica_count, routes.slot is None
     _messages.step_messages(experts, rows, sources, indices, *rule, routes.cluster.gpus_per_node, dispatch.code, *out)
     return out

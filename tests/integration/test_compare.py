@@ -15,19 +15,19 @@ from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, token_me
 from moeplan.errors import PlanError, UsageError
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
-from moeplan.planning import RequestSet, Signature, read_requests, solve
+from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import PlanningTask
+from moeplan.planning.requests import Spans
 from moeplan.planning.router import LocalityRouter
 from moeplan.planning.strategies.paper import PaperParams
 from moeplan.replay.compare import compare
 from moeplan.replay.evaluate import evaluate
 from moeplan.replay.evaluator import FoldEvaluator
-from moeplan.replay.measure import measure_requests
+from moeplan.replay.measure import measure_requests, sample_steps
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
 from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, noise_floor, significantly_below
-from moeplan.replay.steps import sample_steps
 from moeplan.replay.table import Comparison
 from moeplan.synthetic.generator import generate
 from moeplan.trace import Trace, TraceWriter, open_trace
@@ -66,7 +66,7 @@ def test_blocks_follow_the_trace_s_own_order() -> None:
 
 
 def test_steps_draw_by_length_and_uniformly_in_position() -> None:
-    span = np.array([[0, 10], [10, 40]])
+    span = np.array([[0, 10], [10, 40]]).T
     draws = draw_steps(span, 20_000, np.random.default_rng(0))
     assert (draws.row >= span[:, 0]).all() and (draws.row < span[:, 1]).all()
     first = draws.key.argmin(axis=1)
@@ -176,7 +176,7 @@ def test_figures_equal_a_naive_loop(demo: RequestSet, rule: ReplicaRule, home: D
         load = np.zeros((place.num_layers, cluster.num_gpus))
         group_node = int(cluster.group_node(group[i]))
         remote = 0.0
-        for row in range(*demo.measured_span[i]):
+        for row in range(*demo.spans.measured[:, i]):
             for layer in range(place.num_layers):
                 for e in demo.experts[row, layer]:
                     share = plan.routes.share(layer)[group[i], e]
@@ -191,12 +191,9 @@ def test_steps_by_hand() -> None:
     """Two nodes of one GPU, one layer, top-1; each group has one live request."""
     experts = np.array([[[0]], [[1]], [[1]], [[1]]], np.uint8)
     span = np.array([[0, 1], [1, 2]])
-    shape = ModelShape("hand", 1, 2, 1)
-    names = ("x",)
-    none = np.zeros(2, np.int64)
     demo = RequestSet(
-        shape, experts, np.arange(2), 2, none, names, span, span, span, none, "decode", Signature(), ()
-    )  # fmt: skip
+        ModelShape("hand", 1, 2, 1), experts, Spans(span, span, span), np.arange(2), np.zeros(2, np.int64)
+    )
     cluster = Cluster(2, 1)
     plan = solve(demo.problem(PlanningTask(cluster)), "linear")
     draws = Draws(np.zeros((1, 2), np.float32), np.array([[0, 1]]), np.zeros((1, 2), np.float32))
@@ -296,8 +293,8 @@ def test_usable_requests_are_counted_and_said(tmp_path: Path) -> None:
     requests = read_requests(trace)
     assert requests.index.tolist() == [0] and "1 of 5 requests" in requests.notes[0]
     stand_in = read_requests(trace, signature_tokens=4)
-    assert stand_in.index.tolist() == [0, 2] and stand_in.stands_in == "first 4 decode tokens"
-    assert stand_in.signature_span[1].tolist() == [19, 23] and stand_in.use_span[1].tolist() == [23, 39]
+    assert stand_in.index.tolist() == [0, 2] and stand_in.known.stands_in == "first 4 decode tokens"
+    assert stand_in.spans.signature[:, 1].tolist() == [19, 23] and stand_in.spans.use[:, 1].tolist() == [23, 39]
     with pytest.raises(UsageError, match="smaller --signature-tokens"):
         read_requests(trace, signature_tokens=400)
 
@@ -316,9 +313,9 @@ def test_prefill_only_and_unknown_phases(tmp_path: Path) -> None:
 
 def test_phases_measured(tmp_path: Path) -> None:
     trace = _trace(tmp_path / "t", [(20, 5), (30, 0)])
-    assert read_requests(trace, phase="prefill").measured_span.tolist() == [[0, 5]]
-    assert read_requests(trace, phase="mixed").measured_span.tolist() == [[0, 20]]
-    assert read_requests(trace, phase="mixed").use_span.tolist() == [[5, 20]]
+    assert read_requests(trace, phase="prefill").spans.measured.tolist() == [[0], [5]]
+    assert read_requests(trace, phase="mixed").spans.measured.tolist() == [[0], [20]]
+    assert read_requests(trace, phase="mixed").spans.use.tolist() == [[5], [20]]
 
 
 # ---- the real sets

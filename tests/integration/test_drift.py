@@ -16,7 +16,7 @@ from moeplan.errors import MoeplanError, UsageError
 from moeplan.planning import Plan, read_requests, solve
 from moeplan.planning.plan import PlanningTask
 from moeplan.replay.drift import FRESH, OLD, DriftReport, check_drift, detect_drift
-from moeplan.replay.run import check_shape
+from moeplan.replay.evaluator import check_shape
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.synthetic.generator import generate
 from moeplan.trace import Trace, TraceWriter, open_trace

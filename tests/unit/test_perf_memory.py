@@ -27,7 +27,7 @@ from moeplan.perf.memory import (
     model_shape,
     weight_bytes,
 )
-from moeplan.replay.figures import RowFigures
+from moeplan.replay.tabulate import RowFigures
 
 V3, LLAMA, OSS = load_model("DeepSeek-V3"), load_model("Llama-3.1-70B"), load_model("gpt-oss-120b")
 

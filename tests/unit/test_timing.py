@@ -21,11 +21,11 @@ from moeplan.perf.hardware import load_hardware
 from moeplan.perf.memory import Parallel, Precision
 from moeplan.perf.routing import counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
-from moeplan.planning import RequestSet, Signature, read_requests, solve
+from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import PlanningTask
-from moeplan.replay import steps as replayed_steps
-from moeplan.replay import timing
+from moeplan.planning.requests import Spans
+from moeplan.replay import measure, timing
 from moeplan.replay.compare import compare_task
 from moeplan.replay.evaluate import evaluate
 from moeplan.replay.evaluator import FoldEvaluator, Grouping
@@ -48,11 +48,8 @@ def _counted(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, layers: int, 
     rng = np.random.default_rng(0)
     tokens = np.argsort(rng.random((400, layers, spec.moe.experts)), axis=2)[:, :, : spec.moe.top_k].astype(np.uint8)
     shape = ModelShape("x", layers, spec.moe.experts, spec.moe.top_k)
-    span = np.array([[i * 10, i * 10 + 10] for i in range(40)])
-    none = np.zeros(40, np.int64)
-    requests = RequestSet(
-        shape, tokens, np.arange(40), 40, none, ("x",), span, span, span, none, "decode", Signature(), ()
-    )
+    span = np.stack((np.arange(0, 400, 10), np.arange(10, 401, 10)))
+    requests = RequestSet(shape, tokens, Spans(span, span, span), np.arange(40), np.zeros(40, np.int64))
     who = solve(requests.problem(PlanningTask(cluster)), "linear").routes
     sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
     indices = np.tile(np.arange(live), cluster.num_groups)
@@ -232,7 +229,7 @@ def test_the_first_steps_are_timed_whatever_is_kept_at_once(
     some = fold.measure(plan, grouping).steps
     assert some is not None
     assert some.step_ms is not None and some.idle_share is not None and len(some.step_ms) == 10
-    monkeypatch.setattr(replayed_steps, "KEPT", 3 * demo.shape.num_layers * cluster.num_gpus**2)
+    monkeypatch.setattr(measure, "KEPT", 3 * demo.shape.num_layers * cluster.num_gpus**2)
     parts = fold.measure(plan, grouping).steps
     assert parts is not None
     assert parts.step_ms == pytest.approx(some.step_ms) and parts.idle_share == pytest.approx(some.idle_share)

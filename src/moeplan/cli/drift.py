@@ -25,7 +25,7 @@ def drift(
     """
     from moeplan.planning.store import load_plan
     from moeplan.replay.drift import check_drift, detect_drift
-    from moeplan.replay.run import check_shape
+    from moeplan.replay.evaluator import check_shape
     from moeplan.replay.settings import EvaluationSettings
 
     stored, opened = load_plan(o.refuse_trace(plan)), requests.open(trace)

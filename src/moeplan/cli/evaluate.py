@@ -62,7 +62,7 @@ def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan
     from moeplan.cluster import Deployment
     from moeplan.engines.from_placement import plan_from_file
     from moeplan.planning.store import load_plan
-    from moeplan.replay.run import check_shape
+    from moeplan.replay.evaluator import check_shape
 
     if (plan is None) == (placed.placement is None):
         what = "evaluate needs a plan or a placement" if plan is None else "--plan and --placement are two placements"

@@ -36,7 +36,7 @@ def rebalance(
     from moeplan import api
     from moeplan.planning.store import load_plan
     from moeplan.planning.strategies.moeplan import MoeplanParams
-    from moeplan.replay.run import check_shape
+    from moeplan.replay.evaluator import check_shape
 
     old, opened = load_plan(o.refuse_trace(plan)), requests.open(trace)
     check_shape(opened.shape, old.model, str(plan))

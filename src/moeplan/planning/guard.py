@@ -44,7 +44,7 @@ class StepSampler:
         rng = np.random.default_rng([seed, 0x57E9])
         self._live = int(np.clip(n // groups, 1, MAX_LIVE))
         starts, stops = problem.rows.starts, problem.rows.stops
-        span = np.stack([starts, np.maximum(stops, starts + 1)], axis=1)
+        span = np.stack((starts, np.maximum(stops, starts + 1)))
         self._key, self._row = draw_rows(span, STEPS, rng, np.float64)
         self.random_groups = random_groups(n, groups, rng)
 

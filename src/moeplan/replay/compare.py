@@ -13,8 +13,7 @@ from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import find
 from moeplan.progress import Progress, silent
-from moeplan.replay.evaluator import Measured
-from moeplan.replay.run import EvaluationRun, Row
+from moeplan.replay.evaluator import EvaluationRun, Measured, Row
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import least_requests
 from moeplan.replay.table import Comparison
@@ -71,9 +70,7 @@ def compare_task(
     """`compare` for a task."""
     chosen = _by_name(strategies)
     task.check(requests.shape.num_experts)  # before a large trace is read
-    if isinstance(requests, Trace):
-        requests = read_requests(requests)
-    cluster = task.cluster
+    requests, cluster = read_requests(requests), task.cluster
     ways = ["fewer nodes", *["--deployment nodes"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
     ways += ["a smaller --block"] * (settings.block > 1)
     hint = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, settings.fit)} usable requests"

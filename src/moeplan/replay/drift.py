@@ -25,8 +25,7 @@ from moeplan.planning.solver import solve
 from moeplan.planning.strategies import available, find
 from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.progress import Progress, silent
-from moeplan.replay.evaluator import Measured
-from moeplan.replay.run import EvaluationRun, Row, check_shape
+from moeplan.replay.evaluator import EvaluationRun, Measured, Row, check_shape
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import least_requests
 from moeplan.replay.statistics import change, significantly_below
@@ -145,8 +144,7 @@ def detect_drift(
     """
     key, strategy = check_drift(plan, settings)
     check_shape(requests.shape, plan.model, "plan")
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, signature_tokens=plan.signature.tokens)
+    requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     task = plan.task
     hint = f"collect more traffic first, {least_requests(task.cluster, settings.fit)} usable requests at least"
     few = f"{{}} requests to plan anew for {task.cluster.num_groups} groups"
@@ -169,9 +167,7 @@ def detect_drift(
             of = plans.get(row.name, plan)
             measured[row.name].append(fold.measure(of, fold.group(of, row.signature)))
     table = tabulate(run, rows, measured, tuple(notes))
-    checksum = requests.trace.checksum if requests.trace else ""
-    seen = bool(checksum) and checksum == plan.provenance.trace_checksum
-    return _judge(key, strategy.name, table, seen)
+    return _judge(key, strategy.name, table, requests.fitted(plan))
 
 
 def check_drift(plan: Plan, settings: EvaluationSettings) -> tuple[str, Strategy]:

@@ -9,7 +9,7 @@ from moeplan.planning.plan import Plan
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 from moeplan.progress import Progress, silent
-from moeplan.replay.run import EvaluationRun, Row, check_shape
+from moeplan.replay.evaluator import EvaluationRun, Row, check_shape
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.statistics import Figure
 from moeplan.replay.table import Comparison, TableRow
@@ -86,8 +86,7 @@ def evaluate(
         Figure(0.6794, 95 % 0.6759 to 0.6831 over requests)
     """
     check_shape(requests.shape, plan.model, "plan")
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, signature_tokens=plan.signature.tokens)
+    requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     run = EvaluationRun.whole(requests, plan.task, settings)
     (fold,) = run.folds()
     linear = solve(requests.problem(plan.task), "linear", settings.seed)
@@ -102,5 +101,4 @@ def evaluate(
         progress(done, len(rows), row.name)
         measured[row.name] = [fold.measure(of, fold.group(of, row.signature))]
     table = tabulate(run, rows, measured, ())
-    checksum = requests.trace.checksum if requests.trace else ""
-    return Evaluation(table.row(name), table, bool(checksum) and checksum == plan.provenance.trace_checksum)
+    return Evaluation(table.row(name), table, requests.fitted(plan))

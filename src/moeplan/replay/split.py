@@ -100,6 +100,6 @@ class Draws:
 
 
 def draw_steps(span: Int64Array, steps: int, rng: np.random.Generator) -> Draws:
-    """Keys and positions for `steps` steps over requests with rows span[:, 0] .. span[:, 1] - 1."""
+    """Keys and positions for `steps` steps over requests with rows span[0] .. span[1] - 1."""
     key, row = draw_rows(span, steps, rng)
-    return Draws(key.astype(np.float32, copy=False), row, rng.random((steps, len(span)), dtype=np.float32))
+    return Draws(key.astype(np.float32, copy=False), row, rng.random(row.shape, dtype=np.float32))

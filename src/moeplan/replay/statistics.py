@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.arrays import FloatArray, Int64Array, NumberArray
-from moeplan.planning.expected_load import load_ratio
+from moeplan.arrays import FloatArray, Int64Array
 
-__all__ = [
-    "Figure", "block_weights", "change", "figure_of_ratio", "mean_load_ratio", "noise_floor", "significantly_below",
-]  # fmt: skip
+__all__ = ["Figure", "block_weights", "change", "figure_of_ratio", "noise_floor", "significantly_below"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,11 +82,6 @@ def figure_of_ratio(top: FloatArray, bottom: FloatArray, weights: FloatArray, un
         draws = scale * (weights @ top.sum(axis=0)) / (weights @ bottom.sum(axis=0))
         folds = scale * top.sum(axis=1) / bottom.sum(axis=1)
     return Figure(float(scale * top.sum() / bottom.sum()), draws, tuple(float(v) for v in folds), unit)
-
-
-def mean_load_ratio(load: NumberArray) -> FloatArray:
-    """`load_ratio` of each layer, mean over layers: load [.., L, units] -> [..]."""
-    return np.asarray(load_ratio(load).mean(axis=-1), np.float64)
 
 
 def change(figure: Figure, baseline: Figure) -> dict[str, Any] | None:

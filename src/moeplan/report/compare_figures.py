@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.replay.bars import bar_height, draw_bars
-from moeplan.replay.table import Comparison, TableRow
+from moeplan.replay.table import Comparison, TableRow, bar_height, draw_bars
 from moeplan.report.figures import GREY, PALETTE, STYLES, Image, canvas, legend_below, to_image
 
 __all__ = ["bars_figure", "gpu_load_figure", "load_figure"]
