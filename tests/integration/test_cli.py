@@ -116,6 +116,9 @@ def test_a_wrong_field_of_a_plan_is_named(
     [
         (["--strategy", "eplb", "--objective", "balance"], "--objective is for the strategy moeplan"),
         (["--strategy", "paper", "--guard", "2"], "--guard is for the strategy moeplan"),
+        (["--strategy", "eplb", "--clusters", "4"], "--clusters is for the strategies paper and paper-unbalanced"),
+        (["--clusters", "4"], "--clusters is for the strategies paper and paper-unbalanced"),
+        (["--strategy", "eplb,paper"], "--strategy eplb,paper names several"),
         (["--block", "9" * 20], "--block 99999999999999999999 is more than any trace has"),
     ],
 )
@@ -179,6 +182,7 @@ def test_slots_that_do_not_divide(trace: Path, capsys: pytest.CaptureFixture[str
         (["--block", "0"], "not positive"),
         (["--clusters", "0"], "not positive"),
         (["--clusters", "1000", "--nodes", "2", "--gpus-per-node", "2"], "1000 clusters for"),
+        (["--clusters", "4", "--strategies", "linear,eplb"], "--clusters is for the strategies paper"),
         (["--hidden", "0"], "not positive"),
         (["--signature-tokens", "0"], "not positive"),
         (["--signature-tokens", "10000"], "smaller --signature-tokens"),

@@ -379,6 +379,8 @@ def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
         assert f"chosen: {min(costs, key=lambda name: costs[name])}" in note
     with pytest.raises(moeplan.MoeplanError, match="what a step costs"):
         MoeplanParams(objective="time")
+    with pytest.raises(moeplan.MoeplanError, match="--hardware is for the objective time, not bytes"):
+        MoeplanParams(step_cost=lambda links, picks, touched: 0.0)
     for wrong in ({"guard": 0.9}, {"objective": "speed"}):
         with pytest.raises(moeplan.MoeplanError, match=next(iter(wrong))):
             MoeplanParams(**wrong)

@@ -225,6 +225,8 @@ class PaperFlags:
         if not chosen:
             raise UsageError("--strategies names none", hint="e.g. linear,eplb,paper")
         both = {params.name: params for params in (PaperParams(self.clusters), PaperParams(self.clusters, equal=False))}
+        if self.clusters is not None and not both.keys() & chosen:
+            raise UsageError(f"--clusters is for the strategies {' and '.join(both)}", hint="leave it out")
         return tuple(both.get(name, name) for name in chosen)
 
 

@@ -71,6 +71,8 @@ class MoeplanParams(Strategy):
             raise UsageError(
                 "the objective time needs to know what a step costs", hint="give --hardware and --model, or step_cost"
             )
+        if self.objective != "time" and self.step_cost is not None:
+            raise UsageError(f"--hardware is for the objective time, not {self.objective}", hint="leave it out")
         for part in self.without:
             if part not in PARTS:
                 raise UsageError(f"moeplan has no part {part!r} to leave out", hint=f"one of {', '.join(PARTS)}")
