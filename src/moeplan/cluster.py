@@ -1,11 +1,11 @@
-"""The cluster, and THE definition of what a message is and what it costs.
+"""The cluster, and the definition of what a message is and what it costs.
 
 Placement, replay, the real run and the time model all call this module; none of them counts a message by itself.
 
 Sources: DeepEP at commit dd758caf (2026-07-14): `csrc/kernels/legacy/internode_ll.cu` line 180 (low latency),
 `csrc/kernels/legacy/internode.cu` lines 47-51 and 525 and 1758 (normal kernels), `csrc/kernels/legacy/launch.cuh` line
 113 (widths that the low-latency kernel is compiled for). Replica rules: SGLang 0.5.23 `expert_location.py`; vLLM 0.30.0
-`fused_moe/router/base_router.py`.
+and 0.33.0 `fused_moe/router/base_router.py`.
 
 Names: N nodes, G GPUs per node, P = N x G GPUs, D groups, L layers, E experts, k picks per token.
 """

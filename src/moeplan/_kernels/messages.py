@@ -22,7 +22,7 @@ __all__ = [
     "summarise_step_reference",
 ]
 
-#: floor(2**32 / golden ratio): vLLM's multiplier (0.30.0, fused_moe/router/base_router.py).
+#: floor(2**32 / golden ratio): vLLM's multiplier (0.30.0 and 0.33.0, fused_moe/router/base_router.py).
 KNUTH = 2654435769
 
 _PICK, _GPU, _NODE, _ALLGATHER = 0, 1, 2, 3
