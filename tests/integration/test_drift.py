@@ -1,4 +1,4 @@
-"""Living plans: a stored plan is called stale when planning anew helps beyond noise, and only then."""
+"""Drift detection: a stored plan is called stale if a new plan is better by more than noise, and only then."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_other_domains_make_a_plan_stale(
         arguments = ["drift", str(parts["chat-prose"]), "--plan", str(plan), "--json", str(out)]
         assert run(arguments) == 1
         text = capsys.readouterr().out
-        assert "stale: planning anew lowers remote_share" in text and f"--plan {plan} --max-moves" in text
+        assert "stale: a new plan lowers remote_share" in text and f"--plan {plan} --max-moves" in text
         found.append(json.loads(out.read_text()))
         for row in found[-1]["strategies"].values():
             del row["fit_seconds"]

@@ -70,7 +70,7 @@ def test_what_cannot_be_shown_says_why(tmp_path: Path):
         writer.add(np.arange(8).reshape(4, 2, 1) % 4, prefill=4, domain="a")
     found = profile_trace(open_trace(tmp_path / "t"))
     said = sentences(found)
-    assert "top-1" in said["Experts picked together"]
+    assert "top-1" in said["Co-activation of experts"]
     assert sum(text.startswith("Not shown") for text in said.values()) == 6
     assert profile_html(found).count("skipped") >= 6
 

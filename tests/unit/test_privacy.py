@@ -162,7 +162,7 @@ def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytes
     import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=3)))
     trace, plan, where = str(tmp_path / "sums"), str(tmp_path / "plan"), ["--nodes", "2", "--gpus-per-node", "2"]
     assert run(["profile", trace, "-o", str(tmp_path / "page.html")]) == 0
-    assert "What stored rows leak" in capsys.readouterr().out
+    assert "Leakage of stored rows" in capsys.readouterr().out
     assert run(["plan", trace, *where, "--strategy", "eplb", "-o", plan]) == 0
     said = capsys.readouterr().out
     assert "eplb on 13 sums of 3 requests" in said and "they need token rows" in said
@@ -184,10 +184,10 @@ def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytes
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     few = profile_trace(make(tmp_path / "few", domains="ab", requests=8))
     assert isinstance(few.privacy.link, Skipped) and isinstance(few.privacy.kind["decode"], Skipped)
-    assert sentences(few)["What stored rows leak"].startswith("Not shown: it needs 2 domains with 5 rows")
+    assert sentences(few)["Leakage of stored rows"].startswith("Not shown: it needs 2 domains with 5 rows")
     one = profile_trace(make(tmp_path / "one", domains="a", requests=12))
     assert isinstance(one.privacy.link, Reidentification) and one.privacy.link.aggregate.tolist() == [1]
-    assert sentences(one)["What stored rows leak"].startswith("Among 10 of its domain, a request's row")
+    assert sentences(one)["Leakage of stored rows"].startswith("Among 10 rows of its domain, a request's row")
 
 
 def test_maverick_before_and_after(shared: Path, tmp_path: Path) -> None:

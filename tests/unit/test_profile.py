@@ -217,7 +217,7 @@ def test_request_types_are_told_apart_and_shuffled_labels_are_not(found: Profile
     assert leak.meaning.startswith("A leak") and leak.chance == 0.5
     alike = profile_trace(write(tmp_path / "t", two_domains(np.random.default_rng(5), apart=False, per_domain=30)))
     assert not isinstance(alike.leakage, Skipped)
-    assert alike.leakage.meaning.startswith("No leak shown")
+    assert alike.leakage.meaning.startswith("No leak found")
 
 
 def test_quasi_independence_keeps_margins_and_finds_a_true_product():

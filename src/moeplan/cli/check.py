@@ -20,7 +20,7 @@ def check(
     redundant: o.ServedRedundant = None,
     json: o.Json = None,
 ) -> int:
-    """Check a placement file of an engine against every rule that the engine does not check itself.
+    """Check a placement file against the rules of its engine, including those that the engine does not check.
 
     Each finding comes with its location and a suggested fix. Exit status 0: valid. 1: invalid. With --plan, the file is
     also compared with that plan, slot by slot.

@@ -23,7 +23,7 @@ class SplitFlags:
     fit: float = 0.5
     """Share of the requests that plans are fitted on."""
     folds: o.Int = 4
-    """Repeated splits."""
+    """Number of random splits."""
 
 
 def compare(
@@ -43,8 +43,7 @@ def compare(
 ) -> None:
     """Compare strategies on held-out requests.
 
-    Each group (a node, or a GPU with --deployment gpus) needs at least 3 usable requests to measure on, beside those
-    that plans are fitted on: 48 requests in all for 8 nodes and --fit 0.5.
+    Each group (a node, or a GPU with --deployment gpus) needs at least 3 held-out requests: 48 requests for 8 nodes.
 
     Args:
         strategies: Strategies, separated by commas.

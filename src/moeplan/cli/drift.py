@@ -19,7 +19,7 @@ def drift(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> int:
-    """Tell whether a stored plan has gone stale on the traffic of a trace.
+    """Test whether a new plan for the traffic of a trace would be better than the stored plan.
 
     Exit status 0: the plan is still good. 1: it is stale.
     """

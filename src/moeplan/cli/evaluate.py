@@ -34,7 +34,7 @@ def evaluate(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Measure a plan on a trace, or a placement that an engine serves with, beside the linear placement.
+    """Measure a plan, or the placement file of an engine, on a trace, compared with the linear placement.
 
     Give --plan, or --placement and --engine.
 

@@ -39,7 +39,7 @@ class PlanFlags:
     trace: Annotated[Path | None, File("input")] = None
     """A moeplan trace: model the value of replicas on it."""
     signature_tokens: o.Int | None = None
-    """Use each request's first N tokens as its signature, in place of the prefill."""
+    """Use each request's first N tokens as its signature, instead of the prefill."""
 
 
 @Parameter(name="*", group=Group("With counts", sort_key=3))
@@ -54,7 +54,7 @@ class CountsFlags:
     redundant: o.Int | None = None
     """Extra expert slots in each layer, in total. Default: 0."""
     measure: Annotated[Path | None, File("input"), Parameter(metavar="COUNTS")] = None
-    """Measure on these counts, not on those that are balanced."""
+    """Measure the placement on these counts, instead of those that it was made from."""
     batch: o.Int | None = None
     """Requests in the batch of each data-parallel rank (here: of each node). Default: 128."""
 
@@ -108,7 +108,7 @@ def export(
     SOURCE is a plan, or counts of picks (SGLang's logical_count JSON, or a counts profile), which are balanced first.
 
     Args:
-        expert_placement_strategy: Layout of vLLM's own, for use without the plug-in: write only a plan that is so.
+        expert_placement_strategy: Layout that vLLM has built in (no plug-in): write only a plan with this layout.
     """
     if _is_plan(source):
         _refuse((counts, times), "a plan")

@@ -26,11 +26,11 @@ class SizeFlags:
     decode: o.Int | None = None
     """Mean decode tokens of a request. Default: the preset's."""
     exact: bool = False
-    """Give every request exactly these lengths."""
+    """Give every request exactly the mean lengths."""
     layers: o.Int | None = None
-    """Only the first N MoE layers."""
+    """Generate only the first N MoE layers."""
     layer_ids: o.Layers = ()
-    """Only these layers of the model, e.g. 42 or 3,42."""
+    """Generate only these layers of the model, e.g. 42 or 3,42."""
 
 
 def generate(

@@ -20,7 +20,7 @@ import_.command(placement)
 
 SourceFiles = Annotated[o.Sources, Parameter(name="FILE..", help="Files, or folders of them.")]
 Start = Annotated[
-    o.Int, Parameter(group=o.REQUESTS, help="Start length that the requests asked for: rows before it are absent.")
+    o.Int, Parameter(group=o.REQUESTS, help="Start length set in the requests: the responses have no rows before it.")
 ]
 
 
@@ -58,7 +58,7 @@ def expert_selection(
     model: o.ModelFlags = o.ModelFlags(),
     json: o.Json = None,
 ) -> None:
-    """Import JSON files, one request each: a list of steps, each a map from layer to its tokens' picks."""
+    """Import JSON files, one per request: a list of steps, each a map from layer to the picks of its tokens."""
     from moeplan.importers.expert_selection import import_expert_selection
 
     with progress("importing files") as tick:
@@ -76,7 +76,7 @@ def moe_beyond(
     model: o.ModelFlags = o.ModelFlags(),
     json: o.Json = None,
 ) -> None:
-    """Import CSV files of prompts with Layer ID, Batch Number, Token, Activated Expert IDs.
+    """Import CSV files of MoE-Beyond: prompts with layer, batch number, token and expert ids.
 
     The text of the tokens is not stored.
     """
@@ -158,7 +158,7 @@ def sglang_recorder(
     """Import dumps (.pt) of SGLang's expert recorder: a trace from per_token, a counts profile from stat and per_pass.
 
     Args:
-        counts: Count a per_token dump in place of rebuilding its requests.
+        counts: Count the picks of a per_token dump instead of rebuilding its requests.
     """
     from moeplan.importers.sglang_recorder import import_sglang_recorder
 
@@ -225,7 +225,7 @@ def trace(
     keep: o.KeepFlags = o.KeepFlags(),
     json: o.Json = None,
 ) -> None:
-    """Turn a trace into one that leaks less: without short requests, or with sums in place of token rows."""
+    """Copy a trace and store less: drop short requests, or replace token rows by sums over requests."""
     from moeplan.importers.trace import import_trace
 
     with progress("copying requests") as tick:

@@ -140,10 +140,10 @@ Json: TypeAlias = Annotated[
 
 Seed: TypeAlias = Annotated[int, Parameter(converter=_whole, help="Random seed.")]
 Block: TypeAlias = Annotated[
-    int, Parameter(converter=_whole, group=REQUESTS, help="Keep N neighbouring requests together in splits.")
+    int, Parameter(converter=_whole, group=REQUESTS, help="Keep N consecutive requests on the same side of a split.")
 ]
 EngineName: TypeAlias = Literal["sglang", "vllm", "tensorrt-llm", "vllm-ascend"]
-Engine: TypeAlias = Annotated[EngineName, Parameter(help="Target engine: the one that the file is for.")]
+Engine: TypeAlias = Annotated[EngineName, Parameter(help="Target engine of the file.")]
 Deployment: TypeAlias = Literal["nodes", "gpus"]
 DispatchMode: TypeAlias = Literal["pick", "gpu", "node", "allgather"]
 CountedPhase: TypeAlias = Annotated[
@@ -156,7 +156,7 @@ ServedRedundant: TypeAlias = Annotated[
 ModelName: TypeAlias = Annotated[str | None, Parameter(group=MODEL, help="Name of the model.")]
 TopK: TypeAlias = Annotated[
     int | None,
-    Parameter(converter=_whole, group=MODEL, help="Experts that each token picks, if the source does not say."),
+    Parameter(converter=_whole, group=MODEL, help="Experts that each token picks, if the source does not have it."),
 ]
 
 # ---- groups of flags; a field's docstring is its help
@@ -197,11 +197,9 @@ class ObjectiveFlags:
     """What the strategy moeplan is given."""
 
     guard: float | None = None
-    """Load guard: most load of a node, in multiples of the linear placement's; inf: any. Default: 1.05, or the older
-    plan's."""
+    """Load guard: limit on node load, in multiples of linear's; inf: no limit. Default: 1.05, or the plan's."""
     objective: Literal["bytes", "balance", "time"] | None = None
-    """What the plan lowers: bytes between nodes, balance (load first), or time (needs --hardware). Default: bytes, or
-    the older plan's."""
+    """What to minimise: bytes between nodes, load (balance), or time (--hardware). Default: bytes or the plan's."""
 
     def values(self, timing: Timing | None, task: PlanningTask) -> dict[str, Any]:
         """The same by the names of the library's parameters."""
@@ -215,7 +213,7 @@ class PaperFlags:
     """What the strategies paper and paper-unbalanced are given."""
 
     clusters: Int | None = None
-    """Expert clusters (K) of the strategy paper. Default: chosen on the fit part."""
+    """Request clusters (K) of the strategy paper. Default: selected on the fit requests."""
 
     def strategies(self, names: str) -> tuple[str | Strategy, ...]:
         """The strategies of a list of names, separated by commas."""
@@ -236,7 +234,7 @@ class TraceFlags:
     """What is read of a trace."""
 
     signature_tokens: Int | None = None
-    """Use each request's first N tokens as its signature, in place of the prefill."""
+    """Use each request's first N tokens as its signature, instead of the prefill."""
     without_layers: Layers = ()
     """Leave out these layers, e.g. 45 or 0,1,45."""
 
@@ -262,9 +260,9 @@ class TimingFlags:
     hardware: str | None = None
     """Hardware: also model step times on it, e.g. H100."""
     model: Annotated[str | None, File("input")] = None
-    """The model: a name of the catalogue, or a config.json. Default: the model of the trace."""
+    """The model: a catalogue name, or a config.json. Default: the model of the trace."""
     context: Int | None = None
-    """Tokens of each request. Default: 4096."""
+    """Context tokens of each request. Default: 4096."""
 
     def timing(self, shape: ModelShape, task: PlanningTask) -> Timing | None:
         """What to time steps with, checked; None without --hardware."""
@@ -287,19 +285,19 @@ class ModelFlags:
     config: ConfigIn | None = None
     """The model's config.json, or its folder: experts, top-k, dense layers."""
     num_experts: Int | None = None
-    """Routed experts in each layer, if --config does not say."""
+    """Routed experts per layer, if not in --config."""
     top_k: Int | None = None
-    """Experts that each token picks, if --config does not say."""
+    """Experts that each token picks, if not in --config."""
     name: str | None = None
     """Name of the model."""
     hidden: Int | None = None
-    """Hidden size: byte figures need it."""
+    """Hidden size. Byte figures need it."""
     expert_bytes: Int | None = None
     """Bytes of the weights of one expert in one layer."""
     kv_bytes_per_token: Int | None = None
     """Bytes of the KV cache of one token over all layers."""
     routing_groups: Int | None = None
-    """Groups of experts among which the router first chooses (DeepSeek-V3: 8). Default: the config's, or 1."""
+    """Expert groups of the model's router (DeepSeek-V3: 8). Default: the config's, or 1."""
 
     def spec(self) -> ModelSpec:
         """The model as config and flags describe it."""
@@ -312,7 +310,7 @@ class LayeredModelFlags(ModelFlags):
     """The same where a source may have rows for layers without experts."""
 
     num_layers: Int | None = None
-    """Hidden layers, dense ones included, if --config does not say."""
+    """Hidden layers, dense ones included, if not in --config."""
     dense_layers: Layers | None = None
     """Layers without experts, e.g. 0,1,2, or none."""
 
@@ -351,11 +349,11 @@ class MeasureFlags:
     phase: Literal["decode", "prefill", "mixed"] = "decode"
     """Inference phase: rows to measure. Plans are always fitted on decode."""
     block: Int = 1
-    """Keep N neighbouring requests together in splits."""
+    """Keep N consecutive requests on the same side of a split."""
     steps: Int = 500
     """Decode steps measured in each fold."""
     hidden: Int | None = None
-    """Hidden size, if the trace does not say it."""
+    """Hidden size, if the trace does not have it."""
 
     def settings(self, timing: Timing | None, seed: int, **split: Any) -> EvaluationSettings:
         """The same as the library's value; one split without `split`."""
@@ -373,9 +371,9 @@ class KeepFlags:
     """What of the recorded requests is stored."""
 
     min_tokens: Int = 1
-    """Store no request of fewer tokens, prefill and decode together."""
+    """Drop requests with fewer than N tokens (prefill + decode)."""
     aggregate: Int | None = None
-    """Store no token rows, only sums over N requests of a domain."""
+    """Store sums over N requests of a domain instead of token rows."""
 
     def policy(self) -> RetentionPolicy:
         """The same as the library's value."""
@@ -392,9 +390,9 @@ class PlacedModelFlags:
     config: ConfigIn | None = None
     """The model's config.json, or its folder: experts, layers, which of them are dense."""
     num_experts: Int | None = None
-    """Routed experts in each layer, if --config does not say."""
+    """Routed experts per layer, if not in --config."""
     num_layers: Int | None = None
-    """Hidden layers, dense ones included, if --config does not say."""
+    """Hidden layers, dense ones included, if not in --config."""
     dense_layers: Layers | None = None
     """Layers without experts, e.g. 0,1,2, or none."""
 
@@ -429,11 +427,11 @@ class PlacementFlags(ServedFlags):
     placement: Annotated[Path | None, File("input"), Parameter(metavar="FILE")] = None
     """A placement file of an engine."""
     engine: EngineName | None = None
-    """Target engine: the one that the file is for."""
+    """Target engine of the file."""
     config: ConfigIn | None = None
     """The model's config.json, or its folder: layers, which of them are dense."""
     num_layers: Int | None = None
-    """Hidden layers, dense ones included, if --config does not say."""
+    """Hidden layers, dense ones included, if not in --config."""
     deployment: Deployment | None = None
     """What a request group is: the requests decoded on one node, or on one GPU. Default: nodes."""
 
@@ -462,9 +460,9 @@ class PrecisionFlags:
     """Numeric types of weights and cache."""
 
     weights_dtype: str | None = None
-    """Numeric type of matrices: bf16, fp8, fp4 .. Default: the checkpoint's."""
+    """Numeric type of the weight matrices: bf16, fp8, fp4 .. Default: the checkpoint's."""
     experts_dtype: str | None = None
-    """Numeric type of the routed experts. Default: as published."""
+    """Numeric type of the routed experts. Default: the checkpoint's."""
     kv_dtype: str = "bf16"
     """Numeric type of the KV cache: bf16 or fp8."""
 
@@ -479,13 +477,13 @@ class DraftFlags:
     """Multi-token prediction."""
 
     mtp: Int = 0
-    """Draft tokens in each step, by the model's own module."""
+    """Draft tokens per step, from the model's multi-token prediction module."""
     accepted: float | None = None
-    """Tokens that a step yields. Default: 1 + 0.8 x drafts."""
+    """Tokens per step that are accepted. Default: 1 + 0.8 x drafts."""
 
     @property
     def tokens(self) -> float:
-        """Tokens that a step yields: as given, else 1 and four fifths of the drafts."""
+        """Tokens accepted per step: as given, else 1 + 0.8 x drafts."""
         return 1 + 0.8 * self.mtp if self.accepted is None else self.accepted
 
 
@@ -495,11 +493,11 @@ class PriceFlags:
     """Hardware that the catalogue does not have, and prices."""
 
     hardware_file: Annotated[Path | None, File("input"), Parameter(metavar="JSON")] = None
-    """A file with more hardware, or other prices."""
+    """A file with further hardware, or with other prices."""
     usd_per_hour: float | None = None
-    """Price of one GPU. Default: the catalogue's."""
+    """Price of one GPU in USD per hour. Default: the catalogue's."""
     watts: float | None = None
-    """Power of one GPU. Default: the catalogue's."""
+    """Power of one GPU in watts. Default: the catalogue's."""
 
     def hardware(self, names: str) -> list[Hardware]:
         """The hardware of a list of names, or all of the catalogue."""
@@ -515,15 +513,13 @@ class PriceFlags:
 
 
 Milliseconds: TypeAlias = Annotated[float, Parameter(metavar="MS")]
-HardwareList: TypeAlias = Annotated[str, Parameter(metavar="A,B,..", help="Hardware: names of the catalogue, or all.")]
-ModelIn: TypeAlias = Annotated[
-    str, File("input"), Parameter(help="The model: a name of the catalogue, or a config.json.")
-]
+HardwareList: TypeAlias = Annotated[str, Parameter(metavar="A,B,..", help="Hardware: catalogue names, or all.")]
+ModelIn: TypeAlias = Annotated[str, File("input"), Parameter(help="The model: a catalogue name, or a config.json.")]
 GpusPerNode: TypeAlias = Annotated[
     int | None,
     Parameter(
         converter=_whole,
         group=CLUSTER,
-        help="GPUs in each node: those that the fast network joins. Default: the hardware's.",
+        help="GPUs in each node, on one scale-up network. Default: the hardware's.",
     ),
 ]

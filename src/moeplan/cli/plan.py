@@ -36,7 +36,7 @@ def plan(
     """Fit a plan on all usable requests of a trace: request groups, expert placement and router.
 
     Args:
-        strategy: How to plan.
+        strategy: The planning strategy.
     """
     from moeplan.api import HELD_OUT, plan_task
 

@@ -26,7 +26,7 @@ def rebalance(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Improve a stored plan for the traffic of a trace by moving few expert replicas.
+    """Improve a stored plan for the traffic of a trace by moving a few expert replicas.
 
     Cluster, dispatch mode, replica rule, guard and objective are the plan's.
 

@@ -39,13 +39,13 @@ class PromptFlags:
     prompts: Annotated[o.InputFile, Parameter(metavar="FILE")]
     """Prompts: a JSONL, CSV or text file, or a folder with one file per domain."""
     limit: o.Int | None = None
-    """At most N prompts, taken from the domains in turn."""
+    """Use at most N prompts, taken from the domains in turn."""
     domain: str | None = None
     """Domain label of every request. Default: the prompt's, the folder's or the file's."""
     max_new_tokens: o.Int | None = None
-    """Most tokens sampled per request. Default: the prompt's own limit, or 128."""
+    """Maximum number of sampled tokens per request. Default: the prompt's own limit, or 128."""
     max_prompt_tokens: o.Int | None = None
-    """Cut prompts to their first N tokens."""
+    """Truncate prompts to their first N tokens."""
     temperature: float = 0.0
     """Sampling temperature: 0 takes the most likely token."""
     seed: o.Seed = 0
@@ -73,13 +73,13 @@ class ServerFlags:
     """How the server is asked."""
 
     served_model: str | None = None
-    """Name under which the server serves the model. Needed where it serves several."""
+    """Name of the model on the server. Required if the server has several."""
     concurrency: o.Int = 8
     """Requests in flight at the same time."""
     retries: o.Int = 5
-    """How often a request is repeated after 429, 5xx or a broken connection."""
+    """Number of retries after status 408, 429 or 5xx, or a broken connection."""
     timeout: float = 600.0
-    """Seconds for one request, answer included."""
+    """Time-out of one request in seconds, including the answer."""
     api_key_env: str | None = None
     """Environment variable that holds the server's key. Default: MOEPLAN_API_KEY."""
 
@@ -112,7 +112,7 @@ def transformers(
 
     Args:
         model: The model: a folder with config.json and safetensors.
-        batch_size: Requests that run together.
+        batch_size: Requests per batch.
         dtype: Numeric type of the model: float32, bfloat16, float16, or auto: as the model was saved.
         device: Device: cpu, cuda, cuda:1, or auto: a GPU if there is one.
         keep_gate_weights: Store gate weights too.
@@ -174,7 +174,7 @@ def sglang(
 
     Args:
         url: Address of the server.
-        openai: Use /v1/completions in place of /generate, for a gateway without it.
+        openai: Use /v1/completions instead of /generate, for a gateway without /generate.
     """
     from moeplan.record.sglang import SglangEngine
 

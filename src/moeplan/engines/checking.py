@@ -28,11 +28,13 @@ def check(
     plan: Plan | None = None,
     plan_path: str = "",
 ) -> Report:
-    """Look at an engine's placement file: every rule that the engine does not check itself.
+    """Check an engine's placement file against the rules of the engine, including those that it does not check itself.
 
     Args:
-        model, layout: what config and flags say of the model and of the deployment.
-        plan, plan_path: also compare with this plan, slot by slot.
+        model: the model, as config and flags describe it.
+        layout: the deployment, as flags describe it.
+        plan: also compare with this plan, slot by slot.
+        plan_path: path of the plan, for messages.
 
     Raises:
         FormatError: the file cannot be read. UsageError: no such engine; `model` or `layout` contradicts the plan.

@@ -76,14 +76,14 @@ def _sglang(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
     elif serving.dispatch is Dispatch.ALLGATHER:
         backend, algorithm, rule = ["--moe-a2a-backend none"], "dynamic", ReplicaRule.HASH
         if copies:
-            notes.append("without an all-to-all backend SGLang takes copies in turn by row, near or far")
+            notes.append("without an all-to-all backend SGLang selects replicas by row number, wherever they are")
     else:
         notes.append("the all-to-all backend is yours to choose; with none, use --ep-dispatch-algorithm dynamic")
     parallel = [f"--tp-size {ranks} --ep-size {ranks}", *_groups("--attn-dp-size", serving)]
     nodes = (
         [f"--nnodes {placement.nodes} --node-rank $RANK --dist-init-addr $HEAD:20000"] if placement.nodes > 1 else []
     )
-    notes.append("leave --enable-eplb out: with it SGLang moves the experts again")
+    notes.append("do not add --enable-eplb: with it SGLang moves the experts again")
     command = (
         "python -m sglang.launch_server --model-path $MODEL",
         *parallel,

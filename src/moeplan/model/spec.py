@@ -236,7 +236,9 @@ class ModelSpec:
 
         Args:
             name: a name where the spec has none.
-            num_experts, top_k, layer_ids: as a recording itself says them; by default the spec's own.
+            num_experts: routed experts per layer of a recording; default: the spec's.
+            top_k: picks per token of a recording; default: the spec's.
+            layer_ids: MoE layers of a recording; default: the spec's.
             where: what an error is about.
 
         Raises:

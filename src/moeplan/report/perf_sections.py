@@ -14,11 +14,11 @@ __all__ = ["ERROR", "UNIFORM", "can_skew", "skew_section", "skewed", "time_secti
 
 #: Loads of the busiest GPU over the mean at which a time is drawn.
 SKEWS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-UNIFORM = "Routing is uniform: no trace was given, and real routing loads GPUs less evenly."
+UNIFORM = "Routing is uniform (no trace was given). Real routing has more load imbalance."
 ERROR = (
-    "Errors of the model (docs/results/accuracy.md): TPOT of servers, median error 3 to 25 % by hardware and layout, "
-    "from H100 to GB300. TTFT is of a request that finds a place at once: busy servers take several times as long. "
-    "Beams, and all other hardware, are unchecked."
+    "Error of the time model (docs/results/accuracy.md): median error of the TPOT of servers 3 to 25 %, by hardware "
+    "and layout, from H100 to GB300. TTFT excludes queueing: on busy servers it is several times as long. Beams and "
+    "other hardware were not checked."
 )
 Curve = tuple[Sequence[float], Sequence[float]]
 
@@ -28,10 +28,10 @@ def time_section(what: str, where: str, steps: Mapping[str, Step], hollow: str =
     first = next(iter(steps.values()))
     marks = f"filled marks are {next(iter(steps))}, {hollow}. " if hollow else ""
     note = (
-        "Left: colour is what would take longest alone; hatched is hidden behind other work. Right: "
-        f"{marks or 'one mark an operator. '}Under the slope memory bounds an operator, under the flat roof its "
-        "operations do; what lies below the roof is launches, waves that are not full, and imperfect overlap. Both "
-        "axes are relative to the rates that kernels reach."
+        "Left: the colour is the resource that bounds the operator; hatched time is hidden behind other work. Right: "
+        f"{marks or 'one mark per operator. '}Operators under the slope are bound by memory, those under the flat roof "
+        "by compute. The distance to the roof is due to launches, partial waves and imperfect overlap. Both axes are "
+        "relative to the rates that kernels reach."
     )
     return Section(
         f"Where a {what}'s time goes",
@@ -90,18 +90,18 @@ def skew_section(
     """
     loads, ms = next(iter(curves.values()))
     marked = "".join(
-        f" {name[0].upper()}{name[1:]}: {load:.2f} times the mean, {value:.1f} ms."
+        f" {name[0].upper()}{name[1:]}: {load:.2f} times the mean load, {value:.1f} ms."
         for name, (load, value) in (marks or {}).items()
     )
     return Section(
         f"{what} against the skew of expert load",
-        f"If the busiest GPU serves {max(loads):.1f} times the mean, {what} grows to {ms[-1] / ms[0]:.2f} times "
-        f"that of uniform routing.{marked}",
+        f"If the busiest GPU has {max(loads):.1f} times the mean load, {what} is {ms[-1] / ms[0]:.2f} times that of "
+        f"uniform routing.{marked}",
         [skew_figure(curves, f"{what} against the busiest GPU's load", what=what, marks=marks)],
-        note="The other GPUs share the rest evenly. The first point of a line is uniform routing, whose loads differ "
-        "by random imbalance only. A plan that lowers the skew moves a step to the left: see moeplan compare."
+        note="The other GPUs share the rest equally. The first point of a line is uniform routing, whose imbalance is "
+        "the noise floor. A plan that lowers the skew moves a step to the left (see moeplan compare)."
         + (
-            " A plan's own step lies beside the line, since real routing sends fewer or more messages, too."
+            " The step of a plan is not on the line, because real routing also changes the number of messages."
             if marks
             else ""
         ),
