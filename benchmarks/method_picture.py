@@ -24,8 +24,8 @@ from moeplan import open_trace
 from moeplan.cluster import Cluster
 from moeplan.planning import Plan, read_requests, solve
 from moeplan.planning.plan import PlanningTask
+from moeplan.planning.requests import blocks, split
 from moeplan.replay.evaluator import FoldEvaluator
-from moeplan.replay.split import blocks, split
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "method.png"
 NODES, GPUS, SEED = 4, 4, 0

@@ -24,11 +24,12 @@ from moeplan.cluster import Cluster
 from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import Plan, PlanningTask
+from moeplan.planning.requests import blocks, split
 from moeplan.planning.strategies import find
 from moeplan.planning.strategies.paper import PaperParams
 from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.measure import StepFigures, sample_steps
-from moeplan.replay.split import MAX_LIVE, blocks, draw_steps, split
+from moeplan.replay.split import MAX_LIVE, draw_steps
 
 SEEDS, BATCHES, REQUESTS, SMALLEST = range(4), 500, 2400, 8
 REAL = Path(__file__).parents[1].parent / "shared" / "traces" / "maverick-mmlu.npz"

@@ -9,13 +9,13 @@ from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.errors import PlanError
 from moeplan.planning.plan import Plan, PlanningTask
 from moeplan.planning.problem import MoveLimit, Strategy
-from moeplan.planning.requests import RequestSet, read_requests
+from moeplan.planning.requests import RequestSet, read_requests, shape_of
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import find
 from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.progress import Progress, silent
 from moeplan.replay.compare import compare_task
-from moeplan.replay.evaluator import check_shape
+from moeplan.replay.evaluator import check_inputs
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.trace import Trace
 
@@ -33,8 +33,8 @@ def plan(
     strategy: str | Strategy = "moeplan",
     *,
     redundant: int = 0,
-    dispatch: Dispatch = Dispatch.PICK,
-    replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC,
+    dispatch: Dispatch | str = Dispatch.PICK,
+    replica_rule: ReplicaRule | str = ReplicaRule.NEAREST_STATIC,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
@@ -43,7 +43,7 @@ def plan(
     Its expected figures come from a second plan, fitted on three quarters of the requests and measured on the last.
 
     Args:
-        requests: a trace, or `read_requests` of one.
+        requests: a trace, or `read_requests` of one; `RequestSet.split` holds some back to evaluate the plan on.
         strategy: a name, or a strategy with its parameters.
         redundant: extra expert slots per layer, over all GPUs.
         dispatch: what a message is. replica_rule: which replica of an expert serves a token.
@@ -57,7 +57,7 @@ def plan(
         >>> plan.placement.slots.shape
         (8, 40)
     """
-    task = PlanningTask(cluster, redundant, dispatch, replica_rule)
+    task = PlanningTask(cluster, redundant, Dispatch(dispatch), ReplicaRule(replica_rule))
     return plan_task(requests, task, strategy, dataclasses.replace(HELD_OUT, seed=seed), progress)
 
 
@@ -74,7 +74,7 @@ def plan_task(
         held_out: their seed is the plan's, too.
     """
     chosen = find(strategy)
-    task.check(requests.shape.num_experts)  # before a large trace is read
+    task.check(shape_of(requests).num_experts)  # before a large trace is read
     requests = read_requests(requests, rows=False)
     progress(0, 2, "solving")
     made = fit(requests, task, chosen, held_out.seed)
@@ -106,8 +106,8 @@ def rebalance(
         >>> new.moves_from(plan).most_in_a_layer  # doctest: +SKIP
         4
     """
+    check_inputs(plan, requests)
     chosen, limit = params or MoeplanParams.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
-    check_shape(requests.shape, plan.model, "plan")
     requests = read_requests(requests, signature_tokens=plan.signature.tokens, rows=False)
     progress(0, 1, "solving")
     return fit(requests, plan.task, chosen, seed, limit)
@@ -124,7 +124,10 @@ def fit(
     made = solve(requests.problem(task), strategy, seed, limit)
     trace, origin = requests.trace, made.provenance
     if trace is not None:
-        origin = dataclasses.replace(origin, trace_checksum=trace.checksum, synthetic=trace.synthetic)
+        origin = dataclasses.replace(
+            origin, trace_checksum=trace.checksum, synthetic=trace.synthetic,
+            fit_index=() if requests.whole else tuple(requests.index.tolist()),
+        )  # fmt: skip
     return dataclasses.replace(made, signature=requests.known, provenance=origin)
 
 

@@ -31,7 +31,7 @@ from moeplan.arrays import (
     Int32Array,
     Int64Array,
 )
-from moeplan.errors import PlanError, UsageError
+from moeplan.errors import PlanError, UsageError, expect
 from moeplan.types import Placement
 
 __all__ = [
@@ -51,7 +51,15 @@ __all__ = [
 ]
 
 
-class Dispatch(StrEnum):
+class Choice(StrEnum):
+    """Named values; wherever one is asked for, its text will do."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise UsageError(f"{cls.__name__} {str(value)[:40]!r} is unknown", hint=f"use {', '.join(cls)}")
+
+
+class Dispatch(Choice):
     """How a token's hidden state reaches its experts; see `token_messages`."""
 
     PICK = "pick"
@@ -64,14 +72,14 @@ class Dispatch(StrEnum):
         return list(Dispatch).index(self)
 
 
-class Deployment(StrEnum):
+class Deployment(Choice):
     """What a group of requests runs its attention on: a whole node (`nodes`), or one GPU (`gpus`)."""
 
     NODES = "nodes"
     GPUS = "gpus"
 
 
-class ReplicaRule(StrEnum):
+class ReplicaRule(Choice):
     """Which replica of an expert serves a pick; see `routes`."""
 
     NEAREST_STATIC = "nearest-static"
@@ -101,6 +109,7 @@ class Cluster:
     deployment: Deployment = Deployment.NODES
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "deployment", Deployment(self.deployment))
         if self.nodes < 1 or self.gpus_per_node < 1:
             raise UsageError(f"a cluster of {self.nodes} nodes x {self.gpus_per_node} GPUs is impossible")
         if self.num_gpus > 16384:
@@ -139,6 +148,7 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
     Raises:
         PlanError: (E + R) does not divide by nodes x GPUs, or a GPU would need two replicas of one expert.
     """
+    expect(cluster, Cluster, "moeplan.Cluster(nodes, gpus_per_node)")
     if redundant < 0:
         raise UsageError(f"--redundant {redundant} is negative", hint="give 0 or more extra slots per layer")
     slots, gpus = num_experts + redundant, cluster.num_gpus
@@ -181,7 +191,7 @@ def token_messages(dispatch: Dispatch, cluster: Cluster, source: int, serving: l
     whatever the picks: no plan changes its bytes. A message whose source is its destination costs nothing and
     is absent.
     """
-    per_node = cluster.gpus_per_node
+    dispatch, per_node = Dispatch(dispatch), cluster.gpus_per_node
     rail = source % per_node
     if dispatch is Dispatch.PICK:
         return [(source, gpu) for gpu in serving if gpu != source]
@@ -228,6 +238,7 @@ def message_bytes(dispatch: Dispatch, hidden: int, top_k: int) -> MessageBytes:
     (k int32 indices and k float32 weights), 2h + 8 + 4k back, each rounded up to 16. `allgather` (vLLM's
     all-gather and reduce-scatter): one bf16 row, 2h, each way.
     """
+    dispatch = Dispatch(dispatch)
     if dispatch is Dispatch.ALLGATHER:
         return MessageBytes(2 * hidden, 2 * hidden, hidden)
     if dispatch is Dispatch.PICK:
@@ -360,6 +371,7 @@ def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int 
     An even deal to S sources from c replicas: a seeded order of the sources, then the replicas in turn from a seeded
     start, so that no replica gets two sources more than another.
     """
+    rule = ReplicaRule(rule)
     if rule is ReplicaRule.HASH:
         return Routes(placement, cluster, rule, None)
     slots, count = placement.replica_slots, placement.replica_count  # [L, E, X], [L, E]

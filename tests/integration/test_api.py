@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moeplan
+from moeplan.cluster import Dispatch, ReplicaRule
+from moeplan.planning.plan import PlanningTask
+from moeplan.planning.problem import Problem, TokenRows
+
+CLUSTER = moeplan.Cluster(2, 2)
+
+
+def trace() -> moeplan.Trace:
+    return moeplan.open_trace("embedded")
 
 
 def test_public_names() -> None:
@@ -27,3 +39,61 @@ def test_importing_loads_nothing_heavy() -> None:
     code = code.replace("import sys, moeplan", "import sys, moeplan.cli.app")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() in ("[]", "['rich']")
+
+
+def test_an_enum_may_be_given_as_text() -> None:
+    assert moeplan.Cluster(4, 4, "nodes").num_groups == 4  # type: ignore[arg-type]
+    assert moeplan.Cluster(4, 4, "gpus").num_groups == 16  # type: ignore[arg-type]
+    task = PlanningTask(CLUSTER, 0, "node", "hash")  # type: ignore[arg-type]
+    assert task.dispatch is Dispatch.NODE and task.replica_rule is ReplicaRule.HASH
+    use = np.ones((2, 1, 4), np.uint32)
+    rows = TokenRows(np.zeros((0, 1, 2), np.uint8), *np.zeros((2, 2), np.int64))
+    shape = moeplan.ModelShape("m", 1, 4, 2)
+    problem = Problem(shape, CLUSTER, 0, use, use, rows, "hash", "node")  # type: ignore[arg-type]
+    assert problem.dispatch is Dispatch.NODE and problem.replica_rule is ReplicaRule.HASH
+    assert moeplan.EstimateSettings(dispatch="node").dispatch is Dispatch.NODE  # type: ignore[arg-type]
+    counts = np.random.default_rng(0).integers(1, 1000, (3, 8))
+    for rule in ReplicaRule:
+        by_text, by_rule = (moeplan.balance(counts, CLUSTER, redundant=4, replica_rule=r) for r in (rule.value, rule))
+        assert (by_text.slots == by_rule.slots).all()
+    plan = moeplan.plan(trace(), CLUSTER, "linear", dispatch="node", replica_rule="hash")
+    assert plan.dispatch is Dispatch.NODE and plan.replica_rule is ReplicaRule.HASH
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: moeplan.Cluster(4, 4, "moon"), "Deployment 'moon' is unknown; use nodes, gpus"),
+        (lambda: moeplan.plan(trace(), CLUSTER, dispatch="x"), "use pick, gpu, node, allgather"),
+        (lambda: moeplan.balance([[1, 2]], CLUSTER, replica_rule="x"), "use nearest-static, nearest-even, hash"),
+        (lambda: moeplan.balance([[1, 2]], (1, 2)), "give moeplan.Cluster"),
+        (lambda: moeplan.plan("embedded", CLUSTER), "give moeplan.open_trace"),
+        (lambda: moeplan.plan(trace(), (2, 2)), "give moeplan.Cluster"),
+        (lambda: moeplan.compare("embedded", CLUSTER), "give moeplan.open_trace"),
+        (lambda: moeplan.profile_trace("embedded"), "give moeplan.open_trace"),
+        (lambda: moeplan.evaluate("plan", trace()), "give moeplan.load_plan"),
+        (lambda: moeplan.detect_drift("plan", trace()), "give moeplan.load_plan"),
+        (lambda: moeplan.rebalance("plan", trace(), max_moves=1), "give moeplan.load_plan"),
+        (lambda: moeplan.estimate_plan("plan", trace(), "H100"), "give moeplan.load_plan"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_with_what_to_give(call: Callable[[], object], hint: str) -> None:
+    with pytest.raises(moeplan.MoeplanError, match=hint):
+        call()
+
+
+def test_a_plan_of_some_requests_is_evaluated_on_the_others(tmp_path: Path) -> None:
+    requests = moeplan.read_requests(trace())
+    fit, held_out = requests.split(fit=0.75, seed=3)
+    assert len(fit) + len(held_out) == len(requests) and not np.isin(fit.index, held_out.index).any()
+    assert np.bincount(fit.domain) / np.bincount(requests.domain) == pytest.approx(0.75, abs=0.02)
+    assert (fit.use == requests.use[np.isin(requests.index, fit.index)]).all()
+    some = requests.select([5, 3, 3])
+    assert (some.index == requests.index[[3, 5]]).all() and some.measured is some.use
+    moeplan.plan(fit, CLUSTER, "linear").save(tmp_path / "plan")
+    plan, settings = moeplan.load_plan(tmp_path / "plan"), moeplan.EvaluationSettings(steps=2, draws=10)
+    seen = [moeplan.evaluate(plan, given, settings).fitted_on_this_trace for given in (held_out, fit, trace())]
+    assert seen == [False, True, True]
+    for wrong in ([], [len(requests)], [-1], [[0]], [0.5], [True]):
+        with pytest.raises(moeplan.MoeplanError):
+            requests.select(wrong)

@@ -18,7 +18,7 @@ from moeplan.importers.options import ImportOptions
 from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import PlanningTask
-from moeplan.planning.requests import Spans
+from moeplan.planning.requests import Spans, blocks, split
 from moeplan.planning.router import LocalityRouter
 from moeplan.planning.strategies.paper import PaperParams
 from moeplan.replay.compare import compare
@@ -26,7 +26,7 @@ from moeplan.replay.evaluate import evaluate
 from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.measure import measure_requests, sample_steps
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
+from moeplan.replay.split import Draws, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, noise_floor, significantly_below
 from moeplan.replay.table import Comparison
 from moeplan.synthetic.generator import generate

@@ -38,6 +38,7 @@ class StepOptions:
     constants: Constants | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", self.dispatch and Dispatch(self.dispatch))
         if self.gpus_per_node is not None and self.gpus_per_node < 1:
             raise UsageError("gpus_per_node must be at least 1")
 

@@ -62,6 +62,7 @@ class EstimateSettings:
     accepted: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", self.dispatch and Dispatch(self.dispatch))
         if self.phase not in ("decode", "prefill"):
             raise UsageError(f'phase "{str(self.phase)[:60]}" is unknown', hint="use decode or prefill")
         if not self.skew >= 1:

@@ -69,6 +69,8 @@ class Problem:
     dispatch: Dispatch = Dispatch.PICK
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
+        object.__setattr__(self, "replica_rule", ReplicaRule(self.replica_rule))
         check_slots(self.shape.num_experts, self.redundant, self.cluster)
         expected = (len(self.use), self.shape.num_layers, self.shape.num_experts)
         if self.use.shape != expected or self.signature.shape != expected:

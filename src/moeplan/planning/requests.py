@@ -7,14 +7,15 @@ rows (or prompt rows, where there is no decode) stand in for the prefill and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from moeplan._kernels.counting import count_ranges
-from moeplan.arrays import CountArray, ExpertArray, Int64Array
-from moeplan.errors import UsageError
+from moeplan.arrays import BoolArray, CountArray, ExpertArray, Int64Array
+from moeplan.errors import UsageError, expect
 from moeplan.planning.plan import Plan, PlanningTask, Signature
 from moeplan.planning.problem import Problem, TokenRows
 from moeplan.trace import Trace
@@ -22,9 +23,10 @@ from moeplan.trace.format import Requests
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
 from moeplan.types import ModelShape, expert_dtype
 
-__all__ = ["RequestSet", "Spans", "read_requests"]
+__all__ = ["RequestSet", "Spans", "blocks", "read_requests", "shape_of", "split"]
 
 PHASES_MEASURED = ("decode", "prefill", "mixed")
+MOST_BLOCK = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class RequestSet:
         notes: what a reader must know, one line each.
         sums: uint32 [2, n, L, E], picks of prefill and decode of an aggregated trace: each sum stands for a request.
         trace: where they come from; None for requests made by hand.
+        whole: they are all usable requests of the trace.
+
+    Examples:
+        >>> import moeplan
+        >>> fit, held_out = moeplan.read_requests(moeplan.open_trace("embedded")).split(fit=0.75)
+        >>> len(fit), len(held_out)
+        (584, 195)
     """
 
     shape: ModelShape
@@ -67,6 +76,7 @@ class RequestSet:
     notes: tuple[str, ...] = ()
     sums: CountArray | None = None
     trace: Trace | None = None
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(self.index)
@@ -102,8 +112,77 @@ class RequestSet:
         )
 
     def fitted(self, plan: Plan) -> bool:
-        """Whether a plan was fitted on the trace that these requests are of."""
-        return self.trace is not None and self.trace.checksum == plan.provenance.trace_checksum
+        """Whether a plan was fitted on some of these requests."""
+        origin = plan.provenance
+        same = self.trace is not None and self.trace.checksum == origin.trace_checksum
+        return same and (not origin.fit_index or bool(np.isin(self.index, origin.fit_index).any()))
+
+    def select(self, which: npt.ArrayLike) -> RequestSet:
+        """Some of these requests: bool [n], or their positions.
+
+        Raises:
+            UsageError: none of them, or a position that there is not.
+        """
+        chosen = np.asarray(which)
+        if chosen.dtype == np.bool_ and chosen.shape == (len(self),):
+            chosen = np.flatnonzero(chosen)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or not len(chosen):
+            raise UsageError(f"no selection of {len(self)} requests", hint="give a boolean of each, or positions")
+        chosen = np.unique(chosen)
+        if chosen[0] < 0 or chosen[-1] >= len(self):
+            raise UsageError(f"positions {chosen[0]} to {chosen[-1]} are outside 0..{len(self) - 1}")
+        use, measured = (span[:, chosen] for span in (self.spans.use, self.spans.measured))
+        spans = Spans(self.spans.signature[:, chosen], use, use if self.spans.measured is self.spans.use else measured)
+        notes = (*self.notes, f"{len(chosen)} of {len(self)} requests are selected")
+        sums = None if self.sums is None else self.sums[:, chosen]
+        index, domain = self.index[chosen], self.domain[chosen]
+        return replace(self, spans=spans, index=index, domain=domain, notes=notes, sums=sums, whole=False)
+
+    def split(self, fit: float = 0.5, *, seed: int = 0, block: int = 1) -> tuple[RequestSet, RequestSet]:
+        """Requests to fit a plan on, and held-out requests to evaluate it on; at random within each domain.
+
+        Args:
+            fit: share of the first part. block: neighbouring requests of the trace that stay together.
+        """
+        fitted = split(self.domain, blocks(self.index, block), fit, np.random.default_rng([seed, 0, 0]))
+        return self.select(fitted), self.select(~fitted)
+
+
+def blocks(index: Int64Array, size: int) -> Int64Array:
+    """int64 [n]: the block of each usable request, 0, 1, ..; `size` neighbours in the trace make a block."""
+    if size < 1:
+        raise UsageError(f"--block {size} is not positive")
+    if size > MOST_BLOCK:
+        raise UsageError(f"--block {size} is more than any trace has", hint="e.g. 20")
+    return np.asarray(np.unique(index // size, return_inverse=True)[1], np.int64)
+
+
+def split(domain: Int64Array, block: Int64Array, fit: float, rng: np.random.Generator) -> BoolArray:
+    """bool [n]: which requests the plan may see, stratified by domain, blocks kept whole.
+
+    A block counts for the domain of its first request. The blocks are shuffled within domains and laid out domain by
+    domain; every 1/fit-th goes to the fit part, from a random start, so that each domain gets its share to within one
+    block and the whole is right too.
+    """
+    if not 0.0 < fit < 1.0:
+        raise UsageError(
+            f"--fit {fit} is not between 0 and 1", hint="e.g. 0.5: plan on half, measure on the other half"
+        )
+    count = int(block.max()) + 1
+    first = np.zeros(count, np.int64)
+    first[block[::-1]] = domain[::-1]
+    shuffled = rng.permutation(count)
+    order = shuffled[np.argsort(first[shuffled], kind="stable")]
+    place = np.arange(count + 1) * fit + rng.random()
+    chosen = np.zeros(count, np.bool_)
+    chosen[order] = np.floor(place[1:]) > np.floor(place[:-1])
+    return chosen[block]
+
+
+def shape_of(requests: Trace | RequestSet) -> ModelShape:
+    """The model of requests that may not be read yet."""
+    expect(requests, (Trace, RequestSet), 'moeplan.open_trace("PATH"), or moeplan.read_requests of it')
+    return requests.shape
 
 
 def read_requests(

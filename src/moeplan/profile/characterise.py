@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplan.errors import expect
 from moeplan.profile.coactivation import Coactivation, coactivation
 from moeplan.profile.common import Skipped, plain_dict
 from moeplan.profile.counts import DECODE, PREFILL, STAGES, Counts, count
@@ -106,6 +107,7 @@ def profile_trace(
         UsageError: no request is long enough for `signature_tokens`.
         FormatError: an invalid part.
     """
+    expect(trace, Trace, 'moeplan.open_trace("PATH")')
     import sklearn.linear_model
     import sklearn.manifold  # noqa: F401  (threadpoolctl limits only libraries that are loaded)
     from threadpoolctl import threadpool_limits

@@ -9,7 +9,7 @@ import numpy as np
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.planning.plan import Plan, PlanningTask
 from moeplan.planning.problem import Strategy
-from moeplan.planning.requests import RequestSet, read_requests
+from moeplan.planning.requests import RequestSet, read_requests, shape_of
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import find
 from moeplan.progress import Progress, silent
@@ -32,8 +32,8 @@ def compare(
     strategies: Sequence[str | Strategy] = ("random", "linear", "eplb", "affinity", "paper", "moeplan"),
     *,
     redundant: int = 0,
-    dispatch: Dispatch = Dispatch.PICK,
-    replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC,
+    dispatch: Dispatch | str = Dispatch.PICK,
+    replica_rule: ReplicaRule | str = ReplicaRule.NEAREST_STATIC,
     settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008
     progress: Progress = silent,
 ) -> Comparison:
@@ -56,7 +56,7 @@ def compare(
         >>> [row.name for row in table.rows]
         ['linear', 'linear/prefill', 'eplb', 'eplb/prefill']
     """
-    task = PlanningTask(cluster, redundant, dispatch, replica_rule)
+    task = PlanningTask(cluster, redundant, Dispatch(dispatch), ReplicaRule(replica_rule))
     return compare_task(requests, task, strategies, settings, progress)
 
 
@@ -69,7 +69,7 @@ def compare_task(
 ) -> Comparison:
     """`compare` for a task."""
     chosen = _by_name(strategies)
-    task.check(requests.shape.num_experts)  # before a large trace is read
+    task.check(shape_of(requests).num_experts)  # before a large trace is read
     requests, cluster = read_requests(requests), task.cluster
     ways = ["fewer nodes", *["--deployment nodes"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
     ways += ["a smaller --block"] * (settings.block > 1)

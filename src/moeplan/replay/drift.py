@@ -25,7 +25,7 @@ from moeplan.planning.solver import solve
 from moeplan.planning.strategies import available, find
 from moeplan.planning.strategies.moeplan import MoeplanParams
 from moeplan.progress import Progress, silent
-from moeplan.replay.evaluator import EvaluationRun, Measured, Row, check_shape
+from moeplan.replay.evaluator import EvaluationRun, Measured, Row, check_inputs
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import least_requests
 from moeplan.replay.statistics import change, significantly_below
@@ -142,8 +142,8 @@ def detect_drift(
         >>> moeplan.detect_drift(plan, new_trace).stale  # doctest: +SKIP
         False
     """
+    check_inputs(plan, requests)
     key, strategy = check_drift(plan, settings)
-    check_shape(requests.shape, plan.model, "plan")
     requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     task = plan.task
     hint = f"collect more traffic first, {least_requests(task.cluster, settings.fit)} usable requests at least"

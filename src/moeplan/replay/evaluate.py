@@ -9,7 +9,7 @@ from moeplan.planning.plan import Plan
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 from moeplan.progress import Progress, silent
-from moeplan.replay.evaluator import EvaluationRun, Row, check_shape
+from moeplan.replay.evaluator import EvaluationRun, Row, check_inputs
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.statistics import Figure
 from moeplan.replay.table import Comparison, TableRow
@@ -85,7 +85,7 @@ def evaluate(
         >>> moeplan.evaluate(plan, trace, settings).figures["remote_share"]
         Figure(0.6794, 95 % 0.6759 to 0.6831 over requests)
     """
-    check_shape(requests.shape, plan.model, "plan")
+    check_inputs(plan, requests)
     requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     run = EvaluationRun.whole(requests, plan.task, settings)
     (fold,) = run.folds()

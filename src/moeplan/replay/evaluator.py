@@ -14,19 +14,30 @@ from typing import NamedTuple
 import numpy as np
 
 from moeplan.arrays import Float32Array, Int64Array, NumberArray
-from moeplan.errors import PlanError, UsageError
+from moeplan.errors import PlanError, UsageError, expect
 from moeplan.planning.assignment import equal_groups, random_groups
 from moeplan.planning.plan import Plan, PlanningTask
-from moeplan.planning.requests import RequestSet
+from moeplan.planning.requests import RequestSet, blocks, shape_of, split
 from moeplan.planning.router import ClusterRouter, LocalityRouter
 from moeplan.replay.measure import DecodeSteps, RequestFigures, StepFigures, measure_requests, sample_steps
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.replay.split import Draws, blocks, draw_steps, live_requests, split
+from moeplan.replay.split import Draws, draw_steps, live_requests
 from moeplan.replay.timing import StepTimes, Timing
+from moeplan.trace import Trace
 from moeplan.trace.format import layer_spans
 from moeplan.types import ModelShape
 
-__all__ = ["EvaluationRun", "FoldEvaluator", "Grouping", "Measured", "Row", "check_shape", "fold_rng", "time_steps"]
+__all__ = [
+    "EvaluationRun",
+    "FoldEvaluator",
+    "Grouping",
+    "Measured",
+    "Row",
+    "check_inputs",
+    "check_shape",
+    "fold_rng",
+    "time_steps",
+]
 
 
 @dataclass(frozen=True)
@@ -207,6 +218,16 @@ def _checked(requests: RequestSet, task: PlanningTask, settings: EvaluationSetti
     if settings.timing is not None:
         settings.timing.check(requests.shape, task.cluster, task.dispatch)
     return blocks(requests.index, settings.block)
+
+
+def check_inputs(plan: Plan, requests: Trace | RequestSet) -> None:
+    """Refuse what is no plan or no requests, and requests of another model.
+
+    Raises:
+        UsageError: with what to give instead.
+    """
+    expect(plan, Plan, 'moeplan.load_plan("PATH")')
+    check_shape(shape_of(requests), plan.model, "plan")
 
 
 def check_shape(trace: ModelShape, plan: ModelShape, where: str) -> None:

@@ -21,7 +21,7 @@ from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.routing import Routing
 from moeplan.perf.step_model import StepModel
 from moeplan.planning import Plan, RequestSet, read_requests
-from moeplan.replay.evaluator import FoldEvaluator, check_shape
+from moeplan.replay.evaluator import FoldEvaluator, check_inputs
 from moeplan.replay.measure import measure_requests
 from moeplan.replay.split import live_requests
 from moeplan.replay.timing import CONTEXT, Timing, cluster_parallel, find_model, step_routing
@@ -74,12 +74,12 @@ def estimate_plan(
         UsageError: a model that is not the trace's; settings that the plan answers; more requests than a group has.
         PlanError: too few requests for the plan's groups.
     """
+    check_inputs(plan, requests)
     spec, machine = find_model(requests.shape, model), load_hardware(hardware)
     settings = settings or EstimateSettings()
     plan = dataclasses.replace(plan, dispatch=settings.dispatch or plan.dispatch)
     settings = dataclasses.replace(settings, dispatch=plan.dispatch)
     timing = Timing(spec, machine, context)
-    check_shape(requests.shape, plan.model, "plan")
     timing.check(requests.shape, plan.cluster, plan.dispatch)  # before a large trace is read
     requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     parallel = cluster_parallel(plan.cluster, spec, plan.redundant)
