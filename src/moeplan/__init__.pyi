@@ -9,6 +9,7 @@ from .cluster import ReplicaRule as ReplicaRule
 from .engines.checking import check as check
 from .engines.exporting import ExportReport as ExportReport
 from .engines.exporting import export as export
+from .engines.from_placement import import_placement as import_placement
 from .engines.report import ExpertLayout as ExpertLayout
 from .errors import MoeplanError as MoeplanError
 from .model.catalogue import load_model as load_model

@@ -137,7 +137,6 @@ def _export_plan(
         engine,
         output,
         model=model.spec(),
-        from_config=model.config is not None,
         where=str(source),
         vllm_strategy=vllm_strategy,
     )
@@ -164,7 +163,6 @@ def _export_counts(
         engine,
         output,
         model=found.complete(spec),
-        from_config=model.config is not None,
         where=str(source),
         name=found.counts.name,
         vllm_strategy=vllm_strategy,

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moeplan.engines.placement_files import examine
 from moeplan.engines.report import ExpertLayout, Report
 from moeplan.engines.unsupported_models import without_placement
-from moeplan.errors import UsageError
+from moeplan.errors import UsageError, expect
 from moeplan.model.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from moeplan.planning import Plan
+from moeplan.planning.plan import Plan
 
 __all__ = ["check"]
 
 
 def check(
-    path: Path,
+    path: str | Path,
     engine: str,
     model: ModelSpec | None = None,
     layout: ExpertLayout | None = None,
@@ -31,8 +28,7 @@ def check(
     """Check an engine's placement file against the rules of the engine, including those that it does not check itself.
 
     Args:
-        model: the model, as config and flags describe it.
-        layout: the deployment, as flags describe it.
+        model: `load_model` of its name or config.json. layout: what the engine is started with.
         plan: also compare with this plan, slot by slot.
         plan_path: path of the plan, for messages.
 
@@ -42,6 +38,7 @@ def check(
     model, layout = model or ModelSpec(), layout or ExpertLayout()
     ignored = without_placement(engine, model.architectures)
     if plan is not None:
+        expect(plan, Plan, 'moeplan.load_plan("PATH")')
         model, layout = _with_plan(model, layout, plan, plan_path)
     report = examine(path, engine, model, layout)
     if plan is not None:
@@ -62,7 +59,7 @@ def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: Plan, where: str) -
     ):
         if given not in (None, value):
             raise UsageError(
-                f"{key.replace('_', ' ')} {given} of the flags is not the plan's {value}"[:200],
+                f"{key.replace('_', ' ')} {given} is not the plan's {value}"[:200],
                 where=where,
                 hint="leave the flag out, or give the file's own plan",
             )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moeplan.engines.launch import Launch, Serving, launch
-from moeplan.engines.layer_axis import check_axis, left_out
+from moeplan.engines.layer_axis import check_axis, left_out, place_rows
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.placement_files import check_write, write
 from moeplan.engines.unsupported_models import without_placement
 from moeplan.engines.vllm import own_strategy
-from moeplan.errors import UsageError
+from moeplan.errors import UsageError, expect
 from moeplan.model.spec import ModelSpec
+from moeplan.planning.plan import Plan
 from moeplan.types import Placement
-
-if TYPE_CHECKING:
-    from moeplan.planning import Plan
 
 __all__ = ["ExportReport", "export"]
 
@@ -30,7 +29,7 @@ class ExportReport:
         path, engine, placement: the file, and what it holds.
         launch: the command to start the engine with.
         hidden_layers: of the model; None where nothing says it.
-        checked_layers: whether config or flags say which layers have experts, and the placement was held to them.
+        checked_layers: whether the model given says which layers have experts; the placement was checked against it.
         layers_left_out: layers that the placement skips where nothing says whether they have experts.
         ignored: why the engine would ignore any placement of this model; None where it would not.
     """
@@ -46,7 +45,8 @@ class ExportReport:
 
     def __repr__(self) -> str:
         layers, slots = self.placement.physical_to_logical.shape
-        return f"{self.path}: {layers} layers of {slots} slots for {self.engine}\n{self.launch.text()}"
+        head = f"{self.path}: {layers} layers of {slots} slots for {self.engine}"
+        return "\n".join([head, self.launch.text(), *(f"note: {note}" for note in self.launch.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -72,7 +72,6 @@ def export(
     path: str | Path,
     *,
     model: ModelSpec | None = None,
-    from_config: bool = False,
     where: str = "",
     name: str = "",
     vllm_strategy: str | None = None,
@@ -80,9 +79,10 @@ def export(
     """Write an engine's placement file, whole or not at all.
 
     Args:
-        source: a plan, or a placement, whose rows are all of the model's layers unless `model` says otherwise.
+        source: a plan, or a placement with a row for each of the model's MoE layers.
         engine: sglang, vllm, tensorrt-llm or vllm-ascend.
-        model: what its config.json (`from_config`) and flags say of it. where: the source, for messages.
+        model: `load_model` of its name or config.json. SGLang needs it for a plan, and for a placement unless every
+            hidden layer is a MoE layer. where: the source, for messages.
         name: the model's name, for the plug-in's file; a plan has its own.
         vllm_strategy: refuse a placement that is not this layout of vLLM's own: linear or round_robin.
 
@@ -92,24 +92,32 @@ def export(
 
     Examples:
         >>> import moeplan
-        >>> placement = moeplan.balance([[4, 3, 2, 1]], moeplan.Cluster(1, 2))
-        >>> report = moeplan.export(placement, "sglang", "placement.json")  # doctest: +SKIP
+        >>> import numpy as np
+        >>> counts = np.random.default_rng(0).integers(1, 100, (58, 256))  # picks in each MoE layer
+        >>> placement = moeplan.balance(counts, moeplan.Cluster(4, 8), redundant=32)
+        >>> deepseek = moeplan.load_model("deepseek-v3")
+        >>> report = moeplan.export(placement, "sglang", "placement.json", model=deepseek)  # doctest: +SKIP
     """
-    spec, serving, path = model or ModelSpec(), Serving(), Path(path)
+    spec, serving, path, assumed = model or ModelSpec(), Serving(), Path(path), ""
     if isinstance(source, Placement):
-        placement = EnginePlacement.of(source, tuple(range(source.num_layers)))
+        placement = place_rows(source, spec)
         if model is None:
             spec = spec.override(num_experts=source.num_experts, num_layers=source.num_layers, dense_layers=())
+            assumed = f"no model given: assumed that every hidden layer is one of the {source.num_layers} MoE layers"
     elif isinstance(source, EnginePlacement):
         placement = source
     else:
+        expect(source, Plan, "a plan or a placement")
         name, serving = source.model.name, Serving(source.cluster.num_groups, source.dispatch)
         placement = EnginePlacement.of_plan(source)
     if vllm_strategy is not None:
         _check_vllm_strategy(engine, placement, vllm_strategy)
-    layers = check_axis(placement, spec, engine, where, from_config=from_config)
+    layers = check_axis(placement, spec, engine, where)
     check_write(path, engine, placement)
     start = launch(engine, placement, str(path), serving)
+    if assumed:
+        start = replace(start, notes=(*start.notes, assumed))
+        warnings.warn(assumed, stacklevel=2)
     checked = spec.moe_layers is not None
     write(path, engine, placement, num_layers=layers, model=name)
     return ExportReport(

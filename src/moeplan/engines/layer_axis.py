@@ -6,9 +6,10 @@ import itertools
 
 from moeplan.engines.placement import EnginePlacement
 from moeplan.errors import UsageError
-from moeplan.model.spec import ModelSpec
+from moeplan.model.spec import GIVE_MODEL, ModelSpec
+from moeplan.types import Placement
 
-__all__ = ["check_axis", "left_out"]
+__all__ = ["check_axis", "left_out", "place_rows"]
 
 
 def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -21,64 +22,52 @@ def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(layer for a, b in gaps for layer in range(a + usual, b, usual))
 
 
-def check_axis(
-    placement: EnginePlacement, model: ModelSpec, engine: str, where: str, *, from_config: bool = True
-) -> int | None:
-    """Check a placement's layers against the model's; returns the number of hidden layers, if known.
-
-    Args:
-        from_config: whether the model is from a config.json, or from flags and the source; for messages.
+def place_rows(source: Placement, model: ModelSpec) -> EnginePlacement:
+    """A placement whose rows are the model's MoE layers, or all of its hidden layers.
 
     Raises:
-        UsageError: other experts or layers than the config's; for SGLang, the number of hidden layers is not known.
+        UsageError: another number of rows.
+    """
+    rows, moe = source.num_layers, model.moe_layers
+    if moe is None or rows == len(moe):
+        return EnginePlacement.of(source, moe or tuple(range(rows)))
+    if rows != model.layers:
+        what = f"the placement has {rows} rows, the model given {len(moe)} MoE layers of {model.layers} hidden layers"
+        raise UsageError(what, hint="give a row for each MoE layer")
+    return EnginePlacement.of(source, tuple(range(rows))).rows_of(moe, "")
+
+
+def check_axis(placement: EnginePlacement, model: ModelSpec, engine: str, where: str) -> int | None:
+    """Check a placement's layers against the model's; returns the number of hidden layers, if known.
+
+    Raises:
+        UsageError: other experts or layers than the model's; for SGLang, the number of hidden layers is not known.
     """
     layers, experts = placement.layer_ids, placement.num_experts
-    says = "the config" if from_config else "the flags"
-    same = (
-        "give the config.json of the same model"
-        if from_config
-        else "give the model's own --num-layers and --dense-layers"
+    moe = layers if model.moe_layers is None else model.moe_layers
+
+    def refuse(wrong: object, what: str, hint: str = "give the model that the plan was made for") -> None:
+        if wrong:
+            raise UsageError(what, where=where, hint=hint)
+
+    refuse(
+        model.num_experts not in (None, experts),
+        f"the plan is for {experts} experts, the model given has {model.num_experts}",
     )
-    if model.num_experts is not None and model.num_experts != experts:
-        raise UsageError(
-            f"the plan is for {experts} experts, the config for {model.num_experts}",
-            where=where,
-            hint="give the config.json of the same model",
-        )
-    if model.layers is not None and layers[-1] >= model.layers:
-        raise UsageError(
-            f"the plan places layer {layers[-1]}, but by {says} there are {model.layers} hidden layers, "
-            f"0 to {model.layers - 1}",
-            where=where,
-            hint=same,
-        )
-    if model.moe_layers is not None:
-        for layer in sorted(set(model.moe_layers) - set(layers)):
-            raise UsageError(
-                f"the plan places no experts in layer {layer}, which has experts by {says}",
-                where=where,
-                hint="plan on a trace of all layers, without --without-layers"
-                + ("" if from_config else f", or {same}"),
-            )
-        for layer in sorted(set(layers) - set(model.moe_layers)):
-            raise UsageError(
-                f"the plan places experts in layer {layer}, which has none by {says}",
-                where=where,
-                hint=same,
-            )
-    if engine != "sglang":
-        return model.layers
-    if model.layers is None:
-        raise UsageError(
-            "SGLang's file has a row for every hidden layer, and the plan knows only those with experts",
-            where=where,
-            hint="give --config config.json, or --num-layers",
-        )
-    if model.moe_layers is None and len(layers) < model.layers:
-        raise UsageError(
-            f"the plan has {len(layers)} of {model.layers} layers, and {says} "
-            f"do{'es' if from_config else ''} not say which have experts",
-            where=where,
-            hint="give --dense-layers, e.g. 0,1,2",
-        )
+    refuse(
+        model.layers is not None and layers[-1] >= model.layers,
+        f"the plan places layer {layers[-1]}, but the model given has {model.layers} hidden layers, from 0",
+    )
+    missing, surplus = sorted(set(moe) - set(layers)), sorted(set(layers) - set(moe))
+    refuse(
+        missing,
+        f"the plan places no experts in layer {min(missing, default=0)}, which has experts in the model given",
+        "plan on a trace of all layers, without --without-layers, or give the model that the plan was made for",
+    )
+    refuse(surplus, f"the plan places experts in layer {min(surplus, default=0)}, which has none in the model given")
+    if engine == "sglang":
+        what = "SGLang's file has a row for every hidden layer, and the plan knows only those with experts"
+        refuse(model.layers is None, what, GIVE_MODEL)
+        what = f"the plan has {len(layers)} of {model.layers} layers, and the model does not say which have experts"
+        refuse(model.moe_layers is None and len(layers) < (model.layers or 0), what, GIVE_MODEL)
     return model.layers

@@ -13,7 +13,7 @@ from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.report import ExpertLayout, Finding, Report
 from moeplan.errors import OutputError, UsageError
 from moeplan.io.files import atomic_path
-from moeplan.model.spec import ModelSpec, Moe
+from moeplan.model.spec import GIVE_MODEL, ModelSpec, Moe
 
 __all__ = ["ENGINES", "EnginePlacement", "ExpertLayout", "Finding", "Report", "check_write", "examine", "write"]
 
@@ -33,13 +33,15 @@ _SUFFIXES = {
 ENGINES = tuple(_EXAMINE)
 
 
-def examine(path: Path, engine: str, model: ModelSpec | None = None, layout: ExpertLayout | None = None) -> Report:
+def examine(
+    path: str | Path, engine: str, model: ModelSpec | None = None, layout: ExpertLayout | None = None
+) -> Report:
     """Check a file; the report says what is wrong and where.
 
     Raises:
         FormatError: the file cannot be read. UsageError: no such engine.
     """
-    return _EXAMINE[_known(engine)](path, model or ModelSpec(), layout or ExpertLayout())
+    return _EXAMINE[_known(engine)](Path(path), model or ModelSpec(), layout or ExpertLayout())
 
 
 def write(
@@ -85,7 +87,7 @@ def _text(engine: str, placement: EnginePlacement, num_layers: int | None, model
         return tensorrt_llm.content(placement)
     if engine == "sglang":
         if num_layers is None:
-            raise UsageError("SGLang's file needs the number of hidden layers", hint="give --config, or --num-layers")
+            raise UsageError("SGLang's file needs the number of hidden layers", hint=GIVE_MODEL)
         data = sglang.content(placement, num_layers)
     else:
         data = vllm.content(placement, model) if engine == "vllm" else vllm_ascend.content(placement)

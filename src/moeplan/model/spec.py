@@ -19,6 +19,9 @@ __all__ = ["Attention", "CompleteMoe", "CompleteSpec", "LinearAttention", "Model
 
 T = TypeVar("T")
 
+#: What to do where a model is not known.
+GIVE_MODEL = 'give model=moeplan.load_model("config.json") (command line: --config, or --num-layers and --dense-layers)'
+
 #: Dimensions that latent attention must have, and other attention has not.
 LATENT = ("kv_lora_rank", "qk_nope_head_dim")
 
@@ -300,7 +303,9 @@ class CompleteSpec(ModelSpec):
 
 def _need(value: T | None, what: str, flag: str, where: str) -> T:
     if value is None:
-        raise UsageError(f"the source does not say {what}", where=where, hint=f"give {flag}, or --config config.json")
+        raise UsageError(
+            f"the source does not say {what}", where=where, hint=f"give {flag}, or the model's config.json (--config)"
+        )
     return value
 
 

@@ -205,6 +205,9 @@ def gpu_load_ratio(counts: npt.ArrayLike, placement: Placement, cluster: Cluster
         UsageError: a layer without a pick.
     """
     load = gpu_load(counts, placement, cluster, replica_rule)
-    if not (load.sum(axis=1) > 0).all():
-        raise UsageError("a layer has no pick", hint="count while requests run")
+    if not (picks := load.sum(axis=1)).all():
+        raise UsageError(
+            f"row {int(picks.argmin())} of the counts has no pick",
+            hint="count while requests run, and leave layers without experts out: counts[list(model.moe_layers)]",
+        )
     return float(load_ratio(load).mean())
