@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import moeplan
+from helpers import ROOT
 from moeplan.cluster import Dispatch, ReplicaRule
 from moeplan.planning.plan import PlanningTask
 from moeplan.planning.problem import Problem, TokenRows
 
+#: What moeplan alone makes; their fields are read, and may be of types that are not public.
+RESULTS = ("CompleteSpec", "Comparison", "DriftReport", "Estimate", "Evaluation", "ExportReport", "Profile", "Report")
+RESULTS += ("RequestSet", "Sizing", "Sweep", "Trace")
+#: What a caller passes on, or never gives.
+PASSED_ON = {"Constants", "Messages", "Overrides", "ServingFigures", "StepCounts"}
 CLUSTER = moeplan.Cluster(2, 2)
 
 
@@ -23,12 +33,48 @@ def trace() -> moeplan.Trace:
 
 
 def test_public_names() -> None:
-    assert len(moeplan.__all__) < 60 and set(moeplan.__all__) <= set(dir(moeplan))
+    page = (ROOT / "docs/reference/api.md").read_text()
+    assert sorted(re.findall(r"^::: moeplan\.(\w+)$", page, re.MULTILINE)) == sorted(moeplan.__all__)
+    assert len(moeplan.__all__) < 100 and set(moeplan.__all__) <= set(dir(moeplan))
     for name in moeplan.__all__:
         value = getattr(moeplan, name)
         assert value.__doc__ and value.__module__.startswith("moeplan."), name
     with pytest.raises(AttributeError):
         moeplan.no_such_name  # noqa: B018
+
+
+def signatures() -> Iterator[tuple[str, str, str, Any]]:
+    """Public name, parameter, its annotation, and where that is to be read: what users call, and what they make."""
+    for name in moeplan.__all__:
+        public = getattr(moeplan, name)
+        classes = getattr(public, "__mro__", ()) if name not in RESULTS else ()
+        classes = [found for found in classes if found.__module__.startswith("moeplan")]
+        methods = [vars(c)[m] for c in classes for m in vars(c) if m == "__init__" or not m.startswith("_")]
+        methods = [getattr(method, "__func__", method) for method in methods]
+        for found in dict.fromkeys((*([] if name in RESULTS else [public]), *classes, *methods)):
+            if inspect.isclass(found) or inspect.isfunction(found):
+                for parameter, text in found.__annotations__.items():
+                    if found is public or parameter != "return":
+                        yield name, parameter, text, sys.modules[found.__module__]
+
+
+def test_what_a_public_signature_names_is_public_and_easy_to_give() -> None:
+    """Paths may be text, and so may enums; every other type of moeplan's has a public name."""
+    public = {getattr(moeplan, name) for name in moeplan.__all__}
+    text_too = {"Path", "Dispatch", "Deployment", "ReplicaRule"}
+    wrong = set()
+    for name, parameter, annotation, module in signatures():
+        words = {node.id for node in ast.walk(ast.parse(annotation)) if isinstance(node, ast.Name)}
+        if words & text_too and "str" not in words and inspect.isfunction(getattr(moeplan, name)):
+            wrong.add(f"{name}: {parameter} does not take text")
+        kinds = {word: getattr(module, word, None) for word in words}
+        wrong |= {
+            f"{name}: {parameter} is a {word}, which is not public"
+            for word, kind in kinds.items()
+            if word not in PASSED_ON
+            if inspect.isclass(kind) and kind.__module__.startswith("moeplan.") and kind not in public
+        }
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_importing_loads_nothing_heavy() -> None:

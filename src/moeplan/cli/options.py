@@ -178,7 +178,8 @@ class ClusterFlags:
     dispatch: DispatchMode = "pick"
     """Dispatch mode: what one message carries."""
     replica_rule: Literal["nearest-static", "nearest-even", "hash"] = "nearest-static"
-    """Replica selection rule: the first two are SGLang's, hash is vLLM's."""
+    """Replica selection rule: nearest-static (SGLang, several nodes), nearest-even (SGLang, one node), hash (vLLM,
+    TensorRT-LLM, vLLM-Ascend)."""
 
     def task(self) -> PlanningTask:
         """The flags as the library's own value."""

@@ -122,7 +122,7 @@ class Entry(Notes, forbid_unknown_fields=True, kw_only=True):
         return Hardware(name=name, **given | links | {"flops": flops})
 
 
-def load_hardware(name: str | Hardware, file: Path | None = None) -> Hardware:
+def load_hardware(name: str | Hardware, file: str | Path | None = None) -> Hardware:
     """The accelerator of that name, in any case and with any of `-`, `_`, space between its parts.
 
     Args:
@@ -136,7 +136,7 @@ def load_hardware(name: str | Hardware, file: Path | None = None) -> Hardware:
     """
     if isinstance(name, Hardware):
         return name
-    entries, where = _entries(file)
+    entries, where = _entries(None if file is None else Path(file))
     key = find_name(name, {key: entry.get("aliases", []) for key, entry in entries.items()}, "hardware")
     place = f"{where.get(key, str(DATA / 'hardware.json'))}, {key}"
     return convert(entries[key], Entry, place, "docs/reference/catalogue.md lists the keys").hardware(key, place)

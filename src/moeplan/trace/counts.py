@@ -226,12 +226,13 @@ def _description(profile: CountsProfile) -> dict[str, Any]:
     }
 
 
-def read_counts(path: Path) -> CountsProfile:
+def read_counts(path: str | Path) -> CountsProfile:
     """Read a counts profile and check it.
 
     Raises:
         FormatError: not a counts profile, of a newer version, cut off, changed, or in contradiction with itself.
     """
+    path = Path(path)
     place = path / JSON_NAME
     raw = read_json(place)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
