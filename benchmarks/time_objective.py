@@ -1,4 +1,4 @@
-"""What `moeplan --objective time` is worth: step times of every strategy on unseen requests, by the links' bandwidth.
+"""The gain of `moeplan --objective time`: step times of every strategy on held-out requests, by link bandwidth.
 
     python benchmarks/time_objective.py                          # gpt-oss-20b and maverick-mmlu, printed
     python benchmarks/time_objective.py --write                  # into docs/results/planning-for-latency.md
@@ -254,7 +254,7 @@ def score(found: Found, load: float) -> str:
             pair = change(figure(found.ms[name, world.name, load]), best)
             low, high = pair["ci95"] if pair and pair["ci95"] else (0.0, 0.0)
             wins, ties, losses = wins + (low > 0), ties + (low <= 0 <= high), losses + (high < 0)
-    return f"`time` against every other plan, on all four networks: {wins} won, {ties} even, {losses} lost"
+    return f"`time` against every other plan, on all four networks: {wins} won, {ties} undecided, {losses} lost"
 
 
 def crossover(found: Found, load: float) -> str:
@@ -287,7 +287,7 @@ def winners(found: Found, load: float) -> str:
     for world in WORLDS:
         counts = found.won[world.name, load].most_common()
         said.append(f"{world.name}: {', '.join(f'{name} {n}' for name, n in counts)}")
-    return "member of the portfolio that won, in folds: " + "; ".join(said)
+    return "plan selected by `time`, number of folds: " + "; ".join(said)
 
 
 def section(found: Found, folds: int, steps: int) -> list[str]:
@@ -296,11 +296,12 @@ def section(found: Found, folds: int, steps: int) -> list[str]:
     out = [
         f"## {place.source} on {place.nodes} nodes of {place.gpus} H100, {place.redundant} redundant slots",
         "",
-        f"{place.spec.name}, {folds} folds, {steps} steps a fold, {found.live} requests of {CONTEXT:,} tokens a group.",
+        f"{place.spec.name}, {folds} folds, {steps} steps per fold, "
+        f"{found.live} requests of {CONTEXT:,} tokens per group.",
     ]
     for load in sorted({key[2] for key in found.ms}):
-        requests = f"{found.live * load:.0f} requests a group"
-        kind = f"As replayed: {requests}" if load == 1 else f"At full load: {requests} of the same routing"
+        requests = f"{found.live * load:.0f} requests per group"
+        kind = f"As replayed: {requests}" if load == 1 else f"At full load: {requests} with the same routing"
         out += [
             "",
             f"### {kind}",
@@ -314,17 +315,19 @@ def section(found: Found, folds: int, steps: int) -> list[str]:
     return out
 
 
-INTRO = """# What planning for time is worth
+INTRO = """# Planning for latency
 
-Written by `python benchmarks/time_objective.py --write`. Step times are the model's ([accuracy.md](accuracy.md)), of
-steps drawn from requests that no plan saw; changes are against the `time` plan of the same network and load, with
-paired 95 % intervals over steps: plus is slower than `time`, and bold where `time` loses. *Links*: bandwidth of all,
-inside and between nodes, against H100's; latencies stay. *One domain*: all GPUs on one fast network, as in an NVL72
-rack, with the groups and the choice of replicas as on nodes. *As replayed*: as many requests a group as the set's test
-half gives. *At full load*: 128, the routing of each counted several times as independent requests. `time` makes several
-plans and takes the one whose steps on the fit requests cost least ([method.md](../concepts/method.md)): its member is
-named.
-Locality is `moeplan` with the objective `bytes`, balance that with `balance`."""
+Written by `python benchmarks/time_objective.py --write`. Step times are from the [time model](accuracy.md), for steps
+drawn from held-out requests. Changes are against the `time` plan of the same network and load, with paired 95 %
+intervals over steps: positive is slower than `time`; bold where `time` loses.
+
+- *Links*: bandwidth of all links, inside and between nodes, relative to H100; latencies are unchanged.
+- *One domain*: all GPUs on one scale-up network, as in an NVL72 rack, with groups and replica selection as on nodes.
+- *As replayed*: as many requests per group as the held-out half of the trace has. *At full load*: 128 requests, with
+  the same routing used several times as independent requests.
+- `time` makes several plans and selects the one whose steps on the fit requests are shortest
+  ([method](../concepts/method.md)); the page names it.
+- *Locality* is `moeplan` with the objective `bytes`, *balance* with `balance`."""
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a comparison: volume, load by GPU, and what each signature is worth."""
+"""The figures of a comparison: volume, load by GPU, and the effect of each signature."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bars_figure(
 
 
 def load_figure(rows: list[TableRow], key: str, label: str, alt: str) -> Image | None:
-    """Dots with intervals of a load ratio, and the noise floor that even GPUs would show."""
+    """Dots with intervals of a load ratio, and the noise floor."""
     shown = [row for row in rows if row.figures[key].value is not None]
     if not shown:
         return None
@@ -45,7 +45,7 @@ def load_figure(rows: list[TableRow], key: str, label: str, alt: str) -> Image |
 
 
 def gpu_load_figure(rows: list[TableRow], alt: str) -> Image:
-    """GPU loads over the test part, busiest first, relative to the mean."""
+    """GPU loads over the held-out requests, busiest first, relative to the mean."""
     with canvas() as (figure, axes):
         for number, row in enumerate(rows):
             rank = np.arange(1, len(row.gpu_load) + 1)

@@ -19,17 +19,17 @@ _KEYS = (
     ("remote_nodes_per_token", "remote nodes per token", 1.0, "{:.3f}"),
     ("inter_node_bytes_per_token", "inter-node KB per token", 1e-3, "{:,.1f}"),
     ("intra_node_bytes_per_token", "intra-node KB per token", 1e-3, "{:,.1f}"),
-    ("padded_ratio", "padded volume, nodes, / linear's", 1.0, "{:.3f}"),
-    ("padded_rank_ratio", "padded volume, ranks, / linear's", 1.0, "{:.3f}"),
-    ("gpu_load_total", "GPU load, total, max / mean", 1.0, "{:.2f}"),
-    ("node_load_total", "node load, total, max / mean", 1.0, "{:.2f}"),
-    ("gpu_load_ratio", "GPU load, per step, max / mean", 1.0, "{:.2f}"),
-    ("node_load_ratio", "node load, per step, max / mean", 1.0, "{:.2f}"),
-    ("experts_per_gpu", "experts touched per GPU", 1.0, "{:.2f}"),
+    ("padded_ratio", "padded, nodes", 1.0, "{:.3f}"),
+    ("padded_rank_ratio", "padded, ranks", 1.0, "{:.3f}"),
+    ("gpu_load_total", "GPU load, total", 1.0, "{:.2f}"),
+    ("node_load_total", "node load, total", 1.0, "{:.2f}"),
+    ("gpu_load_ratio", "GPU load, per step", 1.0, "{:.2f}"),
+    ("node_load_ratio", "node load, per step", 1.0, "{:.2f}"),
+    ("experts_per_gpu", "experts per GPU", 1.0, "{:.2f}"),
     ("modelled_step_ms", "modelled step, ms", 1.0, "{:.3f}"),
     ("modelled_idle_share", "idle share of the step, %", 100.0, "{:.1f}"),
-    ("group_size_ratio", "group size, max / mean", 1.0, "{:.3f}"),
-    ("group_token_ratio", "group tokens, max / mean", 1.0, "{:.3f}"),
+    ("group_size_ratio", "group size", 1.0, "{:.3f}"),
+    ("group_token_ratio", "group tokens", 1.0, "{:.3f}"),
     ("expert_weight_gb_per_gpu", "expert weights, GB per GPU", 1.0, "{:.2f}"),
     ("kv_tokens_lost", "KV-cache tokens lost", 1.0, "{:,.0f}"),
     ("kv_handover_bytes_per_request", "KV hand-over, MB per request", 1e-6, "{:.2f}"),
@@ -47,17 +47,17 @@ def compare_html(table: Comparison, trace: Trace) -> str:
     setup, shape, count = table.head["setup"], trace.shape, table.head["requests"]
     subtitle = (
         f"{shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}, on {setup['nodes']} nodes x "
-        f"{setup['gpus_per_node']} GPUs with {setup['redundant']} redundant slots a layer; dispatch per "
+        f"{setup['gpus_per_node']} GPUs with {setup['redundant']} redundant slots per layer; dispatch per "
         f"{setup['dispatch']}, replicas {setup['replica_rule']}, deployment {setup['deployment']}; seed {setup['seed']}"
     )
-    notices = [note[0].upper() + note[1:] for note in table.notes]
+    notices = [f"{note[0].upper()}{note[1:]}." for note in table.notes]
     if trace.synthetic:
         notices.insert(0, "Synthetic: this workload is generated; its figures say nothing about a real model.")
     if count["fit"][0]:
         notices.insert(
             0,
-            f"Plans were fitted on {count['fit'][0]} requests and measured on {count['test'][0]} others "
-            f"({table.head['column']}), {setup['folds']} times over.",
+            f"Plans were fitted on {count['fit'][0]} requests and measured on {count['test'][0]} held-out requests "
+            f"({table.head['column']}); number of random splits: {setup['folds']}.",
         )
     main = [row for row in table.rows if "/" not in row.name]
     sections = [
@@ -196,7 +196,7 @@ def _split(table: Comparison) -> Section | None:
         if parts
         else "No strategy has rows with both random groups and groups by signature."
     )
-    return Section("What grouping adds to placement", sentence, [figure] if figure else (), note=note)
+    return Section("Effect of grouping and placement", sentence, [figure] if figure else (), note=note)
 
 
 def _gpu_load(table: Comparison, rows: list[TableRow]) -> Section:
@@ -286,8 +286,8 @@ def _all_keys(table: Comparison) -> Section:
     count = sum(row.guarded for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows are eligible. "
     sentence += f"Lower remote share than linear, beyond noise: {', '.join(wins) or 'none'}."
-    note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: group sizes. All figures are defined "
-    note += "in docs/reference/metrics.md."
+    note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: group sizes. Loads and groups: max / "
+    note += "mean. Padded: padded volume relative to linear. All figures are defined in docs/reference/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 

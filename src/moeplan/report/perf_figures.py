@@ -53,8 +53,8 @@ def roofline_figure(steps: Mapping[str, Step], alt: str) -> Image:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(top=1.6)
-        axes.set_xlabel("operations per byte / the accelerator's balance")
-        axes.set_ylabel("share of the operation rate")
+        axes.set_xlabel("operations per byte / balance of the accelerator")
+        axes.set_ylabel("share of the peak operation rate")
         legend_below(figure, axes, columns=2)
         return to_image(figure, alt)
 
@@ -110,6 +110,6 @@ def elasticity_figure(table: Mapping[str, Mapping[str, float]], names: Mapping[s
         axes.axvline(0, color="#57606a", linewidth=1.0)
         axes.set_yticks(range(len(knobs)), [names[knob] for knob in reversed(knobs)])
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("% of change for 1 % more")
+        axes.set_xlabel("change in %, for 1 % more")
         legend_below(figure, axes)
         return to_image(figure, alt)

@@ -34,7 +34,7 @@ def imbalance_figure(load: Imbalance, stages: list[tuple[int, str]], floor: floa
         x = np.array(load.layer_ids)
         shown = [(label, np.where(load.flagged, np.nan, load.by_stage[s])) for s, label in stages]
         lines(axes, x, shown, x_label="layer", y_label="largest load / mean load")
-        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label="even experts would show")
+        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label="noise floor")
         top = max(float(np.nanmax(y)) for _, y in shown) if not load.flagged.all() else 1.0
         axes.set_ylim(0, top * 1.08)
         for layer in np.flatnonzero(load.flagged):
@@ -121,7 +121,7 @@ def classification_figure(found: Leakage) -> Image:
 
 
 def link_figure(found: Reidentification) -> Image:
-    """How often a request's row is found, by how many requests a row sums, with its intervals and chance."""
+    """Share of requests whose row is identified, by the number of requests in a row, with intervals and chance."""
     with canvas() as (figure, axes):
         series = (
             ("by text", found.by_text, found.text_ci, PALETTE[1]),
@@ -134,13 +134,13 @@ def link_figure(found: Reidentification) -> Image:
         axes.set_xscale("log", base=2)
         axes.set_xticks(found.aggregate, [str(n) for n in found.aggregate])
         axes.minorticks_off()
-        axes.set(ylim=(0, 103), xlabel="requests summed into a row", ylabel="row found among 10, %")
+        axes.set(ylim=(0, 103), xlabel="requests summed into a row", ylabel="row identified among 10, %")
         legend_below(figure, axes, columns=3)
-        return to_image(figure, "How often a request's row is found, against the requests summed into a row")
+        return to_image(figure, "Share of requests whose row is identified, against the requests summed into a row")
 
 
 def coactivation_figure(found: Coactivation) -> Image:
-    """Distance from independence by layer, and what sampling alone would show."""
+    """Distance from independence by layer, and its noise floor."""
     with canvas() as (figure, axes):
         series = [("observed pairs", 100 * found.distance), ("noise floor", 100 * found.floor)]
         lines(
@@ -148,7 +148,7 @@ def coactivation_figure(found: Coactivation) -> Image:
             np.array(found.layer_ids),
             series,
             x_label="layer",
-            y_label="pairs out of place, %",
+            y_label="distance from independence, %",
             quiet=("noise floor",),
         )
         axes.set_ylim(0, None)
@@ -159,10 +159,10 @@ def coactivation_figure(found: Coactivation) -> Image:
 def distinct_figure(found: Distinct, num_experts: int) -> Image:
     """Distinct experts against batch size."""
     with canvas(height=3.7) as (figure, axes):
-        series = [("mixed domains", found.mixed)]
+        series = [("all domains", found.mixed)]
         if np.isfinite(found.single).any():
             series.append(("one domain", found.single))
-        quiet = ("even, independent", "by popularity, independent")
+        quiet = ("uniform routing", "observed popularity")
         series += list(zip(quiet, (found.uniform, found.popular), strict=True))
         lines(
             axes, found.batch, series, x_label="tokens in the batch", y_label="distinct experts per layer", quiet=quiet
@@ -173,4 +173,4 @@ def distinct_figure(found: Distinct, num_experts: int) -> Image:
         axes.minorticks_off()
         axes.set_ylim(0, num_experts * 1.04)
         legend_below(figure, axes)
-        return to_image(figure, f"Distinct experts touched per layer, batch 1 to {found.batch[-1]}")
+        return to_image(figure, f"Distinct experts per layer, batch 1 to {found.batch[-1]}")
