@@ -27,6 +27,7 @@ from moeplan.importers.routed_experts import (
 )
 from moeplan.importers.sources import response_files
 from moeplan.io.json import convert, read_json_objects
+from moeplan.model.spec import ModelSpec
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
@@ -57,26 +58,25 @@ def import_sglang(
         FormatError: a response that is truncated, has no picks, or whose rows do not fit its own counts of tokens.
     """
     options = options or ImportOptions()
-    form = picks_shape(options)
+    form = picks_shape(options.model)
     files, notes = response_files(sources), dict[str, None]()
     source: dict[str, Any] = {"import": "sglang", "files": len(files)}
     return write_responses(files, _read(files, form, start, notes), out, options, source, notes, progress)
 
 
-def picks_shape(options: ImportOptions, where: str | None = None) -> tuple[int, int]:
+def picks_shape(model: ModelSpec, where: str | None = None) -> tuple[int, int]:
     """(hidden layers, k), which SGLang's responses do not hold.
 
     Raises:
         UsageError: one of them is not known.
     """
-    layers, top_k = options.model.layers, options.model.top_k
-    if layers is None or top_k is None:
+    if model.layers is None or model.top_k is None:
         raise UsageError(
             "SGLang sends picks without their shape",
             where=where,
             hint="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
         )
-    return layers, top_k
+    return model.layers, model.top_k
 
 
 class _Part(Usage):

@@ -61,6 +61,11 @@ class Prompt:
     max_new_tokens: int | None = None
     arrival: float | None = None
 
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as chat templates and servers take them."""
+        return [{"role": role, "content": content} for role, content in self.messages or ()]
+
 
 def read_prompts(source: Path, *, domain: str | None = None, limit: int | None = None) -> list[Prompt]:
     """All prompts of a file or folder, in the order of files and rows.
