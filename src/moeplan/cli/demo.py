@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
 from moeplan.cli import options as o
 from moeplan.cli.files import File
 from moeplan.cli.terminal import echo, emit_json, progress
@@ -20,22 +18,13 @@ from moeplan.embedded import WORD
 
 __all__ = ["demo"]
 
-Folder = Annotated[Path, File("folder"), Parameter(name=("--output", "-o"), group=o.OUTPUT, metavar="DIR")]
+Folder = Annotated[Path, File("folder"), o.output("DIR", "the folder of the pages")]
 STRATEGIES = ("linear", "eplb", "paper", "moeplan")
 _WHERE = "--nodes 4 --gpus-per-node 4"
 
 
-def demo(
-    *,
-    output: Folder = Path("moeplan-demo"),
-    seed: o.Seed = 0,
-    json: o.Json = None,
-) -> None:
-    """Run the full pipeline on the bundled trace: profile, plan, compare.
-
-    Args:
-        output: Output: the folder of the pages.
-    """
+def demo(*, output: Folder = Path("moeplan-demo"), seed: o.Seed = 0, json: o.Json = None) -> None:
+    """Run the full pipeline on the bundled trace: profile, plan, compare."""
     from moeplan.cluster import Cluster
     from moeplan.profile import profile_trace
     from moeplan.replay.compare import compare

@@ -24,11 +24,7 @@ __all__ = ["export"]
 Exported: TypeAlias = "tuple[ExportReport, list[str], dict[str, Any]]"
 
 
-FileOut = Annotated[
-    Path,
-    File("new file"),
-    Parameter(name=("--output", "-o"), group=o.OUTPUT, metavar="FILE", help="Output: the file to write."),
-]
+FileOut = Annotated[Path, File("new file"), o.output("FILE", "the file to write")]
 
 
 @Parameter(name="*", group=Group("With a plan", sort_key=2))

@@ -90,41 +90,26 @@ OUTPUT = Group("Output", sort_key=20)
 
 # ---- inputs and outputs
 
-_OUT = ("--output", "-o")
+
+def output(metavar: str, help: str) -> Parameter:
+    """The flag of what a verb makes: `-o` everywhere."""
+    return Parameter(name=("--output", "-o"), group=OUTPUT, metavar=metavar, help=f"Output: {help}.")
+
+
 TraceIn: TypeAlias = Annotated[Path, File("input"), Parameter(help="A moeplan trace (a directory), or embedded.")]
 Sources: TypeAlias = Annotated[list[Path], File("input")]
 PlanIn: TypeAlias = Annotated[
     Path | None, File("input"), Parameter(metavar="PLAN", help="A plan made by 'moeplan plan'.")
 ]
-TraceOut: TypeAlias = Annotated[
-    Path,
-    File("folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="TRACE", help="Output: the trace directory to make."),
-]
-CountsOut: TypeAlias = Annotated[
-    Path,
-    File("folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="COUNTS", help="Output: the counts profile to make."),
-]
+TraceOut: TypeAlias = Annotated[Path, File("folder"), output("TRACE", "the trace directory to make")]
+CountsOut: TypeAlias = Annotated[Path, File("folder"), output("COUNTS", "the counts profile to make")]
 NeededPlan: TypeAlias = Annotated[Path, File("input"), Parameter(metavar="PLAN", help="A plan made by 'moeplan plan'.")]
 PlacementIn: TypeAlias = Annotated[Path, File("input"), Parameter(help="A placement file of an engine.")]
 InputFile: TypeAlias = Annotated[Path, File("input")]
 ConfigIn: TypeAlias = Annotated[Path, File("input")]
-PlanOut: TypeAlias = Annotated[
-    Path,
-    File("new folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="PLAN", help="Output: the directory of the new plan."),
-]
-RecorderOut: TypeAlias = Annotated[
-    Path,
-    File("folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="OUT", help="Output: the trace or the counts profile to make."),
-]
-PageOut: TypeAlias = Annotated[
-    Path | None,
-    File("file"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="HTML", help="Output: a page with figures."),
-]
+PlanOut: TypeAlias = Annotated[Path, File("new folder"), output("PLAN", "the directory of the new plan")]
+RecorderOut: TypeAlias = Annotated[Path, File("folder"), output("OUT", "the trace or the counts profile to make")]
+PageOut: TypeAlias = Annotated[Path | None, File("file"), output("HTML", "a page with figures")]
 Json: TypeAlias = Annotated[
     Path | None,
     File("file"),
