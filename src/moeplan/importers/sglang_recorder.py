@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import Int32Array, Int64Array
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
@@ -38,7 +39,6 @@ MAX_COUNT = 2**40
 REBALANCED = "ids were mapped back with the last expert map: a rebalance during the recording would make them wrong"
 REBUILT = "requests were rebuilt from positions and the order in the batch; a retracted request counts as two"
 
-Int64Array = npt.NDArray[np.int64]
 Picks = npt.NDArray[np.integer[Any]]
 
 
@@ -232,7 +232,7 @@ def _to_logical(physical: Int64Array, dump: _Dump) -> Int64Array:
 def _read_tokens(dump: _Dump) -> tuple[list[Pass], Picks, tuple[int, ...]]:
     """(passes, logical picks int32 [rows, MoE layers, k] in their order, MoE layers) of one rank."""
     passes: list[Pass] = []
-    blocks: list[npt.NDArray[np.int32]] = []
+    blocks: list[Int32Array] = []
     moe_layers: tuple[int, ...] | None = None
     k = 0
     for number, record in enumerate(dump.records):
@@ -281,9 +281,7 @@ def _read_pass(record: dict[str, Any], where: str) -> Pass:
     )
 
 
-def _logical_picks(
-    ids: Int64Array, moe_layers: Sequence[int], k: int, slots: Int64Array, where: str
-) -> npt.NDArray[np.int32]:
+def _logical_picks(ids: Int64Array, moe_layers: Sequence[int], k: int, slots: Int64Array, where: str) -> Int32Array:
     """Logical picks int32 [tokens, MoE layers, k] of one pass's physical ids [layers, tokens, 8], -1 being padding."""
     used = (ids != -1).sum(axis=2)
     expected = np.zeros(len(ids), np.int64)

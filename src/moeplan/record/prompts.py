@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.sources import domain_of, natural_order
-from moeplan.io.paths import open_input
+from moeplan.io.paths import open_input, readable
 
 __all__ = ["Prompt", "prompts_digest", "read_prompts"]
 
@@ -129,10 +129,8 @@ def _files(source: Path) -> list[tuple[Path, str | None]]:
 
 def _inside(folder: Path) -> list[Path]:
     """Sub-folders and prompt files of a folder, by the numbers in their names; nothing hidden."""
-    try:
+    with readable(folder):
         names = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(folder), hint="check the path") from None
     folders = [p for p in names if p.is_dir()]
     files = [p for p in names if _is_prompts(p)]
     return sorted(folders) + sorted(files, key=natural_order)

@@ -99,4 +99,4 @@ class SglangEngine:
 
     def read(self, response: dict[str, Any], where: str) -> EngineResponse:
         """The one answer of a response."""
-        return sole_answer([read_response(response, self.form, 0, where, {})], where)
+        return sole_answer(read_response(response, self.form, 0, where, {}), where)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import Int64Array
+
 __all__ = ["draw_rows", "live_members"]
 
-Int64Array = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.floating[Any]]
 
 
