@@ -80,13 +80,13 @@ def workloads() -> Iterator[tuple[str, str, RequestSet]]:
     """(label, published, requests); the real set only where it is."""
     from moeplan.importers.arrays import import_arrays
     from moeplan.importers.options import ImportOptions
-    from moeplan.synthetic.generator import generate
+    from moeplan.synthetic.generator import WorkloadSettings, generate
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        trace = generate("deepseek-v3", root / "v3", requests=REQUESTS, layers=[42], seed=0)
+        trace = generate("deepseek-v3", root / "v3", WorkloadSettings(requests=REQUESTS, layers=[42], seed=0))
         yield "DeepSeek-V3 preset, layer 42 (synthetic)", "paper 0.94, eplb 1.00", read_requests(trace)
-        trace = generate("llama-4-maverick", root / "maverick", requests=REQUESTS, seed=0)
+        trace = generate("llama-4-maverick", root / "maverick", WorkloadSettings(requests=REQUESTS, seed=0))
         yield "Maverick preset, 24 layers (synthetic)", "paper down to 0.80", read_requests(trace)
         if REAL.is_file():
             trace = import_arrays(REAL, root / "real", ImportOptions(without_layers=(45,)))

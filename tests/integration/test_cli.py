@@ -13,7 +13,7 @@ import pytest
 
 from helpers.command_line import refused
 from moeplan.cli.app import run
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import TraceWriter
 from moeplan.types import ModelShape
 
@@ -23,7 +23,7 @@ FAST = ["--folds", "1", "--steps", "5"]
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cli") / "trace"
-    generate("demo", place, requests=80, seed=2)
+    generate("demo", place, WorkloadSettings(requests=80, seed=2))
     return place
 
 
@@ -203,7 +203,7 @@ def test_wrong_flags(trace: Path, flags: list[str], says: str, capsys: pytest.Ca
 
 def test_more_groups_than_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "few"
-    generate("demo", place, requests=6, seed=2)
+    generate("demo", place, WorkloadSettings(requests=6, seed=2))
     assert "groups for" in refused(["compare", place, "--nodes", "4", "--gpus-per-node", "2"], capsys)
     assert "groups for" in refused(
         ["plan", place, "--nodes", "8", "--gpus-per-node", "2", "-o", tmp_path / "p"], capsys

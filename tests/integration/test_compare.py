@@ -29,7 +29,7 @@ from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import Draws, draw_steps, least_requests, live_requests
 from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, noise_floor, significantly_below
 from moeplan.replay.table import Comparison
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
 
@@ -38,7 +38,9 @@ ALL = ("random", "linear", "eplb", "affinity", "paper")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> RequestSet:
-    return read_requests(generate("demo", tmp_path_factory.mktemp("demo") / "t", requests=160, seed=1))
+    return read_requests(
+        generate("demo", tmp_path_factory.mktemp("demo") / "t", WorkloadSettings(requests=160, seed=1))
+    )
 
 
 # ---- splits and steps

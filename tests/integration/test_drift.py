@@ -18,7 +18,7 @@ from moeplan.planning.plan import PlanningTask
 from moeplan.replay.drift import FRESH, OLD, DriftReport, check_drift, detect_drift
 from moeplan.replay.evaluator import check_shape
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
 
@@ -101,8 +101,8 @@ def test_nothing_changed_and_no_wolf_cried(strategy: str, tmp_path: Path) -> Non
     """Generated traffic of one and the same kind: intervals of 95 % leave room for one alarm in so many, not two."""
     alarms = []
     for seed in range(4):
-        old = generate("demo", tmp_path / f"old{seed}", requests=160, seed=2 * seed, layers=2)
-        new = generate("demo", tmp_path / f"new{seed}", requests=160, seed=2 * seed + 1, layers=2)
+        old = generate("demo", tmp_path / f"old{seed}", WorkloadSettings(requests=160, seed=2 * seed, layers=2))
+        new = generate("demo", tmp_path / f"new{seed}", WorkloadSettings(requests=160, seed=2 * seed + 1, layers=2))
         alarms.append(verdict(planned(old, strategy, seed), new, seed).stale)
     assert sum(alarms) <= 1, alarms
 

@@ -30,7 +30,7 @@ from moeplan.planning.store import load_plan
 from moeplan.planning.strategies.moeplan import PARTS, MoeplanParams
 from moeplan.replay.compare import compare
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import Trace
 from moeplan.types import Placement
 
@@ -225,7 +225,7 @@ def test_beats_the_others_on_unseen_requests_and_keeps_the_guard(trace: Trace) -
 
 @pytest.mark.slow
 def test_a_routers_own_groups_help_where_messages_are_counted_by_node(tmp_path: Path) -> None:
-    generate("deepseek-v3", tmp_path / "t", requests=160, prefill=100, decode=100, layers=2)
+    generate("deepseek-v3", tmp_path / "t", WorkloadSettings(requests=160, prefill=100, decode=100, layers=2))
     requests = read_requests(moeplan.open_trace(tmp_path / "t"))
     for redundant in (0, 64):
         settings, dispatch = EvaluationSettings(folds=2, steps=20), Dispatch.NODE

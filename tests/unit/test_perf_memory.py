@@ -24,7 +24,6 @@ from moeplan.perf.memory import (
     expert_bytes,
     kv_bytes,
     kv_bytes_per_token,
-    model_shape,
     weight_bytes,
 )
 from moeplan.replay.tabulate import RowFigures
@@ -95,6 +94,7 @@ def test_deepseek_v3_on_72_gpus() -> None:
     attention, ffn, experts, redundant, vocabulary, _ = weight_bytes(V3, parallel, precision)[0]
     one = 3 * 7168 * 2048 * (1 + 4 / 128**2)
     assert expert_bytes(V3, "fp8") == one
+    assert expert_bytes(OSS, "mxfp4") == 3 * 2880**2 * (0.5 + 1 / 32) + 3 * 2880 * 2
     assert experts + redundant == pytest.approx(58 * 4 * one) and redundant == pytest.approx(58 * 32 / 72 * one)
     assert attention == pytest.approx(61 * 187.1e6, rel=1e-3)  # 187 M weights of MLA a layer
     assert ffn == pytest.approx((3 * 3 * 7168 * 18432 + 58 * 3 * 7168 * 2048) * (1 + 4 / 128**2))
@@ -222,20 +222,11 @@ def test_redundant_experts_lower_the_batch() -> None:
     h, precision = load_hardware("H200"), Precision.of_checkpoint(V3)
     batches = [MemoryModel(V3, h, Parallel(dp=64, ep=64, redundant=r), precision).largest_batch(1) for r in (0, 64)]
     task = SimpleNamespace(cluster=SimpleNamespace(num_gpus=64, gpus_per_group=1), redundant=64)
-    run = SimpleNamespace(requests=SimpleNamespace(shape=model_shape(V3)), task=task)
+    shape = V3.override(expert_bytes=round(expert_bytes(V3, "fp8")), kv_bytes_per_token=70272).moe_shape()
+    run = SimpleNamespace(requests=SimpleNamespace(shape=shape), task=task)
     lost = RowFigures._memory(SimpleNamespace(run=run))["kv_tokens_lost"].value  # type: ignore[arg-type]
     token, row = activation_bytes(V3, Parallel(dp=64, ep=64), precision)
     assert batches[0] - batches[1] == pytest.approx(lost * 70272 / (70272 + token + row), abs=1)
-
-
-def test_model_shape() -> None:
-    shape = model_shape(V3)
-    assert (shape.num_layers, shape.num_experts, shape.top_k, shape.hidden) == (58, 256, 8, 7168)
-    assert shape.layer_ids == tuple(range(3, 61)) and shape.routing_groups == 8 and shape.kv_bytes_per_token == 70272
-    assert shape.expert_bytes == round(3 * 7168 * 2048 * (1 + 4 / 128**2))
-    assert model_shape(OSS).expert_bytes == round(3 * 2880**2 * (0.5 + 1 / 32) + 3 * 2880 * 2)
-    with pytest.raises(UsageError, match="has no experts"):
-        model_shape(LLAMA)
 
 
 def test_weights_are_kept_from_change() -> None:

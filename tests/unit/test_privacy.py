@@ -17,8 +17,8 @@ from moeplan.importers.trace import import_trace
 from moeplan.planning import Problem, read_requests, solve
 from moeplan.planning.strategies.paper import PaperParams
 from moeplan.profile import Skipped, profile_trace
-from moeplan.profile.common import wilson
-from moeplan.profile.counts import count
+from moeplan.profile.common import plain, wilson
+from moeplan.profile.counts import DECODE, PREFILL, count
 from moeplan.profile.privacy import LINE_UP, DomainInference, Privacy, Reidentification, identification_rate, privacy
 from moeplan.report.profile_page import profile_html, sentences
 from moeplan.trace import Trace, TraceWriter, open_trace
@@ -80,7 +80,7 @@ def test_kind_is_told_where_domains_differ(tmp_path: Path) -> None:
     for kind in found.kind.values():
         assert isinstance(kind, DomainInference)
         assert kind.accuracy > 0.97 and kind.ci95[0] > kind.chance and kind.domains == ("a", "b", "c")
-    assert measured(trace).to_dict() == found.to_dict()
+    assert plain(measured(trace)) == plain(found)
 
 
 def test_a_request_is_found_where_it_is_like_no_other(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     sums = import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=4)))
     assert (len(sums.requests), sums.left_over) == (22, 2)
     whole, less = count(full), count(sums)
-    np.testing.assert_array_equal(less.prefill[0], whole.prefill[[0, 1, 3, 4]].sum(axis=0))
-    np.testing.assert_array_equal(less.decode[-1], whole.decode[[84, 85, 87, 88]].sum(axis=0))
+    np.testing.assert_array_equal(less.by_request[PREFILL][0], whole.by_request[PREFILL][[0, 1, 3, 4]].sum(axis=0))
+    np.testing.assert_array_equal(less.by_request[DECODE][-1], whole.by_request[DECODE][[84, 85, 87, 88]].sum(axis=0))
     assert less.totals.sum() == 22 * 4 * 48 * LAYERS * K and less.totals[1].sum() == less.totals.sum()
     found = profile_trace(sums)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -139,8 +139,8 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     assert data["privacy"]["kind"]["decode"]["accuracy"] > 0.9
     assert "sum of 4 requests" in found.notices[1] and "sum of 4 requests" in profile_html(found)
     requests = read_requests(sums, rows=False)
-    np.testing.assert_array_equal(requests.use, less.decode)
-    np.testing.assert_array_equal(requests.signature, less.prefill)
+    np.testing.assert_array_equal(requests.use, less.by_request[DECODE])
+    np.testing.assert_array_equal(requests.signature, less.by_request[PREFILL])
     problem = problem_of(requests)
     assert solve(problem, PaperParams(clusters=2)).placement.slots.shape == (LAYERS, EXPERTS)
     assert solve(problem, "eplb").equal_groups

@@ -32,7 +32,7 @@ from moeplan.replay.evaluator import FoldEvaluator, Grouping
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.table import Comparison
 from moeplan.replay.timing import StepTimes, Timing, cluster_parallel, find_timing
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import open_trace
 from moeplan.types import ModelShape
 
@@ -155,7 +155,9 @@ def test_the_benchmark_of_the_time_objective_times_as_compare_does() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> RequestSet:
-    return read_requests(generate("demo", tmp_path_factory.mktemp("demo") / "t", requests=160, seed=1))
+    return read_requests(
+        generate("demo", tmp_path_factory.mktemp("demo") / "t", WorkloadSettings(requests=160, seed=1))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,14 @@ def sweep(
 ) -> None:
     """Estimate many set-ups (layouts, batches, contexts) and show the Pareto front of throughput per GPU and TPOT."""
     from moeplan.perf import sweep as perf
+    from moeplan.perf.layouts import LayoutChoice
     from moeplan.report.perf_page import write_sweep_page
 
     settings = perf.SweepSettings(
         layout.nodes,
         layout.gpus,
         layout.gpus_per_node,
-        perf.LayoutChoice(layout.tp, layout.pp, layout.ep),
+        LayoutChoice(layout.tp, layout.pp, layout.ep),
         load.batch,
         load.context,
         load.overlap,

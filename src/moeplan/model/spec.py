@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
 from msgspec import Meta
 
-from moeplan.errors import FormatError, UsageError
+from moeplan.errors import FormatError, UsageError, located
 from moeplan.model.bounds import Heads, NoHeads, NoWidth
 from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS, ModelShape
 
@@ -249,7 +249,7 @@ class ModelSpec:
         """
         found = self.moe_layers if layer_ids is None else layer_ids
         layers = _need(found, "which layers have experts", "--num-layers and --dense-layers", where)
-        try:
+        with located(where):
             return ModelShape(
                 name=name if self.name is None else self.name,
                 num_layers=len(layers),
@@ -261,8 +261,6 @@ class ModelSpec:
                 expert_bytes=self.expert_bytes,
                 kv_bytes_per_token=self.kv_bytes_per_token,
             )
-        except FormatError as error:
-            raise FormatError(error.what, where=error.where or where, hint=error.hint) from None
 
     def complete(self) -> CompleteSpec:
         """The same spec where every dimension is known, as the models of time and memory need it.

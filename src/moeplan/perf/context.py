@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.spec import CompleteSpec
-from moeplan.perf.constants import Constants, for_generation, load_constants
+from moeplan.perf.constants import Constants, for_generation
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.memory import Parallel, Precision, check_parallel
 from moeplan.perf.operators import Device
+
+if TYPE_CHECKING:
+    from moeplan.perf.step_model import StepModel
 
 __all__ = ["KernelDtypes", "StepContext", "StepOptions", "build_context", "default_dispatch"]
 
@@ -132,34 +135,25 @@ def _draft_module(spec: CompleteSpec) -> CompleteSpec:
     return replace(spec, layers=1, full_layers=(0,), moe=moe, mtp_layers=0)
 
 
-def build_context(
-    spec: CompleteSpec,
-    hardware: Hardware,
-    parallel: Parallel,
-    precision: Precision,
-    options: StepOptions,
-    prefill: bool,
-) -> StepContext:
+def build_context(model: StepModel, *, prefill: bool) -> StepContext:
     """Check a set-up, and fill in what its options leave open.
 
     Raises:
         PlanError: a layout that is impossible. UsageError: a dtype or dispatch mode that this set-up cannot have.
     """
-    _check_parallel(spec, parallel)
+    spec, hardware, parallel, options = model.spec, model.hardware, model.parallel, model.options
+    check_parallel(spec, parallel)
     dispatch = _check_dispatch(spec, parallel, options.dispatch, prefill)
-    per_node, stage = options.gpus_per_node or hardware.scale_up_size, parallel.tp * parallel.dp
+    per_node, stage = model.gpus_per_node, parallel.tp * parallel.dp
     if stage > per_node and stage % per_node:
         raise PlanError(f"tp x dp = {stage} GPUs do not fill nodes of {per_node}", hint=f"use a multiple of {per_node}")
     if options.overlap and dispatch in (None, Dispatch.ALLGATHER):
         raise UsageError("two-batch overlap hides dispatch and combine, and here is neither", hint="leave it out")
-    dtypes = KernelDtypes.choose(spec, hardware, precision)
+    dtypes = KernelDtypes.choose(spec, hardware, model.precision)
     if per_node != hardware.scale_up_size:
         hardware = replace(hardware, scale_up_size=per_node)
-    constants = for_generation(options.constants or load_constants(), "fp4" in hardware.flops)
+    constants = for_generation(model.device.constants, "fp4" in hardware.flops)
     return StepContext(spec, Device(hardware, constants), parallel, dtypes, dispatch, options, prefill)
-
-
-_check_parallel = functools.lru_cache(maxsize=1024)(check_parallel)
 
 
 def default_dispatch(spec: CompleteSpec, parallel: Parallel, *, prefill: bool) -> Dispatch | None:

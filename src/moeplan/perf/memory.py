@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,6 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.model.parameters import PARTS, expert_parameters, kv_values, kv_values_per_token, layer_parameters
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware
-from moeplan.types import ModelShape
 
 __all__ = [
     "Memory",
@@ -35,10 +34,10 @@ __all__ = [
     "Precision",
     "activation_bytes",
     "check_parallel",
+    "divisors",
     "expert_bytes",
     "kv_bytes",
     "kv_bytes_per_token",
-    "model_shape",
     "weight_bytes",
 ]
 
@@ -126,6 +125,7 @@ class Parallel:
         return self.tp * self.dp // self.ep
 
 
+@functools.lru_cache(maxsize=1024)
 def check_parallel(spec: CompleteSpec, parallel: Parallel) -> None:
     """Refuse a layout that cannot be, with the nearest one that can.
 
@@ -161,10 +161,15 @@ def check_parallel(spec: CompleteSpec, parallel: Parallel) -> None:
 
 def _divides(name: str, part: int, whole: int, what: str) -> None:
     if whole % part:
-        low = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
-        divisors = sorted({*low, *(whole // d for d in low)})
-        near = [d for d in divisors if d < part][-1:] + [d for d in divisors if d > part][:1]
+        near = [d for d in divisors(whole) if d < part][-1:] + [d for d in divisors(whole) if d > part][:1]
         raise PlanError(f"{name} {part} does not divide {what}", hint=f"{' or '.join(map(str, near))} does")
+
+
+@functools.lru_cache(maxsize=512)
+def divisors(count: int) -> tuple[int, ...]:
+    """All divisors, rising."""
+    low = [d for d in range(1, math.isqrt(count) + 1) if count % d == 0]
+    return tuple(sorted({*low, *(count // d for d in low)}))
 
 
 def expert_bytes(spec: CompleteSpec, dtype: str) -> float:
@@ -173,6 +178,7 @@ def expert_bytes(spec: CompleteSpec, dtype: str) -> float:
     return matrices * DTYPE_BYTES[dtype] + biases * PLAIN_BYTES
 
 
+@functools.lru_cache(maxsize=4096)
 def weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, *, mtp: bool = False) -> FloatArray:
     """Weights on one accelerator of each pipeline stage.
 
@@ -180,13 +186,9 @@ def weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, *
         mtp: the modules for multi-token prediction too, on the last stage.
 
     Returns:
-        float64 [pp, 6] bytes; columns as in `WEIGHTS`. `redundant` is what the redundant slots add to `experts`.
+        float64 [pp, 6] bytes, read-only; columns as in `WEIGHTS`. `redundant` is what the redundant slots add to
+        `experts`.
     """
-    return _weight_bytes(spec, parallel, replace(precision, kv="bf16", activations="bf16"), mtp)
-
-
-@functools.lru_cache(maxsize=4096)
-def _weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, mtp: bool) -> FloatArray:
     check_parallel(spec, parallel)
     rows = dict(zip(PARTS, layer_parameters(spec, parallel.tp).T, strict=True))
     wide, out = DTYPE_BYTES[precision.weights], np.zeros((parallel.pp, len(WEIGHTS)))
@@ -356,13 +358,3 @@ class MemoryModel:
         out = np.array([kv_bytes(spec, context, dtype, tp, layers=stage) for stage in stages])
         out[-1] += spec.mtp_layers * self.mtp * context * kv_values(spec, tp) * KV_DTYPE_BYTES[dtype]
         return out
-
-
-def model_shape(spec: CompleteSpec, precision: Precision | None = None) -> ModelShape:
-    """What the rest of moeplan must know of a MoE model; bytes as in `precision`, by default the checkpoint's."""
-    if spec.moe is None:
-        raise UsageError(f"{spec.name} has no experts", hint="take a mixture-of-experts model")
-    precision = precision or Precision.of_checkpoint(spec)
-    expert = round(expert_bytes(spec, precision.experts or precision.weights))
-    kv = round(kv_bytes_per_token(spec, precision.kv))
-    return spec.override(expert_bytes=expert, kv_bytes_per_token=kv).moe_shape()

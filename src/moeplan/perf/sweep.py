@@ -26,17 +26,7 @@ from moeplan.progress import Progress
 if TYPE_CHECKING:
     import pandas
 
-__all__ = [
-    "LayoutChoice",
-    "Point",
-    "Sweep",
-    "SweepSettings",
-    "best_within",
-    "fronts_by_hardware",
-    "pareto",
-    "sweep",
-    "thinned",
-]
+__all__ = ["Point", "Sweep", "SweepSettings", "best_within", "fronts_by_hardware", "pareto", "sweep", "thinned"]
 
 #: Sweeps larger than this are a mistake more often than a wish.
 MOST_SETUPS = 200_000
@@ -267,8 +257,8 @@ def _point(model: StepModel, batch: int, context: int) -> Point:
     step = model.decode(batch, context)
     seconds = float(step.seconds)
     each = batch * model.parallel.dp / seconds / model.parallel.gpus
-    usd, kwh = cost(model.hardware, each)
-    return Point(model, batch, context, seconds, each, next(iter(step.bound_shares())), usd, kwh)
+    bound = next(iter(step.bound_shares()))
+    return Point(model, batch, context, seconds, each, bound, *cost(model.hardware, each))
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
