@@ -59,7 +59,7 @@ class Finding:
         return FormatError(self.what, where=f"{path}: {self.place}" if self.place else str(path), hint=self.hint).line()
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Everything found in one file; the engines' readers add to it.
 
@@ -81,6 +81,11 @@ class Report:
     rows: int | None = None
     slots: int | None = None
     placement: EnginePlacement | None = None
+
+    def __repr__(self) -> str:
+        lines = [f"{self.path}, {self.engine}: {'valid' if self.ok else f'invalid, {len(self.errors)} errors'}"]
+        lines += [("warning: " if f.legal else "") + f.line(self.path) for f in self.findings]
+        return "\n".join(lines + [f"not checked: {what}" for what in self.unchecked])
 
     @property
     def errors(self) -> list[Finding]:

@@ -138,7 +138,7 @@ class Overrides(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A decoder by its dimensions (the text part of a multimodal model); None where they are not known.
+    """A model's config, possibly incomplete: a decoder (the text part of a multimodal model); None where not known.
 
     Attributes:
         name: the model's name.
@@ -288,7 +288,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CompleteSpec(ModelSpec):
-    """A `ModelSpec` of which every dimension is known, as `ModelSpec.complete` gives it."""
+    """A model with every dimension, as `load_model` and `ModelSpec.complete` give it."""
 
     name: str
     layers: int

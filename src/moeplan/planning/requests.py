@@ -44,7 +44,7 @@ class Spans:
     measured: Int64Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RequestSet:
     """The usable requests of a trace.
 
@@ -80,6 +80,9 @@ class RequestSet:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __repr__(self) -> str:
+        return f"RequestSet of {len(self)} requests of {self.shape.name}: {'; '.join(self.notes)}"
 
     def _count(self, span: Int64Array) -> CountArray:
         out = np.zeros((len(self), self.shape.num_layers, self.shape.num_experts), np.uint32)

@@ -72,7 +72,8 @@ def evaluate(
     """A plan's figures on all usable requests of a trace, beside those of `linear` on the same cluster and slots.
 
     Args:
-        requests: of the plan's model; other requests than it was fitted on, or its figures are optimistic.
+        requests: of the plan's model; other requests than it was fitted on (`RequestSet.split`), or its
+            figures are optimistic.
         settings: how many steps are sampled, and how they are timed; there are no folds.
 
     Raises:
