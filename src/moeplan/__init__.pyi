@@ -6,11 +6,11 @@ from .cluster import Cluster as Cluster
 from .cluster import Deployment as Deployment
 from .cluster import Dispatch as Dispatch
 from .cluster import ReplicaRule as ReplicaRule
-from .engines.checking import check as check
 from .engines.exporting import ExportReport as ExportReport
 from .engines.exporting import export as export
 from .engines.from_placement import import_placement as import_placement
 from .engines.placement import EnginePlacement as EnginePlacement
+from .engines.placement_files import check as check
 from .engines.report import ExpertLayout as ExpertLayout
 from .engines.report import Report as Report
 from .errors import FormatError as FormatError

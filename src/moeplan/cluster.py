@@ -21,34 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels import messages as _messages
-from moeplan.arrays import (
-    BoolArray,
-    CountArray,
-    ExpertArray,
-    Float32Array,
-    FloatArray,
-    Int16Array,
-    Int32Array,
-    Int64Array,
-)
+from moeplan.arrays import BoolArray, ExpertArray, FloatArray, Int16Array, Int32Array, Int64Array
 from moeplan.errors import PlanError, UsageError, expect
 from moeplan.types import Placement
-
-__all__ = [
-    "Cluster",
-    "Deployment",
-    "Dispatch",
-    "MessageBytes",
-    "ReplicaRule",
-    "Routes",
-    "StepCounts",
-    "check_slots",
-    "message_bytes",
-    "request_messages",
-    "routes",
-    "step_messages",
-    "token_messages",
-]
 
 
 class Choice(StrEnum):
@@ -316,24 +291,6 @@ class Routes:
         np.add.at(out, index, 1.0 / self.cluster.gpus_per_group)
         return out
 
-    def gpu_load(self, counts: CountArray, groups: Int64Array) -> Float32Array:
-        """float32 [n, L, P]: the expected picks that each GPU serves of each request.
-
-        Args:
-            counts: uint32 [n, L, E], picks of each request. groups: int64 [n].
-        """
-        gpus, place = self.cluster.num_gpus, self.placement
-        if place.redundant == 0:  # every expert has one slot: its picks go there, whoever asks
-            by_slot = np.take_along_axis(counts, place.slots[None].astype(np.intp), axis=2)
-            return np.asarray(by_slot.reshape(len(counts), place.num_layers, gpus, -1).sum(axis=3, dtype=np.float32))
-        load = np.zeros((len(counts), place.num_layers, gpus), np.float32)
-        members = [np.flatnonzero(groups == d) for d in range(self.cluster.num_groups)]
-        for layer in range(place.num_layers):
-            share = self.share(layer).astype(np.float32)
-            for d, of_group in enumerate(members):
-                load[of_group, layer] = counts[of_group, layer].astype(np.float32) @ share[d]
-        return load
-
     @cached_property
     def local_share(self) -> FloatArray:
         """float64 [D, L, E]: the expected share of a group's picks of an expert that its own node serves."""
@@ -349,16 +306,6 @@ class Routes:
         local = self.gpu // cluster.gpus_per_node == own[None, :, None]
         by_group = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_group, -1)
         return np.asarray(by_group.mean(axis=2).transpose(1, 0, 2), np.float64)
-
-    def remote_share(self, use: npt.NDArray[np.number], groups: Int64Array) -> float:
-        """Expected share of the requests' picks that another node than their group's serves.
-
-        Args:
-            use: [n, L, E], picks of each request. groups: int64 [n].
-        """
-        by_group = np.zeros((self.cluster.num_groups, *use.shape[1:]))
-        np.add.at(by_group, groups, use)
-        return float(1 - (by_group * self.local_share).sum() / max(float(by_group.sum()), 1.0))
 
 
 def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int = 0) -> Routes:

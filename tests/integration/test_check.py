@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moeplan.cli.app import run
-from moeplan.engines.placement_files import ENGINES, EnginePlacement, ExpertLayout, Report, examine, write
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.placement_files import ENGINES, examine, write
+from moeplan.engines.report import ExpertLayout, Report
 from moeplan.errors import FormatError, UsageError
 from moeplan.model.spec import ModelSpec, Moe
 

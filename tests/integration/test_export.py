@@ -17,11 +17,13 @@ from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.engines.from_placement import plan_from_placement
 from moeplan.engines.launch import Serving, launch
-from moeplan.engines.placement_files import ENGINES, EnginePlacement, write
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.placement_files import ENGINES, write
 from moeplan.engines.vllm import own_strategy, read
 from moeplan.errors import OutputError, PlanError, UsageError
 from moeplan.planning import read_requests
 from moeplan.planning.balance import balance, candidates, gpu_load, gpu_load_ratio, spread_slots
+from moeplan.planning.expected_load import remote_share
 from moeplan.planning.store import load_plan
 from moeplan.replay.measure import measure_requests
 from moeplan.trace import open_trace
@@ -292,7 +294,7 @@ def test_launch_flags_follow_the_plan() -> None:
         assert flag in pick.text()
     none = launch("sglang", made, "f.json", Serving(2, Dispatch.ALLGATHER))
     assert "--moe-a2a-backend none" in none.text() and "--ep-dispatch-algorithm dynamic" in none.text()
-    assert none.rule is ReplicaRule.HASH  # rows take copies in turn
+    assert none.rule is ReplicaRule.HASH  # rows take replicas in turn
     vllm = launch("vllm", made, "f.json", Serving(2, Dispatch.NODE))
     assert "MOEPLAN_VLLM_PLAN=f.json" in vllm.text() and '"num_redundant_experts": 8' in vllm.text()
     assert "--tensor-parallel-size 4 --data-parallel-size 2" in vllm.text()
@@ -321,7 +323,7 @@ def test_the_share_is_that_of_the_replay(plan: Path) -> None:
     for rule in (ReplicaRule.NEAREST_STATIC, ReplicaRule.HASH):
         served = dataclasses.replace(loaded, replica_rule=rule)
         figures = measure_requests(requests, np.arange(len(requests)), groups, served)
-        ours = served.routes.remote_share(requests.measured, groups)
+        ours = remote_share(served.routes, requests.measured, groups)
         assert ours == pytest.approx(figures.remote.sum() / figures.picks.sum(), rel=1e-5)
 
 
@@ -544,7 +546,7 @@ def test_a_trace_that_is_not_there_leaves_no_file(
 
 
 def test_a_layer_that_the_plan_skips_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moeplan.engines.layer_axis import left_out
+    from moeplan.engines.exporting import left_out
 
     assert left_out((1, 3, 5, 9)) == (7,) and left_out((3, 4, 5)) == () and left_out((2,)) == ()
     assert left_out((0, 1, 2, 3, 7, 8)) == (4, 5, 6)

@@ -273,7 +273,7 @@ def test_odd_sizes(experts: int, nodes: int, per_node: int, redundant: int) -> N
 
 def halves(trace: Trace, domains: tuple[str, ...]) -> tuple[Any, np.ndarray]:
     requests = read_requests(trace)
-    wanted = [i for i, name in enumerate(requests.domains) if name in domains]
+    wanted = [i for i, name in enumerate(trace.requests.domains) if name in domains]
     return requests, np.flatnonzero(np.isin(requests.domain, wanted))
 
 

@@ -25,7 +25,7 @@ def check(
     Each finding comes with its location and a suggested fix. Exit status 0: valid. 1: invalid. With --plan, the file is
     also compared with that plan, slot by slot.
     """
-    from moeplan.engines.checking import check as examined
+    from moeplan.engines.placement_files import check as examined
     from moeplan.planning.store import load_plan
 
     o.refuse_plan(file)

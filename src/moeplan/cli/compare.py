@@ -49,7 +49,8 @@ def compare(
         strategies: Strategies, separated by commas.
     """
     from moeplan.replay.compare import compare_task
-    from moeplan.report.compare_page import write_compare_page
+    from moeplan.report.compare_page import compare_html
+    from moeplan.report.page import write_page
 
     task, chosen = cluster.task(), paper.strategies(strategies)
     opened, start = requests.open(trace), time.perf_counter()
@@ -61,5 +62,5 @@ def compare(
     show_comparison(table, opened, time.perf_counter() - start)
     emit_json(json, table.to_dict())
     if output is not None:
-        write_compare_page(output, table, opened)
+        write_page(output, compare_html(table, opened))
     echo(f"wrote {output}" if output else "a page with figures: add -o compare.html")

@@ -29,7 +29,7 @@ def demo(*, output: Folder = Path("moeplan-demo"), seed: o.Seed = 0, json: o.Jso
     from moeplan.profile import profile_trace
     from moeplan.replay.compare import compare
     from moeplan.replay.settings import EvaluationSettings
-    from moeplan.report.compare_page import write_compare_page
+    from moeplan.report.compare_page import compare_html
     from moeplan.report.page import write_page
     from moeplan.report.profile_page import profile_html
     from moeplan.trace import open_trace
@@ -48,7 +48,7 @@ def demo(*, output: Folder = Path("moeplan-demo"), seed: o.Seed = 0, json: o.Jso
     with progress("compare") as tick:
         table = compare(trace, Cluster(4, 4), STRATEGIES, settings=settings, progress=tick)
     show_comparison(table, trace, time.perf_counter() - began)
-    write_compare_page(output / "compare.html", table, trace)
+    write_page(output / "compare.html", compare_html(table, trace))
     echo()
     echo(f"pages:  {output / 'profile.html'}  {output / 'compare.html'}")
     echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a redundant slot a GPU)")

@@ -97,7 +97,8 @@ def estimate(
         model: The model: a name of the catalogue, or a config.json. Default: the model of --trace.
     """
     from moeplan.perf.estimate import estimate as uniform
-    from moeplan.report.perf_estimate import write_estimate_page
+    from moeplan.report.page import write_page
+    from moeplan.report.perf_estimate import estimate_html
 
     settings, machine = _settings(layout, step, precision, drafts), prices.one(hardware)
     if routing.trace is not None or routing.plan is not None:
@@ -113,7 +114,7 @@ def estimate(
         echo(line)
     emit_json(json, found.to_dict())
     if output is not None:
-        write_estimate_page(output, found)
+        write_page(output, estimate_html(found))
         echo(f"wrote {output}")
 
 

@@ -69,7 +69,8 @@ def size(
         sensitivity: Also show the sensitivity of TTFT and TPOT to each part of the hardware.
     """
     from moeplan.perf import sizing
-    from moeplan.report.perf_page import write_size_page
+    from moeplan.report.page import write_page
+    from moeplan.report.perf_page import size_html
 
     cases = use.cases(drafts)
     settings = sizing.SizingSettings(
@@ -81,6 +82,6 @@ def size(
         echo(line)
     emit_json(json, sized.to_dict())
     if output is not None:
-        write_size_page(output, sized)
+        write_page(output, size_html(sized))
         echo(f"wrote {output}")
     return 0 if sized.met else 1

@@ -62,7 +62,8 @@ def sweep(
     """Estimate many set-ups (layouts, batches, contexts) and show the Pareto front of throughput per GPU and TPOT."""
     from moeplan.perf import sweep as perf
     from moeplan.perf.layouts import LayoutChoice
-    from moeplan.report.perf_page import write_sweep_page
+    from moeplan.report.page import write_page
+    from moeplan.report.perf_page import sweep_html
 
     settings = perf.SweepSettings(
         layout.nodes,
@@ -82,5 +83,5 @@ def sweep(
         echo(line)
     emit_json(json, swept.to_dict())
     if output is not None:
-        write_sweep_page(output, swept)
+        write_page(output, sweep_html(swept))
     echo(f"wrote {output}" if output else "a page with figures: add -o sweep.html")

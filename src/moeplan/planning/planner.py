@@ -15,8 +15,7 @@ from moeplan._kernels.local_search import improve, sampled_messages
 from moeplan.arrays import Float32Array, FloatArray, Int32Array, Int64Array
 from moeplan.cluster import Deployment, ReplicaRule
 from moeplan.errors import UsageError
-from moeplan.planning.assignment import equal_groups, soft_groups
-from moeplan.planning.clustering import in_span, kmeans
+from moeplan.planning.assignment import equal_groups, in_span, kmeans, soft_groups
 from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.forecast import LocalityForecast
 from moeplan.planning.initial_placement import place_quickly

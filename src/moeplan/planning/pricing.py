@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan._kernels.local_search import BY_GPU, BY_NODE, BY_PICK, Objective
+from moeplan._kernels.layer_state import BY_GPU, BY_NODE, BY_PICK, Objective
 from moeplan.arrays import ExpertArray, FloatArray, Int64Array
 from moeplan.cluster import Dispatch
 from moeplan.planning.problem import Problem

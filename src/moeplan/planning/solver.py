@@ -29,7 +29,15 @@ def solve(problem: Problem, strategy: str | Strategy, seed: int = 0, limit: Move
     router = solution.router or LocalityRouter.of(routes)
     seconds = time.perf_counter() - start
     return Plan(
-        routes.placement, router, problem.cluster, problem.dispatch, problem.replica_rule, problem.shape, chosen.name,
-        chosen.to_dict(), seed=seed, equal_groups=chosen.equal_groups,
+        placement=routes.placement,
+        router=router,
+        cluster=problem.cluster,
+        dispatch=problem.dispatch,
+        replica_rule=problem.replica_rule,
+        model=problem.shape,
+        strategy=chosen.name,
+        params=chosen.to_dict(),
+        seed=seed,
+        equal_groups=chosen.equal_groups,
         provenance=Provenance(fit_requests=len(problem.use), fit_seconds=seconds, notes=solution.notes),
-    )  # fmt: skip
+    )

@@ -17,6 +17,7 @@ import numpy as np
 from moeplan._kernels.messages import STEP_VALUES, summarise_step
 from moeplan.arrays import ExpertArray, Float32Array, FloatArray, Int64Array
 from moeplan.cluster import Dispatch, Routes, StepCounts, request_messages, step_messages
+from moeplan.planning.expected_load import load_by_request
 from moeplan.planning.plan import Plan
 from moeplan.planning.requests import RequestSet
 from moeplan.replay.split import Draws
@@ -53,7 +54,7 @@ class RequestFigures:
 def measure_requests(requests: RequestSet, chosen: Int64Array, group: Int64Array, plan: Plan) -> RequestFigures:
     """Expected figures of the chosen requests, int64 [n], in their groups, int64 [n]."""
     counts, cluster = requests.measured[chosen], plan.cluster
-    load = plan.routes.gpu_load(counts, group)
+    load = load_by_request(plan.routes, counts, group)
     by_node = load.reshape(len(chosen), load.shape[1], cluster.nodes, -1).sum(axis=(1, 3), dtype=np.float64)
     picks = counts.sum(axis=(1, 2), dtype=np.float64)
     local = by_node[np.arange(len(chosen)), cluster.group_node(group)]

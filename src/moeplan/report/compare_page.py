@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import numpy as np
 
 from moeplan.planning.problem import GUARD
 from moeplan.replay.split import MAX_LIVE
-from moeplan.replay.table import SIGNATURES, Comparison, TableRow
-from moeplan.report.compare_figures import bars_figure, gpu_load_figure, load_figure
-from moeplan.report.page import Section, Table, render, write_page
+from moeplan.replay.table import SIGNATURES, Comparison, TableRow, bar_height, draw_bars
+from moeplan.report.figures import GREY, PALETTE, STYLES, Image, canvas, legend_below, to_image
+from moeplan.report.page import Section, Table, render
 from moeplan.trace import Trace
 
-__all__ = ["compare_html", "verdict", "write_compare_page"]
+__all__ = ["compare_html", "verdict"]
 
 #: key, heading, scale, format: all keys of the full table.
 _KEYS = (
@@ -35,11 +35,6 @@ _KEYS = (
     ("kv_handover_bytes_per_request", "KV hand-over, MB per request", 1e-6, "{:.2f}"),
     ("fit_seconds", "fit time, s", 1.0, "{:.2f}"),
 )
-
-
-def write_compare_page(path: Path, table: Comparison, trace: Trace) -> None:
-    """Write the page, whole or not at all."""
-    write_page(path, compare_html(table, trace))
 
 
 def compare_html(table: Comparison, trace: Trace) -> str:
@@ -129,21 +124,14 @@ def _volume(table: Comparison, rows: list[TableRow]) -> Section:
     linear = table.row("linear").figures["remote_share"].value or 0.0
     sentence = f"With linear, {100 * linear:.1f} % of all picks are served on another node than the token's. "
     sentence += _outcome(list(table.rows), "remote_share", "the remote share")
-    figures = [
-        bars_figure(rows, table, key, label, alt, scale)
-        for key, label, scale, alt in (
-            ("remote_share", "remote share of picks", 1.0, "Remote share by strategy"),
-            ("inter_node_bytes_per_token", "KB between nodes per token", 1e-3, "Inter-node bytes by strategy"),
-        )
-    ]
-    return Section(
-        "Volume between nodes",
-        sentence,
-        [figure for figure in figures if figure is not None],
-        note=f"Solid bars: eligible (equal groups, node load at most {GUARD:g} times linear's). Hatched bars: not "
-        "eligible. Dashed line: linear. Black lines: 95 % intervals over requests. Percentages: paired change against "
-        "linear.",
+    key, alt = "inter_node_bytes_per_token", "Inter-node bytes by strategy"
+    figures = _bars(rows, table, "remote_share", "remote share of picks", "Remote share by strategy")
+    figures += _bars(rows, table, key, "KB between nodes per token", alt, 1e-3)
+    note = (
+        f"Solid bars: eligible (equal groups, node load at most {GUARD:g} times linear's). Hatched bars: not eligible. "
+        "Dashed line: linear. Black lines: 95 % intervals over requests. Percentages: paired change against linear."
     )
+    return Section("Volume between nodes", sentence, figures, note=note)
 
 
 def _nodes(table: Comparison, rows: list[TableRow]) -> Section:
@@ -159,11 +147,9 @@ def _nodes(table: Comparison, rows: list[TableRow]) -> Section:
             f"{least.figures['padded_ratio'].value:.2f} times linear's volume under {least.name} and "
             f"{worst.figures['padded_ratio'].value:.2f} times under {worst.name}."
         )
-    figures = [
-        bars_figure(rows, table, "remote_nodes_per_token", "other nodes per token and layer", "Nodes reached"),
-        bars_figure(rows, table, "padded_ratio", "padded volume / linear's", "Padded volume by strategy"),
-    ]
-    return Section("Nodes reached, and padded volume", sentence, [figure for figure in figures if figure is not None])
+    figures = _bars(rows, table, "remote_nodes_per_token", "other nodes per token and layer", "Nodes reached")
+    figures += _bars(rows, table, "padded_ratio", "padded volume / linear's", "Padded volume by strategy")
+    return Section("Nodes reached, and padded volume", sentence, figures)
 
 
 def _split(table: Comparison) -> Section | None:
@@ -188,28 +174,25 @@ def _split(table: Comparison) -> Section | None:
             text += " (an oracle that knows the decode: "
             text += f"{100 * (oracle.versus_linear['remote_share'] or {'value': 0.0})['value']:+.1f} %)"
         parts.append(text)
-    figure = bars_figure(shown, table, "remote_share", "remote share of picks", "Remote share by signature")
-    stands = table.head["signature_stands_in"]
-    note = f"The signature is the picks of a request's {stands}." if stands else "The signature is the prefill's picks."
-    sentence = (
-        "On the remote share, " + "; ".join(parts) + "."
-        if parts
-        else "No strategy has rows with both random groups and groups by signature."
-    )
-    return Section("Effect of grouping and placement", sentence, [figure] if figure else (), note=note)
+    figures = _bars(shown, table, "remote_share", "remote share of picks", "Remote share by signature")
+    note = f"The signature is the picks of a request's {table.head['signature_stands_in'] or 'prefill'}."
+    sentence = "No strategy has rows with both random groups and groups by signature."
+    if parts:
+        sentence = "On the remote share, " + "; ".join(parts) + "."
+    return Section("Effect of grouping and placement", sentence, figures, note=note)
 
 
 def _gpu_load(table: Comparison, rows: list[TableRow]) -> Section:
     best = min(rows, key=lambda row: row.figures["gpu_load_total"].value or 0.0)
     linear = table.row("linear").figures["gpu_load_total"]
     idle = [float((row.gpu_load < 0.5).mean()) for row in (table.row("linear"), best)]
-    same = (best.figures["gpu_load_total"].value or 0.0) > 0.999 * (linear.value or 0.0)
-    sentence = (
-        f"Over the held-out requests the busiest GPU of a layer serves {linear.value:.2f} times the mean under linear "
-        f"and {best.figures['gpu_load_total'].value:.2f} times under {best.name}, the lowest; {100 * idle[0]:.0f} % "
-        f"and {100 * idle[1]:.0f} % of the GPUs serve less than half the mean."
-    )
-    if same:
+    if (best.figures["gpu_load_total"].value or 0.0) <= 0.999 * (linear.value or 0.0):
+        sentence = (
+            f"Over the held-out requests the busiest GPU of a layer serves {linear.value:.2f} times the mean under "
+            f"linear and {best.figures['gpu_load_total'].value:.2f} times under {best.name}, the lowest; "
+            f"{100 * idle[0]:.0f} % and {100 * idle[1]:.0f} % of the GPUs serve less than half the mean."
+        )
+    else:
         sentence = (
             f"Over the held-out requests the busiest GPU of a layer serves {linear.value:.2f} times the mean, and "
             f"{100 * idle[0]:.0f} % of the GPUs serve less than half the mean. No strategy has a lower load imbalance "
@@ -221,7 +204,7 @@ def _gpu_load(table: Comparison, rows: list[TableRow]) -> Section:
     return Section(
         "Load by GPU",
         sentence,
-        [gpu_load_figure(rows, "Load of each GPU, busiest first")],
+        [_gpu_loads(rows, "Load of each GPU, busiest first")],
         note="The GPUs of each layer are sorted by load; loads are then averaged over layers and folds.",
     )
 
@@ -241,11 +224,9 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
     verb = "exceeds" if len(over) == 1 else "exceed"
     sentence += f"{', '.join(over) or 'no strategy'} {verb if over else 'exceeds'} the node-load guard."
     note = "Dotted line: noise floor, the load imbalance of as many uniformly random picks."
-    figures = [
-        load_figure(known, "gpu_load_ratio", "GPU load, max / mean", "GPU load per step"),
-        load_figure(known, "node_load_ratio", "node load, max / mean", "Node load per step"),
-    ]
-    return Section("Load in a decode step", sentence, [figure for figure in figures if figure is not None], note=note)
+    figures = _load_dots(known, "gpu_load_ratio", "GPU load, max / mean", "GPU load per step")
+    figures += _load_dots(known, "node_load_ratio", "node load, max / mean", "Node load per step")
+    return Section("Load in a decode step", sentence, figures, note=note)
 
 
 def _step_time(table: Comparison, rows: list[TableRow]) -> Section | None:
@@ -259,17 +240,15 @@ def _step_time(table: Comparison, rows: list[TableRow]) -> Section | None:
         f"for {100 * idle:.0f} % of it a GPU waits for the network or for the slowest GPU. "
     )
     sentence += _outcome(list(table.rows), "modelled_step_ms", "the step time")
-    figures = [
-        bars_figure(rows, table, "modelled_step_ms", "modelled decode step, ms", "Step time by strategy"),
-        bars_figure(rows, table, "modelled_idle_share", "% of the step that a GPU waits", "Idle share", 100.0),
-    ]
+    figures = _bars(rows, table, "modelled_step_ms", "modelled decode step, ms", "Step time by strategy")
+    figures += _bars(rows, table, "modelled_idle_share", "% of the step that a GPU waits", "Idle share", 100.0)
     live = table.head["setup"]["live_per_group"]
     limit = " (the most that this trace allows)" if live < MAX_LIVE else ""
     note = (
         f"{live} live requests per group{limit} of {timing['context']:,} tokens each; "
         f"{timing['steps']} steps per fold. Intervals are over steps and do not include the error of the time model."
     )
-    return Section("Time of a decode step", sentence, [figure for figure in figures if figure is not None], note=note)
+    return Section("Time of a decode step", sentence, figures, note=note)
 
 
 def _all_keys(table: Comparison) -> Section:
@@ -298,6 +277,55 @@ def _mark(row: TableRow) -> str:
 
 def _method(table: Comparison) -> Section:
     rows = [[line] for line in table.method]
-    return Section(
-        "How this was measured", "Measurement and settings of all figures above.", table=Table(["note"], rows)
-    )
+    sentence = "Measurement and settings of all figures above."
+    return Section("How this was measured", sentence, table=Table(["note"], rows))
+
+
+# ---- figures
+
+
+def _bars(rows: list[TableRow], table: Comparison, key: str, label: str, alt: str, scale: float = 1.0) -> list[Image]:
+    """Horizontal bars of one key (times `scale`); nothing where no row has a value."""
+    shown = [row for row in rows if row.figures[key].value is not None]
+    baseline = table.row("linear").figures[key].value
+    if not shown or baseline is None:
+        return []
+    with canvas(height=bar_height(len(shown))) as (figure, axes):
+        draw_bars(axes, shown, key, label, baseline, scale, PALETTE)
+        return [to_image(figure, alt)]
+
+
+def _load_dots(rows: list[TableRow], key: str, label: str, alt: str) -> list[Image]:
+    """Dots with intervals of a load ratio, and the noise floor; nothing without a value."""
+    shown = [row for row in rows if row.figures[key].value is not None]
+    if not shown:
+        return []
+    floor = dict(shown[0].figures[key].extra).get("noise_floor")
+    with canvas(height=bar_height(len(shown))) as (figure, axes):
+        for i, row in enumerate(reversed(shown)):
+            found, colour = row.figures[key], PALETTE[0 if row.guarded else 1]
+            if interval := found.interval():
+                axes.plot(interval, [i, i], color=colour, linewidth=2.2)
+            axes.plot(found.value, i, "o" if row.guarded else "D", color=colour, markersize=6)
+        if floor is not None:
+            axes.axvline(floor, color=GREY, linewidth=1.2, linestyle=":")
+        axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
+        axes.set_xlabel(label)
+        axes.set_xlim(left=1.0)
+        return [to_image(figure, alt)]
+
+
+def _gpu_loads(rows: list[TableRow], alt: str) -> Image:
+    """GPU loads over the held-out requests, busiest first, relative to the mean."""
+    with canvas() as (figure, axes):
+        for number, row in enumerate(rows):
+            rank = np.arange(1, len(row.gpu_load) + 1)
+            colour, dash = PALETTE[number % len(PALETTE)], STYLES[number % len(STYLES)]
+            axes.plot(rank, row.gpu_load, label=row.name, color=colour, linestyle=dash)
+        axes.axhline(1.0, color=GREY, linewidth=1.0)
+        axes.set_xlabel("GPU, busiest first")
+        axes.set_ylabel("picks served / mean")
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(1 - 0.02 * len(rows[0].gpu_load), len(rows[0].gpu_load))
+        legend_below(figure, axes, columns=3)
+        return to_image(figure, alt)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from moeplan.perf.estimate import Estimate
 from moeplan.perf.step_model import StepModel
-from moeplan.report.page import Section, Table, render, write_page
+from moeplan.report.page import Section, Table, render
 from moeplan.report.perf_sections import ERROR, UNIFORM, can_skew, skew_section, skewed, time_section
 
-__all__ = ["estimate_html", "write_estimate_page"]
-
-
-def write_estimate_page(path: Path, found: Estimate) -> None:
-    """Write the page of one set-up, whole or not at all."""
-    write_page(path, estimate_html(found))
+__all__ = ["estimate_html"]
 
 
 def estimate_html(found: Estimate) -> str:

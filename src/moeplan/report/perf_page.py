@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from moeplan.perf.sensitivity import KNOBS, needs
 from moeplan.perf.sizing import Sizing, SizingResult
 from moeplan.perf.sweep import Point, Sweep, pareto, thinned
 from moeplan.perf.use_cases import UseCase
-from moeplan.report.page import Section, Table, render, write_page
-from moeplan.report.perf_figures import breakdown_figure, elasticity_figure, pareto_figure
-from moeplan.report.perf_sections import ERROR, UNIFORM, can_skew, skew_section, skewed, time_section
+from moeplan.report.page import Section, Table, render
+from moeplan.report.perf_sections import (
+    ERROR,
+    UNIFORM,
+    breakdown_figure,
+    can_skew,
+    elasticity_figure,
+    pareto_figure,
+    skew_section,
+    skewed,
+    time_section,
+)
 
-__all__ = ["size_html", "sweep_html", "write_size_page", "write_sweep_page"]
+__all__ = ["size_html", "sweep_html"]
 
 #: Rows of a front in the page.
 _ROWS = 16
-
-
-def write_sweep_page(path: Path, swept: Sweep) -> None:
-    """Write the page of a sweep, whole or not at all."""
-    write_page(path, sweep_html(swept))
-
-
-def write_size_page(path: Path, sized: Sizing) -> None:
-    """Write the page of sized clusters, whole or not at all."""
-    write_page(path, size_html(sized))
+#: Columns that describe a set-up.
+_COLUMNS: dict[str, Callable[[Point], str]] = {
+    "TPOT, ms": lambda p: f"{1e3 * p.tpot_s:.2f}",
+    "tokens/s per GPU": lambda p: f"{p.per_gpu_s:,.0f}",
+    "hardware": lambda p: p.hardware.name,
+    "GPUs": lambda p: f"{p.gpus:,}",
+    "layout": lambda p: p.layout,
+    "requests per rank": lambda p: f"{p.batch:,}",
+    "bound by": lambda p: p.bound.replace("_", "-"),
+    "USD / M": lambda p: f"{p.usd:,.3f}",
+    "kWh / M": lambda p: f"{p.kwh:,.3f}",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,22 +71,12 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
         else f"No set-up has a TPOT within {1e3 * limit_s:g} ms; the fastest is {chosen}."
     )
     shown = thinned(front, _ROWS)
-    head = [
-        "TPOT, ms", "tokens/s per GPU", "hardware", "GPUs", "layout", "requests per rank", "bound by", "USD / M",
-        "kWh / M",
-    ]  # fmt: skip
-    rows = [
-        [
-            f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.hardware.name, f"{p.gpus:,}",
-            p.layout, f"{p.batch:,}", p.bound.replace("_", "-"), f"{p.usd:,.3f}", f"{p.kwh:,.3f}",
-        ]
-        for p in shown
-    ]  # fmt: skip
+    table = _points(shown, tuple(_COLUMNS), strong=[i for i, p in enumerate(shown) if p is chosen])
     return Section(
         f"Throughput against TPOT at {context:,} tokens of context",
         sentence,
         [pareto_figure(points, chosen, limit_s, f"Pareto fronts of {len(points)} set-ups")],
-        Table(head, rows, strong=[i for i, p in enumerate(shown) if p is chosen]),
+        table,
         note="Lines: the front of each hardware. Dots: all set-ups. Dotted line: the TPOT limit. Star: the set-up "
         "shown below. Figures are of one decode step, without prefill. USD and kWh per million output tokens, from the "
         "catalogue's prices and board power.",
@@ -91,20 +91,18 @@ def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
         return None
     best = [min((p for p in within if p.hardware.name == name), key=lambda p: p.usd, default=None) for name in names]
     found = sorted((p for p in best if p), key=lambda p: p.usd)
-    rows = [
-        [
-            p.hardware.name, f"{p.usd:,.3f}", f"{p.kwh:,.3f}", f"{1e3 * p.tpot_s:.1f}", f"{p.per_gpu_s:,.0f}",
-            f"{p.gpus:,}", p.layout, f"{p.batch:,}",
-        ]
-        for p in found
-    ]  # fmt: skip
     none = [name for name, p in zip(names, best, strict=True) if p is None]
     sentence = (
         f"Within {1e3 * limit_s:g} ms {found[0].hardware.name} is cheapest: {found[0].usd:.3f} USD per million tokens"
     )
     sentence += f"; {', '.join(none)} cannot meet the limit." if none else "."
-    head = ["hardware", "USD / M", "kWh / M", "TPOT, ms", "tokens/s per GPU", "GPUs", "layout", "requests per rank"]
-    return Section("Cost per million tokens", sentence, table=Table(head, rows))
+    head = ("hardware", "USD / M", "kWh / M", "TPOT, ms", "tokens/s per GPU", "GPUs", "layout", "requests per rank")
+    return Section("Cost per million tokens", sentence, table=_points(found, head))
+
+
+def _points(points: Sequence[Point], head: Sequence[str], strong: Sequence[int] = ()) -> Table:
+    """Set-ups, one per row, with these columns."""
+    return Table(head, [[_COLUMNS[name](p) for name in head] for p in points], strong=strong)
 
 
 def _detail(p: Point) -> list[Section]:
@@ -152,15 +150,11 @@ def _clusters(case: UseCase, answers: Sequence[SizingResult]) -> Section:
     else:
         sentence += "are met by no cluster that was tried."
     rows = [_cluster_row(a) for a in answers]
-    head = [
-        "hardware", "GPUs", "layout", "TTFT, ms", "TPOT, ms", "bound by", "maximum concurrency", "USD / M", "kWh / M",
-        "why not smaller",
-    ]  # fmt: skip
+    head = ["hardware", "GPUs", "layout", "TTFT, ms", "TPOT, ms", "bound by"]
+    head += ["maximum concurrency", "USD / M", "kWh / M", "why not smaller"]
     close = [a.hardware.name for a in answers if a.close]
     note = (
         f"{case.source[0].upper()}{case.source[1:]}. Bound by: prefill, decode. Maximum concurrency: the most requests "
-    )
-    note += (
         "in flight within the limits, and what limits them; costs are at this concurrency, per million output tokens."
     )
     if close:

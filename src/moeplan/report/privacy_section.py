@@ -13,7 +13,7 @@ __all__ = ["privacy_section"]
 HEADING = "Leakage of stored rows"
 
 
-def privacy_section(found: Profile, *, figures: bool = True) -> Section:
+def privacy_section(found: Profile, *, figures: bool) -> Section:
     """Kind and link in one sentence and one table; the reasons where neither can be measured."""
     item = found.privacy
     stages = {name: found.counts.stages.phrase(i) for i, name in enumerate(item.kind)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from moeplan.profile.coactivation import Coactivation
@@ -16,24 +14,13 @@ from moeplan.profile.request_map import RequestMap
 from moeplan.profile.similarity import Similarity
 from moeplan.report.figures import GREY, PALETTE, Image, canvas, heat_map, legend_below, lines, shorten, to_image
 
-__all__ = [
-    "classification_figure",
-    "coactivation_figure",
-    "distinct_figure",
-    "imbalance_figure",
-    "link_figure",
-    "map_figure",
-    "phases_figure",
-    "similarity_figure",
-]
-
 
 def imbalance_figure(load: Imbalance, stages: list[tuple[int, str]], floor: float) -> Image:
     """Imbalance factor by layer, a line per stage; flagged layers are marked and cut from the lines."""
     with canvas() as (figure, axes):
         x = np.array(load.layer_ids)
         shown = [(label, np.where(load.flagged, np.nan, load.by_stage[s])) for s, label in stages]
-        lines(axes, x, shown, x_label="layer", y_label="largest load / mean load")
+        lines(axes, x, shown, ("layer", "largest load / mean load"))
         axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label="noise floor")
         top = max(float(np.nanmax(y)) for _, y in shown) if not load.flagged.all() else 1.0
         axes.set_ylim(0, top * 1.08)
@@ -62,7 +49,7 @@ def phases_figure(found: Phases, load: Imbalance) -> Image:
         series = [("pooled over requests", found.pooled), ("each request's own", found.own)]
         series += [(name, found.nulls[i]) for i, name in enumerate(NULLS)]
         series = [(name, np.where(load.flagged, np.nan, values)) for name, values in series]
-        lines(axes, np.array(found.layer_ids), series, x_label="layer", y_label="Pearson correlation", quiet=NULLS)
+        lines(axes, np.array(found.layer_ids), series, ("layer", "Pearson correlation"), *NULLS)
         axes.set_ylim(min(0.0, float(np.nanmin([np.nanmin(y) for _, y in series if np.isfinite(y).any()]))), 1.02)
         legend_below(figure, axes)
         return to_image(figure, "Prefill-decode correlation by layer with its null baselines")
@@ -80,15 +67,8 @@ def map_figure(found: RequestMap, title: str) -> Image:
             axes.scatter(*found.xy[rest].T, s=9, color="#c3cad1", label=label, linewidths=0)
         for i, d in enumerate(named):
             at = found.domain == d
-            axes.scatter(
-                *found.xy[at].T,
-                s=13,
-                color=PALETTE[i],
-                marker=markers[i],
-                alpha=0.75,
-                label=shorten(found.domains[d]),
-                linewidths=0,
-            )
+            look = {"s": 13, "color": PALETTE[i], "marker": markers[i], "alpha": 0.75, "linewidths": 0}
+            axes.scatter(*found.xy[at].T, label=shorten(found.domains[d]), **look)
         axes.set(xticks=[], yticks=[], title=title)
         axes.grid(False)
         for side in axes.spines.values():
@@ -102,18 +82,9 @@ def map_figure(found: RequestMap, title: str) -> Image:
 def classification_figure(found: Leakage) -> Image:
     """Accuracy by layer with the shuffled control and chance."""
     with canvas() as (figure, axes):
-        series: list[tuple[str, Any]] = [
-            ("true labels", 100 * found.accuracy),
-            ("shuffled labels", 100 * found.control),
-        ]
-        lines(
-            axes,
-            np.array(found.layer_ids),
-            series,
-            x_label="layer",
-            y_label="accuracy, held-out requests, %",
-            quiet=("shuffled labels",),
-        )
+        series = [("true labels", 100 * found.accuracy), ("shuffled labels", 100 * found.control)]
+        labels = ("layer", "accuracy, held-out requests, %")
+        lines(axes, np.array(found.layer_ids), series, labels, "shuffled labels")
         axes.axhline(100 * found.chance, color=PALETTE[1], linewidth=1, label=f"chance ({found.chance:.0%})")
         axes.set_ylim(0, 103)
         legend_below(figure, axes, columns=3)
@@ -143,14 +114,7 @@ def coactivation_figure(found: Coactivation) -> Image:
     """Distance from independence by layer, and its noise floor."""
     with canvas() as (figure, axes):
         series = [("observed pairs", 100 * found.distance), ("noise floor", 100 * found.floor)]
-        lines(
-            axes,
-            np.array(found.layer_ids),
-            series,
-            x_label="layer",
-            y_label="distance from independence, %",
-            quiet=("noise floor",),
-        )
+        lines(axes, np.array(found.layer_ids), series, ("layer", "distance from independence, %"), "noise floor")
         axes.set_ylim(0, None)
         legend_below(figure, axes)
         return to_image(figure, "Co-activation: distance from quasi-independence by layer")
@@ -164,9 +128,7 @@ def distinct_figure(found: Distinct, num_experts: int) -> Image:
             series.append(("one domain", found.single))
         quiet = ("uniform routing", "observed popularity")
         series += list(zip(quiet, (found.uniform, found.popular), strict=True))
-        lines(
-            axes, found.batch, series, x_label="tokens in the batch", y_label="distinct experts per layer", quiet=quiet
-        )
+        lines(axes, found.batch, series, ("tokens in the batch", "distinct experts per layer"), *quiet)
         axes.set_xscale("log", base=2)
         ticks = found.batch[:: 2 if len(found.batch) > 6 else 1]
         axes.set_xticks(ticks, [str(b) for b in ticks])

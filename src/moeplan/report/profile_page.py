@@ -24,35 +24,19 @@ def profile_html(found: Profile) -> str:
         f"{found.trace.path.name}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}; "
         f"{len(requests):,} {found.trace.request_noun}, {int(requests.rows.sum()):,} tokens; seed {found.seed}"
     )
-    sections = [
-        _trace(found),
-        _imbalance(found),
-        _similarity(found),
-        _phases(found),
-        _map(found),
-        _classification(found),
-        privacy_section(found),
-        _coactivation(found),
-        _distinct(found),
-    ]
+    sections = [_trace(found), *_measures(found)]
     return render(f"Expert use of {found.trace.label}", subtitle, found.notices, sections)
 
 
 def sentences(found: Profile) -> dict[str, str]:
     """What each measure shows in this trace, by topic; the terminal and the page say the same."""
-    return {
-        section.heading: section.sentence
-        for section in (
-            _imbalance(found, figures=False),
-            _similarity(found, figures=False),
-            _phases(found, figures=False),
-            _map(found, figures=False),
-            _classification(found, figures=False),
-            privacy_section(found, figures=False),
-            _coactivation(found, figures=False),
-            _distinct(found, figures=False),
-        )
-    }
+    return {section.heading: section.sentence for section in _measures(found, figures=False)}
+
+
+def _measures(found: Profile, *, figures: bool = True) -> list[Section]:
+    """A section for each measure."""
+    makers = (_imbalance, _similarity, _phases, _map, _classification, privacy_section, _coactivation, _distinct)
+    return [make(found, figures=figures) for make in makers]
 
 
 def _named(found: Profile) -> dict[str, str]:
@@ -102,7 +86,7 @@ def _trace(found: Profile) -> Section:
     )
 
 
-def _imbalance(found: Profile, *, figures: bool = True) -> Section:
+def _imbalance(found: Profile, *, figures: bool) -> Section:
     load, stages = found.imbalance, _stages(found)
     kept = load.kept
     worst = int(kept[np.nanargmax(load.overall[kept])])
@@ -137,7 +121,7 @@ def _imbalance(found: Profile, *, figures: bool = True) -> Section:
     )
 
 
-def _similarity(found: Profile, *, figures: bool = True) -> Section:
+def _similarity(found: Profile, *, figures: bool) -> Section:
     heading = "Similarity of domains"
     given = [(name, item) for name, item in found.similarity.items() if isinstance(item, Similarity)]
     if not given:
@@ -192,7 +176,7 @@ def _similarity(found: Profile, *, figures: bool = True) -> Section:
     )
 
 
-def _phases(found: Profile, *, figures: bool = True) -> Section:
+def _phases(found: Profile, *, figures: bool) -> Section:
     heading = "Predicting decode from prefill"
     item = found.phases
     if isinstance(item, Skipped):
@@ -235,7 +219,7 @@ def _phases(found: Profile, *, figures: bool = True) -> Section:
     )
 
 
-def _map(found: Profile, *, figures: bool = True) -> Section:
+def _map(found: Profile, *, figures: bool) -> Section:
     heading = "Map of requests"
     given = [(name, item) for name, item in found.maps.items() if not isinstance(item, Skipped)]
     if not given:
@@ -268,7 +252,7 @@ def _map(found: Profile, *, figures: bool = True) -> Section:
     )
 
 
-def _classification(found: Profile, *, figures: bool = True) -> Section:
+def _classification(found: Profile, *, figures: bool) -> Section:
     heading = "Domain leakage of expert load"
     item = found.leakage
     if isinstance(item, Skipped):
@@ -291,7 +275,7 @@ def _classification(found: Profile, *, figures: bool = True) -> Section:
     )
 
 
-def _coactivation(found: Profile, *, figures: bool = True) -> Section:
+def _coactivation(found: Profile, *, figures: bool) -> Section:
     heading = "Co-activation of experts"
     item = found.coactivation
     if isinstance(item, Skipped):
@@ -321,7 +305,7 @@ def _coactivation(found: Profile, *, figures: bool = True) -> Section:
     )
 
 
-def _distinct(found: Profile, *, figures: bool = True) -> Section:
+def _distinct(found: Profile, *, figures: bool) -> Section:
     heading, item, size = "Distinct experts in a batch", found.distinct, found.trace.shape.num_experts
     if isinstance(item, Skipped):
         return Section(heading, f"Not shown: {item.reason}.", skipped=True)

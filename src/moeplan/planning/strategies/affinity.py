@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeplan.planning.balance import linear_slots
-from moeplan.planning.coactivation import coactivation_slots
+from moeplan.planning.initial_placement import coactivation_slots
 from moeplan.planning.problem import Problem, Solution, Strategy
 
 

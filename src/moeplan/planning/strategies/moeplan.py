@@ -19,9 +19,8 @@ import numpy as np
 from moeplan.arrays import Int32Array
 from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.planning.balance import eplb_slots, linear_slots
-from moeplan.planning.coactivation import coactivation_slots
 from moeplan.planning.guard import GuardSettings, StepSampler, keep_guard
-from moeplan.planning.initial_placement import by_router_group, orient_to_demand, place_by_use
+from moeplan.planning.initial_placement import by_router_group, coactivation_slots, orient_to_demand, place_by_use
 from moeplan.planning.packing import slots_from_nodes
 from moeplan.planning.planner import PARTS, Planner, SearchSettings, Start, State
 from moeplan.planning.pricing import BALANCE, BOTH, LOCALITY, Pricing, TokenSample

@@ -17,9 +17,8 @@ import numpy as np
 
 from moeplan.arrays import BoolArray, CountArray, Float32Array, FloatArray, Int32Array, Int64Array
 from moeplan.errors import PlanError, UsageError
-from moeplan.planning.assignment import equal_groups
-from moeplan.planning.clustering import in_span, kmeans
-from moeplan.planning.expected_load import load_per_replica
+from moeplan.planning.assignment import equal_groups, in_span, kmeans
+from moeplan.planning.expected_load import load_per_replica, remote_share
 from moeplan.planning.initial_placement import place_by_use
 from moeplan.planning.packing import slots_from_nodes
 from moeplan.planning.problem import Problem, Solution, Strategy
@@ -72,11 +71,7 @@ STRATEGIES = (PaperParams(), PaperParams(equal=False))
 
 
 def group_requests(
-    use: CountArray,
-    clusters: int,
-    groups: int,
-    seed: int,
-    points: Float32Array | None = None,
+    use: CountArray, clusters: int, groups: int, seed: int, points: Float32Array | None = None
 ) -> tuple[ClusterRouter, Int64Array]:
     """K-means of the L2-normalised decode counts, and the map from clusters to groups.
 
@@ -117,9 +112,9 @@ def map_clusters(activations: FloatArray, groups: int, seed: int) -> BoolArray:
             serves[heaviest[turn % clusters], group] = True
         return serves
     label = kmeans(normalised(activations), groups, seed)
-    for spare in range(int(label.max()) + 1, groups):  # similar clusters: K-means found fewer; split the fullest
+    for group in range(int(label.max()) + 1, groups):  # similar clusters: K-means found fewer; split the fullest
         fullest = np.bincount(label).argmax()
-        label[np.flatnonzero(label == fullest)[-1]] = spare
+        label[np.flatnonzero(label == fullest)[-1]] = group
     serves[np.arange(clusters), label] = True
     return serves
 
@@ -160,7 +155,7 @@ def pick_clusters(problem: Problem, seed: int) -> int:
         router, label = group_requests(problem.use[fit], clusters, groups, seed, points)
         slots = place(problem, use_by_group(problem.use[fit], fit_groups(router, problem.use[fit], label, True)))
         group = equal_groups(router.scores(problem.signature[judge]))
-        remote = problem.routes(slots, seed).remote_share(problem.use[judge], group)
+        remote = remote_share(problem.routes(slots, seed), problem.use[judge], group)
         if remote < least - 1e-12:
             best, least = clusters, remote
     return best

@@ -11,7 +11,7 @@ from moeplan.planning.problem import Problem, Solution, Strategy
 
 @dataclass(frozen=True)
 class RandomParams(Strategy):
-    """Every layer by itself: experts in random order, the first R again as spares, dealt to the GPUs like cards.
+    """Every layer by itself: experts in random order, then the first R again, dealt to the GPUs like cards.
 
     Replicas of an expert lie next to each other in the deck, so that no GPU gets two of them.
     """
