@@ -1,6 +1,6 @@
 """Is a plan stale? The stored plan and a new plan are compared on held-out requests of new traffic.
 
-The new traffic is split as `compare` splits it. On each fit part a fresh plan is made with the old one's strategy and
+The new traffic is split as `compare` splits it. On each fit part a new plan is made with the old one's strategy and
 cluster; on the other part both are measured, each with its own router into equal groups. What the old plan lacks is
 judged by the interval of the paired difference (`moeplan.replay.statistics`), so a figure that is worse by chance does
 not count. New plans are fitted on only half of the new requests: the verdict is about what a new plan would gain today.
@@ -61,7 +61,7 @@ class DriftReport:
             ci95_of_planning, how one plan differs from the next (folds). None where the old plan sends nothing.
         load: 95 % interval over folds of the old plan's node_load_ratio in multiples of linear's.
         helps: a new plan lowers `key`, beyond both.
-        overloaded: `load` lies above the guard, and the fresh plans keep it.
+        overloaded: `load` lies above the guard, and the new plans do not exceed it.
         fitted_on_this_trace: the plan was fitted on these very requests; it looks better than it is.
     """
 
