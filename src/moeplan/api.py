@@ -124,10 +124,8 @@ def fit(
     made = solve(requests.problem(task), strategy, seed, limit)
     trace, origin = requests.trace, made.provenance
     if trace is not None:
-        origin = dataclasses.replace(
-            origin, trace_checksum=trace.checksum, synthetic=trace.synthetic,
-            fit_index=() if requests.whole else tuple(requests.index.tolist()),
-        )  # fmt: skip
+        index = () if requests.whole else tuple(requests.index.tolist())
+        origin = dataclasses.replace(origin, trace_checksum=trace.checksum, synthetic=trace.synthetic, fit_index=index)
     return dataclasses.replace(made, signature=requests.known, provenance=origin)
 
 
