@@ -26,7 +26,7 @@ from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import Plan, PlanningTask
 from moeplan.planning.requests import blocks, split
 from moeplan.planning.strategies import find
-from moeplan.planning.strategies.paper import PaperParams
+from moeplan.planning.strategies.paper import PaperStrategy
 from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.measure import StepFigures, sample_steps
 from moeplan.replay.split import MAX_LIVE, draw_steps
@@ -60,7 +60,7 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
     out, fewer = {}, {}
     for row, name in ROWS:
         strategy = find(name)
-        if isinstance(strategy, PaperParams):
+        if isinstance(strategy, PaperStrategy):
             strategy = dataclasses.replace(strategy, clusters=8)
         result = solve(problem, strategy, seed)
         group = fold.group(result, "prefill").group if strategy.routed else even

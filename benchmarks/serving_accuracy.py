@@ -20,7 +20,7 @@ from moeplan.model.catalogue import load_model
 from moeplan.model.parameters import parameters
 from moeplan.perf.constants import Constants, EngineFit, GenerationFit, load_constants
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.routing import ExpertRanks, routing_from_counts
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions
@@ -55,7 +55,9 @@ def target_step(name: str, row: dict[str, str], c: Constants | None = None) -> t
     """(the model's step, tokens of it on one GPU) for a published set-up."""
     machine, gpus, redundant, balanced, _ = TARGETS[name]
     options = StepOptions(overlap=True, gpus_per_node=8, balanced=balanced, constants=c)
-    at = StepModel(DEEPSEEK, load_hardware(machine), Parallel(dp=gpus, ep=gpus, redundant=redundant), FP8, options)
+    at = StepModel(
+        DEEPSEEK, load_hardware(machine), ParallelLayout(dp=gpus, ep=gpus, redundant=redundant), FP8, options
+    )
     context = int(float(row["context"]))
     if row["phase"] == "prefill":
         return at.prefill(PREFILL_TOKENS / context, context), PREFILL_TOKENS
@@ -273,7 +275,7 @@ def eplb_step(name: str, slots: str, overlap: bool, scale: float = 1.0) -> tuple
     assert DEEPSEEK.moe is not None
     ranks = ExpertRanks(gpus, nodes, dispatch=mode)
     routing = routing_from_counts(DEEPSEEK.moe, load, place, tokens * gpus, ranks, slots_per_gpu=held)
-    parallel = Parallel(dp=gpus, ep=gpus, redundant=32)  # as to memory and slots; the loads are those given
+    parallel = ParallelLayout(dp=gpus, ep=gpus, redundant=32)  # as to memory and slots; the loads are those given
     at = StepModel(DEEPSEEK, load_hardware("h100"), parallel, FP8, StepOptions(overlap=overlap))
     step = at.decode(256, 2000, routing=routing) if decode else at.prefill(tokens / context, context, routing=routing)
     return float(np.mean(step.seconds)), routing.load_ratio
@@ -314,9 +316,9 @@ def eplb() -> list[Row]:
 
 def speed() -> list[Row]:
     """One warm estimate: the best of 5 means of 20."""
-    parallel, overlap = Parallel(dp=72, ep=72, redundant=32), StepOptions(overlap=True)
+    parallel, overlap = ParallelLayout(dp=72, ep=72, redundant=32), StepOptions(overlap=True)
     decode = StepModel(DEEPSEEK, load_hardware("h100"), parallel, FP8, overlap)
-    llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("h100"), Parallel(tp=8), FP8)
+    llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("h100"), ParallelLayout(tp=8), FP8)
     cases = {
         "DeepSeek-V3 decode, EP 72, two-batch overlap": lambda: decode.decode(128, 4000),
         "DeepSeek-V3 prefill, EP 72, two-batch overlap": lambda: decode.prefill(4, 4096),

@@ -30,10 +30,10 @@ from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning import Plan, PlanningTask, Strategy, solve
-from moeplan.planning.strategies.moeplan import MoeplanParams
+from moeplan.planning.strategies.moeplan import MoeplanStrategy
 from moeplan.replay.evaluator import EvaluationRun, FoldEvaluator
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.replay.statistics import Figure, change
+from moeplan.replay.statistics import MeasuredValue, change
 from moeplan.replay.timing import CONTEXT, cluster_parallel
 from results_settings import REAL, ROOT, SOURCES, present, requests_of
 
@@ -160,7 +160,7 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
 
         plans = {name: measured(_solved(fold, task, of), sign) for name, of, sign in ROWS}
         for objective in OBJECTIVES:
-            result = _solved(fold, task, MoeplanParams(objective=objective))
+            result = _solved(fold, task, MoeplanStrategy(objective=objective))
             plans[f"moeplan {objective}"] = measured(result, "prefill")
         for name, kept in plans.items():
             found.steps.setdefault(name, []).append(kept)
@@ -187,7 +187,7 @@ def _timed(fold: FoldEvaluator, task: PlanningTask, place: Place, world: World, 
     def cost(links: Array, picks: Array, touched: Array) -> float:
         return float(counted(place, links[None], picks[None], touched[None]).ms(place, world, load)[0])
 
-    return _solved(fold, task, MoeplanParams(objective="time", step_cost=cost))
+    return _solved(fold, task, MoeplanStrategy(objective="time", step_cost=cost))
 
 
 def joined(parts: Sequence[Steps]) -> Steps:
@@ -211,11 +211,13 @@ def joined(parts: Sequence[Steps]) -> Steps:
 # What comes out
 
 
-def figure(ms: list[Array]) -> Figure:
+def figure(ms: list[Array]) -> MeasuredValue:
     """Mean over steps and folds, with bootstrap draws of steps; the same draws for every plan."""
     values = np.concatenate(ms)
     weights = np.random.default_rng([0, 4]).multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)
-    return Figure(float(values.mean()), weights @ values / len(values), tuple(float(m.mean()) for m in ms), "steps")
+    return MeasuredValue(
+        float(values.mean()), weights @ values / len(values), tuple(float(m.mean()) for m in ms), "steps"
+    )
 
 
 def names(found: Found) -> list[str]:
@@ -235,7 +237,7 @@ def table(found: Found, load: float) -> list[str]:
     return lines
 
 
-def versus(mine: Figure, best: Figure) -> str:
+def versus(mine: MeasuredValue, best: MeasuredValue) -> str:
     """How much longer, with its interval; bold where `time` loses."""
     found = change(mine, best)
     if found is None or found["ci95"] is None:

@@ -11,7 +11,7 @@ from .engines.exporting import export as export
 from .engines.from_placement import import_placement as import_placement
 from .engines.placement import EnginePlacement as EnginePlacement
 from .engines.placement_files import check as check
-from .engines.report import ExpertLayout as ExpertLayout
+from .engines.report import EpSettings as EpSettings
 from .engines.report import Report as Report
 from .errors import FormatError as FormatError
 from .errors import MoeplanError as MoeplanError
@@ -34,7 +34,7 @@ from .perf.hardware import Hardware as Hardware
 from .perf.hardware import Link as Link
 from .perf.hardware import load_hardware as load_hardware
 from .perf.layouts import LayoutChoice as LayoutChoice
-from .perf.memory import Parallel as Parallel
+from .perf.memory import ParallelLayout as ParallelLayout
 from .perf.memory import Precision as Precision
 from .perf.routing import Routing as Routing
 from .perf.sizing import Sizing as Sizing
@@ -53,7 +53,7 @@ from .planning.plan import Provenance as Provenance
 from .planning.plan import Signature as Signature
 from .planning.planner import SearchSettings as SearchSettings
 from .planning.problem import MoveLimit as MoveLimit
-from .planning.problem import Problem as Problem
+from .planning.problem import PlanningProblem as PlanningProblem
 from .planning.problem import Solution as Solution
 from .planning.problem import Strategy as Strategy
 from .planning.problem import TokenRows as TokenRows
@@ -61,8 +61,8 @@ from .planning.requests import RequestSet as RequestSet
 from .planning.requests import read_requests as read_requests
 from .planning.router import Router as Router
 from .planning.store import load_plan as load_plan
-from .planning.strategies.moeplan import MoeplanParams as MoeplanParams
-from .planning.strategies.paper import PaperParams as PaperParams
+from .planning.strategies.moeplan import MoeplanStrategy as MoeplanStrategy
+from .planning.strategies.paper import PaperStrategy as PaperStrategy
 from .profile.characterise import Profile as Profile
 from .profile.characterise import profile_trace as profile_trace
 from .replay.compare import compare as compare
@@ -71,7 +71,7 @@ from .replay.drift import detect_drift as detect_drift
 from .replay.evaluate import Evaluation as Evaluation
 from .replay.evaluate import evaluate as evaluate
 from .replay.settings import EvaluationSettings as EvaluationSettings
-from .replay.statistics import Figure as Figure
+from .replay.statistics import MeasuredValue as MeasuredValue
 from .replay.table import Comparison as Comparison
 from .replay.table import TableRow as TableRow
 from .replay.timing import Timing as Timing

@@ -12,7 +12,7 @@ from moeplan.planning.problem import MoveLimit, Strategy
 from moeplan.planning.requests import RequestSet, read_requests, shape_of
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import find
-from moeplan.planning.strategies.moeplan import MoeplanParams
+from moeplan.planning.strategies.moeplan import MoeplanStrategy
 from moeplan.progress import Progress, silent
 from moeplan.replay.compare import compare_task
 from moeplan.replay.evaluator import check_inputs
@@ -24,7 +24,7 @@ __all__ = ["HELD_OUT", "expected_figures", "fit", "plan", "plan_task", "rebalanc
 #: The figures that a plan keeps of its evaluation on held-out requests.
 EXPECTED = ("remote_share", "remote_nodes_per_token", "gpu_load_ratio", "node_load_ratio", "experts_per_gpu")
 #: How they are measured: fitted on three quarters, measured on the last.
-HELD_OUT = EvaluationSettings(fit=0.75, folds=1, steps=100, draws=200)
+HELD_OUT = EvaluationSettings(fit_share=0.75, folds=1, steps=100, bootstrap_draws=200)
 
 
 def plan(
@@ -87,7 +87,7 @@ def rebalance(
     requests: Trace | RequestSet,
     *,
     max_moves: int,
-    params: MoeplanParams | None = None,
+    params: MoeplanStrategy | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
@@ -107,7 +107,7 @@ def rebalance(
         4
     """
     check_inputs(plan, requests)
-    chosen, limit = params or MoeplanParams.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
+    chosen, limit = params or MoeplanStrategy.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
     requests = read_requests(requests, signature_tokens=plan.signature.tokens, rows=False)
     progress(0, 1, "solving")
     return fit(requests, plan.task, chosen, seed, limit)

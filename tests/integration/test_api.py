@@ -18,7 +18,7 @@ import moeplan
 from helpers import ROOT
 from moeplan.cluster import Dispatch, ReplicaRule
 from moeplan.planning.plan import PlanningTask
-from moeplan.planning.problem import Problem, TokenRows
+from moeplan.planning.problem import PlanningProblem, TokenRows
 
 #: What moeplan alone makes; their fields are read, and may be of types that are not public.
 RESULTS = ("CompleteSpec", "Comparison", "DriftReport", "Estimate", "Evaluation", "ExportReport", "Profile", "Report")
@@ -95,7 +95,7 @@ def test_an_enum_may_be_given_as_text() -> None:
     use = np.ones((2, 1, 4), np.uint32)
     rows = TokenRows(np.zeros((0, 1, 2), np.uint8), *np.zeros((2, 2), np.int64))
     shape = moeplan.ModelShape("m", 1, 4, 2)
-    problem = Problem(shape, CLUSTER, 0, use, use, rows, "hash", "node")  # type: ignore[arg-type]
+    problem = PlanningProblem(shape, CLUSTER, 0, use, use, rows, "hash", "node")  # type: ignore[arg-type]
     assert problem.dispatch is Dispatch.NODE and problem.replica_rule is ReplicaRule.HASH
     assert moeplan.EstimateSettings(dispatch="node").dispatch is Dispatch.NODE  # type: ignore[arg-type]
     counts = np.random.default_rng(0).integers(1, 1000, (3, 8))
@@ -137,7 +137,7 @@ def test_a_plan_of_some_requests_is_evaluated_on_the_others(tmp_path: Path) -> N
     some = requests.select([5, 3, 3])
     assert (some.index == requests.index[[3, 5]]).all() and some.measured is some.use
     moeplan.plan(fit, CLUSTER, "linear").save(tmp_path / "plan")
-    plan, settings = moeplan.load_plan(tmp_path / "plan"), moeplan.EvaluationSettings(steps=2, draws=10)
+    plan, settings = moeplan.load_plan(tmp_path / "plan"), moeplan.EvaluationSettings(steps=2, bootstrap_draws=10)
     seen = [moeplan.evaluate(plan, given, settings).fitted_on_this_trace for given in (held_out, fit, trace())]
     assert seen == [False, True, True]
     for wrong in ([], [len(requests)], [-1], [[0]], [0.5], [True]):

@@ -20,14 +20,14 @@ from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import PlanningTask
 from moeplan.planning.requests import Spans, blocks, split
 from moeplan.planning.router import LocalityRouter
-from moeplan.planning.strategies.paper import PaperParams
+from moeplan.planning.strategies.paper import PaperStrategy
 from moeplan.replay.compare import compare
 from moeplan.replay.evaluate import evaluate
 from moeplan.replay.evaluator import FoldEvaluator
 from moeplan.replay.measure import measure_requests, sample_steps
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import Draws, draw_steps, least_requests, live_requests
-from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, noise_floor, significantly_below
+from moeplan.replay.statistics import MeasuredValue, block_weights, figure_of_ratio, noise_floor, significantly_below
 from moeplan.replay.table import Comparison
 from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import Trace, TraceWriter, open_trace
@@ -152,9 +152,9 @@ def test_block_weights_draw_whole_blocks() -> None:
 def test_beating_needs_a_paired_interval() -> None:
     rng = np.random.default_rng(0)
     shared = rng.normal(size=1000)
-    a, b = Figure(1.0, 1.0 + shared), Figure(1.1, 1.1 + shared + 0.01 * rng.normal(size=1000))
+    a, b = MeasuredValue(1.0, 1.0 + shared), MeasuredValue(1.1, 1.1 + shared + 0.01 * rng.normal(size=1000))
     assert significantly_below(a, b) and not significantly_below(b, a)
-    assert not significantly_below(Figure(1.0, 1.0 + rng.normal(size=1000)), b)
+    assert not significantly_below(MeasuredValue(1.0, 1.0 + rng.normal(size=1000)), b)
 
 
 def test_noise_floor_by_hand() -> None:
@@ -213,7 +213,7 @@ def test_steps_by_hand() -> None:
 
 
 def test_compare_is_deterministic_and_whole(demo: RequestSet) -> None:
-    settings = EvaluationSettings(folds=2, steps=30, draws=100)
+    settings = EvaluationSettings(folds=2, steps=30, bootstrap_draws=100)
     first, second = (
         compare(demo, Cluster(4, 2), (*ALL, "paper-unbalanced"), redundant=8, settings=settings).to_dict()
         for _ in range(2)
@@ -249,7 +249,7 @@ def test_bytes_are_null_without_a_hidden_size_and_never_guessed(tmp_path: Path) 
         for _ in range(24):
             writer.add(np.argsort(rng.random((20, 2, 8)), axis=2)[:, :, :2], prefill=8)
     requests = read_requests(open_trace(tmp_path / "t"))
-    settings = EvaluationSettings(folds=1, steps=5, draws=20)
+    settings = EvaluationSettings(folds=1, steps=5, bootstrap_draws=20)
     row = compare(requests, Cluster(2, 2), ("linear",), settings=settings).row("linear")
     assert row.figures["inter_node_bytes_per_token"].value is None
     settings = dataclasses.replace(settings, hidden=7168)
@@ -261,7 +261,7 @@ def test_bytes_are_null_without_a_hidden_size_and_never_guessed(tmp_path: Path) 
 
 
 def test_allgather_bytes_do_not_depend_on_the_plan(demo: RequestSet) -> None:
-    settings = EvaluationSettings(folds=1, steps=10, draws=20)
+    settings = EvaluationSettings(folds=1, steps=10, bootstrap_draws=20)
     table = compare(demo, Cluster(4, 2), ALL, dispatch=Dispatch.ALLGATHER, settings=settings)
     assert len({row.figures["inter_node_bytes_per_token"].value for row in table.rows}) == 1
     assert all(row.figures["padded_ratio"].value == 1.0 for row in table.rows)
@@ -270,7 +270,7 @@ def test_allgather_bytes_do_not_depend_on_the_plan(demo: RequestSet) -> None:
 
 def test_replaying_a_plan(demo: RequestSet) -> None:
     plan = solve(demo.problem(PlanningTask(Cluster(4, 2))), "paper")
-    found = evaluate(plan, demo, EvaluationSettings(steps=20, draws=50))
+    found = evaluate(plan, demo, EvaluationSettings(steps=20, bootstrap_draws=50))
     table = found.table
     assert [row.name for row in table.rows] == ["linear", "paper", "paper/none"]
     paper, linear = table.row("paper").figures["remote_share"].value, table.row("linear").figures["remote_share"].value
@@ -344,7 +344,7 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
 @pytest.mark.parametrize("name", SETS)
 def test_real_sets(real: dict[str, RequestSet], name: str) -> None:
     gpus, _, block = SETS[name]
-    settings = EvaluationSettings(block=block, steps=40, draws=200)
+    settings = EvaluationSettings(block=block, steps=40, bootstrap_draws=200)
     table: Comparison = compare(real[name], Cluster(8, gpus), ALL, settings=settings)
     linear = table.row("linear").figures
     assert linear["remote_share"].value == pytest.approx(0.875, abs=0.01)
@@ -365,8 +365,8 @@ def test_the_unbalanced_original_is_as_the_prototype(
     changes = []
     for seed in range(4):
         cluster = Cluster(8, SETS[name][0])
-        settings = EvaluationSettings(seed=seed, steps=1, draws=10)
-        table = compare(real[name], cluster, (PaperParams(8, equal=False),), settings=settings)
+        settings = EvaluationSettings(seed=seed, steps=1, bootstrap_draws=10)
+        table = compare(real[name], cluster, (PaperStrategy(8, equal=False),), settings=settings)
         share = table.row("paper-unbalanced").figures["remote_share"].value
         assert share is not None
         changes.append(100 * (share / 0.875 - 1))

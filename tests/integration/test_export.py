@@ -197,7 +197,7 @@ def test_rows_of_a_bare_placement_are_the_moe_layers_of_the_model(tmp_path: Path
     assert "assumed" in repr(report) and not moeplan.check(report.path, "sglang", model).ok
     with pytest.raises(UsageError, match=r"row 0 of the counts has no pick.*moe_layers"):
         balance(np.vstack((np.zeros((3, 256)), counts)), cluster, redundant=32)
-    back = moeplan.import_placement(tmp_path / "0.json", "sglang", model, moeplan.ExpertLayout(32, 4), dispatch="node")
+    back = moeplan.import_placement(tmp_path / "0.json", "sglang", model, moeplan.EpSettings(32, 4), dispatch="node")
     assert (back.placement.slots == placement.slots).all() and back.dispatch is Dispatch.NODE
 
 

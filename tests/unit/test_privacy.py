@@ -14,8 +14,8 @@ from moeplan.cli.app import run
 from moeplan.errors import MoeplanError
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.trace import import_trace
-from moeplan.planning import Problem, read_requests, solve
-from moeplan.planning.strategies.paper import PaperParams
+from moeplan.planning import PlanningProblem, read_requests, solve
+from moeplan.planning.strategies.paper import PaperStrategy
 from moeplan.profile import Skipped, profile_trace
 from moeplan.profile.common import plain, wilson
 from moeplan.profile.counts import DECODE, PREFILL, count
@@ -142,17 +142,17 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     np.testing.assert_array_equal(requests.use, less.by_request[DECODE])
     np.testing.assert_array_equal(requests.signature, less.by_request[PREFILL])
     problem = problem_of(requests)
-    assert solve(problem, PaperParams(clusters=2)).placement.slots.shape == (LAYERS, EXPERTS)
+    assert solve(problem, PaperStrategy(clusters=2)).placement.slots.shape == (LAYERS, EXPERTS)
     assert solve(problem, "eplb").equal_groups
     with pytest.raises(MoeplanError, match="does not show what one token picks together"):
         solve(problem, "affinity")
 
 
-def problem_of(requests: Any) -> Problem:
+def problem_of(requests: Any) -> PlanningProblem:
     from moeplan.cluster import Cluster
     from moeplan.planning import PlanningTask
 
-    problem: Problem = requests.problem(PlanningTask(Cluster(2, 2)))
+    problem: PlanningProblem = requests.problem(PlanningTask(Cluster(2, 2)))
     return problem
 
 

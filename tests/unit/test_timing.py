@@ -18,7 +18,7 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.routing import counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning import RequestSet, read_requests, solve
@@ -68,7 +68,7 @@ def test_times_are_those_of_the_time_model(mode: Dispatch, home: Deployment) -> 
     cluster = Cluster(2, 4, home)
     (links, picks, touched), live = _counted(cluster, mode, TINY, 8)
     found = step_times(cluster, mode, TINY, links, picks, touched, context=1000)
-    parallel = Parallel(tp=4, dp=2, ep=8) if home is Deployment.NODES else Parallel(tp=1, dp=8, ep=8)
+    parallel = ParallelLayout(tp=4, dp=2, ep=8) if home is Deployment.NODES else ParallelLayout(tp=1, dp=8, ep=8)
     routing = counted_routing(picks, touched, links, gpus_per_node=4, slots=4)
     step = StepModel(TINY, H100, parallel, Precision("bf16"), StepOptions(mode, gpus_per_node=4)).decode(
         live, 1000, routing=routing
@@ -178,7 +178,7 @@ TASK = PlanningTask(Cluster(4, 2), 8)
 
 @pytest.fixture(scope="module")
 def timed(demo: RequestSet, like_demo: CompleteSpec) -> EvaluationSettings:
-    return EvaluationSettings(folds=2, steps=30, draws=200, timing=Timing(like_demo, H100, steps=10))
+    return EvaluationSettings(folds=2, steps=30, bootstrap_draws=200, timing=Timing(like_demo, H100, steps=10))
 
 
 def compared(demo: RequestSet, settings: EvaluationSettings, *strategies: str) -> Comparison:
@@ -349,7 +349,7 @@ def test_a_real_trace_by_its_own_name(shared: Path, tmp_path: Path) -> None:
     cluster = Cluster(8, 4)
     how = find_timing(trace.shape, cluster, Dispatch.PICK, "H100")
     assert how.spec.name == "gpt-oss-20b"
-    settings = EvaluationSettings(folds=1, steps=40, draws=100, timing=how)
+    settings = EvaluationSettings(folds=1, steps=40, bootstrap_draws=100, timing=how)
     requests = read_requests(trace, signature_tokens=48)
     table = compare_task(requests, PlanningTask(cluster, 32), ("eplb",), settings)
     assert "linear" in table.row("eplb").beats["modelled_step_ms"]

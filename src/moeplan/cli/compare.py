@@ -55,7 +55,7 @@ def compare(
     task, chosen = cluster.task(), paper.strategies(strategies)
     opened, start = requests.open(trace), time.perf_counter()
     task.check(opened.shape.num_experts)  # before a large trace is read
-    settings = measure.settings(times.timing(opened.shape, task), seed, fit=split.fit, folds=split.folds)
+    settings = measure.settings(times.timing(opened.shape, task), seed, fit_share=split.fit, folds=split.folds)
     with progress("compare") as tick:
         read = requests.read(opened, phase=measure.phase)
         table = compare_task(read, task, chosen, settings, tick)

@@ -13,7 +13,7 @@ from moeplan.cli.files import File
 from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.engines.report import ExpertLayout
+    from moeplan.engines.report import EpSettings
     from moeplan.importers.options import ImportOptions
     from moeplan.model.spec import ModelSpec
     from moeplan.perf.hardware import Hardware
@@ -185,7 +185,8 @@ class ObjectiveFlags:
     guard: float | None = None
     """Load guard: limit on node load, in multiples of linear's; inf: no limit. Default: 1.05, or the plan's."""
     objective: Literal["bytes", "balance", "time"] | None = None
-    """What to minimise: bytes between nodes, load (balance), or time (--hardware). Default: bytes or the plan's."""
+    """What to minimise: traffic between nodes (bytes), load (balance), or time (--hardware). Default:
+    bytes, or the plan's."""
 
     def values(self, timing: Timing | None, task: PlanningTask) -> dict[str, Any]:
         """The same by the names of the library's parameters."""
@@ -203,12 +204,14 @@ class PaperFlags:
 
     def strategies(self, names: str) -> tuple[str | Strategy, ...]:
         """The strategies of a list of names, separated by commas."""
-        from moeplan.planning.strategies.paper import PaperParams
+        from moeplan.planning.strategies.paper import PaperStrategy
 
         chosen = [name.strip() for name in names.split(",") if name.strip()]
         if not chosen:
             raise UsageError("--strategies names none", hint="e.g. linear,eplb,paper")
-        both = {params.name: params for params in (PaperParams(self.clusters), PaperParams(self.clusters, equal=False))}
+        both = {
+            params.name: params for params in (PaperStrategy(self.clusters), PaperStrategy(self.clusters, equal=False))
+        }
         if self.clusters is not None and not both.keys() & chosen:
             raise UsageError(f"--clusters is for the strategies {' and '.join(both)}", hint="leave it out")
         return tuple(both.get(name, name) for name in chosen)
@@ -398,11 +401,11 @@ class ServedFlags:
     nodes: Int | None = None
     """Nodes of the cluster."""
 
-    def layout(self, redundant: int | None = None) -> ExpertLayout:
+    def layout(self, redundant: int | None = None) -> EpSettings:
         """What the flags say of the deployment."""
-        from moeplan.engines.report import ExpertLayout
+        from moeplan.engines.report import EpSettings
 
-        return ExpertLayout(self.ep_size, self.nodes, redundant)
+        return EpSettings(self.ep_size, self.nodes, redundant)
 
 
 @Parameter(name="*", group=Group("Placement file, in place of a plan", sort_key=1.5))

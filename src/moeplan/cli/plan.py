@@ -54,14 +54,14 @@ def plan(
 
 def _strategy(name: str, paper: o.PaperFlags, values: dict[str, Any]) -> str | Strategy:
     """The strategy of a name, with its parameters; those of another one are refused."""
-    from moeplan.planning.strategies.moeplan import MoeplanParams
+    from moeplan.planning.strategies.moeplan import MoeplanStrategy
 
     chosen, *more = paper.strategies(name)
     if more:
         raise UsageError(f"--strategy {name} names several", hint="give one, or compare them with moeplan compare")
     given = {key: value for key, value in values.items() if value is not None}
     if chosen == "moeplan":
-        return MoeplanParams(**given)
+        return MoeplanStrategy(**given)
     for key, flag in (("guard", "--guard"), ("objective", "--objective"), ("step_cost", "--hardware")):
         if key in given:
             raise UsageError(f"{flag} is for the strategy moeplan", hint=f"leave it out with {name}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, check_slots, routes
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.placement_files import examine
-from moeplan.engines.report import ExpertLayout, Report
+from moeplan.engines.report import EpSettings, Report
 from moeplan.errors import UsageError
 from moeplan.model.spec import ModelSpec
 from moeplan.planning.plan import DEPLOYED, Plan, Provenance
@@ -59,7 +59,7 @@ def import_placement(
     path: str | Path,
     engine: str,
     model: ModelSpec | None = None,
-    layout: ExpertLayout | None = None,
+    layout: EpSettings | None = None,
     *,
     shape: ModelShape | None = None,
     deployment: Deployment | str = Deployment.NODES,
@@ -75,7 +75,7 @@ def import_placement(
         FormatError: the file is invalid. UsageError: model or cluster are not known, or other than the file's.
 
     Examples:
-        >>> served = moeplan.ExpertLayout(ep_size=32, nodes=4)  # doctest: +SKIP
+        >>> served = moeplan.EpSettings(ep_size=32, nodes=4)  # doctest: +SKIP
         >>> plan = moeplan.import_placement(
         ...     "placement.json", "sglang", moeplan.load_model("deepseek-v3"), served
         ... )  # doctest: +SKIP

@@ -12,7 +12,7 @@ import numpy as np
 
 from moeplan.engines import sglang, tensorrt_llm, vllm, vllm_ascend
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import ExpertLayout, Report
+from moeplan.engines.report import EpSettings, Report
 from moeplan.errors import OutputError, UsageError, expect
 from moeplan.io.files import atomic_path
 from moeplan.model.spec import GIVE_MODEL, ModelSpec, Moe
@@ -40,15 +40,13 @@ _SGLANG_WITHOUT = (
 _TENSORRT_LLM_WITH = ("DeepseekV3", "Mixtral", "Llama4", "Qwen2Moe", "Qwen3Moe")
 
 
-def examine(
-    path: str | Path, engine: str, model: ModelSpec | None = None, layout: ExpertLayout | None = None
-) -> Report:
+def examine(path: str | Path, engine: str, model: ModelSpec | None = None, layout: EpSettings | None = None) -> Report:
     """Check a file; the report says what is wrong and where.
 
     Raises:
         FormatError: the file cannot be read. UsageError: no such engine.
     """
-    return _EXAMINE[_known(engine)](Path(path), model or ModelSpec(), layout or ExpertLayout())
+    return _EXAMINE[_known(engine)](Path(path), model or ModelSpec(), layout or EpSettings())
 
 
 def write(
@@ -67,7 +65,7 @@ def write(
     with atomic_path(path) as temporary:
         temporary.write_text(_text(engine, placement, num_layers, model), encoding="utf-8")
     spec = ModelSpec(layers=num_layers, moe=Moe(experts=placement.num_experts, layers=placement.layer_ids))
-    layout = ExpertLayout(placement.ep_size, placement.nodes, placement.redundant)
+    layout = EpSettings(placement.ep_size, placement.nodes, placement.redundant)
     assert examine(path, engine, spec, layout).require_placement().same_as(placement), "a file that does not read back"
 
 
@@ -130,7 +128,7 @@ def check(
     path: str | Path,
     engine: str,
     model: ModelSpec | None = None,
-    layout: ExpertLayout | None = None,
+    layout: EpSettings | None = None,
     *,
     plan: Plan | None = None,
     plan_path: str = "",
@@ -145,7 +143,7 @@ def check(
     Raises:
         FormatError: the file cannot be read. UsageError: no such engine; `model` or `layout` contradicts the plan.
     """
-    model, layout = model or ModelSpec(), layout or ExpertLayout()
+    model, layout = model or ModelSpec(), layout or EpSettings()
     ignored = without_placement(engine, model.architectures)
     if plan is not None:
         expect(plan, Plan, 'moeplan.load_plan("PATH")')
@@ -158,7 +156,7 @@ def check(
     return report
 
 
-def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: Plan, where: str) -> tuple[ModelSpec, ExpertLayout]:
+def _with_plan(model: ModelSpec, layout: EpSettings, plan: Plan, where: str) -> tuple[ModelSpec, EpSettings]:
     """What the plan says, where nothing else does; a contradiction is the reader's to correct."""
     for key, given, value in (
         ("num_experts", model.num_experts, plan.model.num_experts),
@@ -174,7 +172,7 @@ def _with_plan(model: ModelSpec, layout: ExpertLayout, plan: Plan, where: str) -
                 hint="leave the flag out, or give the file's own plan",
             )
     spec = model.override(num_experts=plan.model.num_experts, moe_layers=plan.model.layer_ids)
-    return spec, ExpertLayout(plan.cluster.num_gpus, plan.cluster.nodes, plan.redundant)
+    return spec, EpSettings(plan.cluster.num_gpus, plan.cluster.nodes, plan.redundant)
 
 
 def _compare(report: Report, plan: Plan, where: str) -> None:

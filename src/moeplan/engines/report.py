@@ -10,12 +10,12 @@ from moeplan.engines.placement import EnginePlacement
 from moeplan.errors import FormatError, UsageError
 from moeplan.model.spec import ModelSpec
 
-__all__ = ["ExpertLayout", "Finding", "Report", "other_engine_hint", "show"]
+__all__ = ["EpSettings", "Finding", "Report", "other_engine_hint", "show"]
 
 
 @dataclass(frozen=True)
-class ExpertLayout:
-    """How an engine lays out the experts; None where it is not known.
+class EpSettings:
+    """EP size, nodes and redundant experts that the engine starts with; None where not known.
 
     Attributes:
         ep_size: GPUs that share the experts. nodes: nodes that these GPUs fill. redundant: R, redundant slots.
@@ -75,7 +75,7 @@ class Report:
     path: Path
     engine: str
     model: ModelSpec = field(default_factory=ModelSpec)
-    layout: ExpertLayout = field(default_factory=ExpertLayout)
+    layout: EpSettings = field(default_factory=EpSettings)
     findings: list[Finding] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     rows: int | None = None

@@ -17,7 +17,7 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.layouts import node_parts, step_models
-from moeplan.perf.memory import USABLE, Memory, Parallel, Precision, weight_bytes
+from moeplan.perf.memory import USABLE, Memory, ParallelLayout, Precision, weight_bytes
 from moeplan.perf.sensitivity import elasticities, improvements
 from moeplan.perf.serving import CHUNK, ServingFigures, aggregated, cost, holds, used
 from moeplan.perf.step_model import StepModel, StepOptions
@@ -207,7 +207,7 @@ def smallest_cluster(
     options = StepOptions(overlap=True, gpus_per_node=per_node)
     search = _Search(spec, hardware, case, precision, settings.requests, options)
     before, nearest, memory_ratio = _Tried(0), _NOTHING, math.inf
-    weights = float(weight_bytes(spec, Parallel(), precision, mtp=case.drafts > 0).sum())
+    weights = float(weight_bytes(spec, ParallelLayout(), precision, mtp=case.drafts > 0).sum())
     for gpus in cluster_sizes(per_node, settings.max_gpus):
         if nearest.model and gpus > BEYOND * nearest.model.parallel.gpus:
             break

@@ -11,7 +11,7 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.constants import Constants, for_generation
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Parallel, Precision, check_parallel
+from moeplan.perf.memory import ParallelLayout, Precision, check_parallel
 from moeplan.perf.operators import Device
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class StepContext:
 
     spec: CompleteSpec
     device: Device
-    parallel: Parallel
+    parallel: ParallelLayout
     dtypes: KernelDtypes
     dispatch: Dispatch | None
     options: StepOptions
@@ -156,7 +156,7 @@ def build_context(model: StepModel, *, prefill: bool) -> StepContext:
     return StepContext(spec, Device(hardware, constants), parallel, dtypes, dispatch, options, prefill)
 
 
-def default_dispatch(spec: CompleteSpec, parallel: Parallel, *, prefill: bool) -> Dispatch | None:
+def default_dispatch(spec: CompleteSpec, parallel: ParallelLayout, *, prefill: bool) -> Dispatch | None:
     """None where tokens need not travel: a dense model, or one data-parallel rank. Else DeepEP's low-latency kernel in
     decode and its normal one in prefill; all-gather where experts are split over ranks."""
     if spec.moe is None or parallel.dp == 1:
@@ -166,7 +166,9 @@ def default_dispatch(spec: CompleteSpec, parallel: Parallel, *, prefill: bool) -
     return Dispatch.NODE if prefill else Dispatch.PICK
 
 
-def _check_dispatch(spec: CompleteSpec, parallel: Parallel, asked: Dispatch | None, prefill: bool) -> Dispatch | None:
+def _check_dispatch(
+    spec: CompleteSpec, parallel: ParallelLayout, asked: Dispatch | None, prefill: bool
+) -> Dispatch | None:
     """The mode asked for as far as it applies, or the default.
 
     Raises:

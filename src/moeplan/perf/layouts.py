@@ -9,7 +9,7 @@ from moeplan.errors import PlanError
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.context import StepOptions, default_dispatch
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Parallel, Precision, check_parallel, divisors
+from moeplan.perf.memory import ParallelLayout, Precision, check_parallel, divisors
 from moeplan.perf.step_model import StepModel
 
 __all__ = ["LayoutChoice", "can_overlap", "node_parts", "parallels", "step_models"]
@@ -27,7 +27,9 @@ class LayoutChoice:
     ep: tuple[int, ...] | None = None
 
 
-def parallels(spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()) -> list[Parallel]:
+def parallels(
+    spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()
+) -> list[ParallelLayout]:
     """All layouts of a model on `gpus` accelerators in nodes of `per_node`.
 
     Neither stages nor tensor-parallel groups straddle nodes or leave one half filled. Experts are spread over all ranks
@@ -38,7 +40,7 @@ def parallels(spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice
     Raises:
         PlanError: nothing is possible; the message is that of the first layout refused.
     """
-    found: list[Parallel] = []
+    found: list[ParallelLayout] = []
     refused: list[PlanError] = []
     for pp in choice.pp or divisors(gpus):
         if gpus % pp or pp > spec.layers:
@@ -53,7 +55,7 @@ def parallels(spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice
                 continue
             for ep in choice.ep or _expert_ranks(spec, stage, tp):
                 slots = spec.moe.experts if spec.moe else 0
-                parallel = Parallel(tp, stage // tp, ep, pp, -slots % ep)
+                parallel = ParallelLayout(tp, stage // tp, ep, pp, -slots % ep)
                 try:
                     check_parallel(spec, parallel)
                 except PlanError as error:

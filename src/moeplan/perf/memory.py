@@ -30,7 +30,7 @@ from moeplan.perf.hardware import Hardware
 __all__ = [
     "Memory",
     "MemoryModel",
-    "Parallel",
+    "ParallelLayout",
     "Precision",
     "activation_bytes",
     "check_parallel",
@@ -100,7 +100,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelLayout:
     """How a model is spread over accelerators.
 
     Attributes:
@@ -126,7 +126,7 @@ class Parallel:
 
 
 @functools.lru_cache(maxsize=1024)
-def check_parallel(spec: CompleteSpec, parallel: Parallel) -> None:
+def check_parallel(spec: CompleteSpec, parallel: ParallelLayout) -> None:
     """Refuse a layout that cannot be, with the nearest one that can.
 
     Raises:
@@ -179,7 +179,9 @@ def expert_bytes(spec: CompleteSpec, dtype: str) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, *, mtp: bool = False) -> FloatArray:
+def weight_bytes(
+    spec: CompleteSpec, parallel: ParallelLayout, precision: Precision, *, mtp: bool = False
+) -> FloatArray:
     """Weights on one accelerator of each pipeline stage.
 
     Args:
@@ -244,7 +246,7 @@ def kv_bytes(
     return out + others * min(context, spec.window) * kv_values(spec, tp) * KV_DTYPE_BYTES[dtype]
 
 
-def activation_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision) -> tuple[float, float]:
+def activation_bytes(spec: CompleteSpec, parallel: ParallelLayout, precision: Precision) -> tuple[float, float]:
     """Workspace per token of a data-parallel rank's step, and per row of logits: (bytes, bytes).
 
     A stated simple formula, not a measurement: the hidden state twice (input and residual) and the widest of what one
@@ -304,7 +306,7 @@ class MemoryModel:
 
     spec: CompleteSpec
     hardware: Hardware
-    parallel: Parallel
+    parallel: ParallelLayout
     precision: Precision
     mtp: bool = False
     usable: float = USABLE

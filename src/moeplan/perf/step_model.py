@@ -12,7 +12,7 @@ from moeplan.perf.constants import load_constants
 from moeplan.perf.context import StepContext, StepOptions, build_context
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.layers import Batch
-from moeplan.perf.memory import Parallel, Precision, kv_bytes
+from moeplan.perf.memory import ParallelLayout, Precision, kv_bytes
 from moeplan.perf.operators import Device, Number, elementwise
 from moeplan.perf.routing import Routing
 from moeplan.perf.step import Operator, Step
@@ -68,8 +68,9 @@ class StepModel:
     Examples:
         >>> from moeplan.model.catalogue import load_model
         >>> from moeplan.perf.hardware import load_hardware
-        >>> from moeplan.perf.memory import Parallel, Precision
-        >>> llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("H100"), Parallel(tp=8), Precision("fp8"))
+        >>> from moeplan.perf.memory import ParallelLayout, Precision
+        >>> layout, dtypes = ParallelLayout(tp=8), Precision("fp8")
+        >>> llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("H100"), layout, dtypes)
         >>> step = llama.decode(batch=16, context=2000)
         >>> max(step.operators, key=lambda operator: operator.exposed).name
         'dense ffn'
@@ -77,7 +78,7 @@ class StepModel:
 
     spec: CompleteSpec
     hardware: Hardware
-    parallel: Parallel
+    parallel: ParallelLayout
     precision: Precision
     options: StepOptions = StepOptions()
 

@@ -39,7 +39,7 @@ class SweepSettings:
     Attributes:
         nodes: numbers of nodes; 1 stands for parts of a node, too. gpus: numbers of accelerators instead; None: nodes.
         gpus_per_node: accelerators that the fast network joins; None: the hardware's.
-        choice: tensor- and pipeline-parallel ranks and expert ranks to try.
+        layouts: tensor- and pipeline-parallel ranks and expert ranks to try.
         batches: requests of each data-parallel rank. contexts: tokens that each holds.
         overlap: also each set-up with two-batch overlap, where that is possible.
         tpot_ms: the limit for the best set-up.
@@ -52,7 +52,7 @@ class SweepSettings:
     nodes: tuple[int, ...] = (1,)
     gpus: tuple[int, ...] | None = None
     gpus_per_node: int | None = None
-    choice: LayoutChoice = LayoutChoice()
+    layouts: LayoutChoice = LayoutChoice()
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     contexts: tuple[int, ...] = (4096,)
     overlap: bool = False
@@ -230,7 +230,7 @@ def sweep(
     for each in hardware_list(hardware):
         for gpus in settings.counts(each):
             try:
-                tried += step_models(spec, each, gpus, precision, settings.choice, options)
+                tried += step_models(spec, each, gpus, precision, settings.layouts, options)
             except PlanError as error:
                 refused = error
     if not tried and refused:

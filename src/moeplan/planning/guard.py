@@ -21,7 +21,7 @@ from moeplan.planning.balance import linear_slots
 from moeplan.planning.expected_load import load_ratio
 from moeplan.planning.planner import Planner, State
 from moeplan.planning.pricing import Pricing
-from moeplan.planning.problem import Problem, StepCost
+from moeplan.planning.problem import PlanningProblem, StepCost
 from moeplan.trace.steps import draw_rows, live_members
 
 __all__ = ["GuardSettings", "StepSampler", "keep_guard"]
@@ -38,7 +38,7 @@ class StepSampler:
     Drawn as in replay (`moeplan.trace.steps`).
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: PlanningProblem, seed: int) -> None:
         self._problem = problem
         n, groups = len(problem.use), problem.cluster.num_groups
         rng = np.random.default_rng([seed, 0x57E9])

@@ -18,7 +18,7 @@ from moeplan.cluster import Cluster
 from moeplan.errors import PlanError
 from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.packing import replicate, slots_from_nodes
-from moeplan.planning.problem import Problem
+from moeplan.planning.problem import PlanningProblem
 
 __all__ = ["by_router_group", "coactivation_slots", "orient_to_demand", "place_by_use", "place_quickly"]
 
@@ -109,7 +109,7 @@ def by_router_group(use: FloatArray, slots_per_node: int, gpus_per_node: int) ->
     return _deal_to_gpus(held, use, gpus_per_node)
 
 
-def coactivation_slots(problem: Problem, seed: int) -> Int32Array:
+def coactivation_slots(problem: PlanningProblem, seed: int) -> Int32Array:
     """Slots int32 [L, S]: a layer's co-activation graph is cut into equal nodes; so are redundant slots filled."""
     shape, cluster = problem.shape, problem.cluster
     rng = np.random.default_rng([seed, 0xAF])

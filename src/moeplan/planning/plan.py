@@ -69,7 +69,7 @@ class Provenance:
     """Where a plan comes from.
 
     Attributes:
-        moeplan: the version that made it.
+        version: the version that made it.
         trace_checksum: identifies the rows that it was fitted on; empty where there were none.
         synthetic: those rows were generated.
         fit_index: numbers in that trace of the requests it was fitted on; empty: all usable ones.
@@ -77,7 +77,7 @@ class Provenance:
         notes: choices made, one line each.
     """
 
-    moeplan: str = __version__
+    version: str = __version__
     trace_checksum: str = ""
     synthetic: bool = False
     fit_requests: int = 0
@@ -232,7 +232,7 @@ class Plan:
             "format": FORMAT,
             "version": VERSION,
             "requires": [],
-            "moeplan": origin.moeplan,
+            "moeplan": origin.version,
             "synthetic": origin.synthetic,
             "strategy": self.strategy,
             "params": self.params,

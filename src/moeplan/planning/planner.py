@@ -20,7 +20,7 @@ from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.forecast import LocalityForecast
 from moeplan.planning.initial_placement import place_quickly
 from moeplan.planning.pricing import Pricing
-from moeplan.planning.problem import MoveLimit, Problem
+from moeplan.planning.problem import MoveLimit, PlanningProblem
 from moeplan.planning.router import LinearRouter, normalised
 
 __all__ = ["PARTS", "Planner", "SearchSettings", "State"]
@@ -96,7 +96,12 @@ class Planner:
     """
 
     def __init__(
-        self, problem: Problem, settings: SearchSettings, without: tuple[str, ...], limit: MoveLimit | None, seed: int
+        self,
+        problem: PlanningProblem,
+        settings: SearchSettings,
+        without: tuple[str, ...],
+        limit: MoveLimit | None,
+        seed: int,
     ) -> None:
         self.problem, self.settings, self.without, self.limit, self.seed = problem, settings, without, limit, seed
         self.cluster = problem.cluster

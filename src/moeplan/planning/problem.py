@@ -20,7 +20,7 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.planning.router import Router
 from moeplan.types import ModelShape, Placement
 
-__all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "Problem", "Solution", "StepCost", "Strategy", "TokenRows"]
+__all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "PlanningProblem", "Solution", "StepCost", "Strategy", "TokenRows"]
 
 #: The load guard: a row is eligible when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
@@ -44,7 +44,7 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanningProblem:
     """Place experts, and group requests, given the routing of the fit requests.
 
     Attributes:
@@ -180,10 +180,10 @@ class Strategy(ABC):
         return {name: None if value == np.inf else value for name, value in plain.items()}
 
     @abstractmethod
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         """Plan; the same seed gives the same solution."""
 
-    def rebalance(self, problem: Problem, limit: MoveLimit, seed: int) -> Solution:
+    def rebalance(self, problem: PlanningProblem, limit: MoveLimit, seed: int) -> Solution:
         """Improve a deployed placement by few moves.
 
         Raises:

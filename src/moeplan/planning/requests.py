@@ -17,7 +17,7 @@ from moeplan._kernels.counting import count_ranges
 from moeplan.arrays import BoolArray, CountArray, ExpertArray, Int64Array
 from moeplan.errors import UsageError, expect
 from moeplan.planning.plan import Plan, PlanningTask, Signature
-from moeplan.planning.problem import Problem, TokenRows
+from moeplan.planning.problem import PlanningProblem, TokenRows
 from moeplan.trace import Trace
 from moeplan.trace.format import Requests
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
@@ -105,12 +105,12 @@ class RequestSet:
         """uint32 [n, L, E], picks in the rows that plans are measured on."""
         return self.use if self.spans.measured is self.spans.use else self._count(self.spans.measured)
 
-    def problem(self, task: PlanningTask, fit: Int64Array | None = None) -> Problem:
+    def problem(self, task: PlanningTask, fit: Int64Array | None = None) -> PlanningProblem:
         """What a strategy is given: only what the fit requests did, int64 positions; None: all of them."""
         fit = np.arange(len(self)) if fit is None else fit
         rows = TokenRows(self.experts, *self.spans.use.take(fit, axis=1))
         signature = self.signature[fit]
-        return Problem(
+        return PlanningProblem(
             self.shape, task.cluster, task.redundant, self.use[fit], signature, rows, task.replica_rule, task.dispatch
         )
 

@@ -6,13 +6,13 @@ import time
 
 from moeplan.planning import strategies
 from moeplan.planning.plan import Plan, Provenance
-from moeplan.planning.problem import MoveLimit, Problem, Strategy
+from moeplan.planning.problem import MoveLimit, PlanningProblem, Strategy
 from moeplan.planning.router import LocalityRouter
 
 __all__ = ["solve"]
 
 
-def solve(problem: Problem, strategy: str | Strategy, seed: int = 0, limit: MoveLimit | None = None) -> Plan:
+def solve(problem: PlanningProblem, strategy: str | Strategy, seed: int = 0, limit: MoveLimit | None = None) -> Plan:
     """Run a strategy, check the invariants of a placement, and bring the router along.
 
     Args:

@@ -73,7 +73,7 @@ def compare_task(
     requests, cluster = read_requests(requests), task.cluster
     ways = ["fewer nodes", *["--deployment nodes"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
     ways += ["a smaller --block"] * (settings.block > 1)
-    hint = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, settings.fit)} usable requests"
+    hint = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, settings.fit_share)} usable requests"
     few = f"{cluster.num_groups} groups for {{}} fit requests"
     run = EvaluationRun.split(requests, task, settings, few, hint)
     rows = rows_of(chosen, requests)

@@ -23,7 +23,7 @@ from moeplan.planning.problem import GUARD, Strategy
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import available, find
-from moeplan.planning.strategies.moeplan import MoeplanParams
+from moeplan.planning.strategies.moeplan import MoeplanStrategy
 from moeplan.progress import Progress, silent
 from moeplan.replay.evaluator import EvaluationRun, Measured, Row, check_inputs
 from moeplan.replay.settings import EvaluationSettings
@@ -146,7 +146,7 @@ def detect_drift(
     key, strategy = check_drift(plan, settings)
     requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     task = plan.task
-    hint = f"collect more traffic first, {least_requests(task.cluster, settings.fit)} usable requests at least"
+    hint = f"collect more traffic first, {least_requests(task.cluster, settings.fit_share)} usable requests at least"
     few = f"{{}} requests for a new plan of {task.cluster.num_groups} groups"
     run = EvaluationRun.split(requests, task, dataclasses.replace(settings, timing=None), few, hint)
     rows = [
@@ -194,7 +194,7 @@ def check_drift(plan: Plan, settings: EvaluationSettings) -> tuple[str, Strategy
         )
     if settings.folds < 2:
         raise UsageError(f"{settings.folds} fold does not tell one plan from the next", hint="use at least 2 folds")
-    params = MoeplanParams.of_plan(plan.params)
+    params = MoeplanStrategy.of_plan(plan.params)
     name = plan.strategy if plan.strategy in available() else params.name
     return _KEYS[plan.dispatch], params if name == params.name else find(name)
 
@@ -214,7 +214,7 @@ def _judge(key: str, planner: str, table: Comparison, seen: bool) -> DriftReport
         change=moved,
         load=load,
         helps=significantly_below(fresh[key], old[key]) and apart[1] < 0.0,
-        overloaded=load[0] > GUARD and rows[FRESH].guarded,
+        overloaded=load[0] > GUARD and rows[FRESH].within_guard,
         fitted_on_this_trace=seen,
     )
 

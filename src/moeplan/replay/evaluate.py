@@ -11,7 +11,7 @@ from moeplan.planning.solver import solve
 from moeplan.progress import Progress, silent
 from moeplan.replay.evaluator import EvaluationRun, Row, check_inputs
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.replay.statistics import Figure
+from moeplan.replay.statistics import MeasuredValue
 from moeplan.replay.table import Comparison, TableRow
 from moeplan.replay.tabulate import tabulate
 from moeplan.trace import Trace
@@ -42,7 +42,7 @@ class Evaluation:
         return f"{what}\n{self.table!r}{optimistic}"
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, MeasuredValue]:
         """The plan's figures by key."""
         return self.row.figures
 
@@ -84,7 +84,7 @@ def evaluate(
         >>> trace, settings = moeplan.open_trace("embedded"), moeplan.EvaluationSettings(steps=20)
         >>> plan = moeplan.plan(trace, moeplan.Cluster(4, 2), "eplb")
         >>> moeplan.evaluate(plan, trace, settings).figures["remote_share"]
-        Figure(0.6794, 95 % 0.6759 to 0.6831 over requests)
+        MeasuredValue(0.6794, 95 % 0.6759 to 0.6831 over requests)
     """
     check_inputs(plan, requests)
     requests = read_requests(requests, signature_tokens=plan.signature.tokens)

@@ -186,7 +186,7 @@ class EvaluationRun:
         block = _checked(requests, task, settings)
         parts = []
         for fold in range(settings.folds):
-            fit = split(requests.domain, block, settings.fit, fold_rng(settings.seed, fold, 0))
+            fit = split(requests.domain, block, settings.fit_share, fold_rng(settings.seed, fold, 0))
             parts.append((np.flatnonzero(fit), np.flatnonzero(~fit)))
         least = min(len(fit) for fit, _ in parts)
         if least < task.cluster.num_groups:

@@ -18,7 +18,14 @@ from moeplan.planning.expected_load import load_ratio
 from moeplan.planning.problem import GUARD
 from moeplan.planning.requests import RequestSet
 from moeplan.replay.evaluator import EvaluationRun, Measured, Row
-from moeplan.replay.statistics import Figure, block_weights, change, figure_of_ratio, noise_floor, significantly_below
+from moeplan.replay.statistics import (
+    MeasuredValue,
+    block_weights,
+    change,
+    figure_of_ratio,
+    noise_floor,
+    significantly_below,
+)
 from moeplan.replay.table import Comparison, TableRow
 
 __all__ = ["RowFigures", "tabulate"]
@@ -66,7 +73,7 @@ def tabulate(
                 strategy=row.strategy,
                 signature=row.signature,
                 equal_groups=folds[0].equal_groups,
-                guarded=folds[0].equal_groups and node_load is not None and node_load <= allowed,
+                within_guard=folds[0].equal_groups and node_load is not None and node_load <= allowed,
                 figures=own,
                 versus_linear={key: change(own[key], baseline[key]) for key in own if key != "fit_seconds"},
                 gpu_load=np.mean([sorted_load(m.requests.load) for m in folds], axis=0),
@@ -150,13 +157,13 @@ def _head(run: EvaluationRun, linear: list[Measured], hidden: int | None, cluste
             "redundant": task.redundant,
             "dispatch": task.dispatch.value,
             "replica_rule": task.replica_rule.value,
-            "fit": settings.fit if any(len(m.test) < len(requests) for m in linear) else None,
+            "fit": settings.fit_share if any(len(m.test) < len(requests) for m in linear) else None,
             "folds": len(run.parts),
             "seed": settings.seed,
             "block": settings.block,
             "steps": settings.steps,
             "live_per_group": run.live,
-            "bootstrap_draws": settings.draws,
+            "bootstrap_draws": settings.bootstrap_draws,
             "clusters": clusters,
             "hidden": hidden,
             "timing": settings.timing.to_dict(cluster, settings.steps) if settings.timing else None,
@@ -189,10 +196,10 @@ class RowFigures:
         """With seeded bootstrap draws, the same for all rows."""
         settings, folds = run.settings, len(run.parts)
         rng = np.random.default_rng([settings.seed, 3])
-        weights = block_weights(run.block, settings.draws, rng)
-        step_weights = _step_weights(settings.steps * folds, settings.draws, rng)
+        weights = block_weights(run.block, settings.bootstrap_draws, rng)
+        step_weights = _step_weights(settings.steps * folds, settings.bootstrap_draws, rng)
         timed = folds * min(settings.timing.steps, settings.steps) if settings.timing else 1
-        timed_weights = _step_weights(timed, settings.draws, np.random.default_rng([settings.seed, 4]))
+        timed_weights = _step_weights(timed, settings.bootstrap_draws, np.random.default_rng([settings.seed, 4]))
         return cls(run, linear, weights, step_weights, timed_weights, _floors(run, linear, rng))
 
     @property
@@ -205,14 +212,14 @@ class RowFigures:
         """Width of a token's hidden state; None where it is not known."""
         return self.run.settings.hidden or self.run.requests.shape.hidden
 
-    def of(self, row: Row, folds: list[Measured]) -> dict[str, Figure]:
+    def of(self, row: Row, folds: list[Measured]) -> dict[str, MeasuredValue]:
         """Every figure of a row by key."""
         shape, task = self.run.requests.shape, self.run.task
         picks, rows = self._spread(folds, "picks"), self._spread(folds, "rows")
         size = None if self.hidden is None else message_bytes(task.dispatch, self.hidden, shape.top_k).both
-        unknown = Figure(None)
+        unknown = MeasuredValue(None)
 
-        def ratio(name: str, bottom: FloatArray, scale: float = 1.0) -> Figure:
+        def ratio(name: str, bottom: FloatArray, scale: float = 1.0) -> MeasuredValue:
             return figure_of_ratio(self._spread(folds, name), bottom, self.weights, self.unit, scale)
 
         return {
@@ -232,7 +239,7 @@ class RowFigures:
             **self._sizes(folds),
             **self._memory(),
             "kv_handover_bytes_per_request": self._handover(row, folds),
-            "fit_seconds": Figure(float(np.mean([m.seconds for m in folds]))),
+            "fit_seconds": MeasuredValue(float(np.mean([m.seconds for m in folds]))),
         }
 
     def _spread(self, folds: list[Measured], name: str) -> FloatArray:
@@ -242,28 +249,28 @@ class RowFigures:
             out[i, fold.test] = getattr(fold.requests, name)
         return out
 
-    def _padded(self, folds: list[Measured], name: str) -> Figure:
+    def _padded(self, folds: list[Measured], name: str) -> MeasuredValue:
         if folds[0].steps is None:
-            return Figure(None)
+            return MeasuredValue(None)
         top = np.array([getattr(m.steps, name) for m in folds])
         bottom = np.array([getattr(m.steps, name) for m in self.linear])
         if bottom.sum() <= 0:
-            return Figure(None)
+            return MeasuredValue(None)
         draws = (self.step_weights @ top.ravel()) / (self.step_weights @ bottom.ravel())
         per_fold = tuple(float(v) for v in top.sum(axis=1) / bottom.sum(axis=1))
-        return Figure(float(top.sum() / bottom.sum()), draws, per_fold, "steps")
+        return MeasuredValue(float(top.sum() / bottom.sum()), draws, per_fold, "steps")
 
-    def _of_steps(self, folds: list[Measured], name: str, floor: str = "") -> Figure:
+    def _of_steps(self, folds: list[Measured], name: str, floor: str = "") -> MeasuredValue:
         """Mean over steps: all of them, or those that were timed."""
         if folds[0].steps is None or getattr(folds[0].steps, name) is None:
-            return Figure(None)
+            return MeasuredValue(None)
         values = np.array([getattr(m.steps, name) for m in folds])
         weights = self.timed_weights if name in ("step_ms", "idle_share") else self.step_weights
         draws = (weights @ values.ravel()) / values.size
         extra = (("noise_floor", self.floors[floor]),) if floor else ()
-        return Figure(float(values.mean()), draws, tuple(float(v) for v in values.mean(axis=1)), "steps", extra)
+        return MeasuredValue(float(values.mean()), draws, tuple(float(v) for v in values.mean(axis=1)), "steps", extra)
 
-    def _load_total(self, folds: list[Measured], merge: int, floor: str) -> Figure:
+    def _load_total(self, folds: list[Measured], merge: int, floor: str) -> MeasuredValue:
         """Max / mean of the loads of units of `merge` GPUs; value and draws are means over folds."""
         values, draws = [], np.zeros(len(self.weights))
         for fold in folds:
@@ -273,9 +280,11 @@ class RowFigures:
             flat = load.reshape(len(load), -1)
             drawn = self.weights[:, fold.test].astype(np.float32) @ flat
             draws += load_ratio(drawn.reshape(len(drawn), *load.shape[1:])).mean(axis=-1) / len(folds)
-        return Figure(float(np.mean(values)), draws, tuple(values), self.unit, (("noise_floor", self.floors[floor]),))
+        return MeasuredValue(
+            float(np.mean(values)), draws, tuple(values), self.unit, (("noise_floor", self.floors[floor]),)
+        )
 
-    def _sizes(self, folds: list[Measured]) -> dict[str, Figure]:
+    def _sizes(self, folds: list[Measured]) -> dict[str, MeasuredValue]:
         groups = self.run.task.cluster.num_groups
         size, token, least = [], [], []
         for fold in folds:
@@ -286,11 +295,11 @@ class RowFigures:
             least.append(float(-(-len(fold.test) // groups) / counts.mean()))
         smallest = (("smallest_possible", float(np.mean(least))),)
         return {
-            "group_size_ratio": Figure(float(np.mean(size)), None, tuple(size), extra=smallest),
-            "group_token_ratio": Figure(float(np.mean(token)), None, tuple(token)),
+            "group_size_ratio": MeasuredValue(float(np.mean(size)), None, tuple(size), extra=smallest),
+            "group_token_ratio": MeasuredValue(float(np.mean(token)), None, tuple(token)),
         }
 
-    def _memory(self) -> dict[str, Figure]:
+    def _memory(self) -> dict[str, MeasuredValue]:
         shape, task = self.run.requests.shape, self.run.task
         gpus = task.cluster.num_gpus
         weight, lost = None, None
@@ -299,14 +308,14 @@ class RowFigures:
             if shape.kv_bytes_per_token is not None:
                 displaced = task.redundant / gpus * shape.num_layers * shape.expert_bytes
                 lost = displaced * task.cluster.gpus_per_group / shape.kv_bytes_per_token
-        return {"expert_weight_gb_per_gpu": Figure(weight), "kv_tokens_lost": Figure(lost)}
+        return {"expert_weight_gb_per_gpu": MeasuredValue(weight), "kv_tokens_lost": MeasuredValue(lost)}
 
-    def _handover(self, row: Row, folds: list[Measured]) -> Figure:
+    def _handover(self, row: Row, folds: list[Measured]) -> MeasuredValue:
         """Only a group chosen after the real prefill makes the KV cache move."""
         requests = self.run.requests
         per_token = requests.shape.kv_bytes_per_token
         if row.signature != "prefill" or requests.known.tokens is not None or per_token is None:
-            return Figure(None)
+            return MeasuredValue(None)
         start, stop = requests.spans.signature
         held_out = np.zeros((len(folds), len(requests)))
         for i, fold in enumerate(folds):
@@ -314,14 +323,14 @@ class RowFigures:
         return figure_of_ratio(held_out * (stop - start) * float(per_token), held_out, self.weights, self.unit)
 
 
-def add_break_even(own: dict[str, Figure], linear: dict[str, Figure]) -> None:
+def add_break_even(own: dict[str, MeasuredValue], linear: dict[str, MeasuredValue]) -> None:
     """Beside the KV hand-over: the decode length at which the bytes saved make up for it (None: never)."""
     moved, sent = own["kv_handover_bytes_per_request"], own["inter_node_bytes_per_token"]
     if moved.value is None or sent.value is None:
         return
     saved = (linear["inter_node_bytes_per_token"].value or 0.0) - sent.value
     extra = (("break_even_decode_tokens", moved.value / saved if saved > 0 else None),)
-    own["kv_handover_bytes_per_request"] = Figure(moved.value, moved.draws, moved.folds, moved.unit, extra)
+    own["kv_handover_bytes_per_request"] = MeasuredValue(moved.value, moved.draws, moved.folds, moved.unit, extra)
 
 
 def sorted_load(load: Float32Array) -> FloatArray:

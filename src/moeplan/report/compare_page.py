@@ -90,7 +90,7 @@ def _change(row: TableRow, key: str) -> str:
 
 def _best(rows: list[TableRow], key: str) -> TableRow | None:
     """The guarded row that is lowest on a key, other than linear."""
-    known = [row for row in rows if row.guarded and row.name != "linear" and row.figures[key].value is not None]
+    known = [row for row in rows if row.within_guard and row.name != "linear" and row.figures[key].value is not None]
     return min(known, key=lambda row: row.figures[key].value or 0.0, default=None)
 
 
@@ -109,7 +109,7 @@ def _outcome(rows: list[TableRow], key: str, what: str) -> str:
         else:
             verb = f"lowers {what} most" if sure else f"has the lowest value of {what[4:]}, but not beyond noise"
             text = f"Among the eligible rows, {best.name} {verb}: {_change(best, key)} against linear"
-    over = [row for row in rows if not row.guarded and row.figures[key].value is not None]
+    over = [row for row in rows if not row.within_guard and row.figures[key].value is not None]
     lowest = min(over, key=lambda row: row.figures[key].value or 0.0, default=None)
     if lowest is not None:
         value, limit = lowest.figures[key].value or 0.0, (best.figures[key].value if best else None)
@@ -216,7 +216,7 @@ def _step_load(table: Comparison, rows: list[TableRow]) -> Section | None:
     live = table.head["setup"]["live_per_group"]
     linear = table.row("linear").figures["gpu_load_ratio"]
     floor = dict(linear.extra).get("noise_floor") or 0.0
-    over = [row.name for row in known if not row.guarded]
+    over = [row.name for row in known if not row.within_guard]
     sentence = (
         f"In a step with {live} live requests per group the busiest GPU serves {linear.value:.2f} times the mean under "
         f"linear, with a noise floor of {floor:.2f} (uniformly random routing); "
@@ -262,7 +262,7 @@ def _all_keys(table: Comparison) -> Section:
             cells.append("–" if value is None else form.format(value * scale))
         body.append(cells)
     wins = [f"{row.name}{_mark(row)}" for row in table.rows if "linear" in row.beats["remote_share"]]
-    count = sum(row.guarded for row in table.rows)
+    count = sum(row.within_guard for row in table.rows)
     sentence = f"{count} of {len(table.rows)} rows are eligible. "
     sentence += f"Lower remote share than linear, beyond noise: {', '.join(wins) or 'none'}."
     note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: group sizes. Loads and groups: max / "
@@ -272,7 +272,7 @@ def _all_keys(table: Comparison) -> Section:
 
 def _mark(row: TableRow) -> str:
     """Why a row is not eligible, in brackets; empty if it is."""
-    return "" if row.guarded else " (over)" if row.equal_groups else " (unequal)"
+    return "" if row.within_guard else " (over)" if row.equal_groups else " (unequal)"
 
 
 def _method(table: Comparison) -> Section:
@@ -303,10 +303,10 @@ def _load_dots(rows: list[TableRow], key: str, label: str, alt: str) -> list[Ima
     floor = dict(shown[0].figures[key].extra).get("noise_floor")
     with canvas(height=bar_height(len(shown))) as (figure, axes):
         for i, row in enumerate(reversed(shown)):
-            found, colour = row.figures[key], PALETTE[0 if row.guarded else 1]
+            found, colour = row.figures[key], PALETTE[0 if row.within_guard else 1]
             if interval := found.interval():
                 axes.plot(interval, [i, i], color=colour, linewidth=2.2)
-            axes.plot(found.value, i, "o" if row.guarded else "D", color=colour, markersize=6)
+            axes.plot(found.value, i, "o" if row.within_guard else "D", color=colour, markersize=6)
         if floor is not None:
             axes.axvline(floor, color=GREY, linewidth=1.2, linestyle=":")
         axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan.planning.problem import Problem, Solution, Strategy
+from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class RandomParams(Strategy):
 
     name = "random"
 
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         rng = np.random.default_rng([seed, 0xA5])
         experts, gpus = problem.shape.num_experts, problem.cluster.num_gpus
         slots = np.zeros((problem.shape.num_layers, problem.num_slots), np.int32)
