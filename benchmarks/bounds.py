@@ -25,10 +25,10 @@ from exact_bounds import (
 )
 from moeplan import open_trace
 from moeplan.cluster import Cluster, Dispatch, request_messages
-from moeplan.planning import Plan, PlanningTask, Problem, RequestSet, read_requests, solve
+from moeplan.planning import Plan, PlanningProblem, PlanningTask, RequestSet, read_requests, solve
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.problem import GUARD, TokenRows
-from moeplan.planning.strategies.moeplan import MoeplanParams
+from moeplan.planning.strategies.moeplan import MoeplanStrategy
 from moeplan.types import ModelShape
 
 SECONDS = 60.0  # for each programme
@@ -57,8 +57,8 @@ def _placement(requests: RequestSet, redundant: int) -> list[tuple[str, str]]:
     """Every layer of the whole trace: without a look at load, and within the plan's own load."""
     lines, stream = [], requests.problem(PlanningTask(Cluster(8, 1), redundant)).rows
     for guard in (np.inf, GUARD):
-        problem = Problem(requests.shape, Cluster(8, 1), redundant, requests.use, requests.use, stream)
-        use, held, _ = _planned(problem, solve(problem, MoeplanParams(guard)))
+        problem = PlanningProblem(requests.shape, Cluster(8, 1), redundant, requests.use, requests.use, stream)
+        use, held, _ = _planned(problem, solve(problem, MoeplanStrategy(guard)))
         found, room = float(use[held].sum()), problem.num_slots // 8
         if np.isinf(guard):
             bound = [best_placement(layer, room) for layer in use]
@@ -72,23 +72,23 @@ def _placement(requests: RequestSet, redundant: int) -> list[tuple[str, str]]:
     return lines
 
 
-def _joint(problems: list[Problem]) -> str:
+def _joint(problems: list[PlanningProblem]) -> str:
     """Groups and placement together, against the exact optimum."""
     pairs, total = [], 0.0
     for problem in problems:
-        use, held, _ = _planned(problem, solve(problem, MoeplanParams(guard=np.inf)))
+        use, held, _ = _planned(problem, solve(problem, MoeplanStrategy(guard=np.inf)))
         best = best_joint(problem.use, problem.cluster.nodes, held.sum(axis=2).max(), time_limit=SECONDS)
         pairs.append((float(use[held].sum()), best.value, best.proved))
         total += float(use.sum())
     return _gap(pairs, total)
 
 
-def _nodes(problems: list[Problem]) -> str:
+def _nodes(problems: list[PlanningProblem]) -> str:
     """Distinct remote nodes, for the plan's own groups."""
     pairs, total = [], 0
     for problem in problems:
         problem = dataclasses.replace(problem, dispatch=Dispatch.NODE)
-        result, stream = solve(problem, MoeplanParams(guard=np.inf)), problem.rows
+        result, stream = solve(problem, MoeplanStrategy(guard=np.inf)), problem.rows
         _, _, group = _planned(problem, result)
         rows = stream.experts, stream.starts, stream.stops
         reached = request_messages(result.routes, Dispatch.NODE, *rows, group)[:, 2]
@@ -120,7 +120,9 @@ def _whether(pairs: list[tuple[float, float, bool]]) -> str:
     return f"a bound ({proved} of {len(pairs)} proved)" if len(pairs) > 1 else "a bound"
 
 
-def _planned(problem: Problem, result: Plan) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], Int64Array]:
+def _planned(
+    problem: PlanningProblem, result: Plan
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], Int64Array]:
     """Use by node [L, N, E] in the best groups for this placement, what nodes hold [L, N, E], and the groups [n]."""
     share = result.routes.local_share.reshape(problem.cluster.num_groups, -1)
     group = equal_groups(problem.use.reshape(len(problem.use), -1) @ share.T)  # picks at home, in all
@@ -134,25 +136,25 @@ def _load_ratio(use: npt.NDArray[np.float64], held: npt.NDArray[np.bool_]) -> fl
     return float((load.max(axis=1) / load.mean(axis=1)).mean())
 
 
-def _cut(requests: RequestSet, n: int, nodes: int, layers: int, redundant: int, seed: int) -> Problem:
+def _cut(requests: RequestSet, n: int, nodes: int, layers: int, redundant: int, seed: int) -> PlanningProblem:
     """n requests of the embedded trace and its first layers."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(requests))[:n])
     shape = dataclasses.replace(requests.shape, num_layers=layers, layer_ids=requests.shape.layer_ids[:layers])
     stream, use = requests.problem(PlanningTask(Cluster(nodes, 1)), chosen).rows, requests.use[chosen, :layers]
-    return Problem(
+    return PlanningProblem(
         shape, Cluster(nodes, 1), redundant, use, use,
         TokenRows(np.ascontiguousarray(stream.experts[:, :layers]), stream.starts, stream.stops),
     )  # fmt: skip
 
 
-def _generated(n: int, nodes: int, experts: int, redundant: int, seed: int, *, rows: int = 24) -> Problem:
+def _generated(n: int, nodes: int, experts: int, redundant: int, seed: int, *, rows: int = 24) -> PlanningProblem:
     """Requests with a taste of their own for experts, three picks a token, one layer."""
     rng = np.random.default_rng([seed, n, nodes, experts])
     taste = rng.normal(size=(n, 1, experts)) + 0.5 * rng.normal(size=(1, 1, experts))
     picks = np.argsort(-(taste + rng.gumbel(size=(n, rows, experts))), axis=2)[:, :, :3].astype(np.uint8)
     use = np.stack([np.bincount(row.ravel(), minlength=experts) for row in picks]).astype(np.uint32)[:, None]
     starts = np.arange(n) * rows
-    return Problem(
+    return PlanningProblem(
         ModelShape("generated", 1, experts, 3), Cluster(nodes, 1), redundant, use, use,
         TokenRows(picks.reshape(-1, 1, 3), starts, starts + rows),
     )  # fmt: skip

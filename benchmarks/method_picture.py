@@ -1,4 +1,4 @@
-"""Draw docs/images/method.png: one request finding its experts at home. `python benchmarks/method_picture.py`
+"""Draw docs/images/method.png: the placement of the experts of one request. `python benchmarks/method_picture.py`
 
 Real routing of the embedded trace, 4 nodes x 4 GPUs, no copies: `moeplan` is fitted on one half of the requests, and
 the request shown is of the other half. It is not the best one: by the share of its picks that its node serves, it
@@ -24,8 +24,8 @@ from moeplan import open_trace
 from moeplan.cluster import Cluster
 from moeplan.planning import Plan, read_requests, solve
 from moeplan.planning.plan import PlanningTask
+from moeplan.planning.requests import blocks, split
 from moeplan.replay.evaluator import FoldEvaluator
-from moeplan.replay.split import blocks, split
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "method.png"
 NODES, GPUS, SEED = 4, 4, 0
@@ -60,7 +60,8 @@ class Shown:
 
 def chosen() -> Shown:
     """Fit on one half; the middle request of the other."""
-    requests = read_requests(open_trace("embedded"))
+    trace = open_trace("embedded")
+    requests = read_requests(trace)
     seen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([SEED, 0, 0]))
     fit, test = np.flatnonzero(seen), np.flatnonzero(~seen)
     problem = requests.problem(PlanningTask(Cluster(NODES, GPUS)), fit)
@@ -76,7 +77,7 @@ def chosen() -> Shown:
     prefill = requests.signature[test[one]].astype(np.float64)
     known = use_at(prefill[None], plans["moeplan"])[0].sum(axis=(0, 2))
     return Shown(
-        str(requests.domains[requests.domain[test[one]]]),
+        str(trace.requests.domains[requests.domain[test[one]]]),
         requests.shape.layer_ids,
         prefill / prefill.sum(axis=1, keepdims=True),
         {name: use_at(use[one : one + 1], plan)[0] / use[one].sum(axis=1).mean() for name, plan in plans.items()},
@@ -99,13 +100,13 @@ def draw(shown: Shown) -> Figure:
     _prefill(figure.add_axes((0.075, 0.575, 0.35, 0.27)), shown)
     _router(figure.add_axes((0.115, 0.075, 0.29, 0.24)), shown)
     titles = {
-        "linear": "Without a plan: experts by number, any home",
-        "moeplan": "3  With the plan: decoding at home",
+        "linear": "Without a plan: linear placement, random group",
+        "moeplan": f"3  With the plan: decode on node {shown.home['moeplan']}",
     }
     for (name, title), bottom in zip(titles.items(), (0.525, 0.03), strict=True):
         _served(figure.add_axes((0.50, bottom, 0.485, 0.335)), shown, name, title)
-    figure.text(0.02, 0.945, "A request that the plan never saw", size=13, weight="bold")
-    figure.text(0.505, 0.945, "Which node serves its decode, % of picks", size=13, weight="bold")
+    figure.text(0.02, 0.945, "A held-out request", size=13, weight="bold")
+    figure.text(0.505, 0.945, "Node that serves its decode, % of picks", size=13, weight="bold")
     figure.add_artist(_arrow((0.25, 0.475), (0.25, 0.42)))
     figure.add_artist(_arrow((0.435, 0.195), (0.493, 0.195)))
     return figure
@@ -118,7 +119,7 @@ def _prefill(axes: Any, shown: Shown) -> None:
     axes.set_xticks([0, 8, 16, 24, experts - 1])
     axes.set_yticks([0, layers - 1], [f"layer {shown.layers[0]}", f"{shown.layers[-1]}"])
     axes.set_xlabel("experts, by number", labelpad=2)
-    axes.set_title(f"1  What its prompt picks ({shown.domain})", loc="left", size=10, weight="bold")
+    axes.set_title(f"1  Picks of its prompt ({shown.domain})", loc="left", size=10, weight="bold")
     _bare(axes)
 
 
@@ -130,7 +131,7 @@ def _router(axes: Any, shown: Shown) -> None:
     axes.set(ylim=(NODES - 0.4, -0.6), xlim=(0.0, 1.2 * shown.known.max()))
     axes.set_yticks(range(NODES), [f"node {n}" for n in range(NODES)])
     axes.set_xticks([])
-    axes.set_title("2  Which node holds these, under the plan", loc="left", size=10, weight="bold", x=-0.14)
+    axes.set_title("2  Share of these picks on each node (plan)", loc="left", size=10, weight="bold", x=-0.14)
     _bare(axes)
     axes.get_yticklabels()[home].set(color=HOME, weight="bold")
 
@@ -145,7 +146,7 @@ def _served(axes: Any, shown: Shown, name: str, title: str) -> None:
         share = held[:, node].sum() / held.sum()
         text = f"{100 * share:.0f} %"
         axes.text(left + (room - 1) / 2, -1.5, text, ha="center", size=11, weight="bold", color=ink)
-        axes.text(left + (room - 1) / 2, layers + 0.8, f"node {node}" + (", home" * (node == home)), ha="center",
+        axes.text(left + (room - 1) / 2, layers + 0.8, f"node {node}" + (", own" * (node == home)), ha="center",
                   color=ink, weight="bold" if node == home else "normal")  # fmt: skip
         if node == home:
             axes.add_patch(Rectangle((left - 0.8, -0.8), room + 0.6, layers + 0.6, fill=False, ec=HOME, lw=2))
@@ -178,7 +179,10 @@ def _bare(axes: Any) -> None:
 def bench() -> list[tuple[str, str]]:
     """(label, result) pairs: what the picture says."""
     shown = chosen()
-    return [(f"the picture's request at home, {name}", f"{100 * shown.at_home(name):.0f} %") for name in shown.held]
+    return [
+        (f"the request of the picture, served locally, {name}", f"{100 * shown.at_home(name):.0f} %")
+        for name in shown.held
+    ]
 
 
 if __name__ == "__main__":

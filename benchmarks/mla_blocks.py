@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.perf.attention import MlaShape, absorb, attention_prefill, mla_decode
+from moeplan.perf.attention import MlaShape, absorb, attention_decode, attention_prefill
 from moeplan.perf.operators import Device, Number, Time, arrays, gemm, kernel_time, overlap
 
 
@@ -21,7 +21,7 @@ def mla_layer_decode(
     return total(
         *_projections(device, shape, rows, dtype, down),
         absorb(device, shape, rows, shape.nope),
-        mla_decode(device, shape, batch, context, warm=warm),
+        attention_decode(device, shape, batch, context, warm=warm),
         absorb(device, shape, rows, shape.value),
         _rest(device, rows * shape.hidden, device.constants.mla_layer.decode_s),
     )

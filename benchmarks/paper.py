@@ -24,11 +24,12 @@ from moeplan.cluster import Cluster
 from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import Plan, PlanningTask
+from moeplan.planning.requests import blocks, split
 from moeplan.planning.strategies import find
-from moeplan.planning.strategies.paper import PaperParams
+from moeplan.planning.strategies.paper import PaperStrategy
 from moeplan.replay.evaluator import FoldEvaluator
-from moeplan.replay.split import MAX_LIVE, blocks, draw_steps, split
-from moeplan.replay.steps import StepFigures, sample_steps
+from moeplan.replay.measure import StepFigures, sample_steps
+from moeplan.replay.split import MAX_LIVE, draw_steps
 
 SEEDS, BATCHES, REQUESTS, SMALLEST = range(4), 500, 2400, 8
 REAL = Path(__file__).parents[1].parent / "shared" / "traces" / "maverick-mmlu.npz"
@@ -45,7 +46,7 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
     """{(row, kind): median volume / linear's} of one seed, live requests a group, and those of unequal rows."""
     chosen = split(requests.domain, blocks(requests.index, 1), 0.5, np.random.default_rng([seed, 0]))
     fit, test = np.flatnonzero(chosen), np.flatnonzero(~chosen)
-    draws = draw_steps(requests.measured_span[test], BATCHES, np.random.default_rng([seed, 2]))
+    draws = draw_steps(requests.spans.measured[:, test], BATCHES, np.random.default_rng([seed, 2]))
     problem = requests.problem(PlanningTask(Cluster(8, 8)), fit)
     linear = solve(problem, "linear", seed)
     even = random_groups(len(test), 8, np.random.default_rng([seed, 1]))
@@ -59,7 +60,7 @@ def volumes(requests: RequestSet, seed: int) -> tuple[dict[tuple[str, str], floa
     out, fewer = {}, {}
     for row, name in ROWS:
         strategy = find(name)
-        if isinstance(strategy, PaperParams):
+        if isinstance(strategy, PaperStrategy):
             strategy = dataclasses.replace(strategy, clusters=8)
         result = solve(problem, strategy, seed)
         group = fold.group(result, "prefill").group if strategy.routed else even
@@ -79,13 +80,13 @@ def workloads() -> Iterator[tuple[str, str, RequestSet]]:
     """(label, published, requests); the real set only where it is."""
     from moeplan.importers.arrays import import_arrays
     from moeplan.importers.options import ImportOptions
-    from moeplan.synthetic.generator import generate
+    from moeplan.synthetic.generator import WorkloadSettings, generate
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        trace = generate("deepseek-v3", root / "v3", requests=REQUESTS, layers=[42], seed=0)
+        trace = generate("deepseek-v3", root / "v3", WorkloadSettings(requests=REQUESTS, layers=[42], seed=0))
         yield "DeepSeek-V3 preset, layer 42 (synthetic)", "paper 0.94, eplb 1.00", read_requests(trace)
-        trace = generate("llama-4-maverick", root / "maverick", requests=REQUESTS, seed=0)
+        trace = generate("llama-4-maverick", root / "maverick", WorkloadSettings(requests=REQUESTS, seed=0))
         yield "Maverick preset, 24 layers (synthetic)", "paper down to 0.80", read_requests(trace)
         if REAL.is_file():
             trace = import_arrays(REAL, root / "real", ImportOptions(without_layers=(45,)))

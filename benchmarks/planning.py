@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Cluster, Dispatch
-from moeplan.planning import Problem, solve
+from moeplan.planning import PlanningProblem, solve
 from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.initial_placement import place_quickly
 from moeplan.planning.problem import TokenRows
@@ -50,7 +50,7 @@ def published_eplb(use: npt.NDArray[np.float64], redundant: int) -> str:
     return f"EPLB in SGLang {took[0]:.2f} s hierarchical, {took[1]:.2f} s global"
 
 
-def drawn(n: int, layers: int, experts: int, top_k: int, rows: int, redundant: int, mode: Dispatch) -> Problem:
+def drawn(n: int, layers: int, experts: int, top_k: int, rows: int, redundant: int, mode: Dispatch) -> PlanningProblem:
     """A problem of n requests of 12 kinds, and `rows` token rows (whose picks are drawn by the same use)."""
     rng = np.random.default_rng(0)
     kinds = rng.gamma(0.5, size=(12, layers, experts)).astype(np.float32)
@@ -68,7 +68,7 @@ def drawn(n: int, layers: int, experts: int, top_k: int, rows: int, redundant: i
         keys = rng.exponential(size=(each, layers, experts)) / np.maximum(kinds[kind[i]], 1e-9)
         picked[i * each : (i + 1) * each] = np.argpartition(keys, top_k, axis=2)[:, :, :top_k]
     start = np.arange(n) * each
-    return Problem(
+    return PlanningProblem(
         ModelShape("drawn", layers, experts, top_k), Cluster(8, 8), redundant, use, signature,
         TokenRows(picked, start, start + each), dispatch=mode,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def replan(use: npt.NDArray[np.float64], redundant: int) -> tuple[float, list[fl
         seconds.append(time.perf_counter() - start)
     counts = np.round(use.transpose(1, 0, 2) * 1000).astype(np.uint32)
     none = TokenRows(np.zeros((0, layers, 8), np.uint16), np.zeros(8, np.int64), np.zeros(8, np.int64))
-    balanced = solve(Problem(shape, cluster, redundant, counts, counts, none), "eplb")
+    balanced = solve(PlanningProblem(shape, cluster, redundant, counts, counts, none), "eplb")
     remote, load = [], []
     for of in (slots, balanced.placement.slots.astype(np.int64)):
         served = ExpectedLoad(cluster, of, experts, True)
@@ -115,7 +115,7 @@ def bench() -> list[tuple[str, str]]:
     task = drawn(10_000, 58, 256, 8, 50_000, 64, Dispatch.PICK)
     for mode, target in ((Dispatch.PICK, 10), (Dispatch.NODE, 30)):
         start = time.perf_counter()
-        result = solve(Problem(**{**vars(task), "dispatch": mode}), "moeplan")
+        result = solve(PlanningProblem(**{**vars(task), "dispatch": mode}), "moeplan")
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         out.append(

@@ -10,8 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moeplan.synthetic.generator import draw_workload
-from moeplan.synthetic.presets import find_preset
+from moeplan.synthetic.generator import WorkloadSettings, draw_workload
 from moeplan.trace import TraceWriter
 
 #: More requests at 1x than `profile` keeps counts of, so that sample and reservoir are full there already; small parts,
@@ -53,7 +52,7 @@ def bench() -> list[tuple[str, str]]:
 def make(path: Path, requests: int) -> int:
     """Write a synthetic trace in small parts and return its tokens."""
     workload = draw_workload(
-        find_preset(PRESET), requests=requests, prefill=PREFILL, decode=DECODE, layers=LAYERS, exact=True
+        PRESET, WorkloadSettings(requests=requests, prefill=PREFILL, decode=DECODE, layers=LAYERS, exact=True)
     )
     table, length = workload.requests, PREFILL + DECODE
     with TraceWriter(path, workload.shape, source={}, synthetic=True, part_picks=PART_PICKS) as writer:

@@ -25,7 +25,7 @@ def bench() -> list[tuple[str, str]]:
     except ImportError:
         return [("record transformers, overhead of hooks", "not measured: torch and transformers are not installed")]
     from moeplan.record.prompts import Prompt
-    from moeplan.record.transformers import RecordOptions, record_model
+    from moeplan.record.transformers import TransformersOptions, record_transformers
     from moeplan.record.transformers_model import load_model
 
     torch.manual_seed(0)
@@ -35,14 +35,14 @@ def bench() -> list[tuple[str, str]]:
     prompts = [
         Prompt("", f"row {i}", token_ids=tuple(rng.integers(3, 3072, n).tolist())) for i, n in enumerate(lengths)
     ]
-    options = RecordOptions(max_new_tokens=NEW, batch_size=BATCH)
+    options = TransformersOptions(max_new_tokens=NEW, batch_size=BATCH)
     off, on = [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(REPEATS + 1):
             path = Path(folder) / f"{repeat}"
             pair = (
                 lambda: _generate(loaded.model, prompts),
-                lambda path=path: record_model(loaded, prompts, path, options),
+                lambda path=path: record_transformers(loaded, prompts, path, options),
             )
             order = (0, 1) if repeat % 2 else (1, 0)
             seconds = {which: _seconds(pair[which]) for which in order}

@@ -12,13 +12,15 @@ from scipy.optimize import linear_sum_assignment
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule, request_messages, routes, step_messages, token_messages
 from moeplan.planning.assignment import equal_groups
-from moeplan.synthetic.generator import generate_rows
+from moeplan.synthetic.generator import WorkloadSettings, generate_rows
 from moeplan.types import Placement
 
 
 def bench() -> list[tuple[str, str]]:
     """(label, result) pairs."""
-    shape, _, rows = generate_rows("deepseek-v3", requests=64, prefill=1, decode=128, layers=8, seed=0)
+    shape, _, rows = generate_rows(
+        "deepseek-v3", WorkloadSettings(requests=64, prefill=1, decode=128, layers=8, seed=0)
+    )
     cluster = Cluster(8, 8)
     slots = np.tile(np.arange(320) % 256, (shape.num_layers, 1)).astype(np.int32)
     place = Placement(slots, 256, 8, 8)

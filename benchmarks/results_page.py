@@ -21,7 +21,7 @@ TALLIES = (
     ("The same for the busiest GPU in a step (`gpu_load_ratio`), where nodes have several GPUs:", "gpu_load_ratio"),
     ("The same for kernels that pad every pair of nodes to the largest (`padded_ratio`):", "padded_ratio"),
 )
-UNIT = {"pick": "picks served on another node", "node": "distinct other nodes a token reaches"}
+UNIT = {"pick": "picks served on another node", "node": "distinct other nodes that a token reaches"}
 GROUPED = {"none": "at random", "prefill": "signature", "domain": "domain", "oracle": "oracle"}
 
 
@@ -85,7 +85,7 @@ def _findings(results: Results) -> list[str]:
         eligible = [row[KEY[mode]]["vs_linear"]["value"] for _, row in ours if row["guarded"]]
         if eligible:
             lines.append(
-                f"- **`{mode}`** ({UNIT[mode]}): `moeplan` keeps the load guard in {len(eligible)} of {len(ours)} "
+                f"- **`{mode}`** ({UNIT[mode]}): `moeplan` is within the load guard in {len(eligible)} of {len(ours)} "
                 f"settings, and changes the figure by {percent(max(eligible), 0)} to {percent(min(eligible), 0)} there."
             )
         for setting, row in ours:
@@ -206,7 +206,7 @@ def _stand_in(found: dict[str, Any], name: str) -> str:
     if found["signature_stands_in"]:
         said += f" The {found['signature_stands_in']} stand in for the prefill."
     if source.block > 1:
-        said += f" Blocks of {source.block} neighbours stay together."
+        said += f" Blocks of {source.block} consecutive requests stay together."
     if source.without_layers:
         said += f" Layer {', '.join(map(str, source.without_layers))} is left out, as one expert takes it all."
     return said

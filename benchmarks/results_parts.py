@@ -9,18 +9,18 @@ from results_settings import ABLATED, ABLATED_AT, KEY, SOURCES, Results, Setting
 from results_tables import OVER, change_of, markdown, percent
 
 SIGNATURES_SAY = """
-The same placements of `moeplan` on 8 nodes, requests grouped by each kind of signature: change against `linear`, %.
-`none` is the effect of placement alone; `domain` needs labels; `oracle` knows the decode and bounds what a better
-prediction could gain with this placement. *Gap*: how much more leaves the node than with the oracle.
+The same placements of `moeplan` on 8 nodes, with groups by each kind of signature: change against `linear`, %. `none`
+is the effect of placement alone; `domain` needs labels; `oracle` knows the decode and is the upper limit for better
+prediction with this placement. *Gap*: relative difference of `prefill` to the oracle.
 """
 HANDOVER_SAY = """
-Routing by prefill moves the KV cache to the group if prefill ran elsewhere. The table shows its size, the bytes between
-nodes that each decoded token saves, and after how many tokens the move has paid off (traces with a recorded
-prefill; every request is charged).
+With groups by prefill, the KV cache moves to the group's node if prefill ran elsewhere. The table shows the size of
+this transfer, the inter-node bytes that each decoded token saves, and the number of tokens after which the transfer
+has paid off (for traces with a recorded prefill; every request is counted).
 """
 HANDOVER_HEAD = ("trace", "mode", "R", "KV moved, MB/request", "saved, KB/token", "pays off after, tokens")
 PARTS_SAY = """
-`moeplan` with one part left out (8 nodes; change against `linear`, %; mode `node` on two splits). What each part is:
+`moeplan` without one part (8 nodes; change against `linear`, %; mode `node` on two splits). The parts are described in
 [The planning method](../concepts/method.md#ablations).
 """
 

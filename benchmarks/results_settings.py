@@ -23,10 +23,10 @@ from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import ModelSpec
-from moeplan.perf.memory import model_shape
+from moeplan.perf.memory import Precision, expert_bytes, kv_bytes_per_token
 from moeplan.planning import RequestSet, read_requests
 from moeplan.planning.plan import PlanningTask
-from moeplan.planning.strategies.moeplan import PARTS, MoeplanParams
+from moeplan.planning.strategies.moeplan import PARTS, MoeplanStrategy
 from moeplan.replay.compare import compare_task
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import least_requests
@@ -129,9 +129,12 @@ def requests_of(name: str) -> RequestSet:
     source = SOURCES[name]
     if source.model is None:
         return read_requests(open_trace(source.path))
-    shape = model_shape(load_model(source.model))
+    spec = load_model(source.model)
+    precision = Precision.of_checkpoint(spec)
     model = ModelSpec().override(
-        hidden=shape.hidden, expert_bytes=shape.expert_bytes, kv_bytes_per_token=shape.kv_bytes_per_token
+        hidden=spec.hidden,
+        expert_bytes=round(expert_bytes(spec, precision.experts or precision.weights)),
+        kv_bytes_per_token=round(kv_bytes_per_token(spec, precision.kv)),
     )
     with tempfile.TemporaryDirectory() as folder:
         trace = import_arrays(
@@ -174,7 +177,7 @@ def ablations(sources: Iterable[str], steps: int) -> list[Setting]:
 
 def figures(setting: Setting) -> dict[str, Any]:
     """The comparison's own JSON, with `vs_eplb` (paired change and interval) beside `vs_linear`."""
-    ours = MoeplanParams(without=setting.without) if setting.guarded else MoeplanParams(guard=float("inf"))
+    ours = MoeplanStrategy(without=setting.without) if setting.guarded else MoeplanStrategy(guard=float("inf"))
     task = PlanningTask(Cluster(setting.nodes, setting.gpus), setting.redundant, Dispatch(setting.mode))
     settings = EvaluationSettings(folds=setting.folds, block=SOURCES[setting.source].block, steps=setting.steps)
     found = compare_task(requests_of(setting.source), task, (*setting.strategies[:-1], ours), settings)

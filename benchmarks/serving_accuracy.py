@@ -20,7 +20,7 @@ from moeplan.model.catalogue import load_model
 from moeplan.model.parameters import parameters
 from moeplan.perf.constants import Constants, EngineFit, GenerationFit, load_constants
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.routing import ExpertRanks, routing_from_counts
 from moeplan.perf.step import Step
 from moeplan.perf.step_model import StepModel, StepOptions
@@ -55,7 +55,9 @@ def target_step(name: str, row: dict[str, str], c: Constants | None = None) -> t
     """(the model's step, tokens of it on one GPU) for a published set-up."""
     machine, gpus, redundant, balanced, _ = TARGETS[name]
     options = StepOptions(overlap=True, gpus_per_node=8, balanced=balanced, constants=c)
-    at = StepModel(DEEPSEEK, load_hardware(machine), Parallel(dp=gpus, ep=gpus, redundant=redundant), FP8, options)
+    at = StepModel(
+        DEEPSEEK, load_hardware(machine), ParallelLayout(dp=gpus, ep=gpus, redundant=redundant), FP8, options
+    )
     context = int(float(row["context"]))
     if row["phase"] == "prefill":
         return at.prefill(PREFILL_TOKENS / context, context), PREFILL_TOKENS
@@ -273,7 +275,7 @@ def eplb_step(name: str, slots: str, overlap: bool, scale: float = 1.0) -> tuple
     assert DEEPSEEK.moe is not None
     ranks = ExpertRanks(gpus, nodes, dispatch=mode)
     routing = routing_from_counts(DEEPSEEK.moe, load, place, tokens * gpus, ranks, slots_per_gpu=held)
-    parallel = Parallel(dp=gpus, ep=gpus, redundant=32)  # as to memory and slots; the loads are those given
+    parallel = ParallelLayout(dp=gpus, ep=gpus, redundant=32)  # as to memory and slots; the loads are those given
     at = StepModel(DEEPSEEK, load_hardware("h100"), parallel, FP8, StepOptions(overlap=overlap))
     step = at.decode(256, 2000, routing=routing) if decode else at.prefill(tokens / context, context, routing=routing)
     return float(np.mean(step.seconds)), routing.load_ratio
@@ -314,9 +316,9 @@ def eplb() -> list[Row]:
 
 def speed() -> list[Row]:
     """One warm estimate: the best of 5 means of 20."""
-    parallel, overlap = Parallel(dp=72, ep=72, redundant=32), StepOptions(overlap=True)
+    parallel, overlap = ParallelLayout(dp=72, ep=72, redundant=32), StepOptions(overlap=True)
     decode = StepModel(DEEPSEEK, load_hardware("h100"), parallel, FP8, overlap)
-    llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("h100"), Parallel(tp=8), FP8)
+    llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("h100"), ParallelLayout(tp=8), FP8)
     cases = {
         "DeepSeek-V3 decode, EP 72, two-batch overlap": lambda: decode.decode(128, 4000),
         "DeepSeek-V3 prefill, EP 72, two-batch overlap": lambda: decode.prefill(4, 4096),
@@ -339,56 +341,60 @@ def _mean_seconds(call) -> float:  # type: ignore[no-untyped-def]
 SECTIONS = [
     (
         "Steps as published",
-        "DeepSeek-V3, fp8, two-batch overlap. No constant is fitted to them, and one set serves all; but three choices "
-        "were made with these errors in view: prefill's grouped products take the dense products' rate, the kernels "
-        "that send and receive hide behind nothing, and `engine` is charged here, too. Routing is uniform (with "
-        "the load that chance gives the busiest GPU), or balanced where the source says so. EP144 online: 88 requests "
-        "a GPU, from 14,800 tokens/s a node at 20-22 a user; its TPOT is the step. SGLang's prefill rows do not state "
-        "their batch; 16,384 tokens a GPU are assumed, so they have no target. The last column leaves out `engine`, "
-        "is fitted on servers of other models whose tokens are not dispatched; see the next section.",
+        "DeepSeek-V3, fp8, two-batch overlap. No constant is fitted to these results, and one set of constants is "
+        "used for all; but three choices were made with these errors in view: the grouped products of prefill have "
+        "the rate of dense products, the send and receive kernels do not overlap, and `engine` is included. Routing "
+        "is uniform (with the noise floor as load imbalance), or balanced where the source says so. EP144 online: 88 "
+        "requests per GPU, from 14,800 tokens/s per node at 20-22 tokens/s per user; its TPOT is the step. SGLang's "
+        "prefill results do not state their batch; 16,384 tokens per GPU are assumed, so they have no target. The "
+        "last column leaves out `engine`, which is fitted on servers of other models without dispatch; see the next "
+        "section.",
         published,
     ),
     (
         "Small kernels around the experts",
-        "`engine.expert_layer_s` is fitted where tokens are not dispatched. Is it there, too, where they are? TPOT of "
-        "the fit part's data-parallel rows, with and without; so it is charged everywhere.",
+        "`engine.expert_layer_s` is fitted on servers without dispatch. This table tests whether it also applies "
+        "with dispatch: TPOT of the data-parallel rows of the fit part, with and without it. It is therefore "
+        "included everywhere.",
         small_kernels,
     ),
     (
         "Time per output token of servers",
-        "InferenceX and others, from aiconfigurator's data base; `fit`: rows of Llama-3.1-8B, MiniMax-M2.5 and "
-        "Qwen3.5-397B, `check`: all other models. `engine` is fitted on Hopper's fit rows with ep 1, the two ratios of "
-        "`blackwell` on B200's; nothing on B300, GB200, GB300 or ep > 1. No constant saw a check row, but choices of "
-        "structure were made with all rows in view: DeepGEMM's constants for the fused experts of tensor parallelism, "
-        "shared experts beside the routed ones, fp8 keys and values under TensorRT-LLM. Routing is uniform. How a row "
-        "is read, and which typing errors are mended: `benchmarks/serving_tables.py`.",
+        "InferenceX and others, from the database of aiconfigurator. `fit`: rows of Llama-3.1-8B, MiniMax-M2.5 and "
+        "Qwen3.5-397B; `check`: all other models. `engine` is fitted on the Hopper rows of the fit part with ep 1, "
+        "the two ratios of `blackwell` on those of B200; nothing is fitted on B300, GB200, GB300 or ep > 1. No "
+        "constant was fitted on a check row, but some choices of structure were made with all rows in view: "
+        "DeepGEMM's constants for the fused experts of tensor parallelism, shared experts in parallel with the "
+        "routed ones, fp8 keys and values with TensorRT-LLM. Routing is uniform. How a row is read, and which typing "
+        "errors are corrected: `benchmarks/serving_tables.py`.",
         points,
     ),
     (
         "The same by engine",
-        "Worst first. `of peak`: the share of the peak rate that a row's prompts and answers would take; all of it, in "
-        "some rows of Llama-3.1-8B on vLLM, where prompts must have come from a cache, and the model prefills them. "
-        "TensorRT-LLM's dense kernels on H200 outrun the SGLang kernels that the constants are from.",
+        "Worst first. `of peak`: the share of the peak rate that the prompts and answers of a row would need. In "
+        "some rows of Llama-3.1-8B on vLLM it is 100 %: their prompts must have come from a cache, but the model "
+        "computes their prefill. TensorRT-LLM's dense kernels on H200 are faster than the SGLang kernels that the "
+        "constants are from.",
         by_engine,
     ),
     (
         "Time to first token of servers",
-        "The model gives the time of a prompt that finds a place at once: its own prefill and half a step. Nothing is "
-        "fitted to these rows, and there is no target. Measured TTFT is of servers kept full, where a prompt waits for "
-        "others; how long depends on how requests come, which the rows do not say. If all come at once, a prompt waits "
-        "for half of the others: `below both`, `between`, `above both` say where rows lie against these two times (not "
-        "where prefill has workers of its own). So the model's TTFT is a lower bound, and no estimate of a busy "
-        "server's: even with 1 to 4 requests at a time, servers take 2 to 6 times as long. Rows whose requests wait "
-        "for memory are left out.",
+        "The model gives the time of a prompt without queueing: its own prefill and half a step. Nothing is fitted "
+        "to these rows, and there is no target. Measured TTFT is of servers under full load, where a prompt waits "
+        "for others; the waiting time depends on the arrival of requests, which the rows do not state. If all "
+        "requests arrive at once, a prompt waits for half of the others: `below both`, `between` and `above both` "
+        "compare rows with these two times (not for disaggregated prefill). The model's TTFT is therefore a lower "
+        "bound, not an estimate for a busy server: even with 1 to 4 requests in flight, servers take 2 to 6 times as "
+        "long. Rows whose requests wait for memory are left out.",
         first_tokens,
     ),
     (
         "EPLB's gains",
-        "Loads from SGLang's recorded counts, `linear` at 256 slots against `eplb` at 288, two-batch overlap, 256 "
-        "(decode) and 16,384 (prefill) tokens a GPU; 32 seeded steps drawn from the counts, on which `eplb` is also "
-        "fitted. Published by SGLang: 2.54x decode, EP 72; 1.49x prefill, EP 32, whose prompt length is not stated. "
-        "`needed`: the load ratio of `linear` at which the model gives the published gain, the counts' differences "
-        "being scaled; a gain that misses the target is `no: at` that ratio.",
+        "Loads from SGLang's recorded counts, `linear` with 256 slots and `eplb` with 288, two-batch overlap, 256 "
+        "(decode) and 16,384 (prefill) tokens per GPU; 32 seeded steps drawn from the counts, on which `eplb` is "
+        "also fitted. Published by SGLang: 2.54x decode, EP 72; 1.49x prefill, EP 32, whose prompt length is not "
+        "stated. `needed`: the load ratio of `linear` at which the model gives the published gain (differences "
+        "between counts are scaled); a gain that misses the target is `no: at` that ratio.",
         eplb,
     ),
     ("Speed", "On the machine that wrote this page.", speed),

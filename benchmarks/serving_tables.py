@@ -20,7 +20,7 @@ from moeplan.errors import MoeplanError
 from moeplan.model.catalogue import load_model
 from moeplan.perf.constants import Constants
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.operators import Device
 from moeplan.perf.serving import ServingFigures, aggregated, disaggregated
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
@@ -100,7 +100,7 @@ def serving(row: dict[str, str], hardware: Hardware, constants: Constants) -> Se
     wide = dtype(row)
     matrices = "bf16" if wide == "fp4" and spec.attention.kind == "mla" else wide
     kv = "fp8" if row["backend"] == "trtllm" and wide != "bf16" and spec.moe is None else "bf16"
-    parallel = Parallel(tp=tp, dp=dp, ep=ep if spec.moe else 1)
+    parallel = ParallelLayout(tp=tp, dp=dp, ep=ep if spec.moe else 1)
     at = StepModel(spec, hardware, parallel, Precision(matrices, wide, kv), StepOptions(constants=constants))
     load = Workload(int(row["isl"]), int(row["osl"]))
     if row["mode"] == "disagg":

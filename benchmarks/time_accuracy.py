@@ -193,26 +193,28 @@ def origins() -> list[Row]:
 SECTIONS: list[tuple[str, str, Callable[[], list[Row]]]] = [
     (
         "Kernels",
-        "Error is model over measurement less 1; `bias` its median with sign. Half of each table's shapes were fitted "
-        "(`fit`), half never seen (`check`). The decode tables time a kernel over and over, with keys and values up to "
-        "40 MB still in the L2 cache: `warm=True` here, and nowhere else. The measured MLA blocks are taken to begin "
-        "after the projection down to latents (`down=False`): with it, their long prefills would ask for more than the "
-        "peak rate. GEMM times in fp8 include converting the inputs. `wideep_moe` gives the hottest rank's tokens; its "
-        "picks and experts are drawn anew as the measurement drew them. Triton's attention is not modelled: SGLang "
-        "runs it for heads of 256 and 512 in a model that the catalogue does not have; its rows are shown as they come "
-        "out with FlashAttention-3's constants.",
+        "Error is model / measurement - 1; `bias` is its median with sign. Half of the shapes of each table were "
+        "used to fit the constants (`fit`), the other half not (`check`). The decode tables time a kernel "
+        "repeatedly, with keys and values up to 40 MB still in the L2 cache: `warm=True` here, and nowhere else. The "
+        "measured MLA blocks are assumed to begin after the projection to latent vectors (`down=False`): otherwise "
+        "their long prefills would exceed the peak rate. GEMM times in fp8 include the conversion of the inputs. "
+        "`wideep_moe` has the tokens of the hottest rank; its picks and experts are drawn again in the way of the "
+        "measurement. Triton's attention is not modelled: SGLang uses it for heads of 256 and 512, in a model that "
+        "is not in the catalogue; its rows are shown with the constants of FlashAttention-3.",
         kernels,
     ),
     *serving_accuracy.SECTIONS,
-    ("Where the check part of the kernels misses most", "Bands of one size, worst first.", misses),
+    ("Where the check part of the kernels misses most", "Ranges of one size parameter, worst first.", misses),
     (
         "Transfer",
-        "Constants fitted on one machine, or without one node count, and checked there. For this table only.",
+        "Constants fitted on one machine, or without one number of nodes, and checked on the other. For this table "
+        "only.",
         transfers,
     ),
     (
         "DeepEP as published",
-        "Low latency on H800, 128 tokens a GPU, from DeepEP's README (V1); not fitted. The fit's machine is another.",
+        "Low latency on H800, 128 tokens per GPU, from DeepEP's README (V1); not fitted. The constants are fitted on "
+        "another machine.",
         published,
     ),
     ("Origins of the constants", "Data: aiconfigurator-core 0.12.0 (PyPI, Apache-2.0).", origins),

@@ -1,4 +1,4 @@
-"""What `moeplan --objective time` is worth: step times of every strategy on unseen requests, by the links' bandwidth.
+"""The gain of `moeplan --objective time`: step times of every strategy on held-out requests, by link bandwidth.
 
     python benchmarks/time_objective.py                          # gpt-oss-20b and maverick-mmlu, printed
     python benchmarks/time_objective.py --write                  # into docs/results/planning-for-latency.md
@@ -30,11 +30,10 @@ from moeplan.perf.memory import Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.planning import Plan, PlanningTask, Strategy, solve
-from moeplan.planning.strategies.moeplan import MoeplanParams
-from moeplan.replay.evaluator import FoldEvaluator
-from moeplan.replay.run import EvaluationRun
+from moeplan.planning.strategies.moeplan import MoeplanStrategy
+from moeplan.replay.evaluator import EvaluationRun, FoldEvaluator
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.replay.statistics import Figure, change
+from moeplan.replay.statistics import MeasuredValue, change
 from moeplan.replay.timing import CONTEXT, cluster_parallel
 from results_settings import REAL, ROOT, SOURCES, present, requests_of
 
@@ -161,7 +160,7 @@ def run(place: Place, folds: int, steps: int, full: bool) -> Found:
 
         plans = {name: measured(_solved(fold, task, of), sign) for name, of, sign in ROWS}
         for objective in OBJECTIVES:
-            result = _solved(fold, task, MoeplanParams(objective=objective))
+            result = _solved(fold, task, MoeplanStrategy(objective=objective))
             plans[f"moeplan {objective}"] = measured(result, "prefill")
         for name, kept in plans.items():
             found.steps.setdefault(name, []).append(kept)
@@ -188,7 +187,7 @@ def _timed(fold: FoldEvaluator, task: PlanningTask, place: Place, world: World, 
     def cost(links: Array, picks: Array, touched: Array) -> float:
         return float(counted(place, links[None], picks[None], touched[None]).ms(place, world, load)[0])
 
-    return _solved(fold, task, MoeplanParams(objective="time", step_cost=cost))
+    return _solved(fold, task, MoeplanStrategy(objective="time", step_cost=cost))
 
 
 def joined(parts: Sequence[Steps]) -> Steps:
@@ -212,11 +211,13 @@ def joined(parts: Sequence[Steps]) -> Steps:
 # What comes out
 
 
-def figure(ms: list[Array]) -> Figure:
+def figure(ms: list[Array]) -> MeasuredValue:
     """Mean over steps and folds, with bootstrap draws of steps; the same draws for every plan."""
     values = np.concatenate(ms)
     weights = np.random.default_rng([0, 4]).multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)
-    return Figure(float(values.mean()), weights @ values / len(values), tuple(float(m.mean()) for m in ms), "steps")
+    return MeasuredValue(
+        float(values.mean()), weights @ values / len(values), tuple(float(m.mean()) for m in ms), "steps"
+    )
 
 
 def names(found: Found) -> list[str]:
@@ -236,7 +237,7 @@ def table(found: Found, load: float) -> list[str]:
     return lines
 
 
-def versus(mine: Figure, best: Figure) -> str:
+def versus(mine: MeasuredValue, best: MeasuredValue) -> str:
     """How much longer, with its interval; bold where `time` loses."""
     found = change(mine, best)
     if found is None or found["ci95"] is None:
@@ -255,7 +256,7 @@ def score(found: Found, load: float) -> str:
             pair = change(figure(found.ms[name, world.name, load]), best)
             low, high = pair["ci95"] if pair and pair["ci95"] else (0.0, 0.0)
             wins, ties, losses = wins + (low > 0), ties + (low <= 0 <= high), losses + (high < 0)
-    return f"`time` against every other plan, on all four networks: {wins} won, {ties} even, {losses} lost"
+    return f"`time` against every other plan, on all four networks: {wins} won, {ties} undecided, {losses} lost"
 
 
 def crossover(found: Found, load: float) -> str:
@@ -288,7 +289,7 @@ def winners(found: Found, load: float) -> str:
     for world in WORLDS:
         counts = found.won[world.name, load].most_common()
         said.append(f"{world.name}: {', '.join(f'{name} {n}' for name, n in counts)}")
-    return "member of the portfolio that won, in folds: " + "; ".join(said)
+    return "plan selected by `time`, number of folds: " + "; ".join(said)
 
 
 def section(found: Found, folds: int, steps: int) -> list[str]:
@@ -297,11 +298,12 @@ def section(found: Found, folds: int, steps: int) -> list[str]:
     out = [
         f"## {place.source} on {place.nodes} nodes of {place.gpus} H100, {place.redundant} redundant slots",
         "",
-        f"{place.spec.name}, {folds} folds, {steps} steps a fold, {found.live} requests of {CONTEXT:,} tokens a group.",
+        f"{place.spec.name}, {folds} folds, {steps} steps per fold, "
+        f"{found.live} requests of {CONTEXT:,} tokens per group.",
     ]
     for load in sorted({key[2] for key in found.ms}):
-        requests = f"{found.live * load:.0f} requests a group"
-        kind = f"As replayed: {requests}" if load == 1 else f"At full load: {requests} of the same routing"
+        requests = f"{found.live * load:.0f} requests per group"
+        kind = f"As replayed: {requests}" if load == 1 else f"At full load: {requests} with the same routing"
         out += [
             "",
             f"### {kind}",
@@ -315,17 +317,19 @@ def section(found: Found, folds: int, steps: int) -> list[str]:
     return out
 
 
-INTRO = """# What planning for time is worth
+INTRO = """# Planning for latency
 
-Written by `python benchmarks/time_objective.py --write`. Step times are the model's ([accuracy.md](accuracy.md)), of
-steps drawn from requests that no plan saw; changes are against the `time` plan of the same network and load, with
-paired 95 % intervals over steps: plus is slower than `time`, and bold where `time` loses. *Links*: bandwidth of all,
-inside and between nodes, against H100's; latencies stay. *One domain*: all GPUs on one fast network, as in an NVL72
-rack, with the groups and the choice of replicas as on nodes. *As replayed*: as many requests a group as the set's test
-half gives. *At full load*: 128, the routing of each counted several times as independent requests. `time` makes several
-plans and takes the one whose steps on the fit requests cost least ([method.md](../concepts/method.md)): its member is
-named.
-Locality is `moeplan` with the objective `bytes`, balance that with `balance`."""
+Written by `python benchmarks/time_objective.py --write`. Step times are from the [time model](accuracy.md), for steps
+drawn from held-out requests. Changes are against the `time` plan of the same network and load, with paired 95 %
+intervals over steps: positive is slower than `time`; bold where `time` loses.
+
+- *Links*: bandwidth of all links, inside and between nodes, relative to H100; latencies are unchanged.
+- *One domain*: all GPUs on one scale-up network, as in an NVL72 rack, with groups and replica selection as on nodes.
+- *As replayed*: as many requests per group as the held-out half of the trace has. *At full load*: 128 requests, with
+  the same routing used several times as independent requests.
+- `time` makes several plans and selects the one whose steps on the fit requests are shortest
+  ([method](../concepts/method.md)); the page names it.
+- *Locality* is `moeplan` with the objective `bytes`, *balance* with `balance`."""
 
 
 def say(text: str) -> None:

@@ -142,7 +142,7 @@ def mla_table(machine: str) -> Table:
         for kind in ("bf16", "fp8"):
             at = (r["kv_cache_dtype"] == "fp8") == (kind == "fp8")
             shape = attention.MlaShape(heads=r["num_heads"][at])
-            out[at] = attention.mla_decode(
+            out[at] = attention.attention_decode(
                 device, shape, r["batch_size"][at], r["step"][at] + 1, kv_dtype=kind, warm=True
             ).seconds
         return out

@@ -9,13 +9,13 @@ from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.errors import PlanError
 from moeplan.planning.plan import Plan, PlanningTask
 from moeplan.planning.problem import MoveLimit, Strategy
-from moeplan.planning.requests import RequestSet, read_requests
+from moeplan.planning.requests import RequestSet, read_requests, shape_of
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import find
-from moeplan.planning.strategies.moeplan import MoeplanParams
+from moeplan.planning.strategies.moeplan import MoeplanStrategy
 from moeplan.progress import Progress, silent
 from moeplan.replay.compare import compare_task
-from moeplan.replay.run import check_shape
+from moeplan.replay.evaluator import check_inputs
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.trace import Trace
 
@@ -24,7 +24,7 @@ __all__ = ["HELD_OUT", "expected_figures", "fit", "plan", "plan_task", "rebalanc
 #: The figures that a plan keeps of its evaluation on held-out requests.
 EXPECTED = ("remote_share", "remote_nodes_per_token", "gpu_load_ratio", "node_load_ratio", "experts_per_gpu")
 #: How they are measured: fitted on three quarters, measured on the last.
-HELD_OUT = EvaluationSettings(fit=0.75, folds=1, steps=100, draws=200)
+HELD_OUT = EvaluationSettings(fit_share=0.75, folds=1, steps=100, bootstrap_draws=200)
 
 
 def plan(
@@ -33,8 +33,8 @@ def plan(
     strategy: str | Strategy = "moeplan",
     *,
     redundant: int = 0,
-    dispatch: Dispatch = Dispatch.PICK,
-    replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC,
+    dispatch: Dispatch | str = Dispatch.PICK,
+    replica_rule: ReplicaRule | str = ReplicaRule.NEAREST_STATIC,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
@@ -43,7 +43,7 @@ def plan(
     Its expected figures come from a second plan, fitted on three quarters of the requests and measured on the last.
 
     Args:
-        requests: a trace, or `read_requests` of one.
+        requests: a trace, or `read_requests` of one; `RequestSet.split` holds some back to evaluate the plan on.
         strategy: a name, or a strategy with its parameters.
         redundant: extra expert slots per layer, over all GPUs.
         dispatch: what a message is. replica_rule: which replica of an expert serves a token.
@@ -57,7 +57,7 @@ def plan(
         >>> plan.placement.slots.shape
         (8, 40)
     """
-    task = PlanningTask(cluster, redundant, dispatch, replica_rule)
+    task = PlanningTask(cluster, redundant, Dispatch(dispatch), ReplicaRule(replica_rule))
     return plan_task(requests, task, strategy, dataclasses.replace(HELD_OUT, seed=seed), progress)
 
 
@@ -74,9 +74,8 @@ def plan_task(
         held_out: their seed is the plan's, too.
     """
     chosen = find(strategy)
-    task.check(requests.shape.num_experts)  # before a large trace is read
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, rows=False)
+    task.check(shape_of(requests).num_experts)  # before a large trace is read
+    requests = read_requests(requests, rows=False)
     progress(0, 2, "solving")
     made = fit(requests, task, chosen, held_out.seed)
     progress(1, 2, "figures on a held-out quarter")
@@ -88,7 +87,7 @@ def rebalance(
     requests: Trace | RequestSet,
     *,
     max_moves: int,
-    params: MoeplanParams | None = None,
+    params: MoeplanStrategy | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
@@ -107,10 +106,9 @@ def rebalance(
         >>> new.moves_from(plan).most_in_a_layer  # doctest: +SKIP
         4
     """
-    chosen, limit = params or MoeplanParams.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
-    check_shape(requests.shape, plan.model, "plan")
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, signature_tokens=plan.signature.tokens, rows=False)
+    check_inputs(plan, requests)
+    chosen, limit = params or MoeplanStrategy.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
+    requests = read_requests(requests, signature_tokens=plan.signature.tokens, rows=False)
     progress(0, 1, "solving")
     return fit(requests, plan.task, chosen, seed, limit)
 
@@ -126,7 +124,8 @@ def fit(
     made = solve(requests.problem(task), strategy, seed, limit)
     trace, origin = requests.trace, made.provenance
     if trace is not None:
-        origin = dataclasses.replace(origin, trace_checksum=trace.checksum, synthetic=trace.synthetic)
+        index = () if requests.whole else tuple(requests.index.tolist())
+        origin = dataclasses.replace(origin, trace_checksum=trace.checksum, synthetic=trace.synthetic, fit_index=index)
     return dataclasses.replace(made, signature=requests.known, provenance=origin)
 
 

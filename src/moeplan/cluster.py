@@ -1,11 +1,11 @@
-"""The cluster, and THE definition of what a message is and what it costs.
+"""The cluster, and the definition of what a message is and what it costs.
 
 Placement, replay, the real run and the time model all call this module; none of them counts a message by itself.
 
 Sources: DeepEP at commit dd758caf (2026-07-14): `csrc/kernels/legacy/internode_ll.cu` line 180 (low latency),
 `csrc/kernels/legacy/internode.cu` lines 47-51 and 525 and 1758 (normal kernels), `csrc/kernels/legacy/launch.cuh` line
 113 (widths that the low-latency kernel is compiled for). Replica rules: SGLang 0.5.23 `expert_location.py`; vLLM 0.30.0
-`fused_moe/router/base_router.py`.
+and 0.33.0 `fused_moe/router/base_router.py`.
 
 Names: N nodes, G GPUs per node, P = N x G GPUs, D groups, L layers, E experts, k picks per token.
 """
@@ -21,37 +21,20 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels import messages as _messages
-from moeplan.arrays import (
-    BoolArray,
-    CountArray,
-    ExpertArray,
-    Float32Array,
-    FloatArray,
-    Int16Array,
-    Int32Array,
-    Int64Array,
-)
-from moeplan.errors import PlanError, UsageError
+from moeplan.arrays import BoolArray, ExpertArray, FloatArray, Int16Array, Int32Array, Int64Array
+from moeplan.errors import PlanError, UsageError, expect
 from moeplan.types import Placement
 
-__all__ = [
-    "Cluster",
-    "Deployment",
-    "Dispatch",
-    "MessageBytes",
-    "ReplicaRule",
-    "Routes",
-    "StepCounts",
-    "check_slots",
-    "message_bytes",
-    "request_messages",
-    "routes",
-    "step_messages",
-    "token_messages",
-]
+
+class Choice(StrEnum):
+    """Named values; wherever one is asked for, its text will do."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise UsageError(f"{cls.__name__} {str(value)[:40]!r} is unknown", hint=f"use {', '.join(cls)}")
 
 
-class Dispatch(StrEnum):
+class Dispatch(Choice):
     """How a token's hidden state reaches its experts; see `token_messages`."""
 
     PICK = "pick"
@@ -64,14 +47,14 @@ class Dispatch(StrEnum):
         return list(Dispatch).index(self)
 
 
-class Deployment(StrEnum):
+class Deployment(Choice):
     """What a group of requests runs its attention on: a whole node (`nodes`), or one GPU (`gpus`)."""
 
     NODES = "nodes"
     GPUS = "gpus"
 
 
-class ReplicaRule(StrEnum):
+class ReplicaRule(Choice):
     """Which replica of an expert serves a pick; see `routes`."""
 
     NEAREST_STATIC = "nearest-static"
@@ -101,6 +84,7 @@ class Cluster:
     deployment: Deployment = Deployment.NODES
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "deployment", Deployment(self.deployment))
         if self.nodes < 1 or self.gpus_per_node < 1:
             raise UsageError(f"a cluster of {self.nodes} nodes x {self.gpus_per_node} GPUs is impossible")
         if self.num_gpus > 16384:
@@ -139,6 +123,7 @@ def check_slots(num_experts: int, redundant: int, cluster: Cluster) -> int:
     Raises:
         PlanError: (E + R) does not divide by nodes x GPUs, or a GPU would need two replicas of one expert.
     """
+    expect(cluster, Cluster, "moeplan.Cluster(nodes, gpus_per_node)")
     if redundant < 0:
         raise UsageError(f"--redundant {redundant} is negative", hint="give 0 or more extra slots per layer")
     slots, gpus = num_experts + redundant, cluster.num_gpus
@@ -181,7 +166,7 @@ def token_messages(dispatch: Dispatch, cluster: Cluster, source: int, serving: l
     whatever the picks: no plan changes its bytes. A message whose source is its destination costs nothing and
     is absent.
     """
-    per_node = cluster.gpus_per_node
+    dispatch, per_node = Dispatch(dispatch), cluster.gpus_per_node
     rail = source % per_node
     if dispatch is Dispatch.PICK:
         return [(source, gpu) for gpu in serving if gpu != source]
@@ -228,6 +213,7 @@ def message_bytes(dispatch: Dispatch, hidden: int, top_k: int) -> MessageBytes:
     (k int32 indices and k float32 weights), 2h + 8 + 4k back, each rounded up to 16. `allgather` (vLLM's
     all-gather and reduce-scatter): one bf16 row, 2h, each way.
     """
+    dispatch = Dispatch(dispatch)
     if dispatch is Dispatch.ALLGATHER:
         return MessageBytes(2 * hidden, 2 * hidden, hidden)
     if dispatch is Dispatch.PICK:
@@ -305,24 +291,6 @@ class Routes:
         np.add.at(out, index, 1.0 / self.cluster.gpus_per_group)
         return out
 
-    def gpu_load(self, counts: CountArray, groups: Int64Array) -> Float32Array:
-        """float32 [n, L, P]: the expected picks that each GPU serves of each request.
-
-        Args:
-            counts: uint32 [n, L, E], picks of each request. groups: int64 [n].
-        """
-        gpus, place = self.cluster.num_gpus, self.placement
-        if place.redundant == 0:  # every expert has one slot: its picks go there, whoever asks
-            by_slot = np.take_along_axis(counts, place.slots[None].astype(np.intp), axis=2)
-            return np.asarray(by_slot.reshape(len(counts), place.num_layers, gpus, -1).sum(axis=3, dtype=np.float32))
-        load = np.zeros((len(counts), place.num_layers, gpus), np.float32)
-        members = [np.flatnonzero(groups == d) for d in range(self.cluster.num_groups)]
-        for layer in range(place.num_layers):
-            share = self.share(layer).astype(np.float32)
-            for d, of_group in enumerate(members):
-                load[of_group, layer] = counts[of_group, layer].astype(np.float32) @ share[d]
-        return load
-
     @cached_property
     def local_share(self) -> FloatArray:
         """float64 [D, L, E]: the expected share of a group's picks of an expert that its own node serves."""
@@ -339,16 +307,6 @@ class Routes:
         by_group = local.reshape(placement.num_layers, cluster.num_groups, cluster.gpus_per_group, -1)
         return np.asarray(by_group.mean(axis=2).transpose(1, 0, 2), np.float64)
 
-    def remote_share(self, use: npt.NDArray[np.number], groups: Int64Array) -> float:
-        """Expected share of the requests' picks that another node than their group's serves.
-
-        Args:
-            use: [n, L, E], picks of each request. groups: int64 [n].
-        """
-        by_group = np.zeros((self.cluster.num_groups, *use.shape[1:]))
-        np.add.at(by_group, groups, use)
-        return float(1 - (by_group * self.local_share).sum() / max(float(by_group.sum()), 1.0))
-
 
 def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int = 0) -> Routes:
     """Apply a replica rule.
@@ -360,6 +318,7 @@ def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int 
     An even deal to S sources from c replicas: a seeded order of the sources, then the replicas in turn from a seeded
     start, so that no replica gets two sources more than another.
     """
+    rule = ReplicaRule(rule)
     if rule is ReplicaRule.HASH:
         return Routes(placement, cluster, rule, None)
     slots, count = placement.replica_slots, placement.replica_count  # [L, E, X], [L, E]
@@ -414,6 +373,11 @@ class StepCounts(NamedTuple):
     picks: Int32Array
     touched: Int32Array
 
+    @classmethod
+    def empty(cls, *shape: int) -> StepCounts:
+        """Arrays to count into; the shape ends with L, P."""
+        return cls(np.empty((*shape, shape[-1]), np.int32), np.empty(shape, np.int32), np.empty(shape, np.int32))
+
 
 def step_messages(
     routes: Routes,
@@ -431,10 +395,8 @@ def step_messages(
             row's index within its group's micro-batch (what the `hash` rule hashes).
         out: arrays to reuse.
     """
-    layers, gpus = routes.placement.num_layers, routes.cluster.num_gpus
     if out is None:
-        shapes = (layers, gpus, gpus), (layers, gpus), (layers, gpus)
-        out = StepCounts(*(np.empty(shape, np.int32) for shape in shapes))
+        out = StepCounts.empty(routes.placement.num_layers, routes.cluster.num_gpus)
     rule = routes.gpu, routes.replica_gpu, routes.placement.replica_count, routes.slot is None
     _messages.step_messages(experts, rows, sources, indices, *rule, routes.cluster.gpus_per_node, dispatch.code, *out)
     return out

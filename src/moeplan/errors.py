@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["FormatError", "MoeplanError", "OutputError", "PlanError", "ServerError", "UsageError", "located"]
+__all__ = ["FormatError", "MoeplanError", "OutputError", "PlanError", "ServerError", "UsageError", "expect", "located"]
 
 
 class MoeplanError(Exception):
@@ -54,6 +54,16 @@ class UsageError(MoeplanError):
 
 class PlanError(UsageError):
     """A plan cannot exist as asked: slots that do not divide, more groups than requests."""
+
+
+def expect(value: object, kind: type | tuple[type, ...], hint: str) -> None:
+    """Refuse an argument of another type than `kind`, with what to give instead.
+
+    Raises:
+        UsageError: it is not of that type.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{str(value)[:60]!r} is of type {type(value).__name__}", hint=f"give {hint}")
 
 
 class OutputError(MoeplanError):

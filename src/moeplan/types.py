@@ -26,7 +26,7 @@ def expert_dtype(num_experts: int, *, fewer_picks: bool = False) -> type[np.uint
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What moeplan must know of a model to plan for it.
+    """The MoE dimensions of a model that a trace or a plan holds.
 
     Attributes:
         name: the model's name, as the trace gives it.

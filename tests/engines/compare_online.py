@@ -61,12 +61,12 @@ def main() -> None:
     start = time.perf_counter()
     made = online.rebalance(plan, counts, plan.slots, nearest=False)
     seconds = time.perf_counter() - start
-    print("synthetic; copies taken by vLLM's rule; on this machine")
+    print("synthetic; replicas selected by vLLM's rule; on this machine")
     print(f"{'':22}{'kept at home':>14}{'GPU load':>12}{'to new GPU':>13}{'to new node':>14}{'seconds':>10}")
     line("the plan, kept", plan, plan.slots, use, 0.0)
     line("vLLM 0.33.0's policy", plan, own["slots"].astype(np.int32), use, own["seconds"])
     line("online", plan, made, use, seconds)
-    print(f"of {LAYERS * SLOTS} copies")
+    print(f"of {LAYERS * SLOTS} replicas")
 
 
 if __name__ == "__main__":

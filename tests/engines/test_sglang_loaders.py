@@ -15,7 +15,7 @@ from moeplan.cli.app import run as command_line
 from moeplan.cluster import Cluster, ReplicaRule, routes
 from moeplan.engines import sglang, vllm
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import ExpertLayout
+from moeplan.engines.report import EpSettings
 from moeplan.model.spec import ModelSpec, Moe
 from moeplan.planning.balance import rebalance_experts
 from moeplan.planning.expected_load import load_ratio, shared_gpu_load
@@ -186,7 +186,7 @@ def test_what_sglang_does_not_notice_our_check_does(answers: Any, name: str) -> 
         assert made[name][0]["copies"][1, EXPERTS - 1] > made["ours"][0]["copies"][1, EXPERTS - 1] - 1
         assert 3 in {int(slot) for rank in made[name] for slot in rank["all"][1, EXPERTS - 1]}
     spec = ModelSpec(layers=LAYERS, moe=Moe(experts=EXPERTS, layers=MOE))
-    report = sglang.examine(folder / f"{name.replace(' ', '-')}.json", spec, ExpertLayout(RANKS, NODES, REDUNDANT))
+    report = sglang.examine(folder / f"{name.replace(' ', '-')}.json", spec, EpSettings(RANKS, NODES, REDUNDANT))
     assert not report.ok
     places = {"minus one": "layer 1), slot 3", "a layer too few": "physical_to_logical_map", "a slot too many": "row 0"}
     assert places[name] in report.errors[0].line(report.path)
@@ -203,7 +203,7 @@ def test_deepseeks_maps_are_plans(answers: Any, name: str, tmp_path: Path) -> No
     path = tmp_path / "deepseek.json"
     path.write_text(json.dumps({"physical_to_logical_map": theirs.tolist()}))
     spec = ModelSpec(layers=LAYERS, moe=Moe(experts=16, layers=MOE))
-    placement = sglang.examine(path, spec, ExpertLayout(4, 2)).require_placement()
+    placement = sglang.examine(path, spec, EpSettings(4, 2)).require_placement()
     np.testing.assert_array_equal(placement.physical_to_logical, theirs[list(MOE)])
 
 

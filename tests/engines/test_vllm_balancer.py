@@ -13,7 +13,7 @@ import pytest
 
 from moeplan.engines import vllm
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import ExpertLayout
+from moeplan.engines.report import EpSettings
 from moeplan.model.spec import ModelSpec, Moe
 from moeplan.planning.balance import rebalance_experts
 from moeplan.planning.expected_load import load_ratio, shared_gpu_load
@@ -159,5 +159,5 @@ def test_vllms_maps_are_plans(answers: dict[str, Any], name: str, tmp_path: Path
     np.save(path, theirs)
     spec = ModelSpec(layers=6, moe=Moe(experts=EXPERTS, layers=MOE))
     np.testing.assert_array_equal(
-        vllm.examine(path, spec, ExpertLayout(RANKS, NODES)).require_placement().physical_to_logical, theirs
+        vllm.examine(path, spec, EpSettings(RANKS, NODES)).require_placement().physical_to_logical, theirs
     )

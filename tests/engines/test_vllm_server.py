@@ -227,10 +227,8 @@ def test_a_recording_that_stops_goes_on(
 ) -> None:
     from moeplan.model.config import described
     from moeplan.record import recording
-    from moeplan.record.http_client import Server
-    from moeplan.record.prompts import read_prompts
-    from moeplan.record.server import ServingOptions, record_served, served_model
-    from moeplan.record.vllm import VllmEngine
+    from moeplan.record.server import ServedOptions
+    from moeplan.record.vllm import record_vllm
 
     class StopError(Exception):
         pass
@@ -242,12 +240,9 @@ def test_a_recording_that_stops_goes_on(
     monkeypatch.setattr(recording, "PART_PICKS", 1)
     url, log = server
     with shown_on_failure(log):
-        asked = Server(url)
-        name, positions = served_model(asked, None)
-        engine, options = VllmEngine.of(asked, name), ServingOptions(max_new_tokens=NEW)
-        rows, spec, out = read_prompts(prompts), described(model), tmp_path / "cut"
+        options, out = ServedOptions(model=described(model), max_new_tokens=NEW), tmp_path / "cut"
         with pytest.raises(StopError):
-            record_served(asked, engine, name, positions, rows, out, spec=spec, options=options, progress=stop_at_ten)
+            record_vllm(prompts, out, options, url=url, progress=stop_at_ten)
         stopped = open_trace(out)
         assert not stopped.complete and len(stopped.requests) == 10
         whole, resumed = record(url, model, prompts, tmp_path / "whole"), record(url, model, prompts, out, "--resume")

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moeplan.cli.app import run
-from moeplan.engines.placement_files import ENGINES, EnginePlacement, ExpertLayout, Report, examine, write
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.placement_files import ENGINES, examine, write
+from moeplan.engines.report import EpSettings, Report
 from moeplan.errors import FormatError, UsageError
 from moeplan.model.spec import ModelSpec, Moe
 
@@ -48,12 +50,12 @@ def placement(
 
 def known(
     experts: int, layers: int, moe: tuple[int, ...], ep_size: int, nodes: int, redundant: int | None = None
-) -> tuple[ModelSpec, ExpertLayout]:
+) -> tuple[ModelSpec, EpSettings]:
     spec = ModelSpec(layers=layers, moe=Moe(experts=experts, layers=moe))
-    return spec, ExpertLayout(ep_size, nodes, redundant)
+    return spec, EpSettings(ep_size, nodes, redundant)
 
 
-def known_of(made: EnginePlacement, layers: int = LAYERS) -> tuple[ModelSpec, ExpertLayout]:
+def known_of(made: EnginePlacement, layers: int = LAYERS) -> tuple[ModelSpec, EpSettings]:
     return known(made.num_experts, layers, made.layer_ids, made.ep_size, made.nodes, made.redundant)
 
 
@@ -340,7 +342,7 @@ def test_the_numbers_of_the_plug_ins_file_agree_with_its_map(tmp_path: Path) -> 
         report = look(tmp_path, "vllm", json.dumps({**good, key: value}))
         line = report.errors[0].line(report.path)
         assert place in line and what in line, line
-    report = look(tmp_path, "vllm", json.dumps(good), ModelSpec(moe=Moe(layers=(1, 2))), ExpertLayout(8))
+    report = look(tmp_path, "vllm", json.dumps(good), ModelSpec(moe=Moe(layers=(1, 2))), EpSettings(8))
     assert "is 4, but --ep-size says 8" in report.errors[0].what
     assert any("differ in 3, 4, 5, 6" in finding.what for finding in report.errors)
 

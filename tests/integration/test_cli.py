@@ -13,7 +13,7 @@ import pytest
 
 from helpers.command_line import refused
 from moeplan.cli.app import run
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import TraceWriter
 from moeplan.types import ModelShape
 
@@ -23,7 +23,7 @@ FAST = ["--folds", "1", "--steps", "5"]
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cli") / "trace"
-    generate("demo", place, requests=80, seed=2)
+    generate("demo", place, WorkloadSettings(requests=80, seed=2))
     return place
 
 
@@ -116,6 +116,9 @@ def test_a_wrong_field_of_a_plan_is_named(
     [
         (["--strategy", "eplb", "--objective", "balance"], "--objective is for the strategy moeplan"),
         (["--strategy", "paper", "--guard", "2"], "--guard is for the strategy moeplan"),
+        (["--strategy", "eplb", "--clusters", "4"], "--clusters is for the strategies paper and paper-unbalanced"),
+        (["--clusters", "4"], "--clusters is for the strategies paper and paper-unbalanced"),
+        (["--strategy", "eplb,paper"], "--strategy eplb,paper names several"),
         (["--block", "9" * 20], "--block 99999999999999999999 is more than any trace has"),
     ],
 )
@@ -179,6 +182,7 @@ def test_slots_that_do_not_divide(trace: Path, capsys: pytest.CaptureFixture[str
         (["--block", "0"], "not positive"),
         (["--clusters", "0"], "not positive"),
         (["--clusters", "1000", "--nodes", "2", "--gpus-per-node", "2"], "1000 clusters for"),
+        (["--clusters", "4", "--strategies", "linear,eplb"], "--clusters is for the strategies paper"),
         (["--hidden", "0"], "not positive"),
         (["--signature-tokens", "0"], "not positive"),
         (["--signature-tokens", "10000"], "smaller --signature-tokens"),
@@ -199,7 +203,7 @@ def test_wrong_flags(trace: Path, flags: list[str], says: str, capsys: pytest.Ca
 
 def test_more_groups_than_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "few"
-    generate("demo", place, requests=6, seed=2)
+    generate("demo", place, WorkloadSettings(requests=6, seed=2))
     assert "groups for" in refused(["compare", place, "--nodes", "4", "--gpus-per-node", "2"], capsys)
     assert "groups for" in refused(
         ["plan", place, "--nodes", "8", "--gpus-per-node", "2", "-o", tmp_path / "p"], capsys

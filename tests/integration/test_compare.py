@@ -15,21 +15,21 @@ from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, token_me
 from moeplan.errors import PlanError, UsageError
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
-from moeplan.planning import RequestSet, Signature, read_requests, solve
+from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import PlanningTask
+from moeplan.planning.requests import Spans, blocks, split
 from moeplan.planning.router import LocalityRouter
-from moeplan.planning.strategies.paper import PaperParams
+from moeplan.planning.strategies.paper import PaperStrategy
 from moeplan.replay.compare import compare
 from moeplan.replay.evaluate import evaluate
 from moeplan.replay.evaluator import FoldEvaluator
-from moeplan.replay.measure import measure_requests
+from moeplan.replay.measure import measure_requests, sample_steps
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.replay.split import Draws, blocks, draw_steps, least_requests, live_requests, split
-from moeplan.replay.statistics import Figure, block_weights, figure_of_ratio, noise_floor, significantly_below
-from moeplan.replay.steps import sample_steps
+from moeplan.replay.split import Draws, draw_steps, least_requests, live_requests
+from moeplan.replay.statistics import MeasuredValue, block_weights, figure_of_ratio, noise_floor, significantly_below
 from moeplan.replay.table import Comparison
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
 
@@ -38,7 +38,9 @@ ALL = ("random", "linear", "eplb", "affinity", "paper")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> RequestSet:
-    return read_requests(generate("demo", tmp_path_factory.mktemp("demo") / "t", requests=160, seed=1))
+    return read_requests(
+        generate("demo", tmp_path_factory.mktemp("demo") / "t", WorkloadSettings(requests=160, seed=1))
+    )
 
 
 # ---- splits and steps
@@ -66,7 +68,7 @@ def test_blocks_follow_the_trace_s_own_order() -> None:
 
 
 def test_steps_draw_by_length_and_uniformly_in_position() -> None:
-    span = np.array([[0, 10], [10, 40]])
+    span = np.array([[0, 10], [10, 40]]).T
     draws = draw_steps(span, 20_000, np.random.default_rng(0))
     assert (draws.row >= span[:, 0]).all() and (draws.row < span[:, 1]).all()
     first = draws.key.argmin(axis=1)
@@ -150,9 +152,9 @@ def test_block_weights_draw_whole_blocks() -> None:
 def test_beating_needs_a_paired_interval() -> None:
     rng = np.random.default_rng(0)
     shared = rng.normal(size=1000)
-    a, b = Figure(1.0, 1.0 + shared), Figure(1.1, 1.1 + shared + 0.01 * rng.normal(size=1000))
+    a, b = MeasuredValue(1.0, 1.0 + shared), MeasuredValue(1.1, 1.1 + shared + 0.01 * rng.normal(size=1000))
     assert significantly_below(a, b) and not significantly_below(b, a)
-    assert not significantly_below(Figure(1.0, 1.0 + rng.normal(size=1000)), b)
+    assert not significantly_below(MeasuredValue(1.0, 1.0 + rng.normal(size=1000)), b)
 
 
 def test_noise_floor_by_hand() -> None:
@@ -176,7 +178,7 @@ def test_figures_equal_a_naive_loop(demo: RequestSet, rule: ReplicaRule, home: D
         load = np.zeros((place.num_layers, cluster.num_gpus))
         group_node = int(cluster.group_node(group[i]))
         remote = 0.0
-        for row in range(*demo.measured_span[i]):
+        for row in range(*demo.spans.measured[:, i]):
             for layer in range(place.num_layers):
                 for e in demo.experts[row, layer]:
                     share = plan.routes.share(layer)[group[i], e]
@@ -191,12 +193,9 @@ def test_steps_by_hand() -> None:
     """Two nodes of one GPU, one layer, top-1; each group has one live request."""
     experts = np.array([[[0]], [[1]], [[1]], [[1]]], np.uint8)
     span = np.array([[0, 1], [1, 2]])
-    shape = ModelShape("hand", 1, 2, 1)
-    names = ("x",)
-    none = np.zeros(2, np.int64)
     demo = RequestSet(
-        shape, experts, np.arange(2), 2, none, names, span, span, span, none, "decode", Signature(), ()
-    )  # fmt: skip
+        ModelShape("hand", 1, 2, 1), experts, Spans(span, span, span), np.arange(2), np.zeros(2, np.int64)
+    )
     cluster = Cluster(2, 1)
     plan = solve(demo.problem(PlanningTask(cluster)), "linear")
     draws = Draws(np.zeros((1, 2), np.float32), np.array([[0, 1]]), np.zeros((1, 2), np.float32))
@@ -214,7 +213,7 @@ def test_steps_by_hand() -> None:
 
 
 def test_compare_is_deterministic_and_whole(demo: RequestSet) -> None:
-    settings = EvaluationSettings(folds=2, steps=30, draws=100)
+    settings = EvaluationSettings(folds=2, steps=30, bootstrap_draws=100)
     first, second = (
         compare(demo, Cluster(4, 2), (*ALL, "paper-unbalanced"), redundant=8, settings=settings).to_dict()
         for _ in range(2)
@@ -250,7 +249,7 @@ def test_bytes_are_null_without_a_hidden_size_and_never_guessed(tmp_path: Path) 
         for _ in range(24):
             writer.add(np.argsort(rng.random((20, 2, 8)), axis=2)[:, :, :2], prefill=8)
     requests = read_requests(open_trace(tmp_path / "t"))
-    settings = EvaluationSettings(folds=1, steps=5, draws=20)
+    settings = EvaluationSettings(folds=1, steps=5, bootstrap_draws=20)
     row = compare(requests, Cluster(2, 2), ("linear",), settings=settings).row("linear")
     assert row.figures["inter_node_bytes_per_token"].value is None
     settings = dataclasses.replace(settings, hidden=7168)
@@ -262,7 +261,7 @@ def test_bytes_are_null_without_a_hidden_size_and_never_guessed(tmp_path: Path) 
 
 
 def test_allgather_bytes_do_not_depend_on_the_plan(demo: RequestSet) -> None:
-    settings = EvaluationSettings(folds=1, steps=10, draws=20)
+    settings = EvaluationSettings(folds=1, steps=10, bootstrap_draws=20)
     table = compare(demo, Cluster(4, 2), ALL, dispatch=Dispatch.ALLGATHER, settings=settings)
     assert len({row.figures["inter_node_bytes_per_token"].value for row in table.rows}) == 1
     assert all(row.figures["padded_ratio"].value == 1.0 for row in table.rows)
@@ -271,7 +270,7 @@ def test_allgather_bytes_do_not_depend_on_the_plan(demo: RequestSet) -> None:
 
 def test_replaying_a_plan(demo: RequestSet) -> None:
     plan = solve(demo.problem(PlanningTask(Cluster(4, 2))), "paper")
-    found = evaluate(plan, demo, EvaluationSettings(steps=20, draws=50))
+    found = evaluate(plan, demo, EvaluationSettings(steps=20, bootstrap_draws=50))
     table = found.table
     assert [row.name for row in table.rows] == ["linear", "paper", "paper/none"]
     paper, linear = table.row("paper").figures["remote_share"].value, table.row("linear").figures["remote_share"].value
@@ -296,8 +295,8 @@ def test_usable_requests_are_counted_and_said(tmp_path: Path) -> None:
     requests = read_requests(trace)
     assert requests.index.tolist() == [0] and "1 of 5 requests" in requests.notes[0]
     stand_in = read_requests(trace, signature_tokens=4)
-    assert stand_in.index.tolist() == [0, 2] and stand_in.stands_in == "first 4 decode tokens"
-    assert stand_in.signature_span[1].tolist() == [19, 23] and stand_in.use_span[1].tolist() == [23, 39]
+    assert stand_in.index.tolist() == [0, 2] and stand_in.known.stands_in == "first 4 decode tokens"
+    assert stand_in.spans.signature[:, 1].tolist() == [19, 23] and stand_in.spans.use[:, 1].tolist() == [23, 39]
     with pytest.raises(UsageError, match="smaller --signature-tokens"):
         read_requests(trace, signature_tokens=400)
 
@@ -316,9 +315,9 @@ def test_prefill_only_and_unknown_phases(tmp_path: Path) -> None:
 
 def test_phases_measured(tmp_path: Path) -> None:
     trace = _trace(tmp_path / "t", [(20, 5), (30, 0)])
-    assert read_requests(trace, phase="prefill").measured_span.tolist() == [[0, 5]]
-    assert read_requests(trace, phase="mixed").measured_span.tolist() == [[0, 20]]
-    assert read_requests(trace, phase="mixed").use_span.tolist() == [[5, 20]]
+    assert read_requests(trace, phase="prefill").spans.measured.tolist() == [[0], [5]]
+    assert read_requests(trace, phase="mixed").spans.measured.tolist() == [[0], [20]]
+    assert read_requests(trace, phase="mixed").spans.use.tolist() == [[5], [20]]
 
 
 # ---- the real sets
@@ -345,7 +344,7 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
 @pytest.mark.parametrize("name", SETS)
 def test_real_sets(real: dict[str, RequestSet], name: str) -> None:
     gpus, _, block = SETS[name]
-    settings = EvaluationSettings(block=block, steps=40, draws=200)
+    settings = EvaluationSettings(block=block, steps=40, bootstrap_draws=200)
     table: Comparison = compare(real[name], Cluster(8, gpus), ALL, settings=settings)
     linear = table.row("linear").figures
     assert linear["remote_share"].value == pytest.approx(0.875, abs=0.01)
@@ -366,8 +365,8 @@ def test_the_unbalanced_original_is_as_the_prototype(
     changes = []
     for seed in range(4):
         cluster = Cluster(8, SETS[name][0])
-        settings = EvaluationSettings(seed=seed, steps=1, draws=10)
-        table = compare(real[name], cluster, (PaperParams(8, equal=False),), settings=settings)
+        settings = EvaluationSettings(seed=seed, steps=1, bootstrap_draws=10)
+        table = compare(real[name], cluster, (PaperStrategy(8, equal=False),), settings=settings)
         share = table.row("paper-unbalanced").figures["remote_share"].value
         assert share is not None
         changes.append(100 * (share / 0.875 - 1))

@@ -127,6 +127,15 @@ def test_the_page_shows_what_the_commands_print(page: Path, made: dict[str, tupl
     )
 
 
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, {})
+    for language, code in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")):
+        if language == "python":
+            terminal.execute(code)
+    assert {"plan", "placement.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
 if __name__ == "__main__":
     plans: dict[str, tuple[Path, str]] = {}
     with tempfile.TemporaryDirectory() as top:

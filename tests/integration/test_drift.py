@@ -1,4 +1,4 @@
-"""Living plans: a stored plan is called stale when planning anew helps beyond noise, and only then."""
+"""Drift detection: a stored plan is called stale if a new plan is better by more than noise, and only then."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from moeplan.errors import MoeplanError, UsageError
 from moeplan.planning import Plan, read_requests, solve
 from moeplan.planning.plan import PlanningTask
 from moeplan.replay.drift import FRESH, OLD, DriftReport, check_drift, detect_drift
-from moeplan.replay.run import check_shape
+from moeplan.replay.evaluator import check_shape
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import Trace, TraceWriter, open_trace
 from moeplan.types import ModelShape
 
@@ -86,7 +86,7 @@ def test_other_domains_make_a_plan_stale(
         arguments = ["drift", str(parts["chat-prose"]), "--plan", str(plan), "--json", str(out)]
         assert run(arguments) == 1
         text = capsys.readouterr().out
-        assert "stale: planning anew lowers remote_share" in text and f"--plan {plan} --max-moves" in text
+        assert "stale: a new plan lowers remote_share" in text and f"--plan {plan} --max-moves" in text
         found.append(json.loads(out.read_text()))
         for row in found[-1]["strategies"].values():
             del row["fit_seconds"]
@@ -101,8 +101,8 @@ def test_nothing_changed_and_no_wolf_cried(strategy: str, tmp_path: Path) -> Non
     """Generated traffic of one and the same kind: intervals of 95 % leave room for one alarm in so many, not two."""
     alarms = []
     for seed in range(4):
-        old = generate("demo", tmp_path / f"old{seed}", requests=160, seed=2 * seed, layers=2)
-        new = generate("demo", tmp_path / f"new{seed}", requests=160, seed=2 * seed + 1, layers=2)
+        old = generate("demo", tmp_path / f"old{seed}", WorkloadSettings(requests=160, seed=2 * seed, layers=2))
+        new = generate("demo", tmp_path / f"new{seed}", WorkloadSettings(requests=160, seed=2 * seed + 1, layers=2))
         alarms.append(verdict(planned(old, strategy, seed), new, seed).stale)
     assert sum(alarms) <= 1, alarms
 

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import yaml
 
+import moeplan
 from helpers.command_line import refused
 from moeplan import embedded
 from moeplan.cli.app import run
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.engines.from_placement import plan_from_placement
 from moeplan.engines.launch import Serving, launch
-from moeplan.engines.placement_files import ENGINES, EnginePlacement, write
+from moeplan.engines.placement import EnginePlacement
+from moeplan.engines.placement_files import ENGINES, write
 from moeplan.engines.vllm import own_strategy, read
 from moeplan.errors import OutputError, PlanError, UsageError
 from moeplan.planning import read_requests
 from moeplan.planning.balance import balance, candidates, gpu_load, gpu_load_ratio, spread_slots
+from moeplan.planning.expected_load import remote_share
 from moeplan.planning.store import load_plan
 from moeplan.replay.measure import measure_requests
 from moeplan.trace import open_trace
@@ -164,15 +167,38 @@ def test_the_layers_are_taken_from_the_config_and_never_guessed(
     line = refused([*export, "--num-layers", 3, "--dense-layers", "0,1"], capsys)
     assert "experts in layer 1, which has none" in line
     line = refused([*export, "--num-layers", 2], capsys)
-    assert (
-        "places layer 2, but by the flags there are 2 hidden layers, 0 to 1; give the model's own --num-layers" in line
-    )
+    assert "places layer 2, but the model given has 2 hidden layers" in line
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"num_hidden_layers": 3, "n_routed_experts": 8, "first_k_dense_replace": 1}))
-    assert "for 4 experts, the config for 8" in refused([*export, "--config", config], capsys)
+    assert "for 4 experts, the model given has 8" in refused([*export, "--config", config], capsys)
     config.write_text(json.dumps({"num_hidden_layers": 3, "n_routed_experts": 4, "first_k_dense_replace": 1}))
     assert run([str(a) for a in [*export, "--config", config]]) == 0
     assert len(json.loads(out.read_text())["physical_to_logical_map"]) == 3
+
+
+def test_rows_of_a_bare_placement_are_the_moe_layers_of_the_model(tmp_path: Path) -> None:
+    """DeepSeek-V3: 58 MoE layers of 61, the first three dense."""
+    counts, cluster = np.random.default_rng(0).integers(1, 100, (58, 256)), Cluster(4, 8)
+    model, placement = moeplan.load_model("deepseek-v3"), balance(counts, cluster, redundant=32)
+    written = []
+    for number, rows in enumerate((placement.slots, np.vstack((placement.slots[:3], placement.slots)))):
+        place, file = Placement(rows, 256, 4, 8), str(tmp_path / f"{number}.json")
+        report = moeplan.export(place, "sglang", file, model=model)
+        assert report.placement.layer_ids == tuple(range(3, 61)) and report.hidden_layers == 61
+        assert repr(moeplan.check(file, "sglang", model)).startswith(
+            f"{file}, sglang: valid\nnot checked: that the eng"
+        )
+        written.append(json.loads(Path(file).read_text())["physical_to_logical_map"])
+    assert written[0] == written[1] and written[0][3:] == placement.slots.tolist() and len(written[0]) == 61
+    with pytest.raises(UsageError, match="40 rows, the model given 58 MoE layers of 61"):
+        moeplan.export(Placement(placement.slots[:40], 256, 4, 8), "sglang", tmp_path / "no.json", model=model)
+    with pytest.warns(UserWarning, match="assumed that every hidden layer is one of the 58 MoE layers"):
+        report = moeplan.export(placement, "sglang", tmp_path / "all.json")
+    assert "assumed" in repr(report) and not moeplan.check(report.path, "sglang", model).ok
+    with pytest.raises(UsageError, match=r"row 0 of the counts has no pick.*moe_layers"):
+        balance(np.vstack((np.zeros((3, 256)), counts)), cluster, redundant=32)
+    back = moeplan.import_placement(tmp_path / "0.json", "sglang", model, moeplan.EpSettings(32, 4), dispatch="node")
+    assert (back.placement.slots == placement.slots).all() and back.dispatch is Dispatch.NODE
 
 
 def test_families_whose_config_has_no_rule_are_known_by_name(tmp_path: Path) -> None:
@@ -268,7 +294,7 @@ def test_launch_flags_follow_the_plan() -> None:
         assert flag in pick.text()
     none = launch("sglang", made, "f.json", Serving(2, Dispatch.ALLGATHER))
     assert "--moe-a2a-backend none" in none.text() and "--ep-dispatch-algorithm dynamic" in none.text()
-    assert none.rule is ReplicaRule.HASH  # rows take copies in turn
+    assert none.rule is ReplicaRule.HASH  # rows take replicas in turn
     vllm = launch("vllm", made, "f.json", Serving(2, Dispatch.NODE))
     assert "MOEPLAN_VLLM_PLAN=f.json" in vllm.text() and '"num_redundant_experts": 8' in vllm.text()
     assert "--tensor-parallel-size 4 --data-parallel-size 2" in vllm.text()
@@ -297,7 +323,7 @@ def test_the_share_is_that_of_the_replay(plan: Path) -> None:
     for rule in (ReplicaRule.NEAREST_STATIC, ReplicaRule.HASH):
         served = dataclasses.replace(loaded, replica_rule=rule)
         figures = measure_requests(requests, np.arange(len(requests)), groups, served)
-        ours = served.routes.remote_share(requests.measured, groups)
+        ours = remote_share(served.routes, requests.measured, groups)
         assert ours == pytest.approx(figures.remote.sum() / figures.picks.sum(), rel=1e-5)
 
 
@@ -520,7 +546,7 @@ def test_a_trace_that_is_not_there_leaves_no_file(
 
 
 def test_a_layer_that_the_plan_skips_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moeplan.engines.layer_axis import left_out
+    from moeplan.engines.exporting import left_out
 
     assert left_out((1, 3, 5, 9)) == (7,) and left_out((3, 4, 5)) == () and left_out((2,)) == ()
     assert left_out((0, 1, 2, 3, 7, 8)) == (4, 5, 6)
@@ -536,4 +562,7 @@ def test_an_import_without_the_model_names_every_flag(
     file = tmp_path / "file.json"
     assert run(["export", str(plan), "--engine", "sglang", "--config", CONFIG, "-o", str(file)]) == 0
     line = refused(["import", "placement", file, "--engine", "sglang", "-o", tmp_path / "back"], capsys)
-    assert "give --config, or all of --num-experts, --num-layers, --dense-layers and --top-k; and --ep-size" in line
+    assert (
+        "give model (--config), or all of --num-experts, --num-layers, --dense-layers and --top-k; and --ep-size"
+        in line
+    )

@@ -19,14 +19,15 @@ from helpers.fake_server import DENSE, EXPERTS, LAYERS, TOP_K, Fake, new_of, pic
 from moeplan.errors import FormatError, MoeplanError, OutputError, ServerError, UsageError
 from moeplan.model.config import described
 from moeplan.model.spec import ModelSpec
+from moeplan.progress import Progress, silent
 from moeplan.record import http_client as http
 from moeplan.record import recording
 from moeplan.record import server as serving
-from moeplan.record.http_client import Server, ServerOptions
+from moeplan.record.http_client import Server
 from moeplan.record.prompts import Prompt
-from moeplan.record.server import ServingOptions, in_order, record_served, served_model
-from moeplan.record.sglang import SglangEngine
-from moeplan.record.vllm import VllmEngine
+from moeplan.record.server import ServedOptions, in_order, served_model
+from moeplan.record.sglang import record_sglang
+from moeplan.record.vllm import record_vllm
 from moeplan.trace import open_trace
 from moeplan.trace.reader import Trace
 
@@ -63,18 +64,19 @@ def prompts_of(count: int = 12) -> list[Prompt]:
     return made
 
 
-def record(fake: Fake, out: Path, prompts: list[Prompt] | None = None, **options: Any) -> Trace:
-    patience = ServerOptions(timeout=options.pop("timeout", 60), retries=options.pop("retries", 2))
-    server = Server(fake.url, options=patience)
-    facts, openai = options.pop("facts", FACTS), options.pop("openai", False)
-    rest = {key: options.pop(key) for key in ("resume", "progress", "dense_layers") if key in options}
-    model, positions = served_model(server, options.pop("model", None))
-    sglang = fake.engine == "sglang"
-    engine = SglangEngine.of(server, model, facts, openai=openai) if sglang else VllmEngine.of(server, model)
-    chosen = ServingOptions(**{"max_new_tokens": 6, **options})
-    return record_served(
-        server, engine, model, positions, prompts or prompts_of(), out, options=chosen, spec=facts, **rest
-    )
+def record(
+    fake: Fake,
+    out: Path,
+    prompts: list[Prompt] | None = None,
+    progress: Progress = silent,
+    openai: bool = False,
+    **options: Any,
+) -> Trace:
+    chosen = ServedOptions(**{"max_new_tokens": 6, "timeout": 60, "retries": 2, "model": FACTS, **options})
+    asked = prompts or prompts_of()
+    if fake.engine == "sglang":
+        return record_sglang(asked, out, chosen, url=fake.url, openai=openai, progress=progress)
+    return record_vllm(asked, out, chosen, url=fake.url, progress=progress)
 
 
 def expected(prompt: Prompt, new: int = 6) -> tuple[np.ndarray, int]:
@@ -180,16 +182,16 @@ def test_the_flag_is_missing(fake: Fake, tmp_path: Path) -> None:
 
 def test_what_is_not_known_of_the_model_is_asked_for_at_once(fake: Fake, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"give --num-experts, e.g. 128, or --config config.json"):
-        record(fake, tmp_path / "t", facts=ModelSpec())
+        record(fake, tmp_path / "t", model=ModelSpec())
     assert not fake.bodies()
     fake.engine = "sglang"
     with pytest.raises(UsageError, match=r"picks without their shape; give --config .*--num-layers"):
-        record(fake, tmp_path / "t", facts=ModelSpec().override(num_experts=EXPERTS))
+        record(fake, tmp_path / "t", model=ModelSpec().override(num_experts=EXPERTS))
     fake.engine = "vllm"
     with pytest.raises(FormatError, match=r"row 0.*: 4 hidden layers, but the config or a flag says 5"):
-        record(fake, tmp_path / "t", facts=ModelSpec().override(num_experts=EXPERTS, num_layers=5))
+        record(fake, tmp_path / "t", model=ModelSpec().override(num_experts=EXPERTS, num_layers=5))
     with pytest.raises(FormatError, match=r"is outside 0..7; check the number of experts"):
-        record(fake, tmp_path / "t", facts=ModelSpec().override(num_experts=8))
+        record(fake, tmp_path / "t", model=ModelSpec().override(num_experts=8))
 
 
 def test_models(fake: Fake, tmp_path: Path) -> None:
@@ -308,7 +310,7 @@ def test_another_recording_is_not_resumed(fake: Fake, tmp_path: Path, small_part
     for prompts, options, message in (
         (prompts_of(11), {}, "begun with prompts_sha256"),
         (prompts_of(), {"max_new_tokens": 5}, "begun with max_new_tokens 6, not 5"),
-        (prompts_of(), {"facts": ModelSpec().override(num_experts=17)}, "another shape"),
+        (prompts_of(), {"model": ModelSpec().override(num_experts=17)}, "another shape"),
     ):
         for path in (tmp_path / "t", tmp_path / "whole"):  # cut off, and complete
             before = files_of(path)
@@ -350,9 +352,10 @@ def test_options_out_of_range() -> None:
         {"max_new_tokens": 0},
         {"temperature": -1.0},
         {"seed": -1},
+        {"timeout": 0.0},
     ):
         with pytest.raises(UsageError, match=f"--{next(iter(options)).replace('_', '-')} "):
-            ServingOptions(**options)  # type: ignore[arg-type]
+            ServedOptions(**options)  # type: ignore[arg-type]
 
 
 def test_a_folder_will_do_as_config(tmp_path: Path) -> None:

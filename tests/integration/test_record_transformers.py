@@ -20,7 +20,7 @@ from moeplan.cli.app import run as command_line  # noqa: E402
 from moeplan.errors import MoeplanError, UsageError  # noqa: E402
 from moeplan.record import recording  # noqa: E402
 from moeplan.record.prompts import Prompt, read_prompts  # noqa: E402
-from moeplan.record.transformers import RecordOptions, record_model  # noqa: E402
+from moeplan.record.transformers import TransformersOptions, record_transformers  # noqa: E402
 from moeplan.record.transformers_model import LoadedModel, load_model  # noqa: E402
 from moeplan.trace import open_trace  # noqa: E402
 from moeplan.trace.retention import RetentionPolicy  # noqa: E402
@@ -155,7 +155,9 @@ def test_picks_equal_those_computed_by_hand(family: str, tmp_path: Path) -> None
     config, settings, path, layers, rule = FAMILIES[family]
     model, prompts = build(config, settings), token_prompts()
     loaded = LoadedModel.of(model, None, family)
-    trace = record_model(loaded, prompts, tmp_path / "t", RecordOptions(max_new_tokens=NEW, batch_size=4, weights=True))
+    trace = record_transformers(
+        loaded, prompts, tmp_path / "t", TransformersOptions(max_new_tokens=NEW, batch_size=4, keep_gate_weights=True)
+    )
     assert trace.complete and trace.shape.layer_ids == layers and trace.shape.num_experts == EXPERTS
     assert trace.shape.hidden == 32 and trace.shape.routing_groups == (4 if family == "deepseek-v3" else 1)
     (rows,) = trace.parts(weights=True)
@@ -175,8 +177,8 @@ def test_picks_equal_those_computed_by_hand(family: str, tmp_path: Path) -> None
 
 def test_gate_weights_belong_to_their_picks(qwen: LoadedModel, tmp_path: Path) -> None:
     prompt = token_prompts()[0]
-    options = RecordOptions(max_new_tokens=1, weights=True)
-    (rows,) = record_model(qwen, [prompt], tmp_path / "t", options).parts(weights=True)
+    options = TransformersOptions(max_new_tokens=1, keep_gate_weights=True)
+    (rows,) = record_transformers(qwen, [prompt], tmp_path / "t", options).parts(weights=True)
     inputs = router_inputs(qwen.model, "mlp.gate", (0, 1, 2), list(prompt.token_ids or ()))
     assert rows.weights is not None and len(rows.experts) == len(prompt.token_ids or ())
     for place, (router, hidden) in enumerate(inputs):
@@ -190,17 +192,17 @@ def test_gate_weights_belong_to_their_picks(qwen: LoadedModel, tmp_path: Path) -
 
 def test_a_row_has_its_own_limit(qwen: LoadedModel, tmp_path: Path) -> None:
     prompts = [replace(prompt, max_new_tokens=1 + i % 3) for i, prompt in enumerate(token_prompts())]
-    trace = record_model(qwen, prompts, tmp_path / "t", RecordOptions(batch_size=5))
+    trace = record_transformers(qwen, prompts, tmp_path / "t", TransformersOptions(batch_size=5))
     expected = [len(sampled_alone(qwen.model, p, p.max_new_tokens or 0)) - 1 for p in prompts]
     assert trace.requests.decode.tolist() == expected and max(expected) == 2
-    capped = record_model(qwen, prompts, tmp_path / "c", RecordOptions(batch_size=5, max_new_tokens=2))
+    capped = record_transformers(qwen, prompts, tmp_path / "c", TransformersOptions(batch_size=5, max_new_tokens=2))
     assert capped.requests.decode.max() == 1
 
 
 def test_draws_follow_the_seed(qwen: LoadedModel, tmp_path: Path) -> None:
     def checksum(name: str, seed: int, temperature: float = 1.0) -> str:
-        options = RecordOptions(max_new_tokens=NEW, temperature=temperature, seed=seed)
-        return record_model(qwen, token_prompts(), tmp_path / name, options).checksum
+        options = TransformersOptions(max_new_tokens=NEW, temperature=temperature, seed=seed)
+        return record_transformers(qwen, token_prompts(), tmp_path / name, options).checksum
 
     assert checksum("a", 1) == checksum("b", 1) != checksum("c", 2)
     assert checksum("d", 1, 0.0) == checksum("e", 2, 0.0) != checksum("f", 1)
@@ -229,8 +231,11 @@ def test_killed_and_resumed_equals_uninterrupted(
 ) -> None:
     monkeypatch.setattr(recording, "PART_PICKS", 1)
     monkeypatch.setattr(recording, "PART_TOKENS", 45 if keep.aggregate is None else 9)  # parts end inside batches
-    prompts, options = token_prompts(17), RecordOptions(max_new_tokens=4, batch_size=3, temperature=temperature)
-    whole = record_model(qwen, prompts, tmp_path / "whole", options, keep=keep)
+    prompts, options = (
+        token_prompts(17),
+        TransformersOptions(max_new_tokens=4, batch_size=3, temperature=temperature, retention=keep),
+    )
+    whole = record_transformers(qwen, prompts, tmp_path / "whole", options)
     assert len(list(tmp_path.glob("whole/part-*"))) >= 3 and bool(whole.dropped) == (keep.min_tokens > 1)
     resumed_from = []
     for after in range(1, 6):  # Ctrl-C after so many batches, and what a kill at the same moment would have left
@@ -242,18 +247,18 @@ def test_killed_and_resumed_equals_uninterrupted(
                 raise StopError
 
         with pytest.raises(StopError):
-            record_model(qwen, prompts, tmp_path / f"ctrl-c-{after}", options, keep=keep, progress=stop)
+            record_transformers(qwen, prompts, tmp_path / f"ctrl-c-{after}", options, progress=stop)
         for how in ("ctrl-c", "kill"):
             path = tmp_path / f"{how}-{after}"
             path.mkdir(exist_ok=True)
             (path / ".part-00009.parquet.abc.tmp").write_bytes(b"cut off")
             if (path / "trace.json").exists():
                 resumed_from.append(len(open_trace(path).requests))
-            trace = record_model(qwen, prompts, path, options, keep=keep, resume=True)
+            trace = record_transformers(qwen, prompts, path, replace(options, resume=True))
             assert trace.complete and files_of(path) == files_of(tmp_path / "whole")
     assert any(n % 3 for n in resumed_from)  # a batch was cut in two
     before = files_of(tmp_path / "whole")
-    assert record_model(qwen, prompts, tmp_path / "whole", options, keep=keep, resume=True).complete
+    assert record_transformers(qwen, prompts, tmp_path / "whole", replace(options, resume=True)).complete
     assert files_of(tmp_path / "whole") == before
 
 
@@ -262,25 +267,25 @@ def test_another_recording_is_not_resumed(qwen: LoadedModel, tmp_path: Path) -> 
         raise StopError
 
     with pytest.raises(StopError):
-        record_model(
-            qwen, token_prompts(), tmp_path / "t", RecordOptions(max_new_tokens=2, batch_size=3), progress=stop
+        record_transformers(
+            qwen, token_prompts(), tmp_path / "t", TransformersOptions(max_new_tokens=2, batch_size=3), progress=stop
         )
-    record_model(qwen, token_prompts(), tmp_path / "whole", RecordOptions(max_new_tokens=2, batch_size=3))
+    record_transformers(qwen, token_prompts(), tmp_path / "whole", TransformersOptions(max_new_tokens=2, batch_size=3))
     before = files_of(tmp_path / "t"), files_of(tmp_path / "whole")
     for prompts, options, message in (
-        (token_prompts(10), RecordOptions(max_new_tokens=2, batch_size=3), "begun with prompts_sha256"),
-        (token_prompts(), RecordOptions(max_new_tokens=2, batch_size=4), "begun with batch_size 3, not 4"),
+        (token_prompts(10), TransformersOptions(max_new_tokens=2, batch_size=3), "begun with prompts_sha256"),
+        (token_prompts(), TransformersOptions(max_new_tokens=2, batch_size=4), "begun with batch_size 3, not 4"),
         (
             token_prompts(),
-            RecordOptions(max_new_tokens=2, batch_size=3, weights=True),
+            TransformersOptions(max_new_tokens=2, batch_size=3, keep_gate_weights=True),
             "resume without --keep-gate-weights",
         ),
     ):
         for path in (tmp_path / "t", tmp_path / "whole"):  # cut off, and complete
             with pytest.raises(UsageError, match=message):
-                record_model(qwen, prompts, path, options, resume=True)
+                record_transformers(qwen, prompts, path, replace(options, resume=True))
     with pytest.raises(MoeplanError, match="already exists"):
-        record_model(qwen, token_prompts(), tmp_path / "t")
+        record_transformers(qwen, token_prompts(), tmp_path / "t")
     assert (files_of(tmp_path / "t"), files_of(tmp_path / "whole")) == before
 
 
@@ -297,7 +302,7 @@ def test_a_bypassed_router_is_noticed(qwen: LoadedModel, tmp_path: Path, monkeyp
     gate = qwen.model.model.layers[1].mlp.gate
     monkeypatch.setattr(qwen.model.model.layers[1].mlp, "forward", lambda hidden: hidden)
     with pytest.raises(MoeplanError, match=r"layers.1.mlp.gate .* chose experts for 0 tokens in 0 calls"):
-        record_model(qwen, token_prompts(), tmp_path / "t", RecordOptions(max_new_tokens=2))
+        record_transformers(qwen, token_prompts(), tmp_path / "t", TransformersOptions(max_new_tokens=2))
     assert not (tmp_path / "t").exists() and not gate._forward_hooks
 
 
@@ -314,7 +319,7 @@ def test_prompts_that_the_model_cannot_take(
     qwen: LoadedModel, tmp_path: Path, prompt: Prompt, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(MoeplanError, match=message):
-        record_model(qwen, [*token_prompts(3), prompt], tmp_path / "t", RecordOptions(**options))
+        record_transformers(qwen, [*token_prompts(3), prompt], tmp_path / "t", TransformersOptions(**options))
     assert not (tmp_path / "t").exists()
 
 
@@ -327,7 +332,7 @@ def test_options_out_of_range() -> None:
         {"seed": -1},
     ):
         with pytest.raises(UsageError, match=f"--{next(iter(options)).replace('_', '-')} "):
-            RecordOptions(**options)  # type: ignore[arg-type]
+            TransformersOptions(**options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +421,7 @@ def test_bad_flags_are_one_line(
 def test_a_chat_that_the_template_refuses(folder: Path, tmp_path: Path) -> None:
     prompts = read_prompts(write_rows(tmp_path / "c.jsonl", [{"messages": [{"role": "robot", "content": "w1"}]}]))
     with pytest.raises(MoeplanError, match=r"c.jsonl, row 0: does not fit the model's chat template \(no robots\)"):
-        record_model(load_model(str(folder)), prompts, tmp_path / "t")
+        record_transformers(load_model(str(folder)), prompts, tmp_path / "t")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_what_cannot_be_shown_says_why(tmp_path: Path):
         writer.add(np.arange(8).reshape(4, 2, 1) % 4, prefill=4, domain="a")
     found = profile_trace(open_trace(tmp_path / "t"))
     said = sentences(found)
-    assert "top-1" in said["Experts picked together"]
+    assert "top-1" in said["Co-activation of experts"]
     assert sum(text.startswith("Not shown") for text in said.values()) == 6
     assert profile_html(found).count("skipped") >= 6
 
@@ -89,7 +89,7 @@ def test_figures_survive_gaps_and_many_names():
         heat_map(figure, axes, np.full((20, 20), np.nan), [f"d{i}" for i in range(20)], low=0, high=1, label="x")
         assert to_image(figure, "empty").source.startswith("data:image/svg+xml;base64,")
     with canvas() as (figure, axes):
-        lines(axes, [1, 2], [("a", [np.nan, 1.0]), ("b", [1.0, 2.0])], x_label="x", y_label="y", quiet=["b"])
+        lines(axes, [1, 2], [("a", [np.nan, 1.0]), ("b", [1.0, 2.0])], ("x", "y"), "b")
         assert to_image(figure, "gap").width == 461
 
 

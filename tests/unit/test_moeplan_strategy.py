@@ -27,10 +27,10 @@ from moeplan.planning.plan import PlanningTask
 from moeplan.planning.planner import SearchSettings
 from moeplan.planning.router import LinearRouter, by_layer
 from moeplan.planning.store import load_plan
-from moeplan.planning.strategies.moeplan import PARTS, MoeplanParams
+from moeplan.planning.strategies.moeplan import PARTS, MoeplanStrategy
 from moeplan.replay.compare import compare
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import Trace
 from moeplan.types import Placement
 
@@ -218,16 +218,18 @@ def test_beats_the_others_on_unseen_requests_and_keeps_the_guard(trace: Trace) -
         strategies = ("eplb", "paper", "moeplan")
         table = compare(requests, Cluster(8, 2), strategies, redundant=redundant, settings=settings)
         share = {name: table.row(name).figures["remote_share"].value for name in ("linear", "eplb", "paper", "moeplan")}
-        assert table.row("moeplan").guarded
+        assert table.row("moeplan").within_guard
         assert share["moeplan"] < 0.97 * min(share["linear"], share["eplb"])
-        assert table.row("paper").guarded is (redundant == 16)  # else it does not count, though its share may be lower
-        if table.row("paper").guarded:
+        assert table.row("paper").within_guard is (
+            redundant == 16
+        )  # else it does not count, though its share may be lower
+        if table.row("paper").within_guard:
             assert share["moeplan"] < share["paper"]
 
 
 @pytest.mark.slow
 def test_a_routers_own_groups_help_where_messages_are_counted_by_node(tmp_path: Path) -> None:
-    generate("deepseek-v3", tmp_path / "t", requests=160, prefill=100, decode=100, layers=2)
+    generate("deepseek-v3", tmp_path / "t", WorkloadSettings(requests=160, prefill=100, decode=100, layers=2))
     requests = read_requests(moeplan.open_trace(tmp_path / "t"))
     for redundant in (0, 64):
         settings, dispatch = EvaluationSettings(folds=2, steps=20), Dispatch.NODE
@@ -275,7 +277,7 @@ def test_odd_sizes(experts: int, nodes: int, per_node: int, redundant: int) -> N
 
 def halves(trace: Trace, domains: tuple[str, ...]) -> tuple[Any, np.ndarray]:
     requests = read_requests(trace)
-    wanted = [i for i, name in enumerate(requests.domains) if name in domains]
+    wanted = [i for i, name in enumerate(trace.requests.domains) if name in domains]
     return requests, np.flatnonzero(np.isin(requests.domain, wanted))
 
 
@@ -288,7 +290,7 @@ def test_few_moves_improve_an_older_plan(trace: Trace) -> None:
     task = requests.problem(PlanningTask(Cluster(4, 2)), now[::2])
     kept = []
     for moves in (0, 8, 16):
-        result = solve(task, MoeplanParams(guard=float("inf")), 0, MoveLimit(old.slots, moves))
+        result = solve(task, MoeplanStrategy(guard=float("inf")), 0, MoveLimit(old.slots, moves))
         sets = [[set(gpu.tolist()) for gpu in p.slots.reshape(-1, p.slots_per_gpu)] for p in (old, result.placement)]
         fresh = np.array([len(b - a) for a, b in zip(*sets, strict=True)]).reshape(old.num_layers, -1).sum(axis=1)
         assert fresh.max() <= moves
@@ -309,7 +311,7 @@ def test_many_moves_are_all_made() -> None:
     """More than one sweep a move would allow: each sweep over the slots makes the best move there is."""
     task = problem(3, n=24, layers=1, experts=192, k=8, nodes=4, per_node=1)
     old = np.arange(192, dtype=np.int32)[None]
-    slots = solve(task, MoeplanParams(guard=float("inf")), 0, MoveLimit(old, 150)).placement.slots
+    slots = solve(task, MoeplanStrategy(guard=float("inf")), 0, MoveLimit(old, 150)).placement.slots
     moved = [
         len(set(a.tolist()) - set(b.tolist())) for a, b in zip(slots.reshape(4, 48), old.reshape(4, 48), strict=True)
     ]
@@ -323,7 +325,7 @@ def test_the_guard_is_a_curve(trace: Trace) -> None:
     reached, load = [], []
     for guard in (1.02, 1.2, float("inf")):
         settings, dispatch = EvaluationSettings(folds=1, steps=60), Dispatch.NODE
-        table = compare(requests, Cluster(8, 1), (MoeplanParams(guard),), dispatch=dispatch, settings=settings)
+        table = compare(requests, Cluster(8, 1), (MoeplanStrategy(guard),), dispatch=dispatch, settings=settings)
         row = table.row("moeplan")
         reached.append(row.figures["remote_nodes_per_token"].value)
         load.append(row.figures["node_load_ratio"].value)
@@ -334,10 +336,10 @@ def test_the_guard_is_a_curve(trace: Trace) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_left_out(part: str, trace: Trace) -> None:
     task = read_requests(trace).problem(PlanningTask(Cluster(4, 2)), np.arange(0, 400, 4))
-    result = solve(task, MoeplanParams(without=(part,)), 0)
+    result = solve(task, MoeplanStrategy(without=(part,)), 0)
     assert result.placement.replica_count.min() >= 1
     with pytest.raises(moeplan.MoeplanError, match="no part"):
-        MoeplanParams(without=("luck",))
+        MoeplanStrategy(without=("luck",))
 
 
 @pytest.mark.slow
@@ -345,7 +347,7 @@ def test_balance_comes_first_when_it_is_the_objective(trace: Trace) -> None:
     requests = read_requests(trace)
     load = {}
     for objective in ("bytes", "balance"):
-        settings, strategy = EvaluationSettings(folds=1, steps=60), MoeplanParams(objective=objective)
+        settings, strategy = EvaluationSettings(folds=1, steps=60), MoeplanStrategy(objective=objective)
         table = compare(requests, Cluster(4, 4), (strategy,), redundant=16, settings=settings)
         load[objective] = table.row("moeplan").figures["gpu_load_total"].value
     assert load["balance"] < load["bytes"]
@@ -372,7 +374,7 @@ def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
     task = requests.problem(PlanningTask(Cluster(4, 2), 8), np.arange(0, 600, 2))
     notes = []
     for cost in (lambda links, picks, touched: float(links.sum()), lambda links, picks, touched: float(picks.max())):
-        result = solve(task, MoeplanParams(objective="time", step_cost=cost), 0)
+        result = solve(task, MoeplanStrategy(objective="time", step_cost=cost), 0)
         notes.append(next(note for note in result.provenance.notes if "chosen" in note))
     assert "chosen: bytes" in notes[0]
     for note in notes:
@@ -380,10 +382,12 @@ def test_time_takes_the_cheapest_of_several_plans(trace: Trace) -> None:
         assert costs.keys() >= {"bytes", "both", "balance", "linear"}
         assert f"chosen: {min(costs, key=lambda name: costs[name])}" in note
     with pytest.raises(moeplan.MoeplanError, match="what a step costs"):
-        MoeplanParams(objective="time")
+        MoeplanStrategy(objective="time")
+    with pytest.raises(moeplan.MoeplanError, match="--hardware is for the objective time, not bytes"):
+        MoeplanStrategy(step_cost=lambda links, picks, touched: 0.0)
     for wrong in ({"guard": 0.9}, {"objective": "speed"}):
         with pytest.raises(moeplan.MoeplanError, match=next(iter(wrong))):
-            MoeplanParams(**wrong)
+            MoeplanStrategy(**wrong)
     with pytest.raises(moeplan.MoeplanError, match="sweeps 0"):
         SearchSettings(sweeps=0)
     with pytest.raises(moeplan.MoeplanError, match="out of range"):

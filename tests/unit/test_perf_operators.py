@@ -17,7 +17,6 @@ from moeplan.perf.attention import (
     MlaShape,
     attention_decode,
     attention_prefill,
-    mla_decode,
 )
 from moeplan.perf.constants import FILE, Constants, load_constants
 from moeplan.perf.hardware import load_hardware
@@ -112,16 +111,19 @@ def test_decode_reads_the_cache() -> None:
 
 
 def test_speculated_tokens_cost_less_than_steps() -> None:
-    one = mla_decode(DEVICE, MlaShape(heads=16), 64, 4096).seconds
-    assert one <= mla_decode(DEVICE, MlaShape(heads=16), 64, 4096, tokens=3).seconds < 1.5 * one
-    assert mla_decode(DEVICE, MlaShape(heads=16), 64, 4096, kv_dtype="fp8").seconds > one  # converted first
+    one = attention_decode(DEVICE, MlaShape(heads=16), 64, 4096).seconds
+    assert one <= attention_decode(DEVICE, MlaShape(heads=16), 64, 4096, tokens=3).seconds < 1.5 * one
+    assert attention_decode(DEVICE, MlaShape(heads=16), 64, 4096, kv_dtype="fp8").seconds > one  # converted first
 
 
 def test_mla_blocks_hold_their_kernels() -> None:
     from mla_blocks import mla_layer_decode, mla_layer_prefill
 
     shape = MlaShape(heads=16)
-    assert mla_layer_decode(DEVICE, shape, 64, 4096).seconds > mla_decode(DEVICE, MlaShape(heads=16), 64, 4096).seconds
+    assert (
+        mla_layer_decode(DEVICE, shape, 64, 4096).seconds
+        > attention_decode(DEVICE, MlaShape(heads=16), 64, 4096).seconds
+    )
     part = mla_layer_decode(DEVICE, shape, 64, 4096, down=False).seconds
     assert part < mla_layer_decode(DEVICE, shape, 64, 4096).seconds
     graph, host = (mla_layer_prefill(DEVICE, shape, 1, 128, graph=g) for g in (True, False))

@@ -10,13 +10,13 @@ import pytest
 from moeplan.errors import UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.serving import aggregated, cost, disaggregated, prefill_seconds
 from moeplan.perf.step_model import StepModel, Workload
 
 H200 = load_hardware("H200")
-LLAMA = StepModel(load_model("Llama-3.1-70B"), H200, Parallel(tp=8), Precision("fp8"))
-DEEPSEEK = StepModel(load_model("DeepSeek-V3"), H200, Parallel(tp=8), Precision("fp8"))
+LLAMA = StepModel(load_model("Llama-3.1-70B"), H200, ParallelLayout(tp=8), Precision("fp8"))
+DEEPSEEK = StepModel(load_model("DeepSeek-V3"), H200, ParallelLayout(tp=8), Precision("fp8"))
 CHAT = Workload(1024, 1024)
 
 
@@ -38,7 +38,7 @@ def test_mixed_steps_cost_less() -> None:
 
 
 def test_requests_that_do_not_fit_wait() -> None:
-    one = replace(LLAMA, parallel=Parallel(tp=1))
+    one = replace(LLAMA, parallel=ParallelLayout(tp=1))
     load = Workload(1024, 8192)
     few, many = aggregated(one, load, 8), aggregated(one, load, 256)
     assert few.running == 8 and many.running < 64

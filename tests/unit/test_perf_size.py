@@ -14,7 +14,7 @@ from moeplan.model.catalogue import load_model
 from moeplan.perf.cluster_search import SizingSettings, cluster_sizes, smallest_cluster
 from moeplan.perf.hardware import load_hardware
 from moeplan.perf.layouts import can_overlap, parallels
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.sensitivity import KNOBS, changed, elasticities, improvements, needs
 from moeplan.perf.serving import aggregated, holds
 from moeplan.perf.step_model import StepModel, StepOptions, Workload
@@ -90,10 +90,10 @@ def test_a_near_miss_says_so() -> None:
 
 
 SETUPS = [
-    StepModel(LLAMA, H100, Parallel(tp=8), Precision("bf16")),
-    StepModel(DEEPSEEK, H200, Parallel(dp=16, ep=16), FP8),
-    StepModel(DEEPSEEK, H100, Parallel(tp=8, pp=2), FP8),
-    StepModel(DEEPSEEK, GB200, Parallel(dp=32, ep=32), FP8, StepOptions(overlap=True)),
+    StepModel(LLAMA, H100, ParallelLayout(tp=8), Precision("bf16")),
+    StepModel(DEEPSEEK, H200, ParallelLayout(dp=16, ep=16), FP8),
+    StepModel(DEEPSEEK, H100, ParallelLayout(tp=8, pp=2), FP8),
+    StepModel(DEEPSEEK, GB200, ParallelLayout(dp=32, ep=32), FP8, StepOptions(overlap=True)),
 ]
 
 

@@ -19,7 +19,7 @@ from moeplan.perf.collectives import UNITS_GIVEN
 from moeplan.perf.constants import GenerationFit, for_generation, load_constants
 from moeplan.perf.context import default_dispatch
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.operators import UNITS
 from moeplan.perf.routing import ExpertRanks, Routing, counted_routing, routing_from_counts, uniform_routing
 from moeplan.perf.step import Step
@@ -29,21 +29,21 @@ from moeplan.types import Placement
 H100, B200 = load_hardware("H100"), load_hardware("B200")
 DEEPSEEK, LLAMA, OSS, QWEN = map(load_model, ("DeepSeek-V3", "Llama-3.1-70B", "gpt-oss-120b", "Qwen3.5-397B-A17B"))
 FP8 = Precision(weights="fp8")
-EP72 = Parallel(dp=72, ep=72, redundant=32)
+EP72 = ParallelLayout(dp=72, ep=72, redundant=32)
 
 #: Layouts that can be: model, parallelism, whether overlap applies.
 LAYOUTS = [
     (DEEPSEEK, EP72, True),
-    (DEEPSEEK, Parallel(tp=8, dp=8, ep=64), True),
-    (DEEPSEEK, Parallel(tp=8, ep=8), False),
-    (DEEPSEEK, Parallel(tp=8), False),
-    (DEEPSEEK, Parallel(dp=8, ep=1), False),
-    (DEEPSEEK, Parallel(tp=8, pp=4), False),
-    (OSS, Parallel(dp=8, ep=8), True),
-    (QWEN, Parallel(tp=8), False),
-    (LLAMA, Parallel(tp=8), False),
-    (LLAMA, Parallel(tp=4, pp=2), False),
-    (LLAMA, Parallel(tp=4, dp=2), False),
+    (DEEPSEEK, ParallelLayout(tp=8, dp=8, ep=64), True),
+    (DEEPSEEK, ParallelLayout(tp=8, ep=8), False),
+    (DEEPSEEK, ParallelLayout(tp=8), False),
+    (DEEPSEEK, ParallelLayout(dp=8, ep=1), False),
+    (DEEPSEEK, ParallelLayout(tp=8, pp=4), False),
+    (OSS, ParallelLayout(dp=8, ep=8), True),
+    (QWEN, ParallelLayout(tp=8), False),
+    (LLAMA, ParallelLayout(tp=8), False),
+    (LLAMA, ParallelLayout(tp=4, pp=2), False),
+    (LLAMA, ParallelLayout(tp=4, dp=2), False),
 ]
 
 
@@ -92,9 +92,9 @@ def test_every_breakdown_adds_up(layout, batch: int, tokens: int, overlap: bool,
 
 def test_no_step_beats_the_roofline() -> None:
     active = parameters(LLAMA).active_without_embedding
-    step = decode_step(LLAMA, H100, Parallel(tp=1), Precision("bf16"), 1, 1)
+    step = decode_step(LLAMA, H100, ParallelLayout(tp=1), Precision("bf16"), 1, 1)
     assert step.seconds > 2 * active / H100.memory_bytes_per_s
-    step = prefill_step(LLAMA, H100, Parallel(tp=1), Precision("bf16"), 1, 8192)
+    step = prefill_step(LLAMA, H100, ParallelLayout(tp=1), Precision("bf16"), 1, 8192)
     assert step.seconds > 2 * (active - LLAMA.vocab * LLAMA.hidden) * 8192 / H100.flops["bf16"]
     step = decode_step(DEEPSEEK, H100, EP72, FP8, 64, 4000)
     assert step.exposed("attention") > 64 * 4000 * 576 * 2 * 61 / H100.memory_bytes_per_s
@@ -177,7 +177,7 @@ def replay_of(steps: int, layers: int, cluster: Cluster, batch: int, experts: in
 @pytest.mark.slow
 def test_replayed_steps_come_as_arrays_and_agree_with_uniform() -> None:
     spec = OSS
-    cluster, parallel = Cluster(2, 8), Parallel(dp=16, ep=16)
+    cluster, parallel = Cluster(2, 8), ParallelLayout(dp=16, ep=16)
     routing = replay_of(3, 36, cluster, 32, 128, 4)
     many = decode_step(spec, H100, parallel, FP8, 32, 2000, routing=routing)
     adds_up(many)
@@ -245,22 +245,27 @@ def test_what_hides_is_travel_alone() -> None:
 
 
 def test_default_dispatch() -> None:
-    assert default_dispatch(LLAMA, Parallel(tp=2, dp=2), prefill=False) is None
-    assert default_dispatch(DEEPSEEK, Parallel(tp=8, ep=8), prefill=False) is None
+    assert default_dispatch(LLAMA, ParallelLayout(tp=2, dp=2), prefill=False) is None
+    assert default_dispatch(DEEPSEEK, ParallelLayout(tp=8, ep=8), prefill=False) is None
     assert default_dispatch(DEEPSEEK, EP72, prefill=False) is Dispatch.PICK
     assert default_dispatch(DEEPSEEK, EP72, prefill=True) is Dispatch.NODE
-    assert default_dispatch(DEEPSEEK, Parallel(dp=8), prefill=False) is Dispatch.ALLGATHER
+    assert default_dispatch(DEEPSEEK, ParallelLayout(dp=8), prefill=False) is Dispatch.ALLGATHER
 
 
 def test_parallelism_pays_and_costs_what_it_should() -> None:
-    def seconds(parallel: Parallel, batch: int = 16) -> float:
+    def seconds(parallel: ParallelLayout, batch: int = 16) -> float:
         return float(decode_step(LLAMA, H100, parallel, FP8, batch, 2000).seconds)
 
-    assert seconds(Parallel(tp=8)) < seconds(Parallel(tp=4)) < seconds(Parallel(tp=2)) < seconds(Parallel())
-    assert seconds(Parallel()) < 8 * seconds(Parallel(tp=8))
-    assert seconds(Parallel(tp=8, dp=2)) == seconds(Parallel(tp=8))  # replicas of a dense model do not meet
-    pipe = decode_step(LLAMA, H100, Parallel(tp=8, pp=2), FP8, 16, 2000)
-    assert pipe.exposed("send") > 0 and float(pipe.seconds) > float(seconds(Parallel(tp=8), 8))
+    assert (
+        seconds(ParallelLayout(tp=8))
+        < seconds(ParallelLayout(tp=4))
+        < seconds(ParallelLayout(tp=2))
+        < seconds(ParallelLayout())
+    )
+    assert seconds(ParallelLayout()) < 8 * seconds(ParallelLayout(tp=8))
+    assert seconds(ParallelLayout(tp=8, dp=2)) == seconds(ParallelLayout(tp=8))  # replicas of a dense model do not meet
+    pipe = decode_step(LLAMA, H100, ParallelLayout(tp=8, pp=2), FP8, 16, 2000)
+    assert pipe.exposed("send") > 0 and float(pipe.seconds) > float(seconds(ParallelLayout(tp=8), 8))
 
 
 def test_drafts_enlarge_the_step() -> None:
@@ -272,28 +277,28 @@ def test_drafts_enlarge_the_step() -> None:
     assert drafted.exposed("drafts") == pytest.approx(float(drafted.seconds - verified.seconds))
     adds_up(drafted)
     with pytest.raises(UsageError, match="has no module for multi-token prediction"):
-        decode_step(LLAMA, H100, Parallel(tp=8), FP8, 8, 100, Workload(1, 1, drafts=1))
+        decode_step(LLAMA, H100, ParallelLayout(tp=8), FP8, 8, 100, Workload(1, 1, drafts=1))
 
 
 def test_beams_read_their_prefix_once() -> None:
-    alone = decode_step(LLAMA, H100, Parallel(tp=8), FP8, 64, 8100)
-    beams = decode_step(LLAMA, H100, Parallel(tp=8), FP8, 16, 8100, Workload(8000, 200, beams=4))
+    alone = decode_step(LLAMA, H100, ParallelLayout(tp=8), FP8, 64, 8100)
+    beams = decode_step(LLAMA, H100, ParallelLayout(tp=8), FP8, 16, 8100, Workload(8000, 200, beams=4))
     assert beams.exposed("attention") < 0.5 * alone.exposed("attention")
     assert beams.exposed("dense ffn") == alone.exposed("dense ffn")
 
 
 def test_a_mixed_step_costs_less_than_both_apart() -> None:
-    decode = decode_step(LLAMA, H100, Parallel(tp=8), FP8, 32, 2000)
-    chunk = prefill_step(LLAMA, H100, Parallel(tp=8), FP8, 1, 512)
-    mixed = prefill_step(LLAMA, H100, Parallel(tp=8), FP8, 1, 512, decoding=(32, 2000))
+    decode = decode_step(LLAMA, H100, ParallelLayout(tp=8), FP8, 32, 2000)
+    chunk = prefill_step(LLAMA, H100, ParallelLayout(tp=8), FP8, 1, 512)
+    mixed = prefill_step(LLAMA, H100, ParallelLayout(tp=8), FP8, 1, 512, decoding=(32, 2000))
     assert max(decode.seconds, chunk.seconds) < mixed.seconds < decode.seconds + chunk.seconds
-    mla = prefill_step(DEEPSEEK, H100, Parallel(tp=8), FP8, 1, 512, decoding=(32, 2000))
-    assert mla.seconds > prefill_step(DEEPSEEK, H100, Parallel(tp=8), FP8, 1, 512).seconds
+    mla = prefill_step(DEEPSEEK, H100, ParallelLayout(tp=8), FP8, 1, 512, decoding=(32, 2000))
+    assert mla.seconds > prefill_step(DEEPSEEK, H100, ParallelLayout(tp=8), FP8, 1, 512).seconds
 
 
 def test_a_window_and_linear_attention_bound_the_context() -> None:
     def attention(spec, context: int) -> float:  # type: ignore[no-untyped-def]
-        return float(decode_step(spec, H100, Parallel(tp=2), FP8, 64, context).exposed("attention"))
+        return float(decode_step(spec, H100, ParallelLayout(tp=2), FP8, 64, context).exposed("attention"))
 
     long, short = 64000, 16000
     assert attention(OSS, long) / attention(OSS, short) < attention(LLAMA, long) / attention(LLAMA, short)
@@ -303,7 +308,7 @@ def test_a_window_and_linear_attention_bound_the_context() -> None:
 
 def test_dtypes() -> None:
     def seconds(machine, **dtypes: str) -> float:  # type: ignore[no-untyped-def]
-        return float(decode_step(LLAMA, machine, Parallel(tp=4), Precision(**dtypes), 8, 2000).seconds)
+        return float(decode_step(LLAMA, machine, ParallelLayout(tp=4), Precision(**dtypes), 8, 2000).seconds)
 
     assert seconds(H100, weights="int4") < seconds(H100, weights="fp8") < seconds(H100, weights="bf16")
     assert seconds(B200, weights="fp4") < seconds(B200, weights="fp8")
@@ -327,18 +332,26 @@ def test_another_generation_is_two_ratios() -> None:
 @pytest.mark.parametrize(
     ("parallel", "more", "line"),
     [
-        (Parallel(tp=3), {}, "tp 3 does not divide the 128 heads of DeepSeek-V3; 2 or 4 does"),
-        (Parallel(dp=48, ep=48), {}, "256 experts and 0 redundant slots do not divide over ep 48; redundant 32 does"),
-        (Parallel(dp=12, ep=12, redundant=8), {}, "tp x dp = 12 GPUs do not fill nodes of 8; use a multiple of 8"),
+        (ParallelLayout(tp=3), {}, "tp 3 does not divide the 128 heads of DeepSeek-V3; 2 or 4 does"),
         (
-            Parallel(dp=8),
+            ParallelLayout(dp=48, ep=48),
+            {},
+            "256 experts and 0 redundant slots do not divide over ep 48; redundant 32 does",
+        ),
+        (
+            ParallelLayout(dp=12, ep=12, redundant=8),
+            {},
+            "tp x dp = 12 GPUs do not fill nodes of 8; use a multiple of 8",
+        ),
+        (
+            ParallelLayout(dp=8),
             {"dispatch": Dispatch.PICK},
             "dispatch pick needs whole experts, but ep 1 is less than tp x dp = 8",
         ),
-        (Parallel(tp=8), {"overlap": True}, "two-batch overlap hides dispatch and combine, and here is neither"),
+        (ParallelLayout(tp=8), {"overlap": True}, "two-batch overlap hides dispatch and combine, and here is neither"),
     ],
 )
-def test_what_cannot_be_gets_one_line(parallel: Parallel, more: dict[str, object], line: str) -> None:
+def test_what_cannot_be_gets_one_line(parallel: ParallelLayout, more: dict[str, object], line: str) -> None:
     with pytest.raises((PlanError, UsageError)) as caught:
         decode_step(DEEPSEEK, H100, parallel, FP8, 8, 1000, **more)  # type: ignore[arg-type]
     assert line in caught.value.line() and "\n" not in caught.value.line()
@@ -360,7 +373,7 @@ def test_published_steps(shared: Path) -> None:
     def check(name: str, step: Step, tokens: int) -> None:
         assert 8 * tokens / float(step.seconds) == pytest.approx(said[name], rel=0.15), name
 
-    ep72, ep128, ep32 = EP72, Parallel(dp=128, ep=128), Parallel(dp=32, ep=32)
+    ep72, ep128, ep32 = EP72, ParallelLayout(dp=128, ep=128), ParallelLayout(dp=32, ep=32)
     check("sglang-ep72-decode", decode_step(DEEPSEEK, H100, ep72, FP8, 256, 2000, overlap=True), 256)
     check("sglang-ep72-decode-mtp", decode_step(DEEPSEEK, H100, ep72, FP8, 128, 4000, overlap=True), 128)
     step = decode_step(DEEPSEEK, h800, ep128, FP8, 128, 4096, overlap=True, balanced=True)

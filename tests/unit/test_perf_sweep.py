@@ -76,7 +76,7 @@ def test_points_are_estimates() -> None:
     """Each set-up's figures are those of its step, and what does not fit is counted, not shown."""
     precision = Precision.of_checkpoint(DEEPSEEK)
     batches, counts = (1, 16, 256), (8, 16)
-    found = sweep(DEEPSEEK, H200, SweepSettings(gpus=counts, batches=batches, choice=LayoutChoice(pp=(1,))))
+    found = sweep(DEEPSEEK, H200, SweepSettings(gpus=counts, batches=batches, layouts=LayoutChoice(pp=(1,))))
     layouts = [p for gpus in counts for p in parallels(DEEPSEEK, gpus, 8, LayoutChoice(pp=(1,)))]
     assert len(found.points) + found.unfit == len(layouts) * len(batches)
     for p in found.points:

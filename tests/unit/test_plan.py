@@ -28,7 +28,7 @@ def made(trace: moeplan.Trace) -> moeplan.Plan:
     return moeplan.plan(trace, moeplan.Cluster(2, 4), "paper", redundant=8, seed=3)
 
 
-SETTINGS = moeplan.EvaluationSettings(steps=5, draws=20)
+SETTINGS = moeplan.EvaluationSettings(steps=5, bootstrap_draws=20)
 
 
 def head(plan: Path) -> dict[str, object]:
@@ -83,8 +83,8 @@ def test_results_are_for_people_and_for_programs(made: moeplan.Plan, trace: moep
     assert repr(found).startswith("paper on 779 requests of embedded\nstrategy") and "array" not in repr(found)
     assert json.dumps(found.to_dict(), allow_nan=False) and found.to_dict()["trace"] == "embedded"
     figure = found.figures["remote_share"]
-    assert repr(figure).startswith(f"Figure({figure.value:.4g}, 95 % ") and len(repr(figure)) < 80
-    assert repr(moeplan.Figure(None)) == "Figure(unknown)"
+    assert repr(figure).startswith(f"MeasuredValue({figure.value:.4g}, 95 % ") and len(repr(figure)) < 80
+    assert repr(moeplan.MeasuredValue(None)) == "MeasuredValue(unknown)"
     assert repr(found.row).startswith("paper: load guard ok\n  remote_share ")
     low, high = figure.interval() or (1.0, 0.0)
     assert low < figure.value < high

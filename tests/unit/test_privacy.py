@@ -14,11 +14,11 @@ from moeplan.cli.app import run
 from moeplan.errors import MoeplanError
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.trace import import_trace
-from moeplan.planning import Problem, read_requests, solve
-from moeplan.planning.strategies.paper import PaperParams
+from moeplan.planning import PlanningProblem, read_requests, solve
+from moeplan.planning.strategies.paper import PaperStrategy
 from moeplan.profile import Skipped, profile_trace
-from moeplan.profile.common import wilson
-from moeplan.profile.counts import count
+from moeplan.profile.common import plain, wilson
+from moeplan.profile.counts import DECODE, PREFILL, count
 from moeplan.profile.privacy import LINE_UP, DomainInference, Privacy, Reidentification, identification_rate, privacy
 from moeplan.report.profile_page import profile_html, sentences
 from moeplan.trace import Trace, TraceWriter, open_trace
@@ -80,7 +80,7 @@ def test_kind_is_told_where_domains_differ(tmp_path: Path) -> None:
     for kind in found.kind.values():
         assert isinstance(kind, DomainInference)
         assert kind.accuracy > 0.97 and kind.ci95[0] > kind.chance and kind.domains == ("a", "b", "c")
-    assert measured(trace).to_dict() == found.to_dict()
+    assert plain(measured(trace)) == plain(found)
 
 
 def test_a_request_is_found_where_it_is_like_no_other(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     sums = import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=4)))
     assert (len(sums.requests), sums.left_over) == (22, 2)
     whole, less = count(full), count(sums)
-    np.testing.assert_array_equal(less.prefill[0], whole.prefill[[0, 1, 3, 4]].sum(axis=0))
-    np.testing.assert_array_equal(less.decode[-1], whole.decode[[84, 85, 87, 88]].sum(axis=0))
+    np.testing.assert_array_equal(less.by_request[PREFILL][0], whole.by_request[PREFILL][[0, 1, 3, 4]].sum(axis=0))
+    np.testing.assert_array_equal(less.by_request[DECODE][-1], whole.by_request[DECODE][[84, 85, 87, 88]].sum(axis=0))
     assert less.totals.sum() == 22 * 4 * 48 * LAYERS * K and less.totals[1].sum() == less.totals.sum()
     found = profile_trace(sums)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -139,20 +139,20 @@ def test_a_trace_of_sums_is_profiled_and_planned(tmp_path: Path) -> None:
     assert data["privacy"]["kind"]["decode"]["accuracy"] > 0.9
     assert "sum of 4 requests" in found.notices[1] and "sum of 4 requests" in profile_html(found)
     requests = read_requests(sums, rows=False)
-    np.testing.assert_array_equal(requests.use, less.decode)
-    np.testing.assert_array_equal(requests.signature, less.prefill)
+    np.testing.assert_array_equal(requests.use, less.by_request[DECODE])
+    np.testing.assert_array_equal(requests.signature, less.by_request[PREFILL])
     problem = problem_of(requests)
-    assert solve(problem, PaperParams(clusters=2)).placement.slots.shape == (LAYERS, EXPERTS)
+    assert solve(problem, PaperStrategy(clusters=2)).placement.slots.shape == (LAYERS, EXPERTS)
     assert solve(problem, "eplb").equal_groups
     with pytest.raises(MoeplanError, match="does not show what one token picks together"):
         solve(problem, "affinity")
 
 
-def problem_of(requests: Any) -> Problem:
+def problem_of(requests: Any) -> PlanningProblem:
     from moeplan.cluster import Cluster
     from moeplan.planning import PlanningTask
 
-    problem: Problem = requests.problem(PlanningTask(Cluster(2, 2)))
+    problem: PlanningProblem = requests.problem(PlanningTask(Cluster(2, 2)))
     return problem
 
 
@@ -162,7 +162,7 @@ def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytes
     import_trace(full.path, tmp_path / "sums", ImportOptions(retention=RetentionPolicy(aggregate=3)))
     trace, plan, where = str(tmp_path / "sums"), str(tmp_path / "plan"), ["--nodes", "2", "--gpus-per-node", "2"]
     assert run(["profile", trace, "-o", str(tmp_path / "page.html")]) == 0
-    assert "What stored rows leak" in capsys.readouterr().out
+    assert "Leakage of stored rows" in capsys.readouterr().out
     assert run(["plan", trace, *where, "--strategy", "eplb", "-o", plan]) == 0
     said = capsys.readouterr().out
     assert "eplb on 13 sums of 3 requests" in said and "they need token rows" in said
@@ -184,10 +184,10 @@ def test_commands_read_sums_or_say_what_is_missing(tmp_path: Path, capsys: pytes
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     few = profile_trace(make(tmp_path / "few", domains="ab", requests=8))
     assert isinstance(few.privacy.link, Skipped) and isinstance(few.privacy.kind["decode"], Skipped)
-    assert sentences(few)["What stored rows leak"].startswith("Not shown: it needs 2 domains with 5 rows")
+    assert sentences(few)["Leakage of stored rows"].startswith("Not shown: it needs 2 domains with 5 rows")
     one = profile_trace(make(tmp_path / "one", domains="a", requests=12))
     assert isinstance(one.privacy.link, Reidentification) and one.privacy.link.aggregate.tolist() == [1]
-    assert sentences(one)["What stored rows leak"].startswith("Among 10 of its domain, a request's row")
+    assert sentences(one)["Leakage of stored rows"].startswith("Among 10 rows of its domain, a request's row")
 
 
 def test_maverick_before_and_after(shared: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_streaming_in_parts_equals_the_whole(found: Profile, tmp_path: Path):
     assert len(list(parted.parts())) > 5
     one, many = found.counts, count(parted)
     assert (one.totals == many.totals).all()
-    assert (one.prefill == many.prefill).all() and (one.decode == many.decode).all()
+    assert (one.by_request == many.by_request).all()
     assert (one.reservoir.experts == many.reservoir.experts).all()
 
 
@@ -95,7 +95,7 @@ def test_counts_are_those_of_the_rows(tmp_path: Path):
     by = counts.by_domain_stage
     assert [by[:, s, 0].sum() for s in (PREFILL, DECODE, OTHER)] == [20, 40 + 60, 60]
     want = np.bincount(requests[0][0][:10, 1].ravel(), minlength=EXPERTS)
-    assert (by[0, PREFILL, 1] == want).all() and (counts.prefill[0, 1] == want).all()
+    assert (by[0, PREFILL, 1] == want).all() and (counts.by_request[PREFILL][0, 1] == want).all()
     assert counts.stages.usable.tolist() == [True, False, False]
     assert counts.totals[1].sum() == 30 * LAYERS * 2
 
@@ -190,7 +190,7 @@ def test_predictability_beats_its_nulls_only_where_requests_differ(tmp_path: Pat
 def test_predictability_equals_a_plain_loop(found: Profile):
     item, counts = found.phases, found.counts
     assert not isinstance(item, Skipped)
-    prefill, decode = counts.prefill[:, 1].astype(float), counts.decode[:, 1].astype(float)
+    prefill, decode = (counts.by_request[stage][:, 1].astype(float) for stage in (PREFILL, DECODE))
     own = np.mean([np.corrcoef(p, d)[0, 1] for p, d in zip(prefill, decode, strict=True)])
     assert item.own[1] == pytest.approx(own)
     others = decode.sum(axis=0) - decode
@@ -217,7 +217,7 @@ def test_request_types_are_told_apart_and_shuffled_labels_are_not(found: Profile
     assert leak.meaning.startswith("A leak") and leak.chance == 0.5
     alike = profile_trace(write(tmp_path / "t", two_domains(np.random.default_rng(5), apart=False, per_domain=30)))
     assert not isinstance(alike.leakage, Skipped)
-    assert alike.leakage.meaning.startswith("No leak shown")
+    assert alike.leakage.meaning.startswith("No leak found")
 
 
 def test_quasi_independence_keeps_margins_and_finds_a_true_product():

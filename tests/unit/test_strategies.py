@@ -11,18 +11,18 @@ from scipy.optimize import linear_sum_assignment
 from helpers.problems import problem
 from moeplan.cluster import Cluster, Deployment, check_slots
 from moeplan.errors import PlanError, UsageError
-from moeplan.planning import Problem, Strategy, solve
+from moeplan.planning import PlanningProblem, Strategy, solve
 from moeplan.planning.assignment import equal_groups
 from moeplan.planning.balance import rebalance_experts
 from moeplan.planning.initial_placement import place_by_use
 from moeplan.planning.problem import TokenRows
 from moeplan.planning.strategies import available
-from moeplan.planning.strategies.paper import PaperParams, map_clusters
+from moeplan.planning.strategies.paper import PaperStrategy, map_clusters
 from moeplan.types import ModelShape
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Problem:
+def problems(draw: st.DrawFn) -> PlanningProblem:
     nodes, per_node = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     experts = draw(st.integers(3, 20))
     gpus = nodes * per_node
@@ -38,18 +38,18 @@ def problems(draw: st.DrawFn) -> Problem:
 
 def with_clusters() -> list[Strategy]:
     """Every strategy, and `paper` with clusters given."""
-    return [*available().values(), *(PaperParams(k, equal) for k in (1, 2, 5) for equal in (True, False))]
+    return [*available().values(), *(PaperStrategy(k, equal) for k in (1, 2, 5) for equal in (True, False))]
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from(with_clusters()), st.integers(0, 99))
-def test_every_strategy_keeps_the_invariants(task: Problem, strategy: Strategy, seed: int) -> None:
+def test_every_strategy_keeps_the_invariants(task: PlanningProblem, strategy: Strategy, seed: int) -> None:
     if strategy.name == "eplb-hierarchical" and task.shape.routing_groups % task.cluster.nodes:
         with pytest.raises(PlanError, match="routing groups"):
             solve(task, strategy, seed)
         return
-    if isinstance(strategy, PaperParams) and (strategy.clusters or 0) > len(task.use):
+    if isinstance(strategy, PaperStrategy) and (strategy.clusters or 0) > len(task.use):
         with pytest.raises(PlanError, match="clusters"):
             solve(task, strategy, seed)
         return
@@ -118,7 +118,7 @@ def test_placement_phases_by_hand() -> None:
 
 
 def test_unbalanced_groups_that_share_a_cluster_have_the_same_experts_in_mind() -> None:
-    result = solve(problem(nodes=4, per_node=1, n=40), PaperParams(2, equal=False))
+    result = solve(problem(nodes=4, per_node=1, n=40), PaperStrategy(2, equal=False))
     assert not result.equal_groups and "K = 2" in result.provenance.notes[0]
 
 
@@ -165,13 +165,13 @@ def test_unknown_strategy_lists_those_there_are() -> None:
 def test_affinity_gathers_what_is_called_together() -> None:
     experts = np.array([[[0, 2]], [[1, 3]]] * 30, np.uint8)
     use = np.ones((4, 1, 4), np.uint32)
-    task = Problem(
+    task = PlanningProblem(
         ModelShape("test", 1, 4, 2), Cluster(2, 1), 0, use, use, TokenRows(experts, np.array([0]), np.array([60]))
     )  # fmt: skip
     first = set(solve(task, "affinity").placement.slots[0, :2].tolist())
     assert first in ({0, 2}, {1, 3})
     stream = TokenRows(experts[:, :, :1], np.array([0]), np.array([60]))
-    top1 = Problem(ModelShape("test", 1, 4, 1), Cluster(2, 1), 0, use, use, stream)
+    top1 = PlanningProblem(ModelShape("test", 1, 4, 1), Cluster(2, 1), 0, use, use, stream)
     assert "no pairs" in solve(top1, "affinity").provenance.notes[0]
 
 

@@ -14,7 +14,7 @@ from moeplan._kernels.counting import count_ranges
 from moeplan._kernels.sampling import alias_tables, mix64, sample_picks, sample_picks_reference
 from moeplan.cli.app import run
 from moeplan.errors import OutputError, UsageError
-from moeplan.synthetic.generator import draw_workload, generate, generate_rows
+from moeplan.synthetic.generator import WorkloadSettings, draw_workload, generate, generate_rows
 from moeplan.synthetic.presets import PRESETS, Preset
 from moeplan.trace import Requests, Rows, open_trace
 from moeplan.types import ModelShape
@@ -101,7 +101,7 @@ def measure(preset: Preset, shape: ModelShape, requests: Requests, rows: Rows) -
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_find_their_targets_again(name: str) -> None:
     preset = PRESETS[name]
-    found = measure(preset, *generate_rows(preset, requests=2000, prefill=8, decode=8, seed=5))
+    found = measure(preset, *generate_rows(preset, WorkloadSettings(requests=2000, prefill=8, decode=8, seed=5)))
     assert found["imbalance"] == pytest.approx(preset.targets.imbalance, rel=0.06)
     assert found["correlation"] == pytest.approx(preset.targets.correlation, abs=0.03)
     assert found["related"] == pytest.approx(preset.targets.related, abs=0.06)
@@ -111,7 +111,9 @@ def test_presets_find_their_targets_again(name: str) -> None:
 
 def test_a_request_keeps_its_character() -> None:
     """A request's own prefill tells its decode better than another request's of the same domain, or of another."""
-    shape, requests, rows = generate_rows("deepseek-v3", requests=140, prefill=100, decode=100, layers=8)
+    shape, requests, rows = generate_rows(
+        "deepseek-v3", WorkloadSettings(requests=140, prefill=100, decode=100, layers=8)
+    )
     each = np.arange(140)
     prefill, decode = (counts(shape, rows, phase, each) for phase in ("prefill", "decode"))
     same = np.empty(140, np.int64)
@@ -127,7 +129,7 @@ def test_a_request_keeps_its_character() -> None:
 
 def test_picks_of_a_token_go_together() -> None:
     """Two picks of one token share a topic: pairs repeat more often than independent picks would make them."""
-    shape, _, rows = generate_rows("demo", layers=1)
+    shape, _, rows = generate_rows("demo", WorkloadSettings(layers=1))
     together = np.zeros((shape.num_experts, shape.num_experts))
     for a in range(shape.top_k):
         for b in range(shape.top_k):
@@ -143,43 +145,45 @@ def test_picks_of_a_token_go_together() -> None:
 
 
 def test_routing_groups_are_respected() -> None:
-    _, _, rows = generate_rows("deepseek-v3", requests=20, prefill=10, decode=10, layers=5)
+    _, _, rows = generate_rows("deepseek-v3", WorkloadSettings(requests=20, prefill=10, decode=10, layers=5))
     groups = np.sort(rows.experts // 32, axis=2)
     assert (1 + (np.diff(groups, axis=2) > 0).sum(axis=2)).max() <= 4
 
 
 def test_the_same_seed_is_the_same_trace(tmp_path: Path) -> None:
-    first = generate("demo", tmp_path / "a", requests=50, seed=3)
-    again = generate("demo", tmp_path / "b", requests=50, seed=3)
-    other = generate("demo", tmp_path / "c", requests=50, seed=4)
+    first = generate("demo", tmp_path / "a", WorkloadSettings(requests=50, seed=3))
+    again = generate("demo", tmp_path / "b", WorkloadSettings(requests=50, seed=3))
+    other = generate("demo", tmp_path / "c", WorkloadSettings(requests=50, seed=4))
     assert first.checksum == again.checksum != other.checksum
     assert first.synthetic and first.label == "demo (synthetic)" and first.source["seed"] == 3
-    shape, requests, rows = generate_rows("demo", requests=50, seed=3)
+    shape, requests, rows = generate_rows("demo", WorkloadSettings(requests=50, seed=3))
     np.testing.assert_array_equal(rows.experts, first.load().experts)
     assert shape == first.shape and requests.domains == first.requests.domains
     np.testing.assert_array_equal(requests.domain, first.requests.domain)
 
 
 def test_some_layers_are_those_of_the_whole() -> None:
-    whole = generate_rows("llama-4-maverick", requests=10)[2].experts
-    shape, _, rows = generate_rows("llama-4-maverick", requests=10, layers=[45, 3])
+    whole = generate_rows("llama-4-maverick", WorkloadSettings(requests=10))[2].experts
+    shape, _, rows = generate_rows("llama-4-maverick", WorkloadSettings(requests=10, layers=[45, 3]))
     assert shape.layer_ids == (3, 45) and shape.hidden == 5120
     np.testing.assert_array_equal(rows.experts, whole[:, [1, 22]])
-    np.testing.assert_array_equal(generate_rows("llama-4-maverick", requests=10, layers=2)[2].experts, whole[:, :2])
+    np.testing.assert_array_equal(
+        generate_rows("llama-4-maverick", WorkloadSettings(requests=10, layers=2))[2].experts, whole[:, :2]
+    )
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = generate_rows("demo", requests=40)[2].experts
+    whole = generate_rows("demo", WorkloadSettings(requests=40))[2].experts
     monkeypatch.setattr("moeplan.synthetic.generator.CHUNK_PICKS", 5000)
-    np.testing.assert_array_equal(generate_rows("demo", requests=40)[2].experts, whole)
+    np.testing.assert_array_equal(generate_rows("demo", WorkloadSettings(requests=40))[2].experts, whole)
 
 
 def test_lengths() -> None:
-    table = draw_workload(PRESETS["demo"], requests=4000, prefill=40, decode=60).requests
+    table = draw_workload("demo", WorkloadSettings(requests=4000, prefill=40, decode=60)).requests
     assert table.prefill.mean() == pytest.approx(40, rel=0.03) and table.decode.mean() == pytest.approx(60, rel=0.03)
     assert table.prefill.min() >= 1 and table.decode.min() >= 8 and table.decode.max() <= 240
     assert table.prefill.std() == pytest.approx(20, rel=0.1)
-    exact = draw_workload(PRESETS["demo"], requests=9, prefill=0, decode=5, exact=True).requests
+    exact = draw_workload("demo", WorkloadSettings(requests=9, prefill=0, decode=5, exact=True)).requests
     assert exact.rows.tolist() == [5] * 9 and exact.prefill.tolist() == [0] * 9
     assert np.bincount(table.domain).tolist() == [1000] * 4
 
@@ -198,14 +202,14 @@ def test_lengths() -> None:
 )
 def test_sizes_that_make_no_trace(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        generate("demo", tmp_path / "t", **options)
+        generate("demo", tmp_path / "t", WorkloadSettings(**options))
     assert not (tmp_path / "t").exists()
 
 
 def test_existing_output_and_unknown_preset(tmp_path: Path) -> None:
-    generate("demo", tmp_path / "t", requests=3)
+    generate("demo", tmp_path / "t", WorkloadSettings(requests=3))
     with pytest.raises(OutputError, match="already exists"):
-        generate("demo", tmp_path / "t", requests=3)
+        generate("demo", tmp_path / "t", WorkloadSettings(requests=3))
     with pytest.raises(UsageError, match="no preset 'gpt'; choose from demo, deepseek-v3"):
         generate("gpt", tmp_path / "u")
 
@@ -217,7 +221,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("moeplan.synthetic.generator.CHUNK_PICKS", 20_000)
     with pytest.raises(KeyboardInterrupt):
-        generate("demo", tmp_path / "t", requests=60, progress=stop)
+        generate("demo", tmp_path / "t", WorkloadSettings(requests=60), progress=stop)
     trace = open_trace(tmp_path / "t")
     assert not trace.complete and trace.synthetic and 20 <= len(trace.requests) < 60
 

@@ -18,21 +18,21 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.routing import counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
-from moeplan.planning import RequestSet, Signature, read_requests, solve
+from moeplan.planning import RequestSet, read_requests, solve
 from moeplan.planning.assignment import random_groups
 from moeplan.planning.plan import PlanningTask
-from moeplan.replay import steps as replayed_steps
-from moeplan.replay import timing
+from moeplan.planning.requests import Spans
+from moeplan.replay import measure, timing
 from moeplan.replay.compare import compare_task
 from moeplan.replay.evaluate import evaluate
 from moeplan.replay.evaluator import FoldEvaluator, Grouping
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.table import Comparison
 from moeplan.replay.timing import StepTimes, Timing, cluster_parallel, find_timing
-from moeplan.synthetic.generator import generate
+from moeplan.synthetic.generator import WorkloadSettings, generate
 from moeplan.trace import open_trace
 from moeplan.types import ModelShape
 
@@ -48,11 +48,8 @@ def _counted(cluster: Cluster, mode: Dispatch, spec: CompleteSpec, layers: int, 
     rng = np.random.default_rng(0)
     tokens = np.argsort(rng.random((400, layers, spec.moe.experts)), axis=2)[:, :, : spec.moe.top_k].astype(np.uint8)
     shape = ModelShape("x", layers, spec.moe.experts, spec.moe.top_k)
-    span = np.array([[i * 10, i * 10 + 10] for i in range(40)])
-    none = np.zeros(40, np.int64)
-    requests = RequestSet(
-        shape, tokens, np.arange(40), 40, none, ("x",), span, span, span, none, "decode", Signature(), ()
-    )
+    span = np.stack((np.arange(0, 400, 10), np.arange(10, 401, 10)))
+    requests = RequestSet(shape, tokens, Spans(span, span, span), np.arange(40), np.zeros(40, np.int64))
     who = solve(requests.problem(PlanningTask(cluster)), "linear").routes
     sources = np.concatenate([cluster.source_gpus(d, live) for d in range(cluster.num_groups)])
     indices = np.tile(np.arange(live), cluster.num_groups)
@@ -71,7 +68,7 @@ def test_times_are_those_of_the_time_model(mode: Dispatch, home: Deployment) -> 
     cluster = Cluster(2, 4, home)
     (links, picks, touched), live = _counted(cluster, mode, TINY, 8)
     found = step_times(cluster, mode, TINY, links, picks, touched, context=1000)
-    parallel = Parallel(tp=4, dp=2, ep=8) if home is Deployment.NODES else Parallel(tp=1, dp=8, ep=8)
+    parallel = ParallelLayout(tp=4, dp=2, ep=8) if home is Deployment.NODES else ParallelLayout(tp=1, dp=8, ep=8)
     routing = counted_routing(picks, touched, links, gpus_per_node=4, slots=4)
     step = StepModel(TINY, H100, parallel, Precision("bf16"), StepOptions(mode, gpus_per_node=4)).decode(
         live, 1000, routing=routing
@@ -158,7 +155,9 @@ def test_the_benchmark_of_the_time_objective_times_as_compare_does() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> RequestSet:
-    return read_requests(generate("demo", tmp_path_factory.mktemp("demo") / "t", requests=160, seed=1))
+    return read_requests(
+        generate("demo", tmp_path_factory.mktemp("demo") / "t", WorkloadSettings(requests=160, seed=1))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +178,7 @@ TASK = PlanningTask(Cluster(4, 2), 8)
 
 @pytest.fixture(scope="module")
 def timed(demo: RequestSet, like_demo: CompleteSpec) -> EvaluationSettings:
-    return EvaluationSettings(folds=2, steps=30, draws=200, timing=Timing(like_demo, H100, steps=10))
+    return EvaluationSettings(folds=2, steps=30, bootstrap_draws=200, timing=Timing(like_demo, H100, steps=10))
 
 
 def compared(demo: RequestSet, settings: EvaluationSettings, *strategies: str) -> Comparison:
@@ -232,7 +231,7 @@ def test_the_first_steps_are_timed_whatever_is_kept_at_once(
     some = fold.measure(plan, grouping).steps
     assert some is not None
     assert some.step_ms is not None and some.idle_share is not None and len(some.step_ms) == 10
-    monkeypatch.setattr(replayed_steps, "KEPT", 3 * demo.shape.num_layers * cluster.num_gpus**2)
+    monkeypatch.setattr(measure, "KEPT", 3 * demo.shape.num_layers * cluster.num_gpus**2)
     parts = fold.measure(plan, grouping).steps
     assert parts is not None
     assert parts.step_ms == pytest.approx(some.step_ms) and parts.idle_share == pytest.approx(some.idle_share)
@@ -350,7 +349,7 @@ def test_a_real_trace_by_its_own_name(shared: Path, tmp_path: Path) -> None:
     cluster = Cluster(8, 4)
     how = find_timing(trace.shape, cluster, Dispatch.PICK, "H100")
     assert how.spec.name == "gpt-oss-20b"
-    settings = EvaluationSettings(folds=1, steps=40, draws=100, timing=how)
+    settings = EvaluationSettings(folds=1, steps=40, bootstrap_draws=100, timing=how)
     requests = read_requests(trace, signature_tokens=48)
     table = compare_task(requests, PlanningTask(cluster, 32), ("eplb",), settings)
     assert "linear" in table.row("eplb").beats["modelled_step_ms"]

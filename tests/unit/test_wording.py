@@ -12,7 +12,10 @@ from helpers import ROOT
 REPLACED = {
     r"fore(tell|tells|told|telling|sight)": "predict, prediction",
     r"unseen requests?|requests? (that )?(the|a|its) plan never saw": "held-out requests",
-    r"\bmends?\b": "hint",
+    r"\bmend(s|ed|ing)?\b|_mend\b": "hint, correct",
+    r"\breckon(s|ed|ing)?\b": "compute",
+    r"fresh plans?\b|planning anew\b": "new plan",
+    r"rows? that counts?\b|even experts would\b": "eligible row; noise floor",
     r"gives? away|given away": "leak",
     r"uneven(ness)?\b": "load imbalance",
     r"\bdearer\b": "load penalty",

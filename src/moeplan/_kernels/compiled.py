@@ -12,8 +12,6 @@ from typing import Any
 
 import numba as nb
 
-__all__ = ["compiled"]
-
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a loop: no bounds checks, the lock released while it runs, the machine code cached on disk.

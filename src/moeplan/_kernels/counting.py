@@ -11,9 +11,6 @@ import numpy.typing as npt
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import CountArray, ExpertArray, Int64Array
 
-__all__ = ["count_pairs", "count_pairs_reference", "count_ranges", "count_ranges_reference"]
-
-
 #: From this k on, a loop over one token's picks pays for its own start; below it, rows are walked flat (measured, see
 #: benchmarks/counting.py: by layer 2.9 against 2.4 G picks/s at k = 8, 1.5 against 2.8 at k = 6).
 LONG_INNER_LOOP = 8

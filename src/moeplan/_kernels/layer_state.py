@@ -9,24 +9,6 @@ import numpy as np
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import BoolArray, ExpertArray, FloatArray, Int64Array
 
-__all__ = [
-    "BY_GPU",
-    "BY_NODE",
-    "BY_PICK",
-    "NONE",
-    "Layer",
-    "Objective",
-    "Rows",
-    "Scratch",
-    "build_state",
-    "expert_messages",
-    "mark_units",
-    "messages_by_home",
-    "move_replica",
-    "row_messages",
-    "row_messages_of_both",
-]
-
 #: What a message is counted by.
 BY_PICK, BY_NODE, BY_GPU = 0, 1, 2
 #: No replica, slot or expert; written np.int64(NONE), or each function is compiled once more for the literal.

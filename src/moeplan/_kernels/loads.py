@@ -10,16 +10,6 @@ from moeplan._kernels.compiled import compiled
 from moeplan._kernels.layer_state import Layer
 from moeplan.arrays import FloatArray, Int64Array
 
-__all__ = [
-    "LoadState",
-    "load_norm",
-    "load_norm_slope",
-    "load_penalty_delta",
-    "load_penalty_linear",
-    "move_penalty_linear",
-    "update_loads",
-]
-
 
 def load_norm(load: FloatArray) -> FloatArray:
     """Load imbalance: the 16-norm of load over its mean, over the last axis; the definition, in NumPy.

@@ -41,8 +41,6 @@ from moeplan._kernels.loads import (
 from moeplan._kernels.moves import Savings, update_expert, update_place, update_slot
 from moeplan.arrays import ExpertArray, FloatArray, Int64Array
 
-__all__ = ["BY_GPU", "BY_NODE", "BY_PICK", "MIN_GAIN", "Objective", "improve", "sampled_messages", "value_reference"]
-
 WORKERS = 2
 #: A move must gain this share of a layer's picks.
 MIN_GAIN = 1e-6
@@ -81,7 +79,7 @@ def _gains_of_leaving(search: Search, x: int, out: FloatArray) -> float:
 
 
 @compiled
-def _gains_of_entering(search: Search, here: int, spare: bool, others: FloatArray) -> None:
+def _gains_of_entering(search: Search, here: int, others: FloatArray) -> None:
     """Gain, at the tangent, of each slot's replica coming to GPU `here`, and of a new one of each expert: [S + E]."""
     layer, savings, loads, scale = search.layer, search.savings, search.loads, search.scale
     use, node, slope, tally, replicas = layer.use, layer.node, loads.slope, loads.tally, layer.replicas
@@ -96,7 +94,7 @@ def _gains_of_entering(search: Search, here: int, spare: bool, others: FloatArra
         )
         if near.size:
             others[y] += near[here, b] - near[there, b]
-    if spare:
+    if slots.size > replicas.size:
         add = savings.add
         for b in range(replicas.size):
             others[slots.size + b] = scale * add[b, place] - load_penalty_linear(
@@ -153,7 +151,6 @@ def _apply(search: Search, rows: Rows | None, s: Scratch | None, x: int, y: int,
     layer, savings = search.layer, search.savings
     a, here = layer.slots[x], layer.gpu[x]
     there = layer.gpu[y] if y >= 0 else np.int64(NONE)
-    spare = layer.slots.size > layer.replicas.size
     if rows is not None:
         mark_units(layer, s, a, b, here, there)
         row_messages(layer, rows, s, a, b, -1.0)
@@ -165,8 +162,8 @@ def _apply(search: Search, rows: Rows | None, s: Scratch | None, x: int, y: int,
     if rows is not None:
         row_messages(layer, rows, s, a, b, 1.0)
     else:
-        update_expert(layer, savings, a, spare)
-        update_expert(layer, savings, b, spare)
+        update_expert(layer, savings, a)
+        update_expert(layer, savings, b)
     update_loads(layer, search.loads)
 
 
@@ -175,8 +172,7 @@ def _search(search: Search, rows: Rows | None, s: Scratch | None, sweeps: int, b
     """Move replicas while that raises the layer's value, which is returned."""
     layer, savings, loads = search.layer, search.savings, search.loads
     none = np.int64(NONE)
-    slots, gpu = layer.slots, layer.gpu
-    experts, spare = layer.replicas.size, slots.size > layer.replicas.size
+    slots, gpu, experts = layer.slots, layer.gpu, layer.replicas.size
     out, others = np.empty(layer.node.size), np.empty(slots.size + experts)
     old = layer.on_gpu.copy() if budget >= 0 else layer.on_gpu
     moved = 0
@@ -187,7 +183,7 @@ def _search(search: Search, rows: Rows | None, s: Scratch | None, sweeps: int, b
         row_messages(layer, rows, s, none, none, 1.0)
     else:
         for e in range(experts):
-            update_expert(layer, savings, np.int64(e), spare)
+            update_expert(layer, savings, np.int64(e))
         known[:] = True
     update_loads(layer, loads)
     for _ in range(sweeps):
@@ -200,12 +196,12 @@ def _search(search: Search, rows: Rows | None, s: Scratch | None, sweeps: int, b
                 best = MIN_GAIN
                 slot = none
             if not known[savings.place[here]]:
-                update_place(layer, savings, savings.place[here], spare)
+                update_place(layer, savings, savings.place[here])
                 known[savings.place[here]] = True
             if rows is not None:
                 update_slot(layer, savings, np.int64(x))
             if ready != here:
-                _gains_of_entering(search, here, spare, others)
+                _gains_of_entering(search, here, others)
                 ready = here
             dropped = _gains_of_leaving(search, x, out)
             for y in range(slots.size + (experts if layer.replicas[a] > 1 else 0)):
@@ -267,7 +263,7 @@ def improve(
     rows: list[tuple[ExpertArray, Int64Array]] | None = None,
     budget: int = -1,
 ) -> FloatArray:
-    """Swap replicas between GPUs, and replace spare ones, while the value of the placement rises.
+    """Swap replicas between GPUs, and replace redundant ones, while the value of the placement rises.
 
     The value of a layer is minus the messages between nodes, in shares of its picks, less the penalties for the load
     imbalance (`load_norm`) of nodes and GPUs. The best move of each slot is taken at once. No GPU gets two replicas of

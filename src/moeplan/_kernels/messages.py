@@ -13,16 +13,7 @@ import numpy as np
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import BoolArray, ExpertArray, FloatArray, Int16Array, Int32Array, Int64Array
 
-__all__ = [
-    "KNUTH",
-    "STEP_VALUES",
-    "request_messages",
-    "step_messages",
-    "summarise_step",
-    "summarise_step_reference",
-]
-
-#: floor(2**32 / golden ratio): vLLM's multiplier (0.30.0, fused_moe/router/base_router.py).
+#: floor(2**32 / golden ratio): vLLM's multiplier (0.30.0 and 0.33.0, fused_moe/router/base_router.py).
 KNUTH = 2654435769
 
 _PICK, _GPU, _NODE, _ALLGATHER = 0, 1, 2, 3

@@ -10,8 +10,6 @@ from moeplan._kernels.compiled import compiled
 from moeplan._kernels.layer_state import NONE, Layer, expert_messages
 from moeplan.arrays import FloatArray, Int64Array
 
-__all__ = ["Savings", "update_expert", "update_place", "update_slot"]
-
 
 class Savings(NamedTuple):
     """Messages that each single change would save, as far as they are computed.
@@ -54,26 +52,26 @@ def _update_new(layer: Layer, savings: Savings, e: int, p: int, now: float) -> N
 
 
 @compiled
-def update_place(layer: Layer, savings: Savings, p: int, spare: bool) -> None:
+def update_place(layer: Layer, savings: Savings, p: int) -> None:
     """Compute what every slot's replica, and a new one of every expert, would save at a place."""
     none = np.int64(NONE)
     now = np.empty(layer.replicas.size)
     for e in range(now.size):
         now[e] = expert_messages(layer, np.int64(e), none, none)
-        if spare:
+        if layer.slots.size > layer.replicas.size:
             _update_new(layer, savings, np.int64(e), p, now[e])
     for s in range(layer.slots.size):
         savings.move[s, p] = _moving(layer, savings, s, p, now[layer.slots[s]])
 
 
 @compiled
-def update_expert(layer: Layer, savings: Savings, e: int, spare: bool) -> None:
+def update_expert(layer: Layer, savings: Savings, e: int) -> None:
     """Compute all that one expert's replicas would save."""
     none = np.int64(NONE)
     for s in range(layer.slots.size):
         if layer.slots[s] == e:
             update_slot(layer, savings, np.int64(s))
-    if spare:
+    if layer.slots.size > layer.replicas.size:
         now = expert_messages(layer, e, none, none)
         for p in range(savings.move.shape[1]):
             _update_new(layer, savings, e, np.int64(p), now)

@@ -17,8 +17,6 @@ import numpy.typing as npt
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import CountArray, ExpertArray, FloatArray, Int64Array
 
-__all__ = ["alias_tables", "mix64", "sample_picks", "sample_picks_reference"]
-
 UInt64Array = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

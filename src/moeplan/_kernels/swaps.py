@@ -7,8 +7,6 @@ import numpy as np
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import FloatArray, Int64Array
 
-__all__ = ["swap_partition"]
-
 
 @compiled
 def swap_partition(weight: FloatArray, part: Int64Array, parts: int, sweeps: int) -> float:

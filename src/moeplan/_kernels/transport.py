@@ -13,8 +13,6 @@ import numpy as np
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import Int64Array
 
-__all__ = ["transport"]
-
 _FAR = np.int64(1) << 62
 
 

@@ -20,12 +20,12 @@ def check(
     redundant: o.ServedRedundant = None,
     json: o.Json = None,
 ) -> int:
-    """Check a placement file of an engine against every rule that the engine does not check itself.
+    """Check a placement file against the rules of its engine, including those that the engine does not check.
 
     Each finding comes with its location and a suggested fix. Exit status 0: valid. 1: invalid. With --plan, the file is
     also compared with that plan, slot by slot.
     """
-    from moeplan.engines.checking import check as examined
+    from moeplan.engines.placement_files import check as examined
     from moeplan.planning.store import load_plan
 
     o.refuse_plan(file)

@@ -23,7 +23,7 @@ class SplitFlags:
     fit: float = 0.5
     """Share of the requests that plans are fitted on."""
     folds: o.Int = 4
-    """Repeated splits."""
+    """Number of random splits."""
 
 
 def compare(
@@ -43,24 +43,24 @@ def compare(
 ) -> None:
     """Compare strategies on held-out requests.
 
-    Each group (a node, or a GPU with --deployment gpus) needs at least 3 usable requests to measure on, beside those
-    that plans are fitted on: 48 requests in all for 8 nodes and --fit 0.5.
+    Each group (a node, or a GPU with --deployment gpus) needs at least 3 held-out requests: 48 requests for 8 nodes.
 
     Args:
         strategies: Strategies, separated by commas.
     """
     from moeplan.replay.compare import compare_task
-    from moeplan.report.compare_page import write_compare_page
+    from moeplan.report.compare_page import compare_html
+    from moeplan.report.page import write_page
 
     task, chosen = cluster.task(), paper.strategies(strategies)
     opened, start = requests.open(trace), time.perf_counter()
     task.check(opened.shape.num_experts)  # before a large trace is read
-    settings = measure.settings(times.timing(opened.shape, task), seed, fit=split.fit, folds=split.folds)
+    settings = measure.settings(times.timing(opened.shape, task), seed, fit_share=split.fit, folds=split.folds)
     with progress("compare") as tick:
         read = requests.read(opened, phase=measure.phase)
         table = compare_task(read, task, chosen, settings, tick)
     show_comparison(table, opened, time.perf_counter() - start)
     emit_json(json, table.to_dict())
     if output is not None:
-        write_compare_page(output, table, opened)
+        write_page(output, compare_html(table, opened))
     echo(f"wrote {output}" if output else "a page with figures: add -o compare.html")

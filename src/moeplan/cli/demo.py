@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
-
 from moeplan.cli import options as o
 from moeplan.cli.files import File
 from moeplan.cli.terminal import echo, emit_json, progress
@@ -20,27 +18,18 @@ from moeplan.embedded import WORD
 
 __all__ = ["demo"]
 
-Folder = Annotated[Path, File("folder"), Parameter(name=("--output", "-o"), group=o.OUTPUT, metavar="DIR")]
+Folder = Annotated[Path, File("folder"), o.output("DIR", "the folder of the pages")]
 STRATEGIES = ("linear", "eplb", "paper", "moeplan")
 _WHERE = "--nodes 4 --gpus-per-node 4"
 
 
-def demo(
-    *,
-    output: Folder = Path("moeplan-demo"),
-    seed: o.Seed = 0,
-    json: o.Json = None,
-) -> None:
-    """Run the full pipeline on the bundled trace: profile, plan, compare.
-
-    Args:
-        output: Output: the folder of the pages.
-    """
+def demo(*, output: Folder = Path("moeplan-demo"), seed: o.Seed = 0, json: o.Json = None) -> None:
+    """Run the full pipeline on the bundled trace: profile, plan, compare."""
     from moeplan.cluster import Cluster
     from moeplan.profile import profile_trace
     from moeplan.replay.compare import compare
     from moeplan.replay.settings import EvaluationSettings
-    from moeplan.report.compare_page import write_compare_page
+    from moeplan.report.compare_page import compare_html
     from moeplan.report.page import write_page
     from moeplan.report.profile_page import profile_html
     from moeplan.trace import open_trace
@@ -59,7 +48,7 @@ def demo(
     with progress("compare") as tick:
         table = compare(trace, Cluster(4, 4), STRATEGIES, settings=settings, progress=tick)
     show_comparison(table, trace, time.perf_counter() - began)
-    write_compare_page(output / "compare.html", table, trace)
+    write_page(output / "compare.html", compare_html(table, trace))
     echo()
     echo(f"pages:  {output / 'profile.html'}  {output / 'compare.html'}")
     echo(f"next:   {_program()} compare {WORD} {_WHERE} --redundant 16  (a redundant slot a GPU)")

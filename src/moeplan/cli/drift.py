@@ -19,13 +19,13 @@ def drift(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> int:
-    """Tell whether a stored plan has gone stale on the traffic of a trace.
+    """Test whether a new plan for the traffic of a trace would be better than the stored plan.
 
     Exit status 0: the plan is still good. 1: it is stale.
     """
     from moeplan.planning.store import load_plan
     from moeplan.replay.drift import check_drift, detect_drift
-    from moeplan.replay.run import check_shape
+    from moeplan.replay.evaluator import check_shape
     from moeplan.replay.settings import EvaluationSettings
 
     stored, opened = load_plan(o.refuse_trace(plan)), requests.open(trace)

@@ -29,15 +29,15 @@ class LayoutFlags:
     nodes: o.Int | None = None
     """Nodes of the cluster. Default: 1."""
     gpus_per_node: o.Int | None = None
-    """GPUs in each node: those that the fast network joins. Default: the hardware's."""
+    """GPUs in each node, on one scale-up network. Default: the hardware's."""
     tp: o.Int | None = None
     """Tensor-parallel ranks of attention. Default: 1."""
     pp: o.Int | None = None
     """Pipeline stages. Default: 1."""
     dp: o.Int | None = None
-    """Data-parallel ranks of attention. Default: all that are left."""
+    """Data-parallel ranks of attention. Default: GPUs / (tp x pp)."""
     ep: o.Int | None = None
-    """Ranks that share the experts. Default: all of a stage."""
+    """Expert-parallel ranks. Default: all of a stage."""
     redundant: o.Int | None = None
     """Extra expert slots in each layer, in total. Default: 0."""
 
@@ -50,11 +50,11 @@ class StepFlags:
     batch: o.Int | None = None
     """Requests in the batch of each data-parallel rank. Default: 128, or all of --trace."""
     context: o.Int = 4096
-    """Tokens of each request: held, or to prefill."""
+    """Context tokens of each request (prefill: tokens to prefill)."""
     phase: Literal["prefill", "decode"] | None = None
     """Inference phase: the step to estimate. Default: decode."""
     dispatch: o.DispatchMode | None = None
-    """Dispatch mode: what one message carries. Default: pick, prefill node, or the plan's."""
+    """Dispatch mode: what one message carries. Default: pick (prefill: node), or the plan's."""
     overlap: bool = False
     """Two-batch overlap."""
     balanced: bool = False
@@ -69,9 +69,9 @@ class RoutingFlags:
     """A trace under a plan."""
 
     trace: Annotated[Path | None, File("input")] = None
-    """A moeplan trace: use its routing, under --plan."""
+    """A moeplan trace: use its routing (needs --plan)."""
     plan: Annotated[Path | None, File("input")] = None
-    """A plan made by 'moeplan plan': with --trace. It says the cluster."""
+    """A plan made by 'moeplan plan' (needs --trace). It defines the cluster."""
     seed: o.Seed = 0
     """Random seed."""
 
@@ -97,7 +97,8 @@ def estimate(
         model: The model: a name of the catalogue, or a config.json. Default: the model of --trace.
     """
     from moeplan.perf.estimate import estimate as uniform
-    from moeplan.report.perf_estimate import write_estimate_page
+    from moeplan.report.page import write_page
+    from moeplan.report.perf_estimate import estimate_html
 
     settings, machine = _settings(layout, step, precision, drafts), prices.one(hardware)
     if routing.trace is not None or routing.plan is not None:
@@ -113,7 +114,7 @@ def estimate(
         echo(line)
     emit_json(json, found.to_dict())
     if output is not None:
-        write_estimate_page(output, found)
+        write_page(output, estimate_html(found))
         echo(f"wrote {output}")
 
 

@@ -34,7 +34,7 @@ def evaluate(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Measure a plan on a trace, or a placement that an engine serves with, beside the linear placement.
+    """Measure a plan, or the placement file of an engine, on a trace, compared with the linear placement.
 
     Give --plan, or --placement and --engine.
 
@@ -60,9 +60,9 @@ def evaluate(
 def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan:
     """The plan to measure, or an engine's file as a plan; what config and flags leave open, the trace says."""
     from moeplan.cluster import Deployment
-    from moeplan.engines.from_placement import plan_from_file
+    from moeplan.engines.from_placement import import_placement
     from moeplan.planning.store import load_plan
-    from moeplan.replay.run import check_shape
+    from moeplan.replay.evaluator import check_shape
 
     if (plan is None) == (placed.placement is None):
         what = "evaluate needs a plan or a placement" if plan is None else "--plan and --placement are two placements"
@@ -81,7 +81,7 @@ def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan
     if placed.engine is None:
         raise UsageError("--placement needs --engine", where=str(placed.placement), hint="give --engine")
     spec = o.described(placed.config, num_experts=trace.shape.num_experts, num_layers=placed.num_layers)
-    return plan_from_file(
+    return import_placement(
         placed.placement,
         placed.engine,
         spec,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -18,17 +18,14 @@ from moeplan.errors import FormatError, UsageError
 if TYPE_CHECKING:
     from moeplan.engines.balancing import Balanced
     from moeplan.engines.exporting import ExportReport
+    from moeplan.engines.placement import EnginePlacement
+    from moeplan.model.spec import ModelSpec
+    from moeplan.planning import Plan
 
 __all__ = ["export"]
 
-Exported: TypeAlias = "tuple[ExportReport, list[str], dict[str, Any]]"
-
-
-FileOut = Annotated[
-    Path,
-    File("new file"),
-    Parameter(name=("--output", "-o"), group=o.OUTPUT, metavar="FILE", help="Output: the file to write."),
-]
+Exported: TypeAlias = "tuple[ExportReport, Iterator[str], dict[str, Any]]"
+FileOut = Annotated[Path, File("new file"), o.output("FILE", "the file to write")]
 
 
 @Parameter(name="*", group=Group("With a plan", sort_key=2))
@@ -39,7 +36,7 @@ class PlanFlags:
     trace: Annotated[Path | None, File("input")] = None
     """A moeplan trace: model the value of replicas on it."""
     signature_tokens: o.Int | None = None
-    """Use each request's first N tokens as its signature, in place of the prefill."""
+    """Use each request's first N tokens as its signature, instead of the prefill."""
 
 
 @Parameter(name="*", group=Group("With counts", sort_key=3))
@@ -54,7 +51,7 @@ class CountsFlags:
     redundant: o.Int | None = None
     """Extra expert slots in each layer, in total. Default: 0."""
     measure: Annotated[Path | None, File("input"), Parameter(metavar="COUNTS")] = None
-    """Measure on these counts, not on those that are balanced."""
+    """Measure the placement on these counts, instead of those that it was made from."""
     batch: o.Int | None = None
     """Requests in the batch of each data-parallel rank (here: of each node). Default: 128."""
 
@@ -90,86 +87,71 @@ class CountsFlags:
         return replace(found, step=step_times(found, times.hardware, times.model, context=times.context, batch=batch))
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TargetFlags:
+    """The file to write, and the model that it is for."""
+
+    engine: o.Engine
+    output: FileOut
+    model: o.PlacedModelFlags = o.PlacedModelFlags()
+    expert_placement_strategy: Literal["linear", "round_robin"] | None = None
+    """Layout that vLLM has built in (no plug-in): write only a plan with this layout."""
+
+    def write(self, placed: Plan | EnginePlacement, source: Path, model: ModelSpec, name: str = "") -> ExportReport:
+        """Write a plan, or the placement of a model of this name."""
+        from moeplan.engines.exporting import export
+
+        strategy = self.expert_placement_strategy
+        return export(
+            placed, self.engine, self.output, model=model, where=str(source), name=name, vllm_strategy=strategy
+        )
+
+
 def export(
     source: Annotated[o.InputFile, Parameter(help="A plan, or counts of picks.")],
     /,
     *,
-    engine: o.Engine,
-    output: FileOut,
-    model: o.PlacedModelFlags = o.PlacedModelFlags(),
+    target: TargetFlags,
     plan: PlanFlags = PlanFlags(),
     counts: CountsFlags = CountsFlags(),
     times: o.TimingFlags = o.TimingFlags(),
-    expert_placement_strategy: Literal["linear", "round_robin"] | None = None,
     json: o.Json = None,
 ) -> None:
     """Write an engine's placement file and print the flags to start the engine with.
 
     SOURCE is a plan, or counts of picks (SGLang's logical_count JSON, or a counts profile), which are balanced first.
-
-    Args:
-        expert_placement_strategy: Layout of vLLM's own, for use without the plug-in: write only a plan that is so.
     """
     if _is_plan(source):
         _refuse((counts, times), "a plan")
-        report, lines, more = _export_plan(source, engine, output, model, plan, expert_placement_strategy)
+        report, lines, more = _export_plan(source, target, plan)
     else:
         _refuse((plan,), "counts")
-        report, lines, more = _export_counts(source, engine, output, model, counts, times, expert_placement_strategy)
+        report, lines, more = _export_counts(source, target, counts, times)
     for line in lines:
         echo(line)
     show_export(report, source)
     emit_json(json, {**report.to_dict(), **more})
 
 
-def _export_plan(
-    source: Path, engine: str, output: Path, model: o.PlacedModelFlags, flags: PlanFlags, vllm_strategy: str | None
-) -> Exported:
-    from moeplan.engines.exporting import export as write
+def _export_plan(source: Path, target: TargetFlags, flags: PlanFlags) -> Exported:
     from moeplan.planning.replica_value import trace_locality
     from moeplan.planning.store import load_plan
 
     plan, value = load_plan(source), None
     if flags.trace is not None:
         value = trace_locality(flags.trace, plan, signature_tokens=flags.signature_tokens)
-    report = write(
-        plan,
-        engine,
-        output,
-        model=model.spec(),
-        from_config=model.config is not None,
-        where=str(source),
-        vllm_strategy=vllm_strategy,
-    )
+    report = target.write(plan, source, target.model.spec())
     rule = report.launch.rule
     more = {"remote_share": None if value is None else value[0].to_dict(), "replica_rule": rule.value}
-    return report, list(replica_lines(plan, rule, value)), more
+    return report, replica_lines(plan, rule, value), more
 
 
-def _export_counts(
-    source: Path,
-    engine: str,
-    output: Path,
-    model: o.PlacedModelFlags,
-    flags: CountsFlags,
-    times: o.TimingFlags,
-    vllm_strategy: str | None,
-) -> Exported:
-    from moeplan.engines.exporting import export as write
-
-    spec = model.spec()
-    found = flags.balance(source, engine, spec.moe.groups if spec.moe else 1, times)
-    report = write(
-        found.placement,
-        engine,
-        output,
-        model=found.complete(spec),
-        from_config=model.config is not None,
-        where=str(source),
-        name=found.counts.name,
-        vllm_strategy=vllm_strategy,
-    )
-    return report, list(balanced_lines(found, source, engine, flags.measure)), found.to_dict()
+def _export_counts(source: Path, target: TargetFlags, flags: CountsFlags, times: o.TimingFlags) -> Exported:
+    spec = target.model.spec()
+    found = flags.balance(source, target.engine, spec.moe.groups if spec.moe else 1, times)
+    report = target.write(found.placement, source, found.complete(spec), found.counts.name)
+    return report, balanced_lines(found, source, target.engine, flags.measure), found.to_dict()
 
 
 def _is_plan(source: Path) -> bool:

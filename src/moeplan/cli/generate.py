@@ -26,11 +26,11 @@ class SizeFlags:
     decode: o.Int | None = None
     """Mean decode tokens of a request. Default: the preset's."""
     exact: bool = False
-    """Give every request exactly these lengths."""
+    """Give every request exactly the mean lengths."""
     layers: o.Int | None = None
-    """Only the first N MoE layers."""
+    """Generate only the first N MoE layers."""
     layer_ids: o.Layers = ()
-    """Only these layers of the model, e.g. 42 or 3,42."""
+    """Generate only these layers of the model, e.g. 42 or 3,42."""
 
 
 def generate(
@@ -48,15 +48,7 @@ def generate(
     if size.layers is not None and size.layer_ids:
         raise UsageError("--layers and --layer-ids exclude each other")
     with progress("generating requests") as tick:
-        trace = generator.generate(
-            preset,
-            output,
-            requests=size.requests,
-            prefill=size.prefill,
-            decode=size.decode,
-            seed=seed,
-            layers=list(size.layer_ids) or size.layers,
-            exact=size.exact,
-            progress=tick,
-        )
+        layers = list(size.layer_ids) or size.layers
+        settings = generator.WorkloadSettings(size.requests, size.prefill, size.decode, seed, layers, size.exact)
+        trace = generator.generate(preset, output, settings, tick)
     show_trace(trace, json)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -12,6 +14,9 @@ from moeplan.cli.import_placement import placement
 from moeplan.cli.prompt_flags import PromptTokenFlags
 from moeplan.cli.terminal import progress
 from moeplan.cli.text.made import show_counts, show_made, show_trace
+
+if TYPE_CHECKING:
+    from moeplan.trace.counts import CountsProfile
 
 __all__ = ["import_"]
 
@@ -22,8 +27,56 @@ import_.command(placement)
 
 SourceFiles = Annotated[o.Sources, Parameter(name="FILE..", help="Files, or folders of them.")]
 Start = Annotated[
-    o.Int, Parameter(group=o.REQUESTS, help="Start length that the requests asked for: rows before it are absent.")
+    o.Int, Parameter(group=o.REQUESTS, help="Start length set in the requests: the responses have no rows before it.")
 ]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TraceFlags:
+    """The trace to make of requests, and what their source does not say."""
+
+    output: o.TraceOut
+    how: o.SourceFlags = o.SourceFlags()
+    model: o.ModelFlags = o.ModelFlags()
+
+    def make(self, importer: Callable[..., Any], source: Path | list[Path], what: str, **more: Any) -> Any:
+        """What an importer makes of a source."""
+        with progress(f"importing {what}") as tick:
+            return importer(source, self.output, self.how.options(self.model), progress=tick, **more)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ResponseFlags(TraceFlags):
+    """The same for the responses of an engine."""
+
+    start: Start = 0
+    model: o.LayeredModelFlags = o.LayeredModelFlags()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DumpFlags(TraceFlags):
+    """The same for a source that may be counts."""
+
+    output: o.RecorderOut
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CountsFlags:
+    """The counts profile to make, and what its source does not say."""
+
+    output: o.CountsOut
+    phase: o.CountedPhase = "unknown"
+    name: o.ModelName = None
+
+    def make(self, importer: Callable[..., CountsProfile], source: Path, **known: Any) -> CountsProfile:
+        """What an importer makes of a source."""
+        from moeplan.importers.options import ImportOptions
+
+        return importer(source, self.output, ImportOptions(o.described(name=self.name, **known)), phase=self.phase)
 
 
 @import_.command
@@ -31,10 +84,8 @@ def arrays(
     source: o.InputFile,
     /,
     *,
-    output: o.TraceOut,
-    how: o.SourceFlags = o.SourceFlags(),
+    into: TraceFlags,
     prompts: PromptTokenFlags = PromptTokenFlags(),
-    model: o.ModelFlags = o.ModelFlags(),
     json: o.Json = None,
 ) -> None:
     """Import request-level arrays from an .npz file.
@@ -47,105 +98,53 @@ def arrays(
     """
     from moeplan.importers.arrays import import_arrays
 
-    options = how.options(model)
-    with prompts.added(options.retention, output) as retention, progress("importing requests") as tick:
-        trace = import_arrays(source, output, replace(options, retention=retention), progress=tick)
+    options = into.how.options(into.model)
+    with prompts.added(options.retention, into.output) as retention, progress("importing requests") as tick:
+        trace = import_arrays(source, into.output, replace(options, retention=retention), progress=tick)
     show_trace(trace, json)
 
 
 @import_.command
-def expert_selection(
-    sources: SourceFiles,
-    /,
-    *,
-    output: o.TraceOut,
-    how: o.SourceFlags = o.SourceFlags(),
-    model: o.ModelFlags = o.ModelFlags(),
-    json: o.Json = None,
-) -> None:
-    """Import JSON files, one request each: a list of steps, each a map from layer to its tokens' picks."""
+def expert_selection(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+    """Import JSON files, one per request: a list of steps, each a map from layer to the picks of its tokens."""
     from moeplan.importers.expert_selection import import_expert_selection
 
-    with progress("importing files") as tick:
-        trace = import_expert_selection(sources, output, how.options(model), progress=tick)
-    show_trace(trace, json)
+    show_trace(into.make(import_expert_selection, sources, "files"), json)
 
 
 @import_.command
-def moe_beyond(
-    sources: SourceFiles,
-    /,
-    *,
-    output: o.TraceOut,
-    how: o.SourceFlags = o.SourceFlags(),
-    model: o.ModelFlags = o.ModelFlags(),
-    json: o.Json = None,
-) -> None:
-    """Import CSV files of prompts with Layer ID, Batch Number, Token, Activated Expert IDs.
+def moe_beyond(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+    """Import CSV files of MoE-Beyond: prompts with layer, batch number, token and expert ids.
 
     The text of the tokens is not stored.
     """
     from moeplan.importers.moe_beyond import import_moe_beyond
 
-    with progress("importing files") as tick:
-        trace = import_moe_beyond(sources, output, how.options(model), progress=tick)
-    show_trace(trace, json)
+    show_trace(into.make(import_moe_beyond, sources, "files"), json)
 
 
 @import_.command
-def megatron(
-    sources: SourceFiles,
-    /,
-    *,
-    output: o.TraceOut,
-    how: o.SourceFlags = o.SourceFlags(),
-    model: o.ModelFlags = o.ModelFlags(),
-    json: o.Json = None,
-) -> None:
+def megatron(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
     """Import router traces (.jsonl) of Megatron-LM; each step becomes a pseudo-request."""
     from moeplan.importers.megatron import import_megatron
 
-    with progress("importing files") as tick:
-        trace = import_megatron(sources, output, how.options(model), progress=tick)
-    show_trace(trace, json)
+    show_trace(into.make(import_megatron, sources, "files"), json)
 
 
 @import_.command
-def vllm(
-    sources: SourceFiles,
-    /,
-    *,
-    output: o.TraceOut,
-    start: Start = 0,
-    how: o.SourceFlags = o.SourceFlags(),
-    model: o.LayeredModelFlags = o.LayeredModelFlags(),
-    json: o.Json = None,
-) -> None:
+def vllm(sources: SourceFiles, /, *, into: ResponseFlags, json: o.Json = None) -> None:
     """Import stored responses of vLLM with routed_experts, JSON or JSONL."""
     from moeplan.importers.vllm_responses import import_vllm
 
-    with progress("importing responses") as tick:
-        trace = import_vllm(sources, output, how.options(model), start=start, progress=tick)
-    show_trace(trace, json)
+    show_trace(into.make(import_vllm, sources, "responses", start=into.start), json)
 
 
 @import_.command
-def sglang(
-    sources: SourceFiles,
-    /,
-    *,
-    output: o.TraceOut,
-    start: Start = 0,
-    how: o.SourceFlags = o.SourceFlags(),
-    model: o.LayeredModelFlags = o.LayeredModelFlags(),
-    json: o.Json = None,
-) -> None:
+def sglang(sources: SourceFiles, /, *, into: ResponseFlags, json: o.Json = None) -> None:
     """Import stored responses of SGLang with routed_experts, JSON or JSONL."""
     from moeplan.importers.sglang_responses import import_sglang
 
-    with progress("importing responses") as tick:
-        trace = import_sglang(sources, output, how.options(model), start=start, progress=tick)
-    show_trace(trace, json)
+    show_trace(into.make(import_sglang, sources, "responses", start=into.start), json)
 
 
 @import_.command
@@ -153,35 +152,23 @@ def sglang_recorder(
     sources: SourceFiles,
     /,
     *,
-    output: o.RecorderOut,
+    into: DumpFlags,
     counts: bool = False,
     phase: o.CountedPhase = "unknown",
-    how: o.SourceFlags = o.SourceFlags(),
-    model: o.ModelFlags = o.ModelFlags(),
     json: o.Json = None,
 ) -> None:
     """Import dumps (.pt) of SGLang's expert recorder: a trace from per_token, a counts profile from stat and per_pass.
 
     Args:
-        counts: Count a per_token dump in place of rebuilding its requests.
+        counts: Count the picks of a per_token dump instead of rebuilding its requests.
     """
     from moeplan.importers.sglang_recorder import import_sglang_recorder
 
-    with progress("importing dumps") as tick:
-        made = import_sglang_recorder(sources, output, how.options(model), counts=counts, phase=phase, progress=tick)
-    show_made(made, json)
+    show_made(into.make(import_sglang_recorder, sources, "dumps", counts=counts, phase=phase), json)
 
 
 @import_.command
-def tensorrt_llm(
-    folder: o.InputFile,
-    /,
-    *,
-    output: o.CountsOut,
-    phase: o.CountedPhase = "unknown",
-    name: o.ModelName = None,
-    json: o.Json = None,
-) -> None:
+def tensorrt_llm(folder: o.InputFile, /, *, into: CountsFlags, json: o.Json = None) -> None:
     """Import expert statistics of TensorRT-LLM: a counts profile, not a trace.
 
     Args:
@@ -189,22 +176,11 @@ def tensorrt_llm(
     """
     from moeplan.importers.tensorrt_llm import import_tensorrt_llm
 
-    show_counts(
-        import_tensorrt_llm(folder, output, o.SourceFlags().options(o.ModelFlags(name=name)), phase=phase), json
-    )
+    show_counts(into.make(import_tensorrt_llm, folder), json)
 
 
 @import_.command
-def logical_count(
-    source: o.InputFile,
-    /,
-    *,
-    output: o.CountsOut,
-    phase: o.CountedPhase = "unknown",
-    top_k: o.TopK = None,
-    name: o.ModelName = None,
-    json: o.Json = None,
-) -> None:
+def logical_count(source: o.InputFile, /, *, into: CountsFlags, top_k: o.TopK = None, json: o.Json = None) -> None:
     """Import SGLang's logical_count JSON: a counts profile, not a trace.
 
     Args:
@@ -212,12 +188,7 @@ def logical_count(
     """
     from moeplan.importers.logical_count import import_logical_count
 
-    show_counts(
-        import_logical_count(
-            source, output, o.SourceFlags().options(o.ModelFlags(name=name, top_k=top_k)), phase=phase
-        ),
-        json,
-    )
+    show_counts(into.make(import_logical_count, source, top_k=top_k), json)
 
 
 @import_.command
@@ -231,7 +202,7 @@ def trace(
     prompts: PromptTokenFlags = PromptTokenFlags(),
     json: o.Json = None,
 ) -> None:
-    """Turn a trace into one that leaks less: without short requests, or with sums in place of token rows."""
+    """Copy a trace and store less: drop short requests, or replace token rows by sums over requests."""
     from moeplan.importers.trace import import_trace
     from moeplan.trace import open_trace
 

@@ -34,10 +34,10 @@ def placement(
         dispatch: Dispatch mode: what one message carries.
     """
     from moeplan.cluster import Deployment, Dispatch
-    from moeplan.engines.from_placement import plan_from_file
+    from moeplan.engines.from_placement import import_placement
 
     o.refuse_plan(file)
-    plan = plan_from_file(
+    plan = import_placement(
         file,
         engine,
         model.spec(top_k=top_k, name=name),

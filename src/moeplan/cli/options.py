@@ -13,7 +13,7 @@ from moeplan.cli.files import File
 from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.engines.report import ExpertLayout
+    from moeplan.engines.report import EpSettings
     from moeplan.importers.options import ImportOptions
     from moeplan.model.spec import ModelSpec
     from moeplan.perf.hardware import Hardware
@@ -90,41 +90,26 @@ OUTPUT = Group("Output", sort_key=20)
 
 # ---- inputs and outputs
 
-_OUT = ("--output", "-o")
+
+def output(metavar: str, help: str) -> Parameter:
+    """The flag of what a verb makes: `-o` everywhere."""
+    return Parameter(name=("--output", "-o"), group=OUTPUT, metavar=metavar, help=f"Output: {help}.")
+
+
 TraceIn: TypeAlias = Annotated[Path, File("input"), Parameter(help="A moeplan trace (a directory), or embedded.")]
 Sources: TypeAlias = Annotated[list[Path], File("input")]
 PlanIn: TypeAlias = Annotated[
     Path | None, File("input"), Parameter(metavar="PLAN", help="A plan made by 'moeplan plan'.")
 ]
-TraceOut: TypeAlias = Annotated[
-    Path,
-    File("folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="TRACE", help="Output: the trace directory to make."),
-]
-CountsOut: TypeAlias = Annotated[
-    Path,
-    File("folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="COUNTS", help="Output: the counts profile to make."),
-]
+TraceOut: TypeAlias = Annotated[Path, File("folder"), output("TRACE", "the trace directory to make")]
+CountsOut: TypeAlias = Annotated[Path, File("folder"), output("COUNTS", "the counts profile to make")]
 NeededPlan: TypeAlias = Annotated[Path, File("input"), Parameter(metavar="PLAN", help="A plan made by 'moeplan plan'.")]
 PlacementIn: TypeAlias = Annotated[Path, File("input"), Parameter(help="A placement file of an engine.")]
 InputFile: TypeAlias = Annotated[Path, File("input")]
 ConfigIn: TypeAlias = Annotated[Path, File("input")]
-PlanOut: TypeAlias = Annotated[
-    Path,
-    File("new folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="PLAN", help="Output: the directory of the new plan."),
-]
-RecorderOut: TypeAlias = Annotated[
-    Path,
-    File("folder"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="OUT", help="Output: the trace or the counts profile to make."),
-]
-PageOut: TypeAlias = Annotated[
-    Path | None,
-    File("file"),
-    Parameter(name=_OUT, group=OUTPUT, metavar="HTML", help="Output: a page with figures."),
-]
+PlanOut: TypeAlias = Annotated[Path, File("new folder"), output("PLAN", "the directory of the new plan")]
+RecorderOut: TypeAlias = Annotated[Path, File("folder"), output("OUT", "the trace or the counts profile to make")]
+PageOut: TypeAlias = Annotated[Path | None, File("file"), output("HTML", "a page with figures")]
 Json: TypeAlias = Annotated[
     Path | None,
     File("file"),
@@ -140,10 +125,10 @@ Json: TypeAlias = Annotated[
 
 Seed: TypeAlias = Annotated[int, Parameter(converter=_whole, help="Random seed.")]
 Block: TypeAlias = Annotated[
-    int, Parameter(converter=_whole, group=REQUESTS, help="Keep N neighbouring requests together in splits.")
+    int, Parameter(converter=_whole, group=REQUESTS, help="Keep N consecutive requests on the same side of a split.")
 ]
 EngineName: TypeAlias = Literal["sglang", "vllm", "tensorrt-llm", "vllm-ascend"]
-Engine: TypeAlias = Annotated[EngineName, Parameter(help="Target engine: the one that the file is for.")]
+Engine: TypeAlias = Annotated[EngineName, Parameter(help="Target engine of the file.")]
 Deployment: TypeAlias = Literal["nodes", "gpus"]
 DispatchMode: TypeAlias = Literal["pick", "gpu", "node", "allgather"]
 CountedPhase: TypeAlias = Annotated[
@@ -156,7 +141,7 @@ ServedRedundant: TypeAlias = Annotated[
 ModelName: TypeAlias = Annotated[str | None, Parameter(group=MODEL, help="Name of the model.")]
 TopK: TypeAlias = Annotated[
     int | None,
-    Parameter(converter=_whole, group=MODEL, help="Experts that each token picks, if the source does not say."),
+    Parameter(converter=_whole, group=MODEL, help="Experts that each token picks, if the source does not have it."),
 ]
 
 # ---- groups of flags; a field's docstring is its help
@@ -178,7 +163,8 @@ class ClusterFlags:
     dispatch: DispatchMode = "pick"
     """Dispatch mode: what one message carries."""
     replica_rule: Literal["nearest-static", "nearest-even", "hash"] = "nearest-static"
-    """Replica selection rule: the first two are SGLang's, hash is vLLM's."""
+    """Replica selection rule: nearest-static (SGLang, several nodes), nearest-even (SGLang, one node), hash (vLLM,
+    TensorRT-LLM, vLLM-Ascend)."""
 
     def task(self) -> PlanningTask:
         """The flags as the library's own value."""
@@ -197,11 +183,10 @@ class ObjectiveFlags:
     """What the strategy moeplan is given."""
 
     guard: float | None = None
-    """Load guard: most load of a node, in multiples of the linear placement's; inf: any. Default: 1.05, or the older
-    plan's."""
+    """Load guard: limit on node load, in multiples of linear's; inf: no limit. Default: 1.05, or the plan's."""
     objective: Literal["bytes", "balance", "time"] | None = None
-    """What the plan lowers: bytes between nodes, balance (load first), or time (needs --hardware). Default: bytes, or
-    the older plan's."""
+    """What to minimise: traffic between nodes (bytes), load (balance), or time (--hardware). Default:
+    bytes, or the plan's."""
 
     def values(self, timing: Timing | None, task: PlanningTask) -> dict[str, Any]:
         """The same by the names of the library's parameters."""
@@ -215,16 +200,20 @@ class PaperFlags:
     """What the strategies paper and paper-unbalanced are given."""
 
     clusters: Int | None = None
-    """Expert clusters (K) of the strategy paper. Default: chosen on the fit part."""
+    """Request clusters (K) of the strategy paper. Default: selected on the fit requests."""
 
     def strategies(self, names: str) -> tuple[str | Strategy, ...]:
         """The strategies of a list of names, separated by commas."""
-        from moeplan.planning.strategies.paper import PaperParams
+        from moeplan.planning.strategies.paper import PaperStrategy
 
         chosen = [name.strip() for name in names.split(",") if name.strip()]
         if not chosen:
             raise UsageError("--strategies names none", hint="e.g. linear,eplb,paper")
-        both = {params.name: params for params in (PaperParams(self.clusters), PaperParams(self.clusters, equal=False))}
+        both = {
+            params.name: params for params in (PaperStrategy(self.clusters), PaperStrategy(self.clusters, equal=False))
+        }
+        if self.clusters is not None and not both.keys() & chosen:
+            raise UsageError(f"--clusters is for the strategies {' and '.join(both)}", hint="leave it out")
         return tuple(both.get(name, name) for name in chosen)
 
 
@@ -234,7 +223,7 @@ class TraceFlags:
     """What is read of a trace."""
 
     signature_tokens: Int | None = None
-    """Use each request's first N tokens as its signature, in place of the prefill."""
+    """Use each request's first N tokens as its signature, instead of the prefill."""
     without_layers: Layers = ()
     """Leave out these layers, e.g. 45 or 0,1,45."""
 
@@ -260,9 +249,9 @@ class TimingFlags:
     hardware: str | None = None
     """Hardware: also model step times on it, e.g. H100."""
     model: Annotated[str | None, File("input")] = None
-    """The model: a name of the catalogue, or a config.json. Default: the model of the trace."""
+    """The model: a catalogue name, or a config.json. Default: the model of the trace."""
     context: Int | None = None
-    """Tokens of each request. Default: 4096."""
+    """Context tokens of each request. Default: 4096."""
 
     def timing(self, shape: ModelShape, task: PlanningTask) -> Timing | None:
         """What to time steps with, checked; None without --hardware."""
@@ -285,19 +274,19 @@ class ModelFlags:
     config: ConfigIn | None = None
     """The model's config.json, or its folder: experts, top-k, dense layers."""
     num_experts: Int | None = None
-    """Routed experts in each layer, if --config does not say."""
+    """Routed experts per layer, if not in --config."""
     top_k: Int | None = None
-    """Experts that each token picks, if --config does not say."""
+    """Experts that each token picks, if not in --config."""
     name: str | None = None
     """Name of the model."""
     hidden: Int | None = None
-    """Hidden size: byte figures need it."""
+    """Hidden size. Byte figures need it."""
     expert_bytes: Int | None = None
     """Bytes of the weights of one expert in one layer."""
     kv_bytes_per_token: Int | None = None
     """Bytes of the KV cache of one token over all layers."""
     routing_groups: Int | None = None
-    """Groups of experts among which the router first chooses (DeepSeek-V3: 8). Default: the config's, or 1."""
+    """Expert groups of the model's router (DeepSeek-V3: 8). Default: the config's, or 1."""
 
     def spec(self) -> ModelSpec:
         """The model as config and flags describe it."""
@@ -310,7 +299,7 @@ class LayeredModelFlags(ModelFlags):
     """The same where a source may have rows for layers without experts."""
 
     num_layers: Int | None = None
-    """Hidden layers, dense ones included, if --config does not say."""
+    """Hidden layers, dense ones included, if not in --config."""
     dense_layers: Layers | None = None
     """Layers without experts, e.g. 0,1,2, or none."""
 
@@ -349,11 +338,11 @@ class MeasureFlags:
     phase: Literal["decode", "prefill", "mixed"] = "decode"
     """Inference phase: rows to measure. Plans are always fitted on decode."""
     block: Int = 1
-    """Keep N neighbouring requests together in splits."""
+    """Keep N consecutive requests on the same side of a split."""
     steps: Int = 500
     """Decode steps measured in each fold."""
     hidden: Int | None = None
-    """Hidden size, if the trace does not say it."""
+    """Hidden size, if the trace does not have it."""
 
     def settings(self, timing: Timing | None, seed: int, **split: Any) -> EvaluationSettings:
         """The same as the library's value; one split without `split`."""
@@ -371,9 +360,9 @@ class KeepFlags:
     """What of the recorded requests is stored."""
 
     min_tokens: Int = 1
-    """Store no request of fewer tokens, prefill and decode together."""
+    """Drop requests with fewer than N tokens (prefill + decode)."""
     aggregate: Int | None = None
-    """Store no token rows, only sums over N requests of a domain."""
+    """Store sums over N requests of a domain instead of token rows."""
 
     def policy(self) -> RetentionPolicy:
         """The same as the library's value."""
@@ -390,9 +379,9 @@ class PlacedModelFlags:
     config: ConfigIn | None = None
     """The model's config.json, or its folder: experts, layers, which of them are dense."""
     num_experts: Int | None = None
-    """Routed experts in each layer, if --config does not say."""
+    """Routed experts per layer, if not in --config."""
     num_layers: Int | None = None
-    """Hidden layers, dense ones included, if --config does not say."""
+    """Hidden layers, dense ones included, if not in --config."""
     dense_layers: Layers | None = None
     """Layers without experts, e.g. 0,1,2, or none."""
 
@@ -412,11 +401,11 @@ class ServedFlags:
     nodes: Int | None = None
     """Nodes of the cluster."""
 
-    def layout(self, redundant: int | None = None) -> ExpertLayout:
+    def layout(self, redundant: int | None = None) -> EpSettings:
         """What the flags say of the deployment."""
-        from moeplan.engines.report import ExpertLayout
+        from moeplan.engines.report import EpSettings
 
-        return ExpertLayout(self.ep_size, self.nodes, redundant)
+        return EpSettings(self.ep_size, self.nodes, redundant)
 
 
 @Parameter(name="*", group=Group("Placement file, in place of a plan", sort_key=1.5))
@@ -427,11 +416,11 @@ class PlacementFlags(ServedFlags):
     placement: Annotated[Path | None, File("input"), Parameter(metavar="FILE")] = None
     """A placement file of an engine."""
     engine: EngineName | None = None
-    """Target engine: the one that the file is for."""
+    """Target engine of the file."""
     config: ConfigIn | None = None
     """The model's config.json, or its folder: layers, which of them are dense."""
     num_layers: Int | None = None
-    """Hidden layers, dense ones included, if --config does not say."""
+    """Hidden layers, dense ones included, if not in --config."""
     deployment: Deployment | None = None
     """What a request group is: the requests decoded on one node, or on one GPU. Default: nodes."""
 
@@ -460,9 +449,9 @@ class PrecisionFlags:
     """Numeric types of weights and cache."""
 
     weights_dtype: str | None = None
-    """Numeric type of matrices: bf16, fp8, fp4 .. Default: the checkpoint's."""
+    """Numeric type of the weight matrices: bf16, fp8, fp4 .. Default: the checkpoint's."""
     experts_dtype: str | None = None
-    """Numeric type of the routed experts. Default: as published."""
+    """Numeric type of the routed experts. Default: the checkpoint's."""
     kv_dtype: str = "bf16"
     """Numeric type of the KV cache: bf16 or fp8."""
 
@@ -477,13 +466,13 @@ class DraftFlags:
     """Multi-token prediction."""
 
     mtp: Int = 0
-    """Draft tokens in each step, by the model's own module."""
+    """Draft tokens per step, from the model's multi-token prediction module."""
     accepted: float | None = None
-    """Tokens that a step yields. Default: 1 + 0.8 x drafts."""
+    """Tokens per step that are accepted. Default: 1 + 0.8 x drafts."""
 
     @property
     def tokens(self) -> float:
-        """Tokens that a step yields: as given, else 1 and four fifths of the drafts."""
+        """Tokens accepted per step: as given, else 1 + 0.8 x drafts."""
         return 1 + 0.8 * self.mtp if self.accepted is None else self.accepted
 
 
@@ -493,11 +482,11 @@ class PriceFlags:
     """Hardware that the catalogue does not have, and prices."""
 
     hardware_file: Annotated[Path | None, File("input"), Parameter(metavar="JSON")] = None
-    """A file with more hardware, or other prices."""
+    """A file with further hardware, or with other prices."""
     usd_per_hour: float | None = None
-    """Price of one GPU. Default: the catalogue's."""
+    """Price of one GPU in USD per hour. Default: the catalogue's."""
     watts: float | None = None
-    """Power of one GPU. Default: the catalogue's."""
+    """Power of one GPU in watts. Default: the catalogue's."""
 
     def hardware(self, names: str) -> list[Hardware]:
         """The hardware of a list of names, or all of the catalogue."""
@@ -513,15 +502,13 @@ class PriceFlags:
 
 
 Milliseconds: TypeAlias = Annotated[float, Parameter(metavar="MS")]
-HardwareList: TypeAlias = Annotated[str, Parameter(metavar="A,B,..", help="Hardware: names of the catalogue, or all.")]
-ModelIn: TypeAlias = Annotated[
-    str, File("input"), Parameter(help="The model: a name of the catalogue, or a config.json.")
-]
+HardwareList: TypeAlias = Annotated[str, Parameter(metavar="A,B,..", help="Hardware: catalogue names, or all.")]
+ModelIn: TypeAlias = Annotated[str, File("input"), Parameter(help="The model: a catalogue name, or a config.json.")]
 GpusPerNode: TypeAlias = Annotated[
     int | None,
     Parameter(
         converter=_whole,
         group=CLUSTER,
-        help="GPUs in each node: those that the fast network joins. Default: the hardware's.",
+        help="GPUs in each node, on one scale-up network. Default: the hardware's.",
     ),
 ]

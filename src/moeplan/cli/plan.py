@@ -36,14 +36,14 @@ def plan(
     """Fit a plan on all usable requests of a trace: request groups, expert placement and router.
 
     Args:
-        strategy: How to plan.
+        strategy: The planning strategy.
     """
     from moeplan.api import HELD_OUT, plan_task
 
     task, opened = cluster.task(), requests.open(trace)
     task.check(opened.shape.num_experts)  # before a large trace is read
     timing = times.timing(opened.shape, task)
-    chosen = _strategy(strategy, paper, objective, objective.values(timing, task))
+    chosen = _strategy(strategy, paper, objective.values(timing, task))
     with progress("plan") as tick:
         read = requests.read(opened, rows=False)
         made = plan_task(read, task, chosen, replace(HELD_OUT, seed=seed, block=block, timing=timing), tick)
@@ -52,13 +52,17 @@ def plan(
     emit_json(json, plan_facts(made, output))
 
 
-def _strategy(name: str, paper: o.PaperFlags, given: o.ObjectiveFlags, values: dict[str, Any]) -> str | Strategy:
+def _strategy(name: str, paper: o.PaperFlags, values: dict[str, Any]) -> str | Strategy:
     """The strategy of a name, with its parameters; those of another one are refused."""
-    from moeplan.planning.strategies.moeplan import MoeplanParams
+    from moeplan.planning.strategies.moeplan import MoeplanStrategy
 
-    if name == "moeplan":
-        return MoeplanParams(**{key: value for key, value in values.items() if value is not None})
-    for flag in ("guard", "objective"):
-        if getattr(given, flag) is not None:
-            raise UsageError(f"--{flag} is for the strategy moeplan", hint=f"leave it out with {name}")
-    return paper.strategies(name)[0]
+    chosen, *more = paper.strategies(name)
+    if more:
+        raise UsageError(f"--strategy {name} names several", hint="give one, or compare them with moeplan compare")
+    given = {key: value for key, value in values.items() if value is not None}
+    if chosen == "moeplan":
+        return MoeplanStrategy(**given)
+    for key, flag in (("guard", "--guard"), ("objective", "--objective"), ("step_cost", "--hardware")):
+        if key in given:
+            raise UsageError(f"{flag} is for the strategy moeplan", hint=f"leave it out with {name}")
+    return chosen

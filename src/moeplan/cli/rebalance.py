@@ -26,7 +26,7 @@ def rebalance(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Improve a stored plan for the traffic of a trace by moving few expert replicas.
+    """Improve a stored plan for the traffic of a trace by moving a few expert replicas.
 
     Cluster, dispatch mode, replica rule, guard and objective are the plan's.
 
@@ -35,13 +35,13 @@ def rebalance(
     """
     from moeplan import api
     from moeplan.planning.store import load_plan
-    from moeplan.planning.strategies.moeplan import MoeplanParams
-    from moeplan.replay.run import check_shape
+    from moeplan.planning.strategies.moeplan import MoeplanStrategy
+    from moeplan.replay.evaluator import check_shape
 
     old, opened = load_plan(o.refuse_trace(plan)), requests.open(trace)
     check_shape(opened.shape, old.model, str(plan))
     timing = times.timing(opened.shape, old.task)
-    params = MoeplanParams.of_plan(old.params, **objective.values(timing, old.task))
+    params = MoeplanStrategy.of_plan(old.params, **objective.values(timing, old.task))
     with progress("rebalance") as tick:
         read = requests.read(opened, old, rows=False)
         made = api.rebalance(old, read, max_moves=max_moves, params=params, seed=seed, progress=tick)

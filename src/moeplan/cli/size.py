@@ -23,7 +23,7 @@ class UseFlags:
     """Lengths and limits of a use case; what is given changes that of --use-case."""
 
     use_case: Literal["qa", "summarise", "chat", "code", "all"] | None = None
-    """Use case with known lengths, beams and limits."""
+    """Use case with predefined lengths, beams and limits."""
     prompt_tokens: o.Int | None = None
     """Tokens of a prompt."""
     output_tokens: o.Int | None = None
@@ -60,16 +60,17 @@ def size(
     output: o.PageOut = None,
     json: o.Json = None,
 ) -> int:
-    """Find the smallest cluster of each hardware for a use case and its limits, and what bounds it.
+    """Find the smallest cluster of each hardware that meets the limits of a use case, and its bottleneck.
 
-    Exit status 1: no hardware keeps the limits of some use case.
+    Exit status 1: no hardware meets the limits of some use case.
 
     Args:
         max_gpus: Largest cluster to try.
-        sensitivity: Show how TTFT and TPOT respond to each part of the hardware, too.
+        sensitivity: Also show the sensitivity of TTFT and TPOT to each part of the hardware.
     """
     from moeplan.perf import sizing
-    from moeplan.report.perf_page import write_size_page
+    from moeplan.report.page import write_page
+    from moeplan.report.perf_page import size_html
 
     cases = use.cases(drafts)
     settings = sizing.SizingSettings(
@@ -81,6 +82,6 @@ def size(
         echo(line)
     emit_json(json, sized.to_dict())
     if output is not None:
-        write_size_page(output, sized)
+        write_page(output, size_html(sized))
         echo(f"wrote {output}")
     return 0 if sized.met else 1

@@ -22,15 +22,15 @@ class LayoutFlags:
     nodes: o.Numbers = (1,)
     """Nodes of the cluster. 1 includes parts of a node."""
     gpus: o.Numbers | None = None
-    """Numbers of GPUs, in place of --nodes."""
+    """Numbers of GPUs, instead of --nodes."""
     gpus_per_node: o.Int | None = None
-    """GPUs in each node: those that the fast network joins. Default: the hardware's."""
+    """GPUs in each node, on one scale-up network. Default: the hardware's."""
     tp: o.Numbers | None = None
     """Tensor-parallel ranks of attention. Default: all that fit."""
     pp: o.Numbers | None = None
     """Pipeline stages. Default: all that fit."""
     ep: o.Numbers | None = None
-    """Ranks that share the experts. Default: all of a stage, or 1."""
+    """Expert-parallel ranks. Default: all of a stage, or 1."""
 
 
 @Parameter(name="*", group=Group("Load", sort_key=3))
@@ -41,11 +41,11 @@ class LoadFlags:
     batch: o.Numbers = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     """Requests in the batch of each data-parallel rank."""
     context: o.Numbers = (4096,)
-    """Tokens of each request."""
+    """Context tokens of each request."""
     overlap: bool = False
-    """Two-batch overlap: try it too."""
+    """Two-batch overlap: also try each set-up with it."""
     tpot: o.Milliseconds = 50.0
-    """Limit on the time per output token. The best set-up within it is shown in detail."""
+    """Limit on the time per output token. The best set-up within the limit is shown in detail."""
 
 
 def sweep(
@@ -59,15 +59,17 @@ def sweep(
     output: o.PageOut = None,
     json: o.Json = None,
 ) -> None:
-    """Sweep set-ups: layouts, batches, contexts; the best trade of throughput per GPU against TPOT."""
+    """Estimate many set-ups (layouts, batches, contexts) and show the Pareto front of throughput per GPU and TPOT."""
     from moeplan.perf import sweep as perf
-    from moeplan.report.perf_page import write_sweep_page
+    from moeplan.perf.layouts import LayoutChoice
+    from moeplan.report.page import write_page
+    from moeplan.report.perf_page import sweep_html
 
     settings = perf.SweepSettings(
         layout.nodes,
         layout.gpus,
         layout.gpus_per_node,
-        perf.LayoutChoice(layout.tp, layout.pp, layout.ep),
+        LayoutChoice(layout.tp, layout.pp, layout.ep),
         load.batch,
         load.context,
         load.overlap,
@@ -81,5 +83,5 @@ def sweep(
         echo(line)
     emit_json(json, swept.to_dict())
     if output is not None:
-        write_sweep_page(output, swept)
+        write_page(output, sweep_html(swept))
     echo(f"wrote {output}" if output else "a page with figures: add -o sweep.html")

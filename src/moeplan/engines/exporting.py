@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moeplan.engines.launch import Launch, Serving, launch
-from moeplan.engines.layer_axis import check_axis, left_out
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.placement_files import check_write, write
-from moeplan.engines.unsupported_models import without_placement
+from moeplan.engines.placement_files import check_write, without_placement, write
 from moeplan.engines.vllm import own_strategy
-from moeplan.errors import UsageError
-from moeplan.model.spec import ModelSpec
+from moeplan.errors import UsageError, expect
+from moeplan.model.spec import GIVE_MODEL, ModelSpec
+from moeplan.planning.plan import Plan
 from moeplan.types import Placement
 
-if TYPE_CHECKING:
-    from moeplan.planning import Plan
-
-__all__ = ["ExportReport", "export"]
+__all__ = ["ExportReport", "export", "left_out"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class ExportReport:
         path, engine, placement: the file, and what it holds.
         launch: the command to start the engine with.
         hidden_layers: of the model; None where nothing says it.
-        checked_layers: whether config or flags say which layers have experts, and the placement was held to them.
+        checked_layers: whether the model given says which layers have experts; the placement was checked against it.
         layers_left_out: layers that the placement skips where nothing says whether they have experts.
         ignored: why the engine would ignore any placement of this model; None where it would not.
     """
@@ -46,7 +44,8 @@ class ExportReport:
 
     def __repr__(self) -> str:
         layers, slots = self.placement.physical_to_logical.shape
-        return f"{self.path}: {layers} layers of {slots} slots for {self.engine}\n{self.launch.text()}"
+        head = f"{self.path}: {layers} layers of {slots} slots for {self.engine}"
+        return "\n".join([head, self.launch.text(), *(f"note: {note}" for note in self.launch.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -72,7 +71,6 @@ def export(
     path: str | Path,
     *,
     model: ModelSpec | None = None,
-    from_config: bool = False,
     where: str = "",
     name: str = "",
     vllm_strategy: str | None = None,
@@ -80,9 +78,10 @@ def export(
     """Write an engine's placement file, whole or not at all.
 
     Args:
-        source: a plan, or a placement, whose rows are all of the model's layers unless `model` says otherwise.
+        source: a plan, or a placement with a row for each of the model's MoE layers.
         engine: sglang, vllm, tensorrt-llm or vllm-ascend.
-        model: what its config.json (`from_config`) and flags say of it. where: the source, for messages.
+        model: `load_model` of its name or config.json. SGLang needs it for a plan, and for a placement unless every
+            hidden layer is a MoE layer. where: the source, for messages.
         name: the model's name, for the plug-in's file; a plan has its own.
         vllm_strategy: refuse a placement that is not this layout of vLLM's own: linear or round_robin.
 
@@ -92,36 +91,36 @@ def export(
 
     Examples:
         >>> import moeplan
-        >>> placement = moeplan.balance([[4, 3, 2, 1]], moeplan.Cluster(1, 2))
-        >>> report = moeplan.export(placement, "sglang", "placement.json")  # doctest: +SKIP
+        >>> import numpy as np
+        >>> counts = np.random.default_rng(0).integers(1, 100, (58, 256))  # picks in each MoE layer
+        >>> placement = moeplan.balance(counts, moeplan.Cluster(4, 8), redundant=32)
+        >>> deepseek = moeplan.load_model("deepseek-v3")
+        >>> report = moeplan.export(placement, "sglang", "placement.json", model=deepseek)  # doctest: +SKIP
     """
-    spec, serving, path = model or ModelSpec(), Serving(), Path(path)
+    spec, serving, path, assumed = model or ModelSpec(), Serving(), Path(path), ""
     if isinstance(source, Placement):
-        placement = EnginePlacement.of(source, tuple(range(source.num_layers)))
+        placement = _place_rows(source, spec)
         if model is None:
             spec = spec.override(num_experts=source.num_experts, num_layers=source.num_layers, dense_layers=())
+            assumed = f"no model given: assumed that every hidden layer is one of the {source.num_layers} MoE layers"
     elif isinstance(source, EnginePlacement):
         placement = source
     else:
+        expect(source, Plan, "a plan or a placement")
         name, serving = source.model.name, Serving(source.cluster.num_groups, source.dispatch)
         placement = EnginePlacement.of_plan(source)
     if vllm_strategy is not None:
         _check_vllm_strategy(engine, placement, vllm_strategy)
-    layers = check_axis(placement, spec, engine, where, from_config=from_config)
+    layers = _check_axis(placement, spec, engine, where)
     check_write(path, engine, placement)
     start = launch(engine, placement, str(path), serving)
-    checked = spec.moe_layers is not None
+    if assumed:
+        start = replace(start, notes=(*start.notes, assumed))
+        warnings.warn(assumed, stacklevel=2)
     write(path, engine, placement, num_layers=layers, model=name)
-    return ExportReport(
-        path,
-        engine,
-        placement,
-        start,
-        layers,
-        checked,
-        () if checked else left_out(placement.layer_ids),
-        without_placement(engine, spec.architectures),
-    )
+    checked, ignored = spec.moe_layers is not None, without_placement(engine, spec.architectures)
+    skipped = () if checked else left_out(placement.layer_ids)
+    return ExportReport(path, engine, placement, start, layers, checked, skipped, ignored)
 
 
 def _check_vllm_strategy(engine: str, placement: EnginePlacement, strategy: str) -> None:
@@ -137,3 +136,64 @@ def _check_vllm_strategy(engine: str, placement: EnginePlacement, strategy: str)
         )
     if own_strategy(placement) != strategy:
         raise UsageError(f"the plan is not vLLM's {strategy} layout", hint="leave the flag out and use the plug-in")
+
+
+def left_out(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers missing from a sequence with a regular step, e.g. 45 from 41, 43, 47."""
+    steps = [b - a for a, b in itertools.pairwise(layers)]
+    if not steps:
+        return ()
+    usual = max(set(steps), key=lambda step: (steps.count(step), -step))
+    gaps = ((a, b) for a, b in itertools.pairwise(layers) if (b - a) > usual and (b - a) % usual == 0)
+    return tuple(layer for a, b in gaps for layer in range(a + usual, b, usual))
+
+
+def _place_rows(source: Placement, model: ModelSpec) -> EnginePlacement:
+    """A placement whose rows are the model's MoE layers, or all of its hidden layers.
+
+    Raises:
+        UsageError: another number of rows.
+    """
+    rows, moe = source.num_layers, model.moe_layers
+    if moe is None or rows == len(moe):
+        return EnginePlacement.of(source, moe or tuple(range(rows)))
+    if rows != model.layers:
+        what = f"the placement has {rows} rows, the model given {len(moe)} MoE layers of {model.layers} hidden layers"
+        raise UsageError(what, hint="give a row for each MoE layer")
+    return EnginePlacement.of(source, tuple(range(rows))).rows_of(moe, "")
+
+
+def _check_axis(placement: EnginePlacement, model: ModelSpec, engine: str, where: str) -> int | None:
+    """Check a placement's layers against the model's; returns the number of hidden layers, if known.
+
+    Raises:
+        UsageError: other experts or layers than the model's; for SGLang, the number of hidden layers is not known.
+    """
+    layers, experts = placement.layer_ids, placement.num_experts
+    moe = layers if model.moe_layers is None else model.moe_layers
+
+    def refuse(wrong: object, what: str, hint: str = "give the model that the plan was made for") -> None:
+        if wrong:
+            raise UsageError(what, where=where, hint=hint)
+
+    refuse(
+        model.num_experts not in (None, experts),
+        f"the plan is for {experts} experts, the model given has {model.num_experts}",
+    )
+    refuse(
+        model.layers is not None and layers[-1] >= model.layers,
+        f"the plan places layer {layers[-1]}, but the model given has {model.layers} hidden layers, from 0",
+    )
+    missing, surplus = sorted(set(moe) - set(layers)), sorted(set(layers) - set(moe))
+    refuse(
+        missing,
+        f"the plan places no experts in layer {min(missing, default=0)}, which has experts in the model given",
+        "plan on a trace of all layers, without --without-layers, or give the model that the plan was made for",
+    )
+    refuse(surplus, f"the plan places experts in layer {min(surplus, default=0)}, which has none in the model given")
+    if engine == "sglang":
+        what = "SGLang's file has a row for every hidden layer, and the plan knows only those with experts"
+        refuse(model.layers is None, what, GIVE_MODEL)
+        what = f"the plan has {len(layers)} of {model.layers} layers, and the model does not say which have experts"
+        refuse(model.moe_layers is None and len(layers) < (model.layers or 0), what, GIVE_MODEL)
+    return model.layers

@@ -7,14 +7,14 @@ from pathlib import Path
 from moeplan.cluster import Cluster, Deployment, Dispatch, ReplicaRule, check_slots, routes
 from moeplan.engines.placement import EnginePlacement
 from moeplan.engines.placement_files import examine
-from moeplan.engines.report import ExpertLayout, Report
+from moeplan.engines.report import EpSettings, Report
 from moeplan.errors import UsageError
 from moeplan.model.spec import ModelSpec
 from moeplan.planning.plan import DEPLOYED, Plan, Provenance
 from moeplan.planning.router import LocalityRouter
 from moeplan.types import ModelShape
 
-__all__ = ["find_replica_rule", "plan_from_file", "plan_from_placement"]
+__all__ = ["find_replica_rule", "import_placement", "plan_from_placement"]
 
 
 def find_replica_rule(engine: str, nodes: int) -> ReplicaRule:
@@ -55,25 +55,32 @@ def plan_from_placement(
     return Plan(place, router, cluster, dispatch, rule, model, DEPLOYED, provenance=Provenance(notes=notes))
 
 
-def plan_from_file(
-    path: Path,
+def import_placement(
+    path: str | Path,
     engine: str,
-    spec: ModelSpec,
-    layout: ExpertLayout,
+    model: ModelSpec | None = None,
+    layout: EpSettings | None = None,
     *,
     shape: ModelShape | None = None,
-    deployment: Deployment = Deployment.NODES,
-    dispatch: Dispatch = Dispatch.PICK,
+    deployment: Deployment | str = Deployment.NODES,
+    dispatch: Dispatch | str = Dispatch.PICK,
 ) -> Plan:
-    """An engine's placement file as a plan.
+    """An engine's placement file as a plan, to evaluate and rebalance it.
 
     Args:
-        spec, layout: what config and user say of the model and of the deployment.
-        shape: the model of a trace, which says what `spec` leaves open; None: the file and `spec` say the model.
+        model: `load_model` of its name or config.json. layout: what the engine is started with.
+        shape: of a trace, which says what `model` leaves open.
 
     Raises:
         FormatError: the file is invalid. UsageError: model or cluster are not known, or other than the file's.
+
+    Examples:
+        >>> served = moeplan.EpSettings(ep_size=32, nodes=4)  # doctest: +SKIP
+        >>> plan = moeplan.import_placement(
+        ...     "placement.json", "sglang", moeplan.load_model("deepseek-v3"), served
+        ... )  # doctest: +SKIP
     """
+    spec, path = model or ModelSpec(), Path(path)
     if shape is not None and spec.moe_layers is None:
         spec = spec.override(moe_layers=shape.layer_ids)
     report = examine(path, engine, spec, layout)
@@ -82,7 +89,8 @@ def plan_from_file(
     placement = report.require_placement()
     if shape is None:
         shape = spec.moe_shape(num_experts=placement.num_experts, layer_ids=placement.layer_ids, where=str(path))
-    return plan_from_placement(placement, shape, engine, deployment=deployment, dispatch=dispatch, where=str(path))
+    where, deployed, sent = str(path), Deployment(deployment), Dispatch(dispatch)
+    return plan_from_placement(placement, shape, engine, deployment=deployed, dispatch=sent, where=where)
 
 
 def _check_known(report: Report, path: Path) -> None:
@@ -93,6 +101,6 @@ def _check_known(report: Report, path: Path) -> None:
         raise UsageError(
             "does not say all of its model",
             where=str(path),
-            hint="give --config, or all of --num-experts, --num-layers, --dense-layers and --top-k"
+            hint="give model (--config), or all of --num-experts, --num-layers, --dense-layers and --top-k"
             + (f"; and {' and '.join(cluster)}" if cluster else ""),
         )

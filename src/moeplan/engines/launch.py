@@ -38,14 +38,13 @@ class Launch:
     Attributes:
         command: one argument with its value per item. environment: variables. extra: name and text of a further file.
         flags: required values by name, for JSON.
-        rule: the replica rule that models the engine; exact: whether it is the same for every rank.
+        rule: the replica rule that models the engine.
         notes: one line each.
     """
 
     command: tuple[str, ...]
     flags: dict[str, object]
     rule: ReplicaRule
-    exact: bool = True
     environment: tuple[tuple[str, str], ...] = ()
     extra: tuple[str, str] | None = None
     notes: tuple[str, ...] = ()
@@ -62,7 +61,7 @@ def launch(engine: str, placement: EnginePlacement, file: str, serving: Serving 
 
 
 def _sglang(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
-    ranks, copies, notes = placement.ep_size, placement.has_replicas, []
+    ranks, notes = placement.ep_size, []
     backend, algorithm, rule = ["--moe-a2a-backend deepep"], "static", find_replica_rule("sglang", placement.nodes)
     if serving.dispatch is Dispatch.PICK:
         backend.append("--deepep-mode low_latency")
@@ -75,72 +74,59 @@ def _sglang(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
             notes.append("between nodes DeepEP V2 sends as --dispatch node counts it: its direct mode is for one node")
     elif serving.dispatch is Dispatch.ALLGATHER:
         backend, algorithm, rule = ["--moe-a2a-backend none"], "dynamic", ReplicaRule.HASH
-        if copies:
-            notes.append("without an all-to-all backend SGLang takes copies in turn by row, near or far")
+        if placement.has_replicas:
+            notes.append("without an all-to-all backend SGLang selects replicas by row number, wherever they are")
     else:
         notes.append("the all-to-all backend is yours to choose; with none, use --ep-dispatch-algorithm dynamic")
-    parallel = [f"--tp-size {ranks} --ep-size {ranks}", *_groups("--attn-dp-size", serving)]
-    nodes = (
-        [f"--nnodes {placement.nodes} --node-rank $RANK --dist-init-addr $HEAD:20000"] if placement.nodes > 1 else []
-    )
-    notes.append("leave --enable-eplb out: with it SGLang moves the experts again")
+    parallel = [f"--tp-size {ranks} --ep-size {ranks}"]
+    if serving.groups and serving.groups > 1:
+        parallel.append(f"--attn-dp-size {serving.groups}")
+    if placement.nodes > 1:
+        parallel.append(f"--nnodes {placement.nodes} --node-rank $RANK --dist-init-addr $HEAD:20000")
+    notes.append("do not add --enable-eplb: with it SGLang moves the experts again")
     command = (
         "python -m sglang.launch_server --model-path $MODEL",
         *parallel,
-        *nodes,
         *backend,
         f"--init-expert-location {file}",
         f"--ep-num-redundant-experts {placement.redundant} --ep-dispatch-algorithm {algorithm}",
     )
-    return Launch(
-        command,
-        _flags(placement, serving, ep_dispatch_algorithm=algorithm),
-        rule,
-        notes=tuple(notes),
-    )
+    return Launch(command, _flags(placement, serving, ep_dispatch_algorithm=algorithm), rule, notes=tuple(notes))
 
 
 def _vllm(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
-    own = own_strategy(placement)
-    notes = []
-    if own is not None:
+    notes, groups = [], serving.groups
+    if own := own_strategy(placement):
         only = "" if own == "linear" else ", with a DeepEP low-latency or NIXL backend only"
         notes.append(f"vLLM has this placement by itself: --expert-placement-strategy {own} without EPLB{only}")
-    page = "docs/guides/engines/vllm.md"
-    notes.append(f"the plug-in has to be installed with vLLM ({page}): vLLM alone reads no placement file")
+    where = "docs/guides/engines/vllm.md"
+    notes.append(f"the plug-in has to be installed with vLLM ({where}): vLLM alone reads no placement file")
     backend = {
         Dispatch.PICK: "deepep_low_latency",
         Dispatch.NODE: "deepep_high_throughput",
         Dispatch.GPU: "deepep_v2",
         Dispatch.ALLGATHER: "allgather_reducescatter",
     }
-    groups = serving.groups
-    parallel = (
-        [f"--tensor-parallel-size {placement.ep_size // groups} --data-parallel-size {groups}"]
-        if groups
-        else [f"--data-parallel-size {placement.ep_size}"]
-    )
-    nodes = [f"--nnodes {placement.nodes} --node-rank $RANK --master-addr $HEAD"] if placement.nodes > 1 else []
+    parallel = [f"--data-parallel-size {groups or placement.ep_size}"]
+    if groups:
+        parallel = [f"--tensor-parallel-size {placement.ep_size // groups} {parallel[0]}"]
+    if placement.nodes > 1:
+        parallel.append(f"--nnodes {placement.nodes} --node-rank $RANK --master-addr $HEAD")
     eplb = json.dumps({"num_redundant_experts": placement.redundant})
     command = (
         "vllm serve $MODEL",
         *parallel,
-        *nodes,
         "--enable-expert-parallel",
         *([f"--all2all-backend {backend[serving.dispatch]}"] if serving.dispatch else []),
         f"--enable-eplb --eplb-config '{eplb}'",
     )
-    return Launch(
-        command, _flags(placement, serving), ReplicaRule.HASH,
-        environment=(("MOEPLAN_VLLM_PLAN", file),), notes=tuple(notes),
-    )  # fmt: skip
+    environment = (("MOEPLAN_VLLM_PLAN", file),)
+    return Launch(command, _flags(placement, serving), ReplicaRule.HASH, environment, notes=tuple(notes))
 
 
 def _vllm_ascend(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
     groups = serving.groups or placement.ep_size
-    eplb = json.dumps(
-        {"eplb_config": {"expert_map_path": file, "num_redundant_experts": placement.redundant}}
-    )  # fmt: skip
+    eplb = json.dumps({"eplb_config": {"expert_map_path": file, "num_redundant_experts": placement.redundant}})
     command = (
         "vllm serve $MODEL",
         f"--tensor-parallel-size {placement.ep_size // groups} --data-parallel-size {groups}",
@@ -148,7 +134,7 @@ def _vllm_ascend(placement: EnginePlacement, file: str, serving: Serving) -> Lau
         f"--additional-config '{eplb}'",
     )
     notes = ("model runner V1 only, and announced for removal; on main, test that weights follow the file's map",)
-    return Launch(command, _flags(placement, serving), ReplicaRule.HASH, exact=False, notes=notes)
+    return Launch(command, _flags(placement, serving), ReplicaRule.HASH, notes=notes)
 
 
 def _tensorrt_llm(placement: EnginePlacement, file: str, serving: Serving) -> Launch:
@@ -160,14 +146,8 @@ def _tensorrt_llm(placement: EnginePlacement, file: str, serving: Serving) -> La
     notes = ["num_slots and the layers are in the file; the EP size must be as planned"]
     if serving.groups not in (None, 1, ranks):
         notes.append(f"attention runs on each GPU, not in {serving.groups} groups: plan with --deployment gpus")
-    return Launch(
-        command, _flags(placement, serving), ReplicaRule.HASH, exact=False, extra=("options.yaml", options),
-        notes=tuple(notes),
-    )  # fmt: skip
-
-
-def _groups(flag: str, serving: Serving) -> list[str]:
-    return [f"{flag} {serving.groups}"] if serving.groups and serving.groups > 1 else []
+    extra = ("options.yaml", options)
+    return Launch(command, _flags(placement, serving), ReplicaRule.HASH, extra=extra, notes=tuple(notes))
 
 
 def _flags(placement: EnginePlacement, serving: Serving, **more: object) -> dict[str, object]:
@@ -182,9 +162,4 @@ def _flags(placement: EnginePlacement, serving: Serving, **more: object) -> dict
     }
 
 
-_BY_ENGINE = {
-    "sglang": _sglang,
-    "vllm": _vllm,
-    "vllm-ascend": _vllm_ascend,
-    "tensorrt-llm": _tensorrt_llm,
-}
+_BY_ENGINE = {"sglang": _sglang, "vllm": _vllm, "vllm-ascend": _vllm_ascend, "tensorrt-llm": _tensorrt_llm}

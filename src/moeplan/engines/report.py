@@ -10,12 +10,12 @@ from moeplan.engines.placement import EnginePlacement
 from moeplan.errors import FormatError, UsageError
 from moeplan.model.spec import ModelSpec
 
-__all__ = ["ExpertLayout", "Finding", "Report", "other_engine_hint", "show"]
+__all__ = ["EpSettings", "Finding", "Report", "other_engine_hint", "show"]
 
 
 @dataclass(frozen=True)
-class ExpertLayout:
-    """How an engine lays out the experts; None where it is not known.
+class EpSettings:
+    """EP size, nodes and redundant experts that the engine starts with; None where not known.
 
     Attributes:
         ep_size: GPUs that share the experts. nodes: nodes that these GPUs fill. redundant: R, redundant slots.
@@ -59,7 +59,7 @@ class Finding:
         return FormatError(self.what, where=f"{path}: {self.place}" if self.place else str(path), hint=self.hint).line()
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Everything found in one file; the engines' readers add to it.
 
@@ -75,12 +75,17 @@ class Report:
     path: Path
     engine: str
     model: ModelSpec = field(default_factory=ModelSpec)
-    layout: ExpertLayout = field(default_factory=ExpertLayout)
+    layout: EpSettings = field(default_factory=EpSettings)
     findings: list[Finding] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     rows: int | None = None
     slots: int | None = None
     placement: EnginePlacement | None = None
+
+    def __repr__(self) -> str:
+        lines = [f"{self.path}, {self.engine}: {'valid' if self.ok else f'invalid, {len(self.errors)} errors'}"]
+        lines += [("warning: " if f.legal else "") + f.line(self.path) for f in self.findings]
+        return "\n".join(lines + [f"not checked: {what}" for what in self.unchecked])
 
     @property
     def errors(self) -> list[Finding]:

@@ -16,7 +16,7 @@ import numpy as np
 from moeplan.engines.map_rules import Row, check_rows, finish
 from moeplan.engines.parsing import load_json, load_tensors
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
+from moeplan.engines.report import EpSettings, Report, other_engine_hint, show
 from moeplan.model.spec import ModelSpec
 
 __all__ = ["MAP", "content", "examine"]
@@ -36,7 +36,7 @@ def content(placement: EnginePlacement, num_layers: int) -> dict[str, Any]:
     return {MAP: rows.tolist()}
 
 
-def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
+def examine(path: Path, model: ModelSpec, layout: EpSettings) -> Report:
     """Check a .json or .pt file."""
     report = Report(path, "sglang", model, layout)
     if path.suffix not in (".json", ".pt"):

@@ -20,7 +20,7 @@ import numpy as np
 from moeplan.engines.map_rules import Row, check_rows, finish
 from moeplan.engines.parsing import load_yaml
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
+from moeplan.engines.report import EpSettings, Report, other_engine_hint, show
 from moeplan.model.spec import ModelSpec
 from moeplan.types import MAX_LAYERS
 
@@ -38,7 +38,7 @@ def content(placement: EnginePlacement) -> str:
     return "\n".join([*lines, "layer_updates_per_iter: 0", ""])
 
 
-def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
+def examine(path: Path, model: ModelSpec, layout: EpSettings) -> Report:
     """Check a file."""
     report = Report(path, "tensorrt-llm", model, layout)
     data = load_yaml(report)

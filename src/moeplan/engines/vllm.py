@@ -21,7 +21,7 @@ import numpy as np
 from moeplan.engines.map_rules import Row, check_rows, finish
 from moeplan.engines.parsing import load_json, load_npy
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
+from moeplan.engines.report import EpSettings, Report, other_engine_hint, show
 from moeplan.model.spec import ModelSpec
 from moeplan.types import MAX_EXPERTS, MAX_LAYERS
 
@@ -61,10 +61,10 @@ def read(path: str | Path) -> EnginePlacement:
     Raises:
         FormatError: a broken rule, with its location. UsageError: a bare map, which does not say its cluster.
     """
-    return examine(Path(path), ModelSpec(), ExpertLayout()).require_placement()
+    return examine(Path(path), ModelSpec(), EpSettings()).require_placement()
 
 
-def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
+def examine(path: Path, model: ModelSpec, layout: EpSettings) -> Report:
     """Check a file of the plug-in, or at a bare map [MoE layers, slots] (.json, .npy)."""
     report = Report(path, "vllm", model, layout)
     data = load_npy(report) if path.suffix == ".npy" else load_json(report)

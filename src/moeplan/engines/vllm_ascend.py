@@ -14,7 +14,7 @@ from typing import Any
 from moeplan.engines.map_rules import Row, check_rows, finish
 from moeplan.engines.parsing import load_json
 from moeplan.engines.placement import EnginePlacement
-from moeplan.engines.report import ExpertLayout, Report, other_engine_hint, show
+from moeplan.engines.report import EpSettings, Report, other_engine_hint, show
 from moeplan.model.spec import ModelSpec
 
 __all__ = ["content", "examine"]
@@ -44,7 +44,7 @@ def content(placement: EnginePlacement) -> dict[str, Any]:
     }
 
 
-def examine(path: Path, model: ModelSpec, layout: ExpertLayout) -> Report:
+def examine(path: Path, model: ModelSpec, layout: EpSettings) -> Report:
     """Check a file."""
     report = Report(path, "vllm-ascend", model, layout)
     if path.suffix != ".json":

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import Int64Array
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.sources import source_files
@@ -26,8 +26,6 @@ __all__ = ["import_expert_selection"]
 
 #: Parsed JSON takes some thirty times its size in memory; one request of 10 million picks is far below this.
 MAX_FILE_BYTES = 64 * 1024 * 1024
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def import_expert_selection(

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import Int64Array
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
@@ -35,8 +35,6 @@ PSEUDO_REQUESTS = (
     "Megatron records no request ids: each step of each rank is one pseudo-request of unknown phase, so that groups,"
     " signatures and phases mean nothing on this trace; load and co-activation do"
 )
-
-Int64Array = npt.NDArray[np.int64]
 
 
 Index = Annotated[int, msgspec.Meta(ge=0)]

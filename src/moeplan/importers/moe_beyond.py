@@ -13,8 +13,8 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import Int64Array
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.sources import source_files
@@ -31,7 +31,6 @@ MAX_ID = 65535
 
 #: Picks of one request by layer, as they come: (k, ids one after the other).
 Layers = dict[int, "array[int]"]
-Int64Array = npt.NDArray[np.int64]
 
 
 def import_moe_beyond(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,8 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.options import ImportOptions, write_trace
+from moeplan.importers.sources import response_files
+from moeplan.io.json import read_json_objects
 from moeplan.io.npz import read_npy_header
 from moeplan.model.spec import ModelSpec
 from moeplan.progress import Progress
@@ -38,9 +40,9 @@ __all__ = [
     "decode_npy",
     "decode_raw",
     "from_base64",
+    "import_responses",
     "infer_moe_layers",
     "place_rows",
-    "write_responses",
 ]
 
 Picks = npt.NDArray[np.integer[Any]]
@@ -263,22 +265,26 @@ class ResponseLayout:
         return check_picks(response.picks, self.shape.layer_ids, self.shape.num_experts, response.where)
 
 
-def write_responses(
-    files: Sequence[Path],
-    responses: Iterable[tuple[int, EngineResponse]],
+def import_responses(
+    engine: str,
+    sources: Sequence[Path],
+    read: Callable[..., list[EngineResponse]],
     out: Path,
     options: ImportOptions,
-    source: dict[str, Any],
-    notes: dict[str, None],
     progress: Progress,
 ) -> Trace:
-    """Write responses, (index into `files`, response) each, as the requests of a trace, and the notes as its source."""
-    stream = _with_rows(responses, notes)
+    """Write the requests of an engine's stored responses, JSON or JSON lines, as a trace.
+
+    Args:
+        read: gives the requests of a response; called with it, `where`, and the `notes` that it may add lines to.
+    """
+    files, notes = response_files(sources), dict[str, None]()
+    stream = _with_rows(files, read, notes)
     first = next(stream, None)
     if first is None:
         raise FormatError("holds no response with a row", where=str(files[0]), hint="check how it was recorded")
     layout = ResponseLayout.infer(first[1], options)
-    source["notes"] = []
+    source: dict[str, Any] = {"import": engine, "files": len(files), "notes": []}
 
     def requests() -> Iterator[Request]:
         for index, response in chain([first], stream):
@@ -298,10 +304,13 @@ def write_responses(
 
 
 def _with_rows(
-    responses: Iterable[tuple[int, EngineResponse]], notes: dict[str, None]
+    files: Sequence[Path], read: Callable[..., list[EngineResponse]], notes: dict[str, None]
 ) -> Iterator[tuple[int, EngineResponse]]:
-    for index, response in responses:
-        if len(response.picks):
-            yield index, response
-        else:
-            notes["responses without a row (their start length leaves none) were left out"] = None
+    """(index into `files`, response) of every response that has a row."""
+    for index, path in enumerate(files):
+        for where, value in read_json_objects(path):
+            for response in read(value, where=where, notes=notes):
+                if len(response.picks):
+                    yield index, response
+                else:
+                    notes["responses without a row (their start length leaves none) were left out"] = None

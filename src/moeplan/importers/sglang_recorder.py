@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import Int32Array, Int64Array
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
@@ -38,7 +39,6 @@ MAX_COUNT = 2**40
 REBALANCED = "ids were mapped back with the last expert map: a rebalance during the recording would make them wrong"
 REBUILT = "requests were rebuilt from positions and the order in the batch; a retracted request counts as two"
 
-Int64Array = npt.NDArray[np.int64]
 Picks = npt.NDArray[np.integer[Any]]
 
 
@@ -53,6 +53,16 @@ class _Dump:
     @property
     def num_experts(self) -> int:
         return int(self.slots.max()) + 1
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a dump; `picks` int32 [rows, MoE layers, k], logical, in the order of the passes."""
+
+    dump: _Dump
+    passes: list[Pass]
+    picks: Picks
+    moe_layers: tuple[int, ...]
 
 
 def import_sglang_recorder(
@@ -94,8 +104,8 @@ def import_sglang_recorder(
         return write_counts(_count_passes(dumps, options, phase), out)
     ranks = [_read_tokens(dump) for dump in dumps]
     if counts:
-        return write_counts(_count_tokens(dumps, ranks, options), out)
-    return _write_requests(dumps, ranks, out, options, progress)
+        return write_counts(_count_tokens(ranks, options), out)
+    return _write_requests(ranks, out, options, progress)
 
 
 def _kind(data: dict[str, Any], path: Path) -> str:
@@ -189,18 +199,16 @@ def _count_passes(dumps: Sequence[_Dump], options: ImportOptions, phase: str) ->
     return _profile(dumps, per_rank, "per_pass", options, options.model.top_k, phase)
 
 
-def _count_tokens(
-    dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]], options: ImportOptions
-) -> CountsProfile:
+def _count_tokens(ranks: Sequence[_Tokens], options: ImportOptions) -> CountsProfile:
     per_rank, modes = [], set()
-    for dump, (passes, picks, moe_layers) in zip(dumps, ranks, strict=True):
-        totals = np.zeros((len(dump.slots), dump.num_experts), np.int64)
-        for column, layer in enumerate(moe_layers):
-            totals[layer] = np.bincount(picks[:, column].reshape(-1), minlength=dump.num_experts)
+    for rank in ranks:
+        totals = np.zeros((len(rank.dump.slots), rank.dump.num_experts), np.int64)
+        for column, layer in enumerate(rank.moe_layers):
+            totals[layer] = np.bincount(rank.picks[:, column].reshape(-1), minlength=rank.dump.num_experts)
         per_rank.append(totals)
-        modes |= {"decode" if step.lengths is None else "prefill" for step in passes}
-    phase = modes.pop() if len(modes) == 1 else "mixed"
-    return _profile(dumps, per_rank, "per_token", options, ranks[0][1].shape[2], phase)
+        modes |= {"decode" if step.lengths is None else "prefill" for step in rank.passes}
+    phase, top_k = modes.pop() if len(modes) == 1 else "mixed", ranks[0].picks.shape[2]
+    return _profile([rank.dump for rank in ranks], per_rank, "per_token", options, top_k, phase)
 
 
 def _profile(
@@ -229,10 +237,10 @@ def _to_logical(physical: Int64Array, dump: _Dump) -> Int64Array:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def _read_tokens(dump: _Dump) -> tuple[list[Pass], Picks, tuple[int, ...]]:
-    """(passes, logical picks int32 [rows, MoE layers, k] in their order, MoE layers) of one rank."""
+def _read_tokens(dump: _Dump) -> _Tokens:
+    """The tokens of one rank."""
     passes: list[Pass] = []
-    blocks: list[npt.NDArray[np.int32]] = []
+    blocks: list[Int32Array] = []
     moe_layers: tuple[int, ...] | None = None
     k = 0
     for number, record in enumerate(dump.records):
@@ -256,7 +264,7 @@ def _read_tokens(dump: _Dump) -> tuple[list[Pass], Picks, tuple[int, ...]]:
         passes.append(step)
     if moe_layers is None:
         raise FormatError("holds no token", where=str(dump.path), hint="record while requests run")
-    return passes, np.concatenate(blocks), moe_layers
+    return _Tokens(dump, passes, np.concatenate(blocks), moe_layers)
 
 
 def _read_pass(record: dict[str, Any], where: str) -> Pass:
@@ -281,9 +289,7 @@ def _read_pass(record: dict[str, Any], where: str) -> Pass:
     )
 
 
-def _logical_picks(
-    ids: Int64Array, moe_layers: Sequence[int], k: int, slots: Int64Array, where: str
-) -> npt.NDArray[np.int32]:
+def _logical_picks(ids: Int64Array, moe_layers: Sequence[int], k: int, slots: Int64Array, where: str) -> Int32Array:
     """Logical picks int32 [tokens, MoE layers, k] of one pass's physical ids [layers, tokens, 8], -1 being padding."""
     used = (ids != -1).sum(axis=2)
     expected = np.zeros(len(ids), np.int64)
@@ -308,44 +314,39 @@ def _logical_picks(
     return picks
 
 
-def _write_requests(
-    dumps: Sequence[_Dump],
-    ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]],
-    out: Path,
-    options: ImportOptions,
-    progress: Progress,
-) -> Trace:
-    _refuse_same_tokens(dumps, ranks)
-    experts, (_, first, moe_layers) = dumps[0].num_experts, ranks[0]
-    top_k = first.shape[2]
-    shape = options.shape(num_experts=experts, top_k=top_k, layer_ids=moe_layers, where=str(dumps[0].path))
-    owners = [rebuild(passes) for passes, _, _ in ranks]
-    source = {"import": "sglang-recorder", "kind": "per_token", "files": len(dumps), "notes": [REBUILT, REBALANCED]}
+def _write_requests(ranks: Sequence[_Tokens], out: Path, options: ImportOptions, progress: Progress) -> Trace:
+    _refuse_same_tokens(ranks)
+    path, experts, layers = ranks[0].dump.path, ranks[0].dump.num_experts, ranks[0].moe_layers
+    top_k = ranks[0].picks.shape[2]
+    shape = options.shape(num_experts=experts, top_k=top_k, layer_ids=layers, where=str(path))
+    owners = [rebuild(rank.passes) for rank in ranks]
+    source = {"import": "sglang-recorder", "kind": "per_token", "files": len(ranks), "notes": [REBUILT, REBALANCED]}
 
     def requests() -> Iterator[Request]:
-        for done, (dump, (passes, picks, layers), owner) in enumerate(zip(dumps, ranks, owners, strict=True)):
-            if layers != moe_layers or picks.shape[2] != top_k:
-                raise FormatError(f"has other MoE layers or another k than {dumps[0].path.name}", where=str(dump.path))
-            positions = np.concatenate([step.positions for step in passes])
+        for done, (rank, owner) in enumerate(zip(ranks, owners, strict=True)):
+            own = rank.dump.path
+            if rank.moe_layers != layers or rank.picks.shape[2] != top_k:
+                raise FormatError(f"has other MoE layers or another k than {path.name}", where=str(own))
+            positions = np.concatenate([step.positions for step in rank.passes])
             order = np.argsort(owner.request, kind="stable")  # a request's rows, in the order of the passes
             ends = np.cumsum(np.bincount(owner.request, minlength=len(owner.prefill)))
             for request, rows in enumerate(np.split(order, ends[:-1])):
-                where = f"{dump.path}, request {request}"
-                checked = check_picks(picks[rows], range(len(layers)), experts, where, layer_ids=layers)
-                prefill, domain = int(owner.prefill[request]), options.label(dump.path)
-                yield Request(checked, prefill, domain, positions=positions[rows], where=where)
-            progress(done + 1, len(dumps), dump.path.name)
+                where = f"{own}, request {request}"
+                picks = check_picks(rank.picks[rows], range(len(layers)), experts, where, layer_ids=layers)
+                prefill, domain = int(owner.prefill[request]), options.label(own)
+                yield Request(picks, prefill, domain, positions=positions[rows], where=where)
+            progress(done + 1, len(ranks), own.name)
 
     return write_trace(out, shape, requests(), options, source)
 
 
-def _refuse_same_tokens(dumps: Sequence[_Dump], ranks: Sequence[tuple[list[Pass], Picks, tuple[int, ...]]]) -> None:
+def _refuse_same_tokens(ranks: Sequence[_Tokens]) -> None:
     """Without data-parallel attention every rank records every token: imported together they would be there twice."""
-    first = ranks[0][1]
-    for dump, (_, picks, _) in zip(dumps[1:], ranks[1:], strict=True):
-        if picks.shape == first.shape and (picks == first).all():
+    first = ranks[0]
+    for rank in ranks[1:]:
+        if np.array_equal(rank.picks, first.picks):
             raise FormatError(
-                f"holds the same tokens as {dumps[0].path.name} (attention without data parallelism)",
-                where=str(dump.path),
+                f"holds the same tokens as {first.dump.path.name} (attention without data parallelism)",
+                where=str(rank.dump.path),
                 hint=f"give the file of one rank only; {COUNTS_HINT}",
             )

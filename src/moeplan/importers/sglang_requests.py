@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import Int64Array
 from moeplan.errors import FormatError
 
 __all__ = ["Owners", "Pass", "rebuild"]
 
-Int64Array = npt.NDArray[np.int64]
 
 COUNTS_HINT = "its counts can still be imported: --counts"
 

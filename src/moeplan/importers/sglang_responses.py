@@ -7,7 +7,8 @@ tokens [start, length - 1) (srt/state_capturer/routed_experts.py). Text and toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from moeplan.importers.routed_experts import (
     Usage,
     decode_raw,
     from_base64,
+    import_responses,
     place_rows,
-    write_responses,
 )
-from moeplan.importers.sources import response_files
-from moeplan.io.json import convert, read_json_objects
+from moeplan.io.json import convert
+from moeplan.model.spec import ModelSpec
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
@@ -57,26 +58,23 @@ def import_sglang(
         FormatError: a response that is truncated, has no picks, or whose rows do not fit its own counts of tokens.
     """
     options = options or ImportOptions()
-    form = picks_shape(options)
-    files, notes = response_files(sources), dict[str, None]()
-    source: dict[str, Any] = {"import": "sglang", "files": len(files)}
-    return write_responses(files, _read(files, form, start, notes), out, options, source, notes, progress)
+    read = partial(read_response, form=picks_shape(options.model), start=start)
+    return import_responses("sglang", sources, read, out, options, progress)
 
 
-def picks_shape(options: ImportOptions, where: str | None = None) -> tuple[int, int]:
+def picks_shape(model: ModelSpec, where: str | None = None) -> tuple[int, int]:
     """(hidden layers, k), which SGLang's responses do not hold.
 
     Raises:
         UsageError: one of them is not known.
     """
-    layers, top_k = options.model.layers, options.model.top_k
-    if layers is None or top_k is None:
+    if model.layers is None or model.top_k is None:
         raise UsageError(
             "SGLang sends picks without their shape",
             where=where,
             hint="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
         )
-    return layers, top_k
+    return model.layers, model.top_k
 
 
 class _Part(Usage):
@@ -105,17 +103,9 @@ def decode_routed_experts(text: str, layers: int, top_k: int, where: str) -> Pic
     return decode_raw(data, (rows, layers, top_k), np.dtype("<i4"), where)
 
 
-def _read(
-    files: Sequence[Path], form: tuple[int, int], start: int, notes: dict[str, None]
-) -> Iterator[tuple[int, EngineResponse]]:
-    for index, path in enumerate(files):
-        for where, response in read_json_objects(path):
-            yield index, read_response(response, form, start, where, notes)
-
-
 def read_response(
     response: dict[str, Any], form: tuple[int, int], start: int, where: str, notes: dict[str, None]
-) -> EngineResponse:
+) -> list[EngineResponse]:
     """The one request of a response.
 
     Args:
@@ -141,4 +131,4 @@ def read_response(
     prefill, first = place_rows(len(picks), prompt=prompt, completion=completion, asked=start, where=where, notes=notes)
     if prefill == UNKNOWN:
         notes[_UNKNOWN_PHASES] = None
-    return EngineResponse(picks, prefill, first, found.model or "", where, usage.dp_rank)
+    return [EngineResponse(picks, prefill, first, found.model or "", where, usage.dp_rank)]

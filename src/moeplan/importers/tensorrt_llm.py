@@ -12,18 +12,17 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import Int64Array
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions
 from moeplan.io.json import read_json
+from moeplan.io.paths import readable
 from moeplan.io.safetensors import read_integer_vectors
 from moeplan.trace.counts import CountsProfile, equal_ranks_notes, make_counts, write_counts
 from moeplan.types import MAX_EXPERTS, MAX_K
 
 __all__ = ["import_tensorrt_llm"]
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class _Meta(msgspec.Struct):
@@ -79,10 +78,8 @@ def import_tensorrt_llm(
 
 def _rank_files(folder: Path) -> list[Path]:
     """rank0.safetensors .. without a gap."""
-    try:
+    with readable(folder):
         names = [path.name for path in folder.iterdir()]
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(folder), hint="check the path") from None
     ranks = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"rank([0-9]{1,6})\.safetensors", name)))
     if not ranks or ranks != list(range(len(ranks))):
         missing = next(i for i in range(len(ranks) + 1) if i not in ranks)

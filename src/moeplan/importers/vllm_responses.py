@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,11 +25,10 @@ from moeplan.importers.routed_experts import (
     decode_npy,
     decode_raw,
     from_base64,
+    import_responses,
     place_rows,
-    write_responses,
 )
-from moeplan.importers.sources import response_files
-from moeplan.io.json import convert, read_json_objects
+from moeplan.io.json import convert
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
 from moeplan.trace.reader import Trace
@@ -58,9 +58,8 @@ def import_vllm(
         UsageError: no number of experts; top-1 without knowledge of dense layers.
         FormatError: a response that is truncated, has no picks, or whose rows do not fit its own counts of tokens.
     """
-    files, notes = response_files(sources), dict[str, None]()
-    source: dict[str, Any] = {"import": "vllm", "files": len(files)}
-    return write_responses(files, _read(files, start, notes), out, options or ImportOptions(), source, notes, progress)
+    read = partial(read_response, start=start)
+    return import_responses("vllm", sources, read, out, options or ImportOptions(), progress)
 
 
 class PlainPicks(msgspec.Struct):
@@ -98,13 +97,6 @@ def decode_routed_experts(value: PlainPicks | str | None, where: str) -> tuple[P
         return decode_npy(from_base64(value, where), where), None
     dtype = np.dtype(value.dtype).newbyteorder("<")
     return decode_raw(from_base64(value.data, where), value.shape, dtype, where), value.start
-
-
-def _read(files: Sequence[Path], start: int, notes: dict[str, None]) -> Iterator[tuple[int, EngineResponse]]:
-    for index, path in enumerate(files):
-        for where, response in read_json_objects(path):
-            for choice in read_response(response, start, where, notes):
-                yield index, choice
 
 
 def read_response(response: dict[str, Any], start: int, where: str, notes: dict[str, None]) -> list[EngineResponse]:

@@ -7,6 +7,7 @@ lists and dicts. Keys that a type does not have are ignored, unless a `Struct` f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import msgspec
 
 from moeplan.errors import FormatError, located
 from moeplan.io.files import atomic_path
-from moeplan.io.paths import check_input, open_input
+from moeplan.io.paths import check_input, open_input, readable
 
 __all__ = ["convert", "decode_json", "read_json", "read_json_lines", "read_json_objects", "write_json"]
 
@@ -44,13 +45,11 @@ def read_json(path: Path, kind: Any = Any, *, max_bytes: int = MAX_JSON_BYTES) -
     Raises:
         FormatError: a file that cannot be read, is too large or nested too deeply, is no JSON, or holds another type.
     """
-    try:
+    with readable(path):
         size = check_input(path)
         if size > max_bytes:
             raise FormatError(f"{size} bytes of JSON are more than the {max_bytes} that moeplan reads", where=str(path))
         data = path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
     return convert(decode_json(data, where=str(path)), kind, str(path))
 
 
@@ -142,18 +141,15 @@ def read_json_lines(path: Path, kind: Any = Any, *, max_bytes: int = MAX_JSON_BY
     Raises:
         FormatError: a line that is too long, no JSON, or of another type; a file that cannot be read.
     """
-    try:
-        with open_input(path) as file:
-            number = 0
-            while line := file.readline(max_bytes + 1):
-                number += 1
-                where = f"{path}, line {number}"
-                if len(line) > max_bytes:
-                    raise FormatError(f"is longer than the {max_bytes} bytes that moeplan reads", where=where)
-                if line.strip():
-                    yield where, convert(decode_json(line, where=where), kind, where)
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
+    with readable(path), open_input(path) as file:
+        for number in itertools.count(1):
+            line, where = file.readline(max_bytes + 1), f"{path}, line {number}"
+            if not line:
+                return
+            if len(line) > max_bytes:
+                raise FormatError(f"is longer than the {max_bytes} bytes that moeplan reads", where=where)
+            if line.strip():
+                yield where, convert(decode_json(line, where=where), kind, where)
 
 
 def read_json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

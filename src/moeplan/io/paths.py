@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 
 from moeplan.errors import FormatError, UsageError
 
-__all__ = ["check_input", "check_outputs", "kind_of_special", "open_input"]
+__all__ = ["check_input", "check_outputs", "kind_of_special", "open_input", "readable"]
 
 #: What marks a directory that moeplan wrote: nothing else is written into it.
 OWN_DIRECTORY = ("trace.json", "plan.json", "counts.json")
@@ -36,6 +36,15 @@ def check_input(path: Path) -> int:
     if kind:
         raise FormatError(f"cannot be read (it is {kind})", where=str(path), hint="give a regular file")
     return found.st_size
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong with a file or folder in the block, as an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
 
 
 def open_input(path: Path) -> BufferedReader:

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
 from moeplan import embedded
-from moeplan.errors import FormatError
+from moeplan.errors import located
 from moeplan.io.catalogue import find_name, read_object
 from moeplan.io.json import convert
 from moeplan.model.bounds import MAX_MTP, MAX_WINDOW, NoWidth, Width, layer_list
@@ -25,6 +25,8 @@ DATA = Path(__file__).parent / "data" / "models.json"
 Layers = Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
 Experts = Annotated[int, Meta(ge=1, le=MAX_EXPERTS)]
 Dtype = Annotated[str, Meta(pattern="^(bf16|fp8|int8|int4|fp4|mxfp4)$")]
+#: What an entry says beside the dimensions.
+NOTES = ("sources", "published", "note")
 HINT = "docs/reference/catalogue.md lists the keys and their values"
 
 
@@ -97,18 +99,14 @@ class Entry(Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             FormatError: dimensions that no model can have.
         """
-        try:
+        same = {key: value for key, value in asdict(self).items() if key not in NOTES and key != "aliases"}
+        with located(source):
             own = {
                 "full_layers": _layers(self.full_layers, "full_layers", self.layers),
                 "moe": self.moe.moe(self.layers) if self.moe else None,
                 "checkpoint": (self.checkpoint.weights, self.checkpoint.experts or self.checkpoint.weights),
             }
-        except FormatError as error:
-            raise FormatError(error.what, where=source, hint=error.hint) from None
-        same = {
-            key: value for key, value in asdict(self).items() if key not in ("aliases", "sources", "published", "note")
-        }
-        return ModelSpec(name=name, source=source, **same | own).complete()
+            return ModelSpec(name=name, source=source, **same | own).complete()
 
 
 def _layers(given: LayerSet, key: str, layers: int) -> tuple[int, ...]:
@@ -151,7 +149,7 @@ def model_names() -> tuple[str, ...]:
 def model_notes(name: str) -> dict[str, Any]:
     """What the catalogue says beside the dimensions: sources, published counts and what they count, a note."""
     entry = _entries()[name]
-    return {key: getattr(entry, key) for key in ("sources", "published", "note") if getattr(entry, key)}
+    return {key: getattr(entry, key) for key in NOTES if getattr(entry, key)}
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 from moeplan import embedded
-from moeplan.errors import FormatError
+from moeplan.errors import FormatError, located
 from moeplan.io.catalogue import read_object
 from moeplan.model.bounds import MAX_HEADS, MAX_MTP, MAX_WIDTH, MAX_WINDOW, layer_list
 from moeplan.model.families import FAMILIES, Family
@@ -111,11 +111,9 @@ def of_config(path: Path, data: dict[str, Any]) -> ModelSpec:
         text = outer | {key: value for key, value in data["text_config"].items() if value is not None}
     kind, architectures, c = text.get("model_type"), data.get("architectures"), Keys(text)
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    try:
+    with located(str(path)):
         layers, hidden = c.get("num_hidden_layers", MAX_LAYERS), c.get("hidden_size", MAX_WIDTH)
         moe = _routing(c, family, layers)
-    except FormatError as error:
-        raise FormatError(error.what, where=str(path), hint=error.hint) from None
     spec = ModelSpec(
         name=_name(path),
         layers=layers,

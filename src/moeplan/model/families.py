@@ -1,10 +1,16 @@
-"""What differs between the families of models that Transformers names by `model_type`."""
+"""What differs between the families of models that Transformers names by `model_type`: `data/families.json`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeplan.io.catalogue import read_object
+from moeplan.io.json import convert
 
 __all__ = ["FAMILIES", "Family"]
+
+DATA = Path(__file__).parent / "data" / "families.json"
 
 
 @dataclass(frozen=True)
@@ -40,35 +46,5 @@ class Family:
     window: str = "never"
 
 
-_DEEPSEEK_V2 = Family(
-    mla=True,
-    bias="never",
-    experts="n_routed_experts",
-    moe_layers="deepseek",
-    shared="n_shared_experts",
-    may_be_dense=True,
-)
-_DEEPSEEK_V3 = replace(_DEEPSEEK_V2, router_bias=True)
-_QWEN3_MOE = Family(qk_norm="head", experts="num_experts", moe_layers="qwen", window="unclear")
-_ALL_EXPERTS = Family(experts="num_local_experts", width="intermediate_size", dense_width="")
-
 #: By model_type, as in Transformers 5.23 (`models/*/configuration_*.py`) and the models' own repositories.
-FAMILIES = {
-    "llama": Family(ffn_bias="mlp_bias"),
-    "mistral": Family(bias="never", window="all"),
-    "mixtral": replace(_ALL_EXPERTS, bias="never", window="all"),
-    "llama4_text": replace(
-        _ALL_EXPERTS, moe_layers="llama4", dense_width="intermediate_size_mlp", shared="one", window="llama4"
-    ),
-    "qwen2": Family(bias="always", window="qwen"),
-    "qwen2_moe": replace(_QWEN3_MOE, bias="qkv_bias", biased=True, qk_norm="none", shared="gated"),
-    "qwen3": Family(qk_norm="head", window="qwen"),
-    "qwen3_moe": _QWEN3_MOE,
-    "qwen3_5_moe_text": Family(qk_norm="head", output_gate=True, experts="num_experts", dense_width="", shared="gated"),
-    "olmoe": replace(_ALL_EXPERTS, qk_norm="full", experts="num_experts"),
-    "gpt_oss": replace(_ALL_EXPERTS, biased=True, ffn_bias="always", sinks=True, router_bias=True, window="alternate"),
-    "minimax_m2": replace(_ALL_EXPERTS, bias="never", qk_norm="full", router_bias=True),
-    "deepseek_v2": _DEEPSEEK_V2,
-    "deepseek_v3": _DEEPSEEK_V3,
-    "kimi_k2": replace(_DEEPSEEK_V3, may_be_dense=False),
-}
+FAMILIES = convert(read_object(DATA), dict[str, Family], str(DATA))

@@ -11,13 +11,16 @@ from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
 from msgspec import Meta
 
-from moeplan.errors import FormatError, UsageError
+from moeplan.errors import FormatError, UsageError, located
 from moeplan.model.bounds import Heads, NoHeads, NoWidth
 from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS, ModelShape
 
 __all__ = ["Attention", "CompleteMoe", "CompleteSpec", "LinearAttention", "ModelSpec", "Moe", "Overrides"]
 
 T = TypeVar("T")
+
+#: What to do where a model is not known.
+GIVE_MODEL = 'give model=moeplan.load_model("config.json") (command line: --config, or --num-layers and --dense-layers)'
 
 #: Dimensions that latent attention must have, and other attention has not.
 LATENT = ("kv_lora_rank", "qk_nope_head_dim")
@@ -135,7 +138,7 @@ class Overrides(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A decoder by its dimensions (the text part of a multimodal model); None where they are not known.
+    """A model's config, possibly incomplete: a decoder (the text part of a multimodal model); None where not known.
 
     Attributes:
         name: the model's name.
@@ -236,7 +239,9 @@ class ModelSpec:
 
         Args:
             name: a name where the spec has none.
-            num_experts, top_k, layer_ids: as a recording itself says them; by default the spec's own.
+            num_experts: routed experts per layer of a recording; default: the spec's.
+            top_k: picks per token of a recording; default: the spec's.
+            layer_ids: MoE layers of a recording; default: the spec's.
             where: what an error is about.
 
         Raises:
@@ -244,7 +249,7 @@ class ModelSpec:
         """
         found = self.moe_layers if layer_ids is None else layer_ids
         layers = _need(found, "which layers have experts", "--num-layers and --dense-layers", where)
-        try:
+        with located(where):
             return ModelShape(
                 name=name if self.name is None else self.name,
                 num_layers=len(layers),
@@ -256,8 +261,6 @@ class ModelSpec:
                 expert_bytes=self.expert_bytes,
                 kv_bytes_per_token=self.kv_bytes_per_token,
             )
-        except FormatError as error:
-            raise FormatError(error.what, where=error.where or where, hint=error.hint) from None
 
     def complete(self) -> CompleteSpec:
         """The same spec where every dimension is known, as the models of time and memory need it.
@@ -285,7 +288,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CompleteSpec(ModelSpec):
-    """A `ModelSpec` of which every dimension is known, as `ModelSpec.complete` gives it."""
+    """A model with every dimension, as `load_model` and `ModelSpec.complete` give it."""
 
     name: str
     layers: int
@@ -298,7 +301,9 @@ class CompleteSpec(ModelSpec):
 
 def _need(value: T | None, what: str, flag: str, where: str) -> T:
     if value is None:
-        raise UsageError(f"the source does not say {what}", where=where, hint=f"give {flag}, or --config config.json")
+        raise UsageError(
+            f"the source does not say {what}", where=where, hint=f"give {flag}, or the model's config.json (--config)"
+        )
     return value
 
 

@@ -7,7 +7,6 @@ key-value head share tiles. Latent attention (MLA): DeepSeek-V3 (arXiv 2412.1943
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from moeplan.perf.constants import DecodeFit, PrefillFit
 from moeplan.perf.operators import FORMATS, UNITS, Device, Number, Time, arrays, find_format, kernel_time
 
-__all__ = ["Heads", "MlaShape", "absorb", "attention_decode", "attention_prefill", "mla_decode"]
+__all__ = ["Heads", "MlaShape", "absorb", "attention_decode", "attention_prefill"]
 
 #: Keys and values up to this many bytes stay in the L2 cache from one call to the next (80 % of an H100's 50 MB).
 CACHED_BYTES = 40e6
@@ -60,6 +59,11 @@ class MlaShape:
         """As prefill computes it: keys and values made from the latents, one of each for every head."""
         return Heads(self.heads, self.heads, self.nope + self.rope, self.value)
 
+    @property
+    def absorbed(self) -> Heads:
+        """As decode computes it: all heads share one latent, `latent` + `rope` wide, which holds keys and values."""
+        return Heads(self.heads, 1, self.latent + self.rope, self.latent)
+
 
 def attention_prefill(
     device: Device, shape: Heads, batch: Number, tokens: Number, *, context: Number = 0, dtype: str = "bf16"
@@ -102,7 +106,7 @@ def _causal_pairs(tokens: Number, context: Number, seen: Number) -> Number:
 
 def attention_decode(
     device: Device,
-    shape: Heads,
+    shape: Heads | MlaShape,
     batch: Number,
     context: Number,
     *,
@@ -112,81 +116,33 @@ def attention_decode(
 ) -> Time:
     """Attention of `tokens` new tokens per request (more than one when speculating) over `context` cached ones.
 
+    Latent attention is absorbed, and converts fp8 latents to bf16 first, as SGLang 0.5.14 does on Hopper.
+
     Args:
         kv_dtype: bf16 or fp8 keys and values.
         warm: keys and values up to 40 MB are still in the L2 cache, as when a kernel is timed over and over; in a real
             step the other layers have pushed them out.
     """
-    fit: DecodeFit = getattr(device.constants, f"decode_{kv_dtype}")
-    batch, context, tokens = arrays(batch, context, tokens)
-    heads, kv_heads, head_dim, values, window = shape.arrays()
-    keys = np.where(window > 0, np.minimum(context, window), context)
-    group = np.ceil(heads / kv_heads * tokens / 64)
-    width = head_dim + values
-    read = _CacheRead(
-        launch_s=_launches(fit.launch_s, head_dim, values),
-        tiles=batch * kv_heads * group,
-        keys=keys,
-        values=batch * keys * kv_heads * width,
-        width=width,
-        moved=2 * batch * tokens * heads * width,
-    )
-    return _decode(device, fit, read, kv_dtype, warm)
-
-
-def mla_decode(
-    device: Device,
-    shape: MlaShape,
-    batch: Number,
-    context: Number,
-    *,
-    tokens: Number = 1,
-    kv_dtype: str = "bf16",
-    warm: bool = False,
-) -> Time:
-    """Multi-head latent attention in its absorbed form: all heads share one latent of `latent` + `rope` values a token.
-
-    fp8 latents are converted to bf16 first, as SGLang 0.5.14 does on Hopper.
-    """
-    fit, latent, rope = device.constants.mla_decode, shape.latent, shape.rope
-    batch, context, heads, tokens = arrays(batch, context, shape.heads, tokens)
-    group = np.ceil(heads * tokens / 64)
-    read = _CacheRead(
-        launch_s=fit.launch_s,
-        tiles=batch * group,
-        keys=context,
-        values=batch * context * (latent + rope),
-        width=2 * latent + rope,
-        moved=2 * batch * tokens * heads * (2 * latent + rope),
-    )
-    return _decode(device, fit, read, kv_dtype, warm, latents=True)
-
-
-class _CacheRead(NamedTuple):
-    """What a decode kernel does: tiles of 64 rows over `keys` keys each, `width` operations a row and key.
-
-    `values`: cached numbers that are read, once. `moved`: bytes of queries and outputs.
-    """
-
-    launch_s: Number
-    tiles: Number
-    keys: Number
-    values: Number
-    width: Number
-    moved: Number
-
-
-def _decode(device: Device, fit: DecodeFit, read: _CacheRead, kv_dtype: str, warm: bool, latents: bool = False) -> Time:
+    latent = isinstance(shape, MlaShape)
+    fit: DecodeFit = getattr(device.constants, "mla_decode" if latent else f"decode_{kv_dtype}")
     size, bandwidth = FORMATS[kv_dtype].input_bytes, device.hardware.memory_bytes_per_s
-    converted = size < 2 and latents
-    convert = fit.convert_s + read.values * (size + 2) / (bandwidth * fit.convert) if converted else 0.0
-    held = read.values * (2 if converted else size)
+    batch, context, tokens = arrays(batch, context, tokens)
+    heads, kv_heads, head_dim, values, window = (shape.absorbed if isinstance(shape, MlaShape) else shape).arrays()
+    width = head_dim + values
+    keys = np.where(window > 0, np.minimum(context, window), context)
+    tiles = batch * kv_heads * np.ceil(heads / kv_heads * tokens / 64)  # of 64 rows
+    cached = batch * keys * kv_heads * (head_dim if latent else width)  # numbers that are read, once
+    moved = 2 * batch * tokens * heads * width  # queries and outputs
+    converted = latent and size < 2
+    convert = fit.convert_s + cached * (size + 2) / (bandwidth * fit.convert) if converted else 0.0
+    held = cached * (2 if converted else size)
     speed = np.where(warm & (held <= CACHED_BYTES), fit.cache, 1.0)
-    memory = (held / speed + read.moved) / (bandwidth * fit.memory)
-    operations = 2 * 64 * read.tiles * read.keys * read.width / (device.hardware.flops["bf16"] * fit.compute)
-    waves = np.ceil(read.tiles / UNITS)
-    split = np.where((read.tiles < UNITS) & (read.keys > 128), fit.split_s, 0.0)
-    return kernel_time(read.launch_s + split, operations + waves * fit.tile_s, memory, fit.overlap, convert)
+    memory = (held / speed + moved) / (bandwidth * fit.memory)
+    operations = 2 * 64 * tiles * keys * width / (device.hardware.flops["bf16"] * fit.compute)
+    compute = operations + np.ceil(tiles / UNITS) * fit.tile_s
+    launch = fit.launch_s if latent else _launches(fit.launch_s, head_dim, values)
+    split = np.where((tiles < UNITS) & (keys > 128), fit.split_s, 0.0)
+    return kernel_time(launch + split, compute, memory, fit.overlap, convert)
 
 
 def absorb(device: Device, shape: MlaShape, rows: Number, width: int) -> Time:

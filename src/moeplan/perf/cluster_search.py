@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.layouts import node_parts, step_models
-from moeplan.perf.memory import USABLE, Memory, Parallel, Precision, weight_bytes
+from moeplan.perf.memory import USABLE, Memory, ParallelLayout, Precision, weight_bytes
 from moeplan.perf.sensitivity import elasticities, improvements
 from moeplan.perf.serving import CHUNK, ServingFigures, aggregated, cost, holds, used
 from moeplan.perf.step_model import StepModel, StepOptions
@@ -74,7 +74,6 @@ class SizingResult:
         usd, kwh: per million output tokens, at `full`.
         smaller: accelerators of the next smaller cluster (0: there is none). why, smaller_miss: what stops it, and by
             what factor (infinity: memory).
-        bounds: of the decode step and of the prefill at `serving`, share of time by what bounds it.
         memory_ratio: how much of a GPU's usable memory the model would take at best, where it fits nowhere; else 1.
     """
 
@@ -94,7 +93,6 @@ class SizingResult:
     smaller: int = 0
     why: str = ""
     smaller_miss: float = math.inf
-    bounds: tuple[dict[str, float], dict[str, float]] = ({}, {})
     memory_ratio: float = 1.0
 
     def __repr__(self) -> str:
@@ -126,6 +124,14 @@ class SizingResult:
         if self.meets:
             return self.miss > 1 / CLOSE or self.smaller_miss < CLOSE
         return self.miss < CLOSE
+
+    @cached_property
+    def bounds(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Of the decode step and of the prefill at `serving`, share of time by what bounds it."""
+        if self.step_model is None or self.serving is None:
+            return {}, {}
+        prefill = self.step_model.prefill(1, min(self.case.prompt, CHUNK))
+        return self.serving.decode.bound_shares(), prefill.bound_shares()
 
     @cached_property
     def would_need(self) -> dict[str, float | None]:
@@ -201,7 +207,7 @@ def smallest_cluster(
     options = StepOptions(overlap=True, gpus_per_node=per_node)
     search = _Search(spec, hardware, case, precision, settings.requests, options)
     before, nearest, memory_ratio = _Tried(0), _NOTHING, math.inf
-    weights = float(weight_bytes(spec, Parallel(), precision, mtp=case.drafts > 0).sum())
+    weights = float(weight_bytes(spec, ParallelLayout(), precision, mtp=case.drafts > 0).sum())
     for gpus in cluster_sizes(per_node, settings.max_gpus):
         if nearest.model and gpus > BEYOND * nearest.model.parallel.gpus:
             break
@@ -219,29 +225,25 @@ def smallest_cluster(
         if tried.nearest.miss < WORTH * nearest.miss:
             nearest = tried.nearest
         memory_ratio, before = min(memory_ratio, tried.memory_ratio), tried
-    if nearest.model is None or nearest.serving is None:
+    if nearest.model is None:
         return SizingResult(hardware, case, False, before.gpus, memory_ratio=memory_ratio, why=before.why)
-    return SizingResult(
-        hardware, case, False, before.gpus, nearest.model, nearest.batch, nearest.serving, nearest.miss,
-        bounds=_bounds(nearest.model, nearest.serving, case),
-    )  # fmt: skip
+    return SizingResult(hardware, case, False, before.gpus, *nearest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One size of cluster
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A layout, requests of a rank, what they get, and how far that is over the limits."""
+class _Candidate(NamedTuple):
+    """A layout, requests of a rank, what they get, and how far that is over the limits; by default there is none."""
 
-    miss: float
     model: StepModel | None = None
     batch: int = 1
     serving: ServingFigures | None = None
+    miss: float = math.inf
 
 
-_NOTHING = _Candidate(math.inf)
+_NOTHING = _Candidate()
 
 
 @dataclass(frozen=True)
@@ -277,19 +279,19 @@ class _Search:
                 need = used(model, workload, batch)
                 least = need if least is None or need.used < least.used else least
                 continue
-            if model.options.overlap and not _halves(model, case, batch):
-                continue
+            if model.options.overlap and batch * case.beams * (case.drafts + 1) < 2 * model.parallel.pp:
+                continue  # a micro-batch of a single token cannot be halved
             step = float(model.decode(batch, workload.context, workload).seconds)
             if step / case.accepted / case.tpot_s > min(bound, max(1.0, nearest.miss)):  # prefill only adds to it
                 passed = True
                 continue
             serving = aggregated(model, workload, batch)
-            found = _Candidate(case.miss(serving), model, batch, serving)
+            found = _Candidate(model, batch, serving, case.miss(serving))
             nearest = min(nearest, found, key=lambda candidate: candidate.miss)
             if found.miss <= 1:
                 met.append(found)
         memory_ratio = least.used / least.usable if least else math.inf
-        why = "" if passed and nearest is _NOTHING else _why(case, nearest.serving, least)
+        why = "" if passed and nearest.model is None else _why(case, nearest.serving, least)
         return _Tried(gpus, tuple(met), nearest, why, memory_ratio)
 
     def _layouts(self, gpus: int) -> list[StepModel]:
@@ -302,15 +304,9 @@ class _Search:
 
     def answer(self, tried: _Tried, before: _Tried) -> SizingResult:
         """Of the layouts within the limits, the one that gives most when it is full."""
-        filled = ((good, *_fill(self.case, good)) for good in tried.met)
-        good, full, most, limited = max(filled, key=lambda item: item[1].output_per_s)
-        model, serving = good.model, good.serving
-        assert model is not None and serving is not None
-        usd, kwh = cost(model.hardware, full.output_per_s)
-        return SizingResult(
-            model.hardware, self.case, True, tried.gpus, model, good.batch, serving, good.miss, full, most, limited,
-            usd, kwh, before.gpus, before.why, before.nearest.miss, _bounds(model, serving, self.case),
-        )  # fmt: skip
+        met = (_filled(SizingResult(self.hardware, self.case, True, tried.gpus, *good)) for good in tried.met)
+        best = max(met, key=lambda found: found.full.output_per_s if found.full else 0.0)
+        return replace(best, smaller=before.gpus, why=before.why, smaller_miss=before.nearest.miss)
 
 
 def _why(case: UseCase, serving: ServingFigures | None, least: Memory | None) -> str:
@@ -327,15 +323,11 @@ def _memory_text(used: float, usable: float) -> str:
     return f"memory: {used / 1e9:,.0f} of {usable / 1e9:,.0f} GB a GPU"
 
 
-def _bounds(model: StepModel, serving: ServingFigures, case: UseCase) -> tuple[dict[str, float], dict[str, float]]:
-    return serving.decode.bound_shares(), model.prefill(1, min(case.prompt, CHUNK)).bound_shares()
-
-
-def _fill(case: UseCase, good: _Candidate) -> tuple[ServingFigures, int, str]:
-    """(what the layout gives with the most requests of a rank, that many, what keeps it from more)."""
-    model, best = good.model, good.serving
+def _filled(found: SizingResult) -> SizingResult:
+    """With the most requests of a rank that memory and limits allow, and what that gives."""
+    model, case, best = found.step_model, found.case, found.serving
     assert model is not None and best is not None
-    most, over = good.batch, holds(model, case.workload) + 1
+    most, over = found.batch, holds(model, case.workload) + 1
     reason = "memory"
     while over - most > 1:
         middle = min(2 * most, (most + over) // 2)
@@ -344,9 +336,5 @@ def _fill(case: UseCase, good: _Candidate) -> tuple[ServingFigures, int, str]:
             most, best = middle, serving
         else:
             over, reason = middle, "TTFT" if serving.ttft_s > case.ttft_s else "TPOT"
-    return best, most, reason
-
-
-def _halves(model: StepModel, case: UseCase, running: int) -> bool:
-    """Whether each micro-batch of a pipeline has two tokens to halve."""
-    return running * case.beams * (case.drafts + 1) >= 2 * model.parallel.pp
+    usd, kwh = cost(model.hardware, best.output_per_s)
+    return replace(found, full=best, max_batch=most, limited_by=reason, usd=usd, kwh=kwh)

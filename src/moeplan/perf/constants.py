@@ -7,6 +7,7 @@ those of Hopper. Derived from the data base of aiconfigurator-core 0.12.0 (Apach
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -164,6 +165,14 @@ class Constants:
         """{group: its dataclass}."""
         return {f.name: globals()[str(f.type)] for f in fields(cls)}
 
+    def scaled(self, ratios: Mapping[str, float]) -> Constants:
+        """With each constant of a name in `ratios`, of whichever group, times its ratio."""
+        groups = {}
+        for group, values in vars(self).items():
+            changed = {name: value * ratios[name] for name, value in vars(values).items() if name in ratios}
+            groups[group] = replace(values, **changed)
+        return Constants(**groups)
+
 
 #: Times that a generation's overhead scales; those of links are in the hardware catalogue, `request_s` is the host's.
 _OVERHEADS = ("launch_s", "tile_s", "split_s", "convert_s", "decode_s", "step_s", "expert_layer_s")
@@ -175,13 +184,8 @@ def for_generation(constants: Constants, blackwell: bool) -> Constants:
     """Constants for a generation: as fitted on Hopper, or changed by the two ratios of Blackwell."""
     if not blackwell or constants.blackwell == GenerationFit(1.0, 1.0):
         return constants
-    ratios = dict.fromkeys(_OVERHEADS, constants.blackwell.overhead) | dict.fromkeys(_RATES, constants.blackwell.rates)
-    groups = {}
-    for group in fields(constants):
-        values = getattr(constants, group.name)
-        changed = {f.name: getattr(values, f.name) * ratios[f.name] for f in fields(values) if f.name in ratios}
-        groups[group.name] = replace(values, **changed)
-    return Constants(**groups)
+    new = constants.blackwell
+    return constants.scaled(dict.fromkeys(_OVERHEADS, new.overhead) | dict.fromkeys(_RATES, new.rates))
 
 
 class ValueEntry(Struct):

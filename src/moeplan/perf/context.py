@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError, UsageError
 from moeplan.model.spec import CompleteSpec
-from moeplan.perf.constants import Constants, for_generation, load_constants
+from moeplan.perf.constants import Constants, for_generation
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Parallel, Precision, check_parallel
+from moeplan.perf.memory import ParallelLayout, Precision, check_parallel
 from moeplan.perf.operators import Device
+
+if TYPE_CHECKING:
+    from moeplan.perf.step_model import StepModel
 
 __all__ = ["KernelDtypes", "StepContext", "StepOptions", "build_context", "default_dispatch"]
 
@@ -38,6 +41,7 @@ class StepOptions:
     constants: Constants | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", self.dispatch and Dispatch(self.dispatch))
         if self.gpus_per_node is not None and self.gpus_per_node < 1:
             raise UsageError("gpus_per_node must be at least 1")
 
@@ -91,7 +95,7 @@ class StepContext:
 
     spec: CompleteSpec
     device: Device
-    parallel: Parallel
+    parallel: ParallelLayout
     dtypes: KernelDtypes
     dispatch: Dispatch | None
     options: StepOptions
@@ -131,37 +135,28 @@ def _draft_module(spec: CompleteSpec) -> CompleteSpec:
     return replace(spec, layers=1, full_layers=(0,), moe=moe, mtp_layers=0)
 
 
-def build_context(
-    spec: CompleteSpec,
-    hardware: Hardware,
-    parallel: Parallel,
-    precision: Precision,
-    options: StepOptions,
-    prefill: bool,
-) -> StepContext:
+def build_context(model: StepModel, *, prefill: bool) -> StepContext:
     """Check a set-up, and fill in what its options leave open.
 
     Raises:
         PlanError: a layout that is impossible. UsageError: a dtype or dispatch mode that this set-up cannot have.
     """
-    _check_parallel(spec, parallel)
+    spec, hardware, parallel, options = model.spec, model.hardware, model.parallel, model.options
+    check_parallel(spec, parallel)
     dispatch = _check_dispatch(spec, parallel, options.dispatch, prefill)
-    per_node, stage = options.gpus_per_node or hardware.scale_up_size, parallel.tp * parallel.dp
+    per_node, stage = model.gpus_per_node, parallel.tp * parallel.dp
     if stage > per_node and stage % per_node:
         raise PlanError(f"tp x dp = {stage} GPUs do not fill nodes of {per_node}", hint=f"use a multiple of {per_node}")
     if options.overlap and dispatch in (None, Dispatch.ALLGATHER):
         raise UsageError("two-batch overlap hides dispatch and combine, and here is neither", hint="leave it out")
-    dtypes = KernelDtypes.choose(spec, hardware, precision)
+    dtypes = KernelDtypes.choose(spec, hardware, model.precision)
     if per_node != hardware.scale_up_size:
         hardware = replace(hardware, scale_up_size=per_node)
-    constants = for_generation(options.constants or load_constants(), "fp4" in hardware.flops)
+    constants = for_generation(model.device.constants, "fp4" in hardware.flops)
     return StepContext(spec, Device(hardware, constants), parallel, dtypes, dispatch, options, prefill)
 
 
-_check_parallel = functools.lru_cache(maxsize=1024)(check_parallel)
-
-
-def default_dispatch(spec: CompleteSpec, parallel: Parallel, *, prefill: bool) -> Dispatch | None:
+def default_dispatch(spec: CompleteSpec, parallel: ParallelLayout, *, prefill: bool) -> Dispatch | None:
     """None where tokens need not travel: a dense model, or one data-parallel rank. Else DeepEP's low-latency kernel in
     decode and its normal one in prefill; all-gather where experts are split over ranks."""
     if spec.moe is None or parallel.dp == 1:
@@ -171,7 +166,9 @@ def default_dispatch(spec: CompleteSpec, parallel: Parallel, *, prefill: bool) -
     return Dispatch.NODE if prefill else Dispatch.PICK
 
 
-def _check_dispatch(spec: CompleteSpec, parallel: Parallel, asked: Dispatch | None, prefill: bool) -> Dispatch | None:
+def _check_dispatch(
+    spec: CompleteSpec, parallel: ParallelLayout, asked: Dispatch | None, prefill: bool
+) -> Dispatch | None:
     """The mode asked for as far as it applies, or the default.
 
     Raises:

@@ -12,7 +12,7 @@ from moeplan.frames import data_frame
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware, load_hardware
-from moeplan.perf.memory import Memory, MemoryModel, Parallel, Precision, check_parallel
+from moeplan.perf.memory import Memory, MemoryModel, ParallelLayout, Precision, check_parallel
 from moeplan.perf.pictures import breakdown_bars, breakdown_height, draw_breakdown
 from moeplan.perf.routing import Routing
 from moeplan.perf.serving import Cost, cost
@@ -62,6 +62,7 @@ class EstimateSettings:
     accepted: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", self.dispatch and Dispatch(self.dispatch))
         if self.phase not in ("decode", "prefill"):
             raise UsageError(f'phase "{str(self.phase)[:60]}" is unknown', hint="use decode or prefill")
         if not self.skew >= 1:
@@ -71,7 +72,7 @@ class EstimateSettings:
         if self.drafts < 0 or (self.drafts and self.phase == "prefill"):
             raise UsageError("draft tokens are of decode, and at least 0", hint="leave them out")
 
-    def parallel(self, spec: CompleteSpec, gpus: int, redundant: int = 0) -> Parallel:
+    def parallel(self, spec: CompleteSpec, gpus: int, redundant: int = 0) -> ParallelLayout:
         """The layout on `gpus` accelerators, all of which are used; experts over all ranks of a stage.
 
         Raises:
@@ -87,7 +88,7 @@ class EstimateSettings:
         if tp * dp * pp != gpus:
             what = f"tp {tp} x dp {dp} x pp {pp} = {tp * dp * pp} GPUs, but there are {gpus}"
             raise UsageError(what, hint=f"make their product {gpus}, or leave dp out")
-        parallel = Parallel(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
+        parallel = ParallelLayout(tp=tp, dp=dp, pp=pp, ep=ep or (tp * dp if spec.moe else 1), redundant=redundant)
         check_parallel(spec, parallel)
         return parallel
 
@@ -97,7 +98,7 @@ class EstimateSettings:
         return Workload(context, 1, drafts=self.drafts, accepted=accepted)
 
     def step_model(
-        self, spec: CompleteSpec, hardware: Hardware, parallel: Parallel, gpus_per_node: int | None = None
+        self, spec: CompleteSpec, hardware: Hardware, parallel: ParallelLayout, gpus_per_node: int | None = None
     ) -> StepModel:
         """The step model of a layout.
 

@@ -32,18 +32,16 @@ class MoeTimes:
     """One part of the batch at the MoE layers; arrays [..., L], L being 1 where all layers are alike.
 
     Attributes:
-        experts: seconds of the slowest GPU. wait: of a GPU, on average, for it, summed over layers [...].
-        ways: seconds of dispatch and combine; empty where tokens do not travel.
+        experts: of the slowest GPU. wait: seconds of a GPU, on average, for it, summed over layers [...].
+        ways: dispatch and combine; empty where tokens do not travel.
         repeat: layers that one entry stands for.
-        parts: what bounds each, [..., L] too.
     """
 
     context: StepContext
-    experts: Array
+    experts: Time
     wait: Number
-    ways: dict[Way, Array]
+    ways: dict[Way, Time]
     repeat: int
-    parts: dict[str, dict[str, Array]]
 
     @classmethod
     def of(cls, context: StepContext, batch: Batch, routing: Routing) -> MoeTimes:
@@ -74,25 +72,20 @@ class MoeTimes:
         def of_slowest(values: Number) -> Array:
             return np.asarray(np.take_along_axis(np.broadcast_to(values, seconds.shape), slowest, -1)[..., 0])
 
-        parts = {"experts": {name: of_slowest(values) for name, values in bounds.items()}}
         longest = seconds.max(axis=-1)
+        experts = Time(longest, {name: of_slowest(values) for name, values in bounds.items()})
         wait = (longest - seconds.mean(axis=-1)).sum(axis=-1) * repeat
-        ways: dict[Way, Array] = {}
-        for way in _WAYS if context.dispatch else ():
-            moved = _exchange(context, batch, routing, way)
-            ways[way] = np.broadcast_to(np.asarray(moved.seconds), longest.shape)
-            parts[way] = {name: np.broadcast_to(value, longest.shape) for name, value in moved.parts.items()}
-        return cls(context, longest, wait, ways, repeat, parts)
+        ways = {way: _exchange(context, batch, routing, way) for way in (_WAYS if context.dispatch else ())}
+        return cls(context, experts, wait, ways, repeat)
 
     def operators(self, stage: dict[str, float]) -> list[Operator]:
         """Of all halves and layers, with what hides behind `stage` seconds of the same layer."""
-        halves, out = self.context.halves, []
-        for way, moved in self.ways.items():
-            travel = np.maximum(moved - self._kernel(way), 0.0)
+        out = []
+        for way, time in self.ways.items():
+            travel = np.maximum(time.seconds - self._kernel(way), 0.0)
             covers = self._behind(way, stage) if self.context.options.overlap else [0.0]
-            hidden = sum((np.minimum(travel, cover) for cover in covers), start=np.zeros_like(moved))
-            out.append(self._operator(way, moved * halves, hidden))
-        out.insert(1, self._operator("experts", self.experts * halves, np.zeros_like(self.experts)))
+            out.append(self._operator(way, time, sum(np.minimum(travel, cover) for cover in covers)))
+        out.insert(1, self._operator("experts", self.experts, 0.0))
         return out
 
     def _kernel(self, way: Way) -> float:
@@ -106,15 +99,17 @@ class MoeTimes:
         if self.context.dispatch is Dispatch.PICK:
             return [shared + stage["prepare"] if way == "dispatch" else stage["core"]] * 2
         if way == "dispatch":
-            return [attention + shared + 0 * self.experts, self.experts]
-        return [self.experts + shared, attention + 2 * shared + 0 * self.experts]
+            return [attention + shared, self.experts.seconds]
+        return [self.experts.seconds + shared, attention + 2 * shared]
 
-    def _operator(self, name: str, seconds: Array, hidden: Array) -> Operator:
-        def added(values: Array) -> Number:
-            return np.asarray(values.sum(axis=-1) * self.repeat, np.float64)[()]
+    def _operator(self, name: str, time: Time, hidden: Number) -> Operator:
+        shape, halves = np.shape(self.experts.seconds), self.context.halves
 
-        parts = {part: added(value) * self.context.halves for part, value in self.parts[name].items()}
-        return Operator(name, added(seconds), added(hidden), parts)
+        def added(values: Number) -> Number:
+            return np.asarray(np.broadcast_to(values, shape).sum(axis=-1) * self.repeat, np.float64)[()]
+
+        parts = {part: added(value) * halves for part, value in time.parts.items()}
+        return Operator(name, added(np.broadcast_to(time.seconds, shape) * halves), added(hidden), parts)
 
 
 _WAYS: tuple[Way, Way] = ("dispatch", "combine")

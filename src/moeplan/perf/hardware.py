@@ -29,8 +29,8 @@ class Link:
         latency_s: of one message between two neighbours, by datasheet or measurement.
     """
 
-    bytes_per_s: float
-    latency_s: float
+    bytes_per_s: Annotated[float, Meta(ge=1e3, le=1e18)]
+    latency_s: Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,6 @@ class FlopsEntry(Struct, forbid_unknown_fields=True):
     fp4: Flops | None = None
 
 
-class LinkEntry(Struct, forbid_unknown_fields=True):
-    """A network of one level."""
-
-    bytes_per_s: Annotated[float, Meta(ge=1e3, le=1e18)]
-    latency_s: Annotated[float, Meta(ge=0.0, le=1.0)]
-
-
 class Notes(Struct, kw_only=True):
     """What an entry says beside the figures."""
 
@@ -106,23 +99,22 @@ class Entry(Notes, forbid_unknown_fields=True, kw_only=True):
     flops: FlopsEntry
     memory_bytes: Annotated[float, Meta(ge=1e6, le=1e16)]
     memory_bytes_per_s: Annotated[float, Meta(ge=1e6, le=1e18)]
-    scale_up: LinkEntry
+    scale_up: Link
     scale_up_size: Annotated[int, Meta(ge=1, le=1 << 24)]
-    scale_out: LinkEntry
+    scale_out: Link
     watts: Annotated[float, Meta(ge=1e-3, le=1e7)]
     usd_per_hour: Annotated[float, Meta(ge=0.0, le=1e6)]
 
     def hardware(self, name: str, where: str) -> Hardware:
         """The accelerator under its name."""
         given = {key: getattr(self, key) for key in (*REQUIRED, "sources")}
-        links = {key: Link(**asdict(given[key])) for key in ("scale_up", "scale_out")}
         flops = {dtype: rate for dtype, rate in asdict(self.flops).items() if rate is not None}
         if not flops:
             raise FormatError("flops is empty", where=where, hint='give e.g. {"bf16": 9.89e14}')
-        return Hardware(name=name, **given | links | {"flops": flops})
+        return Hardware(name=name, **given | {"flops": flops})
 
 
-def load_hardware(name: str | Hardware, file: Path | None = None) -> Hardware:
+def load_hardware(name: str | Hardware, file: str | Path | None = None) -> Hardware:
     """The accelerator of that name, in any case and with any of `-`, `_`, space between its parts.
 
     Args:
@@ -136,7 +128,7 @@ def load_hardware(name: str | Hardware, file: Path | None = None) -> Hardware:
     """
     if isinstance(name, Hardware):
         return name
-    entries, where = _entries(file)
+    entries, where = _entries(None if file is None else Path(file))
     key = find_name(name, {key: entry.get("aliases", []) for key, entry in entries.items()}, "hardware")
     place = f"{where.get(key, str(DATA / 'hardware.json'))}, {key}"
     return convert(entries[key], Entry, place, "docs/reference/catalogue.md lists the keys").hardware(key, place)

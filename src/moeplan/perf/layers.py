@@ -9,6 +9,7 @@ out, router), `dispatch`, `shared`, `experts`, `combine`. `other`: what is no pa
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeplan.model.spec import LinearAttention
-from moeplan.perf.attention import Heads, MlaShape, absorb, attention_decode, attention_prefill, mla_decode
+from moeplan.perf.attention import Heads, MlaShape, absorb, attention_decode, attention_prefill
 from moeplan.perf.context import StepContext
 from moeplan.perf.memory import STATE_BYTES
 from moeplan.perf.operators import Number, Time, elementwise, gemm, kernel_time
@@ -28,14 +29,11 @@ CHUNK = 64
 
 
 class Product(NamedTuple):
-    """Matrix products of [m, k] inputs and [k, n] weights; `times` of them in a step."""
+    """Matrix products of [m, k] inputs and [k, n] weights, shape (m, n, k); `times` of them in a step."""
 
     name: str
     stage: str
-    m: float
-    n: float
-    k: float
-    dtype: str
+    shape: tuple[float, float, float]
     times: float
 
 
@@ -99,10 +97,10 @@ class LayerCalls:
     """
 
     def __init__(self, context: StepContext, batch: Batch) -> None:
-        self.context, self.batch = context, batch
+        self.context, self.batch, self.decoding = context, batch, batch.decoding if context.prefill else batch
         self.spec, self.device, self.tp = context.spec, context.device, context.parallel.tp
         self.weights, self.rows = context.dtypes.weights, batch.rows
-        self.products: list[Product] = []
+        self.products: defaultdict[str, list[Product]] = defaultdict(list)  # by dtype
         self.others: list[Call] = []
 
     def calls(self) -> list[Call]:
@@ -110,8 +108,7 @@ class LayerCalls:
         spec, moe_layers = self.spec, self.context.moe_layers
         self._attention()
         if spec.layers > moe_layers:
-            width = spec.dense_width / self.tp
-            self._ffn("dense ffn", "other", width, spec.layers - moe_layers)
+            self._ffn("dense ffn", "other", spec.dense_width / self.tp, spec.layers - moe_layers)
             self._moves("norms and rest", "other", 8 * self.rows * spec.hidden, 1, spec.layers - moe_layers)
         if spec.moe is not None and moe_layers:
             self._router(self.rows / (self.tp if self.context.dispatch else 1), moe_layers)
@@ -121,7 +118,7 @@ class LayerCalls:
         return [*self._timed(), *self.others]
 
     def _product(self, name: str, stage: str, shape: tuple[float, float, float], count: float, dtype: str = "") -> None:
-        self.products.append(Product(name, stage, *shape, dtype or self.weights, count))
+        self.products[dtype or self.weights].append(Product(name, stage, shape, count))
 
     def _call(self, name: str, stage: str, time: Time, count: float) -> None:
         self.others.append(Call(name, stage, time, count))
@@ -132,11 +129,8 @@ class LayerCalls:
 
     def _timed(self) -> Iterable[Call]:
         """The matrix products, each dtype's at once."""
-        by_dtype: dict[str, list[Product]] = {}
-        for product in self.products:
-            by_dtype.setdefault(product.dtype, []).append(product)
-        for dtype, group in by_dtype.items():
-            m, n, k = np.array([(p.m, p.n, p.k) for p in group], np.float64).T
+        for dtype, group in self.products.items():
+            m, n, k = np.array([product.shape for product in group], np.float64).T
             time = gemm(self.device, m, n, k, dtype)
             seconds = np.asarray(time.seconds)
             parts = {name: np.broadcast_to(part, seconds.shape) for name, part in time.parts.items()}
@@ -149,11 +143,11 @@ class LayerCalls:
     def _attention(self) -> None:
         """Attention blocks of all layers: with full attention, and with a window or linear attention."""
         spec, a, tp, rows = self.spec, self.spec.attention, self.tp, self.rows
+        if a.kind == "mla":
+            self._mla(spec.layers)
+            return
         full = len(spec.full_layers)
         other = spec.layers - full
-        if a.kind == "mla":
-            self._mla(full + other)
-            return
         heads, kv_heads = -(-a.heads // tp), -(-a.kv_heads // tp)
         windowed = 0 if spec.linear else other
         queries = heads * a.head_dim * (2 if a.output_gate else 1)
@@ -162,27 +156,26 @@ class LayerCalls:
         self._product("output projection", "core", (rows, spec.hidden, heads * a.v_head_dim), count)
         for layers, window in ((full, 0), (windowed, spec.window)):
             if layers:
-                shape = Heads(heads, kv_heads, a.head_dim, a.v_head_dim, window)
-                for time in self._softmax(shape, self.batch, self.context.prefill):
-                    self._call("attention", "core", time, layers)
+                self._attend(Heads(heads, kv_heads, a.head_dim, a.v_head_dim, window), layers)
         # rotation with the norms of queries and keys, then the write to the cache
         self._moves("norms and rest", "prepare", 4 * rows * made, 2, count)
         if spec.linear and other:
             self._linear(spec.linear, other)
-        self._moves("norms and rest", "prepare", 8 * rows * spec.hidden, 1, full + other)
+        self._moves("norms and rest", "prepare", 8 * rows * spec.hidden, 1, spec.layers)
 
-    def _softmax(self, shape: Heads, batch: Batch, prefill: bool) -> list[Time]:
-        """Attention of one layer: of the prompts and, in a mixed step, of the sequences that decode beside them."""
-        if prefill:
-            new = attention_prefill(self.device, shape, batch.sequences, batch.tokens, context=batch.context)
-            return [new, *(self._softmax(shape, batch.decoding, False) if batch.decoding else [])]
-        return [
-            attention_decode(self.device, shape, count, held, tokens=tokens, kv_dtype=self.context.dtypes.kv)
-            for count, held, tokens in batch.caches()
-        ]
+    def _attend(self, shape: Heads | MlaShape, count: int) -> None:
+        """Attention of the prompts, if there are any, and of the sequences that decode."""
+        batch, device = self.batch, self.device
+        if self.context.prefill:
+            heads = shape.expanded if isinstance(shape, MlaShape) else shape
+            new = attention_prefill(device, heads, batch.sequences, batch.tokens, context=batch.context)
+            self._call("attention", "core", new, count)
+        for sequences, held, tokens in self.decoding.caches() if self.decoding else ():
+            read = attention_decode(device, shape, sequences, held, tokens=tokens, kv_dtype=self.context.dtypes.kv)
+            self._call("attention", "core", read, count)
 
     def _mla(self, count: int) -> None:
-        a, hidden, rows, batch = self.spec.attention, self.spec.hidden, self.rows, self.batch
+        a, hidden, rows, batch, device = self.spec.attention, self.spec.hidden, self.rows, self.batch, self.device
         heads = -(-a.heads // self.tp)
         shape = MlaShape(
             hidden, heads, a.q_lora_rank, a.kv_lora_rank, a.qk_rope_head_dim, a.qk_nope_head_dim, a.v_head_dim
@@ -193,28 +186,17 @@ class LayerCalls:
             self._product("qkv projection", "prepare", (rows, up, shape.query_rank), count)
         self._product("output projection", "core", (rows, hidden, heads * shape.value), count)
         self._moves("norms and rest", "prepare", 8 * rows * hidden, 1, count)
-        decoding: Batch | None = batch
         if self.context.prefill:
-            decoding = batch.decoding
             seen, made = batch.sequences * (batch.tokens + batch.context), heads * (shape.nope + shape.value)
             self._product("qkv projection", "prepare", (seen, made, shape.latent), count)
-            new = attention_prefill(self.device, shape.expanded, batch.sequences, batch.tokens, context=batch.context)
-            self._call("attention", "core", new, count)
             self._moves("norms and rest", "prepare", 4 * (rows * (up + latents) + seen * made), 3, count)
-        if decoding:
-            self._mla_decode(shape, decoding, count)
-
-    def _mla_decode(self, shape: MlaShape, batch: Batch, count: int) -> None:
-        """Absorbed attention of the sequences that decode."""
-        device = self.device
-        for sequences, held, tokens in batch.caches():
-            read = mla_decode(device, shape, sequences, held, tokens=tokens, kv_dtype=self.context.dtypes.kv)
-            self._call("attention", "core", read, count)
-        self._call("attention", "core", absorb(device, shape, batch.rows, shape.value), count)
-        self._call("qkv projection", "prepare", absorb(device, shape, batch.rows, shape.nope), count)
-        fit = device.constants.mla_layer
-        moved = 4 * batch.rows * shape.hidden / (device.hardware.memory_bytes_per_s * fit.moves)
-        self._call("norms and rest", "prepare", kernel_time(fit.decode_s, 0.0, moved, 1.0), count)
+        self._attend(shape, count)
+        if self.decoding:  # in the absorbed form
+            decoded, fit = self.decoding.rows, device.constants.mla_layer
+            self._call("attention", "core", absorb(device, shape, decoded, shape.value), count)
+            self._call("qkv projection", "prepare", absorb(device, shape, decoded, shape.nope), count)
+            moved = 4 * decoded * hidden / (device.hardware.memory_bytes_per_s * fit.moves)
+            self._call("norms and rest", "prepare", kernel_time(fit.decode_s, 0.0, moved, 1.0), count)
 
     def _linear(self, linear: LinearAttention, count: int) -> None:
         """Gated delta nets: the state is read and written once per decode step, or once per chunk of prefill."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from moeplan.cluster import Dispatch
 from moeplan.errors import PlanError
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.context import StepOptions, default_dispatch
 from moeplan.perf.hardware import Hardware
-from moeplan.perf.memory import Parallel, Precision, check_parallel
+from moeplan.perf.memory import ParallelLayout, Precision, check_parallel, divisors
 from moeplan.perf.step_model import StepModel
 
 __all__ = ["LayoutChoice", "can_overlap", "node_parts", "parallels", "step_models"]
@@ -28,7 +27,9 @@ class LayoutChoice:
     ep: tuple[int, ...] | None = None
 
 
-def parallels(spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()) -> list[Parallel]:
+def parallels(
+    spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice = LayoutChoice()
+) -> list[ParallelLayout]:
     """All layouts of a model on `gpus` accelerators in nodes of `per_node`.
 
     Neither stages nor tensor-parallel groups straddle nodes or leave one half filled. Experts are spread over all ranks
@@ -39,22 +40,22 @@ def parallels(spec: CompleteSpec, gpus: int, per_node: int, choice: LayoutChoice
     Raises:
         PlanError: nothing is possible; the message is that of the first layout refused.
     """
-    found: list[Parallel] = []
+    found: list[ParallelLayout] = []
     refused: list[PlanError] = []
-    for pp in choice.pp or _divisors(gpus):
+    for pp in choice.pp or divisors(gpus):
         if gpus % pp or pp > spec.layers:
             refused.append(PlanError(f"pp {pp} does not divide {gpus} GPUs, or is more than {spec.layers} layers"))
             continue
         stage = gpus // pp
         if not _fills(stage, per_node, gpus):
             continue
-        for tp in choice.tp or _divisors(stage):
+        for tp in choice.tp or divisors(stage):
             if stage % tp or not _fills(tp, per_node, stage):
                 refused.append(PlanError(f"tp {tp} x pp {pp} does not divide {gpus} GPUs in nodes of {per_node}"))
                 continue
             for ep in choice.ep or _expert_ranks(spec, stage, tp):
                 slots = spec.moe.experts if spec.moe else 0
-                parallel = Parallel(tp, stage // tp, ep, pp, -slots % ep)
+                parallel = ParallelLayout(tp, stage // tp, ep, pp, -slots % ep)
                 try:
                     check_parallel(spec, parallel)
                 except PlanError as error:
@@ -75,12 +76,6 @@ def node_parts(per_node: int) -> list[int]:
     return [*(1 << i for i in range((per_node - 1).bit_length())), per_node]
 
 
-@lru_cache(maxsize=512)
-def _divisors(count: int) -> tuple[int, ...]:
-    low = [d for d in range(1, int(count**0.5) + 1) if count % d == 0]
-    return tuple(sorted({*low, *(count // d for d in low)}))
-
-
 def _fills(stage: int, per_node: int, gpus: int) -> bool:
     """Whether groups of `stage` accelerators, `gpus` in all, neither straddle nodes nor leave one half filled."""
     return stage % per_node == 0 if stage > per_node else gpus <= per_node or per_node % stage == 0
@@ -90,7 +85,7 @@ def _expert_ranks(spec: CompleteSpec, stage: int, tp: int) -> list[int]:
     """Ranks that may share the experts of a stage."""
     if spec.moe is None:
         return [1]
-    whole = stage if stage <= 2 * spec.moe.experts else max(d for d in _divisors(stage) if d <= spec.moe.experts)
+    whole = stage if stage <= 2 * spec.moe.experts else max(d for d in divisors(stage) if d <= spec.moe.experts)
     return [whole, 1] if stage == tp and whole > 1 else [whole]
 
 

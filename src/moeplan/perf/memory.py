@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +26,18 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.model.parameters import PARTS, expert_parameters, kv_values, kv_values_per_token, layer_parameters
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware
-from moeplan.types import ModelShape
 
 __all__ = [
     "Memory",
     "MemoryModel",
-    "Parallel",
+    "ParallelLayout",
     "Precision",
     "activation_bytes",
     "check_parallel",
+    "divisors",
     "expert_bytes",
     "kv_bytes",
     "kv_bytes_per_token",
-    "model_shape",
     "weight_bytes",
 ]
 
@@ -101,7 +100,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelLayout:
     """How a model is spread over accelerators.
 
     Attributes:
@@ -126,7 +125,8 @@ class Parallel:
         return self.tp * self.dp // self.ep
 
 
-def check_parallel(spec: CompleteSpec, parallel: Parallel) -> None:
+@functools.lru_cache(maxsize=1024)
+def check_parallel(spec: CompleteSpec, parallel: ParallelLayout) -> None:
     """Refuse a layout that cannot be, with the nearest one that can.
 
     Raises:
@@ -161,10 +161,15 @@ def check_parallel(spec: CompleteSpec, parallel: Parallel) -> None:
 
 def _divides(name: str, part: int, whole: int, what: str) -> None:
     if whole % part:
-        low = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
-        divisors = sorted({*low, *(whole // d for d in low)})
-        near = [d for d in divisors if d < part][-1:] + [d for d in divisors if d > part][:1]
+        near = [d for d in divisors(whole) if d < part][-1:] + [d for d in divisors(whole) if d > part][:1]
         raise PlanError(f"{name} {part} does not divide {what}", hint=f"{' or '.join(map(str, near))} does")
+
+
+@functools.lru_cache(maxsize=512)
+def divisors(count: int) -> tuple[int, ...]:
+    """All divisors, rising."""
+    low = [d for d in range(1, math.isqrt(count) + 1) if count % d == 0]
+    return tuple(sorted({*low, *(count // d for d in low)}))
 
 
 def expert_bytes(spec: CompleteSpec, dtype: str) -> float:
@@ -173,20 +178,19 @@ def expert_bytes(spec: CompleteSpec, dtype: str) -> float:
     return matrices * DTYPE_BYTES[dtype] + biases * PLAIN_BYTES
 
 
-def weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, *, mtp: bool = False) -> FloatArray:
+@functools.lru_cache(maxsize=4096)
+def weight_bytes(
+    spec: CompleteSpec, parallel: ParallelLayout, precision: Precision, *, mtp: bool = False
+) -> FloatArray:
     """Weights on one accelerator of each pipeline stage.
 
     Args:
         mtp: the modules for multi-token prediction too, on the last stage.
 
     Returns:
-        float64 [pp, 6] bytes; columns as in `WEIGHTS`. `redundant` is what the redundant slots add to `experts`.
+        float64 [pp, 6] bytes, read-only; columns as in `WEIGHTS`. `redundant` is what the redundant slots add to
+        `experts`.
     """
-    return _weight_bytes(spec, parallel, replace(precision, kv="bf16", activations="bf16"), mtp)
-
-
-@functools.lru_cache(maxsize=4096)
-def _weight_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision, mtp: bool) -> FloatArray:
     check_parallel(spec, parallel)
     rows = dict(zip(PARTS, layer_parameters(spec, parallel.tp).T, strict=True))
     wide, out = DTYPE_BYTES[precision.weights], np.zeros((parallel.pp, len(WEIGHTS)))
@@ -242,7 +246,7 @@ def kv_bytes(
     return out + others * min(context, spec.window) * kv_values(spec, tp) * KV_DTYPE_BYTES[dtype]
 
 
-def activation_bytes(spec: CompleteSpec, parallel: Parallel, precision: Precision) -> tuple[float, float]:
+def activation_bytes(spec: CompleteSpec, parallel: ParallelLayout, precision: Precision) -> tuple[float, float]:
     """Workspace per token of a data-parallel rank's step, and per row of logits: (bytes, bytes).
 
     A stated simple formula, not a measurement: the hidden state twice (input and residual) and the widest of what one
@@ -302,7 +306,7 @@ class MemoryModel:
 
     spec: CompleteSpec
     hardware: Hardware
-    parallel: Parallel
+    parallel: ParallelLayout
     precision: Precision
     mtp: bool = False
     usable: float = USABLE
@@ -356,13 +360,3 @@ class MemoryModel:
         out = np.array([kv_bytes(spec, context, dtype, tp, layers=stage) for stage in stages])
         out[-1] += spec.mtp_layers * self.mtp * context * kv_values(spec, tp) * KV_DTYPE_BYTES[dtype]
         return out
-
-
-def model_shape(spec: CompleteSpec, precision: Precision | None = None) -> ModelShape:
-    """What the rest of moeplan must know of a MoE model; bytes as in `precision`, by default the checkpoint's."""
-    if spec.moe is None:
-        raise UsageError(f"{spec.name} has no experts", hint="take a mixture-of-experts model")
-    precision = precision or Precision.of_checkpoint(spec)
-    expert = round(expert_bytes(spec, precision.experts or precision.weights))
-    kv = round(kv_bytes_per_token(spec, precision.kv))
-    return spec.override(expert_bytes=expert, kv_bytes_per_token=kv).moe_shape()

@@ -76,6 +76,8 @@ def draw_pareto(
     Args:
         fronts: {hardware: (its set-ups, those that no other one beats)}.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for number, (name, (points, front)) in enumerate(fronts.items()):
         colour = palette[number % len(palette)]
         style = {"linestyle": _LINES[number % len(_LINES)], "marker": "o", "markersize": 3.2}
@@ -84,7 +86,10 @@ def draw_pareto(
     axes.axvline(limit_ms, color=GREY, linewidth=1.2, linestyle=":")
     if chosen:
         axes.plot(*_places([chosen]), "*", color=BLACK, markersize=13, linestyle="none", label="chosen")
-    axes.set(xscale="log", yscale="log", xlabel="TPOT, ms", ylabel="tokens/s a GPU")
+    axes.set(xscale="log", yscale="log", xlabel="TPOT, ms", ylabel="tokens/s per GPU")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # the default labels overlap within one decade
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -56,16 +56,9 @@ def changed(model: StepModel, knob: str, factor: float) -> StepModel:
 
 def _slower(constants: Constants, factor: float) -> Constants:
     """All times among the constants, and the rate at which units copy messages."""
-    groups = {}
-    for group in fields(constants):
-        values = getattr(constants, group.name)
-        new = {}
-        for f in fields(values):
-            unit = f.metadata["unit"]
-            if unit in ("s", "bytes/s"):
-                new[f.name] = getattr(values, f.name) * (factor if unit == "s" else 1 / factor)
-        groups[group.name] = replace(values, **new)
-    return Constants(**groups)
+    ratios = {"s": factor, "bytes/s": 1 / factor}
+    found = [f for kind in Constants.groups().values() for f in fields(kind)]
+    return constants.scaled({f.name: ratios[f.metadata["unit"]] for f in found if f.metadata["unit"] in ratios})
 
 
 def elasticities(model: StepModel, workload: Workload, each: int, step: float = 0.05) -> dict[str, dict[str, float]]:
@@ -74,23 +67,15 @@ def elasticities(model: StepModel, workload: Workload, each: int, step: float = 
     Of the times, central differences of the logarithms over +-`step`. `requests`: how many the memory holds. Capacity
     changes no time of requests that fit, and nothing else changes how many fit.
     """
-    out = {}
-    for knob in KNOBS:
-        out[knob] = {"ttft": 0.0, "tpot": 0.0, "requests": 0.0}
-        if knob == "capacity":
-            out[knob]["requests"] = _by_capacity(model, workload)
-            continue
+    out = {knob: {"ttft": 0.0, "tpot": 0.0, "requests": 0.0} for knob in KNOBS}
+    alone = used(model, workload, 0)  # weights and one prefill step
+    out["capacity"]["requests"] = alone.usable / (alone.usable - alone.used)
+    for knob in (knob for knob in KNOBS if knob != "capacity"):
         more, less = (aggregated(changed(model, knob, by), workload, each) for by in (1 + step, 1 / (1 + step)))
         width = 2 * math.log(1 + step)
         out[knob]["ttft"] = math.log(more.ttft_s / less.ttft_s) / width
         out[knob]["tpot"] = math.log(more.tpot_s / less.tpot_s) / width
     return out
-
-
-def _by_capacity(model: StepModel, workload: Workload) -> float:
-    """Usable memory over what weights and one prefill step leave of it."""
-    alone = used(model, workload, 0)
-    return alone.usable / (alone.usable - alone.used)
 
 
 def improvements(

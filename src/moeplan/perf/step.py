@@ -18,6 +18,7 @@ computes. Which messages hide behind which stage is SGLang's order (`batch_overl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy as np
 from moeplan.cluster import Dispatch
 from moeplan.perf.operators import Number
 
-__all__ = ["Operator", "Step"]
+__all__ = ["Operator", "Step", "exposed_seconds"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Operator:
         return Operator(self.name, float(np.mean(self.seconds)), float(np.mean(self.hidden)), parts)
 
 
+def exposed_seconds(operators: Iterable[Operator]) -> Number:
+    """By how much they lengthen the step together."""
+    return sum((operator.exposed for operator in operators), start=0.0)
+
+
 @dataclass(frozen=True)
 class Step:
     """A step of all data-parallel ranks. Numbers, or arrays [...] where the routing is of several steps.
@@ -80,10 +86,7 @@ class Step:
     @property
     def seconds(self) -> Number:
         """Seconds of the step."""
-        total: Number = 0.0
-        for operator in self.operators:
-            total = total + operator.exposed
-        return total
+        return exposed_seconds(self.operators)
 
     @property
     def idle_share(self) -> Number:

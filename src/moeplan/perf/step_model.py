@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from moeplan.perf.constants import load_constants
 from moeplan.perf.context import StepContext, StepOptions, build_context
 from moeplan.perf.hardware import Hardware
 from moeplan.perf.layers import Batch
-from moeplan.perf.memory import Parallel, Precision, kv_bytes
+from moeplan.perf.memory import ParallelLayout, Precision, kv_bytes
 from moeplan.perf.operators import Device, Number, elementwise
 from moeplan.perf.routing import Routing
 from moeplan.perf.step import Operator, Step
@@ -61,9 +61,6 @@ class Workload:
         return self.drafts > 0 and self.module
 
 
-_PLAIN = Workload(1, 1)
-
-
 @dataclass(frozen=True)
 class StepModel:
     """The time of a step: model, accelerators, how the one is spread over the other, dtypes, and how steps run.
@@ -71,8 +68,9 @@ class StepModel:
     Examples:
         >>> from moeplan.model.catalogue import load_model
         >>> from moeplan.perf.hardware import load_hardware
-        >>> from moeplan.perf.memory import Parallel, Precision
-        >>> llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("H100"), Parallel(tp=8), Precision("fp8"))
+        >>> from moeplan.perf.memory import ParallelLayout, Precision
+        >>> layout, dtypes = ParallelLayout(tp=8), Precision("fp8")
+        >>> llama = StepModel(load_model("Llama-3.1-70B"), load_hardware("H100"), layout, dtypes)
         >>> step = llama.decode(batch=16, context=2000)
         >>> max(step.operators, key=lambda operator: operator.exposed).name
         'dense ffn'
@@ -80,7 +78,7 @@ class StepModel:
 
     spec: CompleteSpec
     hardware: Hardware
-    parallel: Parallel
+    parallel: ParallelLayout
     precision: Precision
     options: StepOptions = StepOptions()
 
@@ -103,26 +101,16 @@ class StepModel:
 
     def to_dict(self) -> dict[str, Any]:
         """Accelerators, and how the model is spread over them."""
-        p = self.parallel
-        return {
-            "hardware": self.hardware.name,
-            "gpus": p.gpus,
-            "nodes": self.nodes,
-            "tp": p.tp,
-            "dp": p.dp,
-            "ep": p.ep,
-            "pp": p.pp,
-            "redundant": p.redundant,
-            "overlap": self.options.overlap,
-        }
+        found = {"hardware": self.hardware.name, "gpus": self.parallel.gpus, "nodes": self.nodes}
+        return found | asdict(self.parallel) | {"overlap": self.options.overlap}
 
     @cached_property
     def _decoding(self) -> StepContext:
-        return build_context(self.spec, self.hardware, self.parallel, self.precision, self.options, prefill=False)
+        return build_context(self, prefill=False)
 
     @cached_property
     def _prefilling(self) -> StepContext:
-        return build_context(self.spec, self.hardware, self.parallel, self.precision, self.options, prefill=True)
+        return build_context(self, prefill=True)
 
     @property
     def device(self) -> Device:
@@ -142,7 +130,7 @@ class StepModel:
             PlanError: a layout that is impossible. UsageError: a dtype or dispatch mode that this set-up cannot have;
                 drafts of a model that makes none; routing of another number of layers.
         """
-        work = workload or _PLAIN
+        work = workload or Workload(1, 1)
         sequences, tokens = batch * work.beams, work.drafts + 1
         prefix = min(work.prompt, context)
         rows = Batch(sequences, tokens, context, sequences * tokens, sharing=work.beams, prefix=prefix)

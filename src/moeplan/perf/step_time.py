@@ -14,7 +14,7 @@ from moeplan.perf.experts import MoeTimes, slowdown
 from moeplan.perf.layers import Batch, Call, LayerCalls
 from moeplan.perf.operators import Number, overlap
 from moeplan.perf.routing import ExpertRanks, Routing, uniform_routing
-from moeplan.perf.step import Operator, Step
+from moeplan.perf.step import Operator, Step, exposed_seconds
 
 __all__ = ["step_time"]
 
@@ -59,9 +59,7 @@ def step_time(context: StepContext, batch: Batch, routing: Routing | None = None
     operators += _sends(context, part, micro, operators)
     if engine:
         operators.append(_engine(context, batch, operators))
-    for operator in operators:
-        if operator.name in NETWORK:
-            waiting = waiting + operator.exposed
+    waiting = sum((operator.exposed for operator in operators if operator.name in NETWORK), start=waiting)
     operators.sort(key=lambda operator: ORDER.index(operator.name))
     source, load = (None, 1.0) if routing is None else (routing.source, routing.load_ratio)
     return Step(tuple(operators), waiting, batch.rows, context.dispatch, source, load)
@@ -135,8 +133,8 @@ def _sends(context: StepContext, part: Batch, micro: int, operators: Sequence[Op
     hop = send(context.device, part.rows * context.halves * spec.hidden * 2, between_nodes=between)
     sends = _merged([Call("send", "other", hop, parallel.pp - 1)], 1)
     ends = ("head", "sampling")
-    body = sum((o.exposed for o in operators if o.name not in ends), start=0.0)
-    tail = sum((o.exposed for o in operators if o.name in ends), start=0.0)
+    body = exposed_seconds(o for o in operators if o.name not in ends)
+    tail = exposed_seconds(o for o in operators if o.name in ends)
     slowest = body * -(-spec.layers // parallel.pp) / spec.layers + tail
     idle = micro * slowest - (body + tail + sends[0].exposed)
     more = (micro - 1) * slowest if context.prefill else np.maximum(idle, 0.0)
@@ -146,9 +144,7 @@ def _sends(context: StepContext, part: Batch, micro: int, operators: Sequence[Op
 def _engine(context: StepContext, batch: Batch, operators: Sequence[Operator]) -> Operator:
     """What the engine adds: between steps, and where the host's work for all requests outlasts the kernels."""
     fit = context.device.constants.engine
-    kernels: Number = 0.0
-    for operator in operators:
-        kernels = kernels + operator.exposed
+    kernels = exposed_seconds(operators)
     host = 0.0 if context.prefill else batch.sequences * fit.request_s
     longer = overlap(kernels, host, HOST_OVERLAP) - kernels
     return Operator("engine", longer + fit.step_s, 0.0, {"overhead": longer + fit.step_s})

@@ -26,17 +26,7 @@ from moeplan.progress import Progress
 if TYPE_CHECKING:
     import pandas
 
-__all__ = [
-    "LayoutChoice",
-    "Point",
-    "Sweep",
-    "SweepSettings",
-    "best_within",
-    "fronts_by_hardware",
-    "pareto",
-    "sweep",
-    "thinned",
-]
+__all__ = ["Point", "Sweep", "SweepSettings", "best_within", "fronts_by_hardware", "pareto", "sweep", "thinned"]
 
 #: Sweeps larger than this are a mistake more often than a wish.
 MOST_SETUPS = 200_000
@@ -49,7 +39,7 @@ class SweepSettings:
     Attributes:
         nodes: numbers of nodes; 1 stands for parts of a node, too. gpus: numbers of accelerators instead; None: nodes.
         gpus_per_node: accelerators that the fast network joins; None: the hardware's.
-        choice: tensor- and pipeline-parallel ranks and expert ranks to try.
+        layouts: tensor- and pipeline-parallel ranks and expert ranks to try.
         batches: requests of each data-parallel rank. contexts: tokens that each holds.
         overlap: also each set-up with two-batch overlap, where that is possible.
         tpot_ms: the limit for the best set-up.
@@ -62,7 +52,7 @@ class SweepSettings:
     nodes: tuple[int, ...] = (1,)
     gpus: tuple[int, ...] | None = None
     gpus_per_node: int | None = None
-    choice: LayoutChoice = LayoutChoice()
+    layouts: LayoutChoice = LayoutChoice()
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     contexts: tuple[int, ...] = (4096,)
     overlap: bool = False
@@ -240,7 +230,7 @@ def sweep(
     for each in hardware_list(hardware):
         for gpus in settings.counts(each):
             try:
-                tried += step_models(spec, each, gpus, precision, settings.choice, options)
+                tried += step_models(spec, each, gpus, precision, settings.layouts, options)
             except PlanError as error:
                 refused = error
     if not tried and refused:
@@ -267,8 +257,8 @@ def _point(model: StepModel, batch: int, context: int) -> Point:
     step = model.decode(batch, context)
     seconds = float(step.seconds)
     each = batch * model.parallel.dp / seconds / model.parallel.gpus
-    usd, kwh = cost(model.hardware, each)
-    return Point(model, batch, context, seconds, each, next(iter(step.bound_shares())), usd, kwh)
+    bound = next(iter(step.bound_shares()))
+    return Point(model, batch, context, seconds, each, bound, *cost(model.hardware, each))
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:

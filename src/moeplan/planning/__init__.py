@@ -1,15 +1,15 @@
 """Plans: group requests and place experts. The front door is `solve`."""
 
 from moeplan.planning.plan import Plan, PlanningTask, Provenance, Signature
-from moeplan.planning.problem import MoveLimit, Problem, Solution, Strategy
+from moeplan.planning.problem import MoveLimit, PlanningProblem, Solution, Strategy
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 
 __all__ = [
     "MoveLimit",
     "Plan",
+    "PlanningProblem",
     "PlanningTask",
-    "Problem",
     "Provenance",
     "RequestSet",
     "Signature",

@@ -1,4 +1,4 @@
-"""Groups of requests: the exact equal assignment, random ones, and soft memberships."""
+"""Groups of requests: the exact equal assignment, random ones, soft memberships, and K-means by the experts used."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.transport import transport
-from moeplan.arrays import FloatArray, Int64Array
+from moeplan.arrays import Float32Array, FloatArray, Int64Array
 from moeplan.errors import PlanError
 
-__all__ = ["equal_groups", "random_groups", "soft_groups"]
+__all__ = ["equal_groups", "in_span", "kmeans", "random_groups", "soft_groups"]
 
 #: Scores are rounded to this many steps between the smallest and the largest of one call.
 _STEPS = 2**40 - 1
+#: Starts of K-means, of which the best is taken.
+STARTS = 4
 
 
 def equal_groups(score: npt.NDArray[np.floating]) -> Int64Array:
@@ -68,3 +70,27 @@ def soft_groups(score: FloatArray, softness: float) -> FloatArray:
         member *= (n / groups) / member.sum(axis=0)
         member /= member.sum(axis=1, keepdims=True)
     return np.asarray(member)
+
+
+def kmeans(points: Float32Array, clusters: int, seed: int) -> Int64Array:
+    """int64 [n], labels 0, 1, .. without gaps, of points [n, f]; the same for the same seed."""
+    import warnings
+
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    points = in_span(points)
+    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():  # one thread: one order of sums
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters is handled below
+        label = KMeans(clusters, n_init=STARTS, random_state=seed).fit(points).labels_
+    return np.asarray(np.unique(label, return_inverse=True)[1], np.int64)
+
+
+def in_span(points: Float32Array) -> Float32Array:
+    """The points [n, f] in coordinates of their own span, [n, at most n]: the same distances, far fewer numbers."""
+    if len(points) >= points.shape[1]:
+        return points
+    value, vector = np.linalg.eigh((points @ points.T).astype(np.float64))
+    spanned = value > value[-1] * 1e-9
+    return np.asarray(vector[:, spanned] * np.sqrt(value[spanned]), np.float32)

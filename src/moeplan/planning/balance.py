@@ -40,7 +40,7 @@ def balance(
     cluster: Cluster,
     *,
     redundant: int = 0,
-    replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC,
+    replica_rule: ReplicaRule | str = ReplicaRule.NEAREST_STATIC,
     routing_groups: int = 1,
 ) -> Placement:
     """The placement with the most even GPU load for given expert load: DeepSeek's EPLB, or replicas spread over nodes.
@@ -60,7 +60,8 @@ def balance(
         >>> balance(counts, Cluster(nodes=2, gpus_per_node=2), redundant=4).slots
         array([[5, 4, 7, 5, 0, 6, 1, 3, 2, 1, 4, 0]], dtype=int32)
     """
-    return candidates(counts, cluster, redundant, replica_rule, routing_groups=routing_groups)[1].placement
+    rule = ReplicaRule(replica_rule)
+    return candidates(counts, cluster, redundant, rule, routing_groups=routing_groups)[1].placement
 
 
 def candidates(
@@ -204,6 +205,9 @@ def gpu_load_ratio(counts: npt.ArrayLike, placement: Placement, cluster: Cluster
         UsageError: a layer without a pick.
     """
     load = gpu_load(counts, placement, cluster, replica_rule)
-    if not (load.sum(axis=1) > 0).all():
-        raise UsageError("a layer has no pick", hint="count while requests run")
+    if not (picks := load.sum(axis=1)).all():
+        raise UsageError(
+            f"row {int(picks.argmin())} of the counts has no pick",
+            hint="count while requests run, and leave layers without experts out: counts[list(model.moe_layers)]",
+        )
     return float(load_ratio(load).mean())

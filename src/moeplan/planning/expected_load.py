@@ -2,7 +2,8 @@
 
 Counting messages, and the replica rules themselves, are in `moeplan.cluster`; here are loads of whole layers at once.
 
-Names: L layers, N nodes, P GPUs, S slots, E experts; use [L, N, E] is the picks of each expert asked for at each node.
+Names: n requests, L layers, N nodes, P GPUs, S slots, E experts; use [L, N, E] is the picks of each expert asked for at
+each node.
 """
 
 from __future__ import annotations
@@ -11,17 +12,48 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.loads import load_norm, load_norm_slope
-from moeplan.arrays import BoolArray, FloatArray, Int64Array, NumberArray
-from moeplan.cluster import Cluster
+from moeplan.arrays import BoolArray, CountArray, Float32Array, FloatArray, Int64Array, NumberArray
+from moeplan.cluster import Cluster, Routes
 from moeplan.planning.pricing import Pricing
 
-__all__ = ["ExpectedLoad", "load_per_replica", "load_ratio", "shared_gpu_load"]
+__all__ = ["ExpectedLoad", "load_by_request", "load_per_replica", "load_ratio", "remote_share", "shared_gpu_load"]
 
 
 def load_ratio(load: NumberArray) -> FloatArray:
     """[..], the busiest unit's load over the mean of all units, from load [.., units]; 1 where there is no load."""
     mean = load.mean(axis=-1)
     return np.asarray(np.where(mean > 0, load.max(axis=-1) / np.where(mean > 0, mean, 1.0), 1.0))
+
+
+def load_by_request(routes: Routes, counts: CountArray, groups: Int64Array) -> Float32Array:
+    """float32 [n, L, P]: the expected picks that each GPU serves of each request.
+
+    Args:
+        counts: uint32 [n, L, E], picks of each request. groups: int64 [n].
+    """
+    cluster, place = routes.cluster, routes.placement
+    if place.redundant == 0:  # every expert has one slot: its picks go there, whoever asks
+        by_slot = np.take_along_axis(counts, place.slots[None].astype(np.intp), axis=2)
+        by_gpu = by_slot.reshape(len(counts), place.num_layers, cluster.num_gpus, -1)
+        return np.asarray(by_gpu.sum(axis=3, dtype=np.float32))
+    load = np.zeros((len(counts), place.num_layers, cluster.num_gpus), np.float32)
+    members = [np.flatnonzero(groups == d) for d in range(cluster.num_groups)]
+    for layer in range(place.num_layers):
+        share = routes.share(layer).astype(np.float32)
+        for d, of_group in enumerate(members):
+            load[of_group, layer] = counts[of_group, layer].astype(np.float32) @ share[d]
+    return load
+
+
+def remote_share(routes: Routes, use: NumberArray, groups: Int64Array) -> float:
+    """Expected share of the requests' picks that another node than their group's serves.
+
+    Args:
+        use: [n, L, E], picks of each request. groups: int64 [n].
+    """
+    by_group = np.zeros((routes.cluster.num_groups, *use.shape[1:]))
+    np.add.at(by_group, groups, use)
+    return float(1 - (by_group * routes.local_share).sum() / max(float(by_group.sum()), 1.0))
 
 
 def load_per_replica(use: FloatArray, replicas: FloatArray, local: BoolArray) -> FloatArray:

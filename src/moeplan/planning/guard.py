@@ -21,7 +21,7 @@ from moeplan.planning.balance import linear_slots
 from moeplan.planning.expected_load import load_ratio
 from moeplan.planning.planner import Planner, State
 from moeplan.planning.pricing import Pricing
-from moeplan.planning.problem import Problem, StepCost
+from moeplan.planning.problem import PlanningProblem, StepCost
 from moeplan.trace.steps import draw_rows, live_members
 
 __all__ = ["GuardSettings", "StepSampler", "keep_guard"]
@@ -38,13 +38,13 @@ class StepSampler:
     Drawn as in replay (`moeplan.trace.steps`).
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: PlanningProblem, seed: int) -> None:
         self._problem = problem
         n, groups = len(problem.use), problem.cluster.num_groups
         rng = np.random.default_rng([seed, 0x57E9])
         self._live = int(np.clip(n // groups, 1, MAX_LIVE))
         starts, stops = problem.rows.starts, problem.rows.stops
-        span = np.stack([starts, np.maximum(stops, starts + 1)], axis=1)
+        span = np.stack((starts, np.maximum(stops, starts + 1)))
         self._key, self._row = draw_rows(span, STEPS, rng, np.float64)
         self.random_groups = random_groups(n, groups, rng)
 

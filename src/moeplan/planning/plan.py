@@ -69,19 +69,21 @@ class Provenance:
     """Where a plan comes from.
 
     Attributes:
-        moeplan: the version that made it.
+        version: the version that made it.
         trace_checksum: identifies the rows that it was fitted on; empty where there were none.
         synthetic: those rows were generated.
+        fit_index: numbers in that trace of the requests it was fitted on; empty: all usable ones.
         fit_requests, fit_seconds: how many requests it was fitted on, and the wall time.
         notes: choices made, one line each.
     """
 
-    moeplan: str = __version__
+    version: str = __version__
     trace_checksum: str = ""
     synthetic: bool = False
     fit_requests: int = 0
     fit_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    fit_index: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class PlanningTask:
     redundant: int = 0
     dispatch: Dispatch = Dispatch.PICK
     replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
+        object.__setattr__(self, "replica_rule", ReplicaRule(self.replica_rule))
 
     def check(self, num_experts: int) -> None:
         """Refuse slots that do not divide over the GPUs.
@@ -166,6 +172,8 @@ class Plan:
     expected: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
+        object.__setattr__(self, "replica_rule", ReplicaRule(self.replica_rule))
         place, cluster, model = self.placement, self.cluster, self.model
         if (place.nodes, place.gpus_per_node) != (cluster.nodes, cluster.gpus_per_node):
             raise PlanError(
@@ -224,7 +232,7 @@ class Plan:
             "format": FORMAT,
             "version": VERSION,
             "requires": [],
-            "moeplan": origin.moeplan,
+            "moeplan": origin.version,
             "synthetic": origin.synthetic,
             "strategy": self.strategy,
             "params": self.params,
@@ -258,6 +266,8 @@ class Plan:
         if path.exists():
             raise OutputError("already exists", where=str(path), hint="choose another place, or remove it")
         arrays = {"slots": self.placement.slots, **self.router.arrays}
+        if self.provenance.fit_index:
+            arrays["fit_index"] = np.array(self.provenance.fit_index)
         head = self.to_dict() | {"arrays": {name: crc(array) for name, array in arrays.items()}}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

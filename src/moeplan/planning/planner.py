@@ -15,13 +15,12 @@ from moeplan._kernels.local_search import improve, sampled_messages
 from moeplan.arrays import Float32Array, FloatArray, Int32Array, Int64Array
 from moeplan.cluster import Deployment, ReplicaRule
 from moeplan.errors import UsageError
-from moeplan.planning.assignment import equal_groups, soft_groups
-from moeplan.planning.clustering import in_span, kmeans
+from moeplan.planning.assignment import equal_groups, in_span, kmeans, soft_groups
 from moeplan.planning.expected_load import ExpectedLoad
 from moeplan.planning.forecast import LocalityForecast
 from moeplan.planning.initial_placement import place_quickly
 from moeplan.planning.pricing import Pricing
-from moeplan.planning.problem import MoveLimit, Problem
+from moeplan.planning.problem import MoveLimit, PlanningProblem
 from moeplan.planning.router import LinearRouter, normalised
 
 __all__ = ["PARTS", "Planner", "SearchSettings", "State"]
@@ -97,7 +96,12 @@ class Planner:
     """
 
     def __init__(
-        self, problem: Problem, settings: SearchSettings, without: tuple[str, ...], limit: MoveLimit | None, seed: int
+        self,
+        problem: PlanningProblem,
+        settings: SearchSettings,
+        without: tuple[str, ...],
+        limit: MoveLimit | None,
+        seed: int,
     ) -> None:
         self.problem, self.settings, self.without, self.limit, self.seed = problem, settings, without, limit, seed
         self.cluster = problem.cluster

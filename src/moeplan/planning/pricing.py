@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan._kernels.local_search import BY_GPU, BY_NODE, BY_PICK, Objective
+from moeplan._kernels.layer_state import BY_GPU, BY_NODE, BY_PICK, Objective
 from moeplan.arrays import ExpertArray, FloatArray, Int64Array
 from moeplan.cluster import Dispatch
-from moeplan.planning.problem import Problem
+from moeplan.planning.problem import PlanningProblem
 
 __all__ = ["BALANCE", "BOTH", "LOCALITY", "Pricing", "TokenSample"]
 
@@ -34,7 +34,7 @@ class TokenSample:
     draw: FloatArray
 
     @classmethod
-    def of(cls, problem: Problem, max_rows: int, seed: int) -> TokenSample | None:
+    def of(cls, problem: PlanningProblem, max_rows: int, seed: int) -> TokenSample | None:
         """A seeded sample; None where messages are counted by pick, so that a pick shares its message with none."""
         if problem.dispatch not in _COUNTED_BY or problem.shape.top_k == 1:
             return None

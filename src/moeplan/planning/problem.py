@@ -20,7 +20,7 @@ from moeplan.errors import PlanError, UsageError
 from moeplan.planning.router import Router
 from moeplan.types import ModelShape, Placement
 
-__all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "Problem", "Solution", "StepCost", "Strategy", "TokenRows"]
+__all__ = ["GUARD", "MAX_MOVES", "MoveLimit", "PlanningProblem", "Solution", "StepCost", "Strategy", "TokenRows"]
 
 #: The load guard: a row is eligible when its node_load_ratio is at most this many times linear's.
 GUARD = 1.05
@@ -44,7 +44,7 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanningProblem:
     """Place experts, and group requests, given the routing of the fit requests.
 
     Attributes:
@@ -69,6 +69,8 @@ class Problem:
     dispatch: Dispatch = Dispatch.PICK
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
+        object.__setattr__(self, "replica_rule", ReplicaRule(self.replica_rule))
         check_slots(self.shape.num_experts, self.redundant, self.cluster)
         expected = (len(self.use), self.shape.num_layers, self.shape.num_experts)
         if self.use.shape != expected or self.signature.shape != expected:
@@ -178,10 +180,10 @@ class Strategy(ABC):
         return {name: None if value == np.inf else value for name, value in plain.items()}
 
     @abstractmethod
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         """Plan; the same seed gives the same solution."""
 
-    def rebalance(self, problem: Problem, limit: MoveLimit, seed: int) -> Solution:
+    def rebalance(self, problem: PlanningProblem, limit: MoveLimit, seed: int) -> Solution:
         """Improve a deployed placement by few moves.
 
         Raises:

@@ -9,6 +9,7 @@ from moeplan.cluster import ReplicaRule, routes
 from moeplan.errors import UsageError
 from moeplan.planning import Plan, RequestSet, read_requests
 from moeplan.planning.assignment import equal_groups
+from moeplan.planning.expected_load import remote_share
 from moeplan.trace import Trace, open_trace
 
 __all__ = ["ReplicaLocality", "replica_locality", "trace_locality"]
@@ -52,7 +53,7 @@ def replica_locality(requests: RequestSet, plan: Plan) -> ReplicaLocality:
     """Replay the requests, in the equal groups that the plan's router gives them, under both rules."""
     groups = equal_groups(plan.router.scores(requests.signature))
     nearest, any_replica = (
-        routes(plan.placement, plan.cluster, rule, plan.seed).remote_share(requests.measured, groups)
+        remote_share(routes(plan.placement, plan.cluster, rule, plan.seed), requests.measured, groups)
         for rule in (ReplicaRule.NEAREST_STATIC, ReplicaRule.HASH)
     )
     return ReplicaLocality(nearest, any_replica, 1 - 1 / plan.cluster.nodes)

@@ -6,13 +6,13 @@ import time
 
 from moeplan.planning import strategies
 from moeplan.planning.plan import Plan, Provenance
-from moeplan.planning.problem import MoveLimit, Problem, Strategy
+from moeplan.planning.problem import MoveLimit, PlanningProblem, Strategy
 from moeplan.planning.router import LocalityRouter
 
 __all__ = ["solve"]
 
 
-def solve(problem: Problem, strategy: str | Strategy, seed: int = 0, limit: MoveLimit | None = None) -> Plan:
+def solve(problem: PlanningProblem, strategy: str | Strategy, seed: int = 0, limit: MoveLimit | None = None) -> Plan:
     """Run a strategy, check the invariants of a placement, and bring the router along.
 
     Args:
@@ -29,7 +29,15 @@ def solve(problem: Problem, strategy: str | Strategy, seed: int = 0, limit: Move
     router = solution.router or LocalityRouter.of(routes)
     seconds = time.perf_counter() - start
     return Plan(
-        routes.placement, router, problem.cluster, problem.dispatch, problem.replica_rule, problem.shape, chosen.name,
-        chosen.to_dict(), seed=seed, equal_groups=chosen.equal_groups,
+        placement=routes.placement,
+        router=router,
+        cluster=problem.cluster,
+        dispatch=problem.dispatch,
+        replica_rule=problem.replica_rule,
+        model=problem.shape,
+        strategy=chosen.name,
+        params=chosen.to_dict(),
+        seed=seed,
+        equal_groups=chosen.equal_groups,
         provenance=Provenance(fit_requests=len(problem.use), fit_seconds=seconds, notes=solution.notes),
-    )  # fmt: skip
+    )

@@ -94,6 +94,7 @@ def load_plan(path: str | Path) -> Plan:
     except MoeplanError as error:
         raise FormatError(error.what, where=error.where or str(root / "slots.npy"), hint=error.hint) from None
     router = _router(root, head, model, cluster)
+    fitted = _array(root, "fit_index", head.arrays, 1).tolist() if "fit_index" in head.arrays else ()
     try:
         return Plan(
             placement=placement,
@@ -108,7 +109,13 @@ def load_plan(path: str | Path) -> Plan:
             seed=head.seed,
             equal_groups=head.equal_groups,
             provenance=Provenance(
-                head.moeplan, head.trace_checksum, head.synthetic, head.fit_requests, head.fit_seconds, head.notes
+                head.moeplan,
+                head.trace_checksum,
+                head.synthetic,
+                head.fit_requests,
+                head.fit_seconds,
+                head.notes,
+                tuple(fitted),
             ),
             expected=head.expected,
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from moeplan.errors import expect
 from moeplan.profile.coactivation import Coactivation, coactivation
-from moeplan.profile.common import Skipped, plain_dict
+from moeplan.profile.common import Skipped, plain
 from moeplan.profile.counts import DECODE, PREFILL, STAGES, Counts, count
 from moeplan.profile.distinct import Distinct, distinct
 from moeplan.profile.imbalance import Imbalance, imbalance
@@ -54,7 +55,7 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a measure that could not be computed is null or {"skipped": reason}."""
         counts, trace = self.counts, self.trace
-        return plain_dict(
+        figures: dict[str, Any] = plain(
             {
                 "trace": {
                     "path": trace.path.name,
@@ -67,28 +68,27 @@ class Profile:
                     "aggregate": trace.aggregate,
                     "dropped": trace.dropped,
                     "left_over": trace.left_over,
-                    "tokens": int(trace.requests.rows.sum()),
-                    "rows_by_stage": {name: int(counts.stages.lengths(s).sum()) for s, name in enumerate(STAGES)},
-                    "requests_by_domain": {
-                        name: int((counts.domain == d).sum()) for d, name in enumerate(counts.domains)
-                    },
+                    "tokens": trace.requests.rows.sum(),
+                    "rows_by_stage": {name: counts.stages.lengths(s).sum() for s, name in enumerate(STAGES)},
+                    "requests_by_domain": {name: (counts.domain == d).sum() for d, name in enumerate(counts.domains)},
                 },
                 "seed": self.seed,
                 "signature_tokens": counts.stages.signature_tokens,
                 "stages": self.stage_labels,
-                "usable_requests": int(counts.stages.usable.sum()),
+                "usable_requests": counts.stages.usable.sum(),
                 "sampled_requests": len(counts.sample),
                 "notices": self.notices,
-                "imbalance": self.imbalance.to_dict(),
-                "similarity": {name: item.to_dict() for name, item in self.similarity.items()},
-                "predictability": self.phases.to_dict(),
-                "request_types": self.leakage.to_dict(),
-                "privacy": self.privacy.to_dict(),
-                "map": {name: item.to_dict() for name, item in self.maps.items()},
-                "coactivation": self.coactivation.to_dict(),
-                "distinct_experts": self.distinct.to_dict(),
+                "imbalance": self.imbalance,
+                "similarity": self.similarity,
+                "predictability": self.phases,
+                "request_types": self.leakage,
+                "privacy": self.privacy,
+                "map": self.maps,
+                "coactivation": self.coactivation,
+                "distinct_experts": self.distinct,
             }
         )
+        return figures
 
 
 def profile_trace(
@@ -106,6 +106,7 @@ def profile_trace(
         UsageError: no request is long enough for `signature_tokens`.
         FormatError: an invalid part.
     """
+    expect(trace, Trace, 'moeplan.open_trace("PATH")')
     import sklearn.linear_model
     import sklearn.manifold  # noqa: F401  (threadpoolctl limits only libraries that are loaded)
     from threadpoolctl import threadpool_limits

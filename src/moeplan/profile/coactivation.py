@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.counting import count_pairs
-from moeplan.profile.common import FloatArray, Skipped, plain_dict
+from moeplan.profile.common import FloatArray, Skipped
 from moeplan.profile.counts import WITHOUT_ROWS, Counts
 
 __all__ = ["Coactivation", "coactivation", "quasi_independence"]
@@ -43,16 +43,14 @@ class Coactivation:
 
     def to_dict(self) -> dict[str, Any]:
         names = ("layer", "a", "b", "observed", "expected", "lift")
-        return plain_dict(
-            {
-                "layers": self.layer_ids,
-                "distance": self.distance,
-                "floor": self.floor,
-                "strongest_pairs": [dict(zip(names, pair, strict=True)) for pair in self.strongest],
-                "rows": self.rows,
-                "stage": self.stage,
-            }
-        )
+        return {
+            "layers": self.layer_ids,
+            "distance": self.distance,
+            "floor": self.floor,
+            "strongest_pairs": [dict(zip(names, pair, strict=True)) for pair in self.strongest],
+            "rows": self.rows,
+            "stage": self.stage,
+        }
 
 
 def quasi_independence(pairs: npt.NDArray[Any], *, iterations: int = 200, tolerance: float = 1e-9) -> FloatArray:
@@ -110,17 +108,8 @@ def coactivation(counts: Counts, *, seed: int = 0) -> Coactivation | Skipped:
             (expected >= MIN_EXPECTED) & (observed - expected > MIN_SIGMA * np.sqrt(np.maximum(expected, 1.0)))
         )
         best = significant[np.argsort(-observed[significant] / expected[significant], kind="stable")[:STRONGEST]]
-        strongest += [
-            (
-                counts.shape.layer_ids[layer],
-                int(upper[0][p]),
-                int(upper[1][p]),
-                int(observed[p]),
-                float(expected[p]),
-                float(observed[p] / expected[p]),
-            )
-            for p in best
-        ]
+        pairs_of = zip(*(values[best].tolist() for values in (*upper, observed, expected)), strict=True)
+        strongest += [(counts.shape.layer_ids[layer], a, b, int(seen), fit, seen / fit) for a, b, seen, fit in pairs_of]
     strongest.sort(key=lambda pair: -pair[-1])
     return Coactivation(
         counts.shape.layer_ids, distance, floor, strongest[:STRONGEST], len(experts), counts.stages.label(stage)

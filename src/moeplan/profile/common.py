@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "FloatArray",
-    "Skipped",
-    "evenly_spaced",
-    "interval",
-    "mean_without_nan",
-    "pearson",
-    "plain",
-    "plain_dict",
-    "wilson",
-]
+__all__ = ["FloatArray", "Skipped", "evenly_spaced", "interval", "mean_without_nan", "pearson", "plain", "wilson"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -77,13 +67,10 @@ def evenly_spaced(items: npt.NDArray[np.intp], limit: int) -> npt.NDArray[np.int
     return items[np.unique(np.linspace(0, len(items) - 1, limit).round().astype(np.intp))]
 
 
-def plain_dict(values: dict[str, Any]) -> dict[str, Any]:
-    """`plain` of each value: for `to_dict`."""
-    return {key: plain(item) for key, item in values.items()}
-
-
 def plain(value: Any) -> Any:
-    """Plain JSON values: lists, numbers to six significant digits, null for NaN and infinity."""
+    """Plain JSON values: lists, numbers to six significant digits, null for NaN and infinity; a measure as its dict."""
+    if is_dataclass(value):
+        value = value.to_dict() if hasattr(value, "to_dict") else vars(value)
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, dict):

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from moeplan._kernels.counting import count_ranges
 from moeplan.errors import UsageError
-from moeplan.progress import Progress
-from moeplan.trace import Requests, Rows, Trace
+from moeplan.progress import Progress, silent
+from moeplan.trace import Requests, Trace
 from moeplan.trace.stages import Stages
 from moeplan.types import ModelShape
 
@@ -63,7 +63,7 @@ class Counts:
         totals: int64 [2, D, S, L, E], picks of all requests; first axis: requests not usable, usable for
             measures that need both stages.
         sample: int64 [n], the sampled requests, rising.
-        prefill, decode: uint32 [n, L, E], their counts.
+        by_request: uint32 [2, n, L, E], their counts in prefill and decode.
         reservoir: token rows; none of an aggregated trace.
     """
 
@@ -76,8 +76,7 @@ class Counts:
     lumped: int
     totals: Int64Array
     sample: Int64Array
-    prefill: npt.NDArray[np.uint32]
-    decode: npt.NDArray[np.uint32]
+    by_request: npt.NDArray[np.uint32]
     reservoir: Reservoir
 
     @property
@@ -85,9 +84,10 @@ class Counts:
         """int64 [D, S, L, E], all requests."""
         return np.asarray(self.totals.sum(axis=0))
 
-    def sampled(self, stage: int) -> npt.NDArray[np.uint32]:
-        """uint32 [n, L, E] of prefill or decode."""
-        return self.prefill if stage == PREFILL else self.decode
+    def members(self, stage: int) -> list[npt.NDArray[np.intp]]:
+        """Per domain, rows of the sample whose requests have rows of the stage; none for the lump of rare domains."""
+        domain = np.where(self.stages.lengths(stage)[self.sample] > 0, self.domain[self.sample], -1)
+        return [np.flatnonzero((domain == d) & ~lump) for d, lump in enumerate(self.is_lump)]
 
     @property
     def is_lump(self) -> npt.NDArray[np.bool_]:
@@ -143,7 +143,7 @@ def count(
         by_request=np.zeros((2, len(sample), layers, experts), np.uint32),
         cell=(stages.usable * len(domains) + domain) * len(STAGES),
         slot=slot,
-        progress=progress or (lambda done, total, note: None),
+        progress=progress or silent,
     )
     if trace.aggregate > 1:
         reservoir = _count_aggregated(trace, tally)
@@ -160,8 +160,7 @@ def count(
         lumped=lumped,
         totals=tally.totals,
         sample=sample,
-        prefill=tally.by_request[PREFILL],
-        decode=tally.by_request[DECODE],
+        by_request=tally.by_request,
         reservoir=reservoir,
     )
 
@@ -172,7 +171,7 @@ class _Tally:
 
     Attributes:
         totals: as in `Counts`; cell: int64 [R], where a request's first stage is in it, all but the last axes flat.
-        by_request: uint32 [2, n, L, E], prefill and decode of the sample; slot: int64 [R], place in it or -1.
+        by_request: as in `Counts`; slot: int64 [R], a request's place in it or -1.
     """
 
     totals: Int64Array
@@ -182,8 +181,9 @@ class _Tally:
     progress: Progress
 
 
-def _count_rows(trace: Trace, stages: Stages, chosen: _ReservoirRows, tally: _Tally) -> Reservoir:
-    kept = np.empty((len(chosen.row), trace.shape.num_layers, trace.shape.top_k), trace.expert_dtype)
+def _count_rows(trace: Trace, stages: Stages, chosen: Int64Array, tally: _Tally) -> Reservoir:
+    row, request, stage_of = chosen
+    kept = np.empty((len(row), trace.shape.num_layers, trace.shape.top_k), trace.expert_dtype)
     totals = tally.totals
     scratch = np.zeros((totals[..., 0, 0].size, *totals.shape[-2:]), np.uint32)
     for rows in trace.parts():
@@ -196,10 +196,12 @@ def _count_rows(trace: Trace, stages: Stages, chosen: _ReservoirRows, tally: _Ta
                 count_ranges(rows.experts, starts, stops, tally.slot[part], tally.by_request[stage])
         totals += scratch.reshape(totals.shape)
         scratch[:] = 0
-        _store_rows(rows, chosen, trace.requests.offsets[rows.first], kept)
+        first_row = trace.requests.offsets[rows.first]
+        low, high = np.searchsorted(row, [first_row, first_row + len(rows.experts)])
+        kept[low:high] = rows.experts[row[low:high] - first_row]
         tally.progress(part.stop, len(trace.requests), "counting")
         del rows  # otherwise two parts are in memory while the next one is read
-    return Reservoir(kept, chosen.request, chosen.stage)
+    return Reservoir(kept, request, stage_of)
 
 
 def _count_aggregated(trace: Trace, tally: _Tally) -> Reservoir:
@@ -243,17 +245,12 @@ def stratified(domain: Int64Array, limit: int, rng: np.random.Generator) -> Int6
     return np.sort(np.concatenate(drawn))
 
 
-@dataclass(frozen=True)
-class _ReservoirRows:
-    """Rows of the reservoir, rising: `row` in the whole trace, with its request and stage; int64 [m] each."""
+def _choose_rows(stages: Stages, limit: int, rng: np.random.Generator) -> Int64Array:
+    """As many rows of each stage that has any (long prompts must not displace decode), uniform within a stage.
 
-    row: Int64Array
-    request: Int64Array
-    stage: Int64Array
-
-
-def _choose_rows(stages: Stages, limit: int, rng: np.random.Generator) -> _ReservoirRows:
-    """As many rows of each stage that has any (long prompts must not displace decode), uniform within a stage."""
+    Returns:
+        int64 [3, m], rising: row in the whole trace, its request, its stage.
+    """
     present = [stage for stage in (PREFILL, DECODE) if stages.lengths(stage).any()] or [OTHER]
     begin = np.concatenate(([0], np.cumsum(stages.rows)[:-1]))
     found = []
@@ -264,12 +261,7 @@ def _choose_rows(stages: Stages, limit: int, rng: np.random.Generator) -> _Reser
         index = rng.choice(total, size, replace=False, shuffle=False) if size < total else np.arange(total)
         request = np.searchsorted(ends, index, side="right")
         inside = index - (ends - stages.lengths(stage))[request]
-        found.append((begin[request] + stages.starts(stage)[request] + inside, request, np.full(size, stage)))
-    row, request, stage_of = (np.concatenate(items).astype(np.int64) for items in zip(*found, strict=True))
-    order = np.argsort(row, kind="stable")
-    return _ReservoirRows(row[order], request[order], stage_of[order])
-
-
-def _store_rows(rows: Rows, chosen: _ReservoirRows, first_row: int, kept: npt.NDArray[np.unsignedinteger]) -> None:
-    low, high = np.searchsorted(chosen.row, [first_row, first_row + len(rows.experts)])
-    kept[low:high] = rows.experts[chosen.row[low:high] - first_row]
+        row = begin[request] + stages.starts(stage)[request] + inside
+        found.append(np.stack([row, request, np.full(size, stage)]))
+    chosen = np.concatenate(found, axis=1)
+    return chosen[:, np.argsort(chosen[0], kind="stable")]

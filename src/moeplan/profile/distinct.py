@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, Skipped, mean_without_nan, plain_dict
+from moeplan.profile.common import FloatArray, Skipped, mean_without_nan
 from moeplan.profile.counts import WITHOUT_ROWS, Counts
 
 __all__ = ["Distinct", "distinct"]
@@ -36,9 +35,6 @@ class Distinct:
     popular: FloatArray
     rows: int
     stage: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain_dict(vars(self))
 
 
 def distinct(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Distinct | Skipped:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, mean_without_nan, plain_dict
+from moeplan.profile.common import FloatArray, mean_without_nan
 from moeplan.profile.counts import STAGES, Counts
 
 __all__ = ["Imbalance", "imbalance", "imbalance_factor"]
@@ -54,33 +55,28 @@ class Imbalance:
         return mean_without_nan(factors[..., self.kept], axis=-1)
 
     def to_dict(self) -> dict[str, Any]:
-        return plain_dict(
-            {
-                "layers": self.layer_ids,
-                "overall": self.overall,
-                "mean": self.mean(self.overall),
-                "by_stage": {stage: self.by_stage[s] for s, stage in enumerate(STAGES)},
-                "mean_by_stage": {stage: self.mean(self.by_stage[s]) for s, stage in enumerate(STAGES)},
-                "floor_by_stage": dict(zip(STAGES, self.floor_by_stage, strict=True)),
-                "by_domain": {
-                    name: {stage: self.by_domain_stage[d, s] for s, stage in enumerate(STAGES)}
-                    for d, name in enumerate(self.domains)
-                },
-                "mean_by_domain": {
-                    name: {
-                        stage: {
-                            "mean": self.mean(self.by_domain_stage[d, s]),
-                            "floor": self.floor_by_domain_stage[d, s],
-                        }
-                        for s, stage in enumerate(STAGES)
-                    }
-                    for d, name in enumerate(self.domains)
-                },
-                "largest_expert": self.largest,
-                "largest_share": self.largest_share,
-                "flagged_layers": [self.layer_ids[i] for i in np.flatnonzero(self.flagged)],
-            }
-        )
+        def by_stage(values: Iterable[Any]) -> dict[str, Any]:
+            return dict(zip(STAGES, values, strict=True))
+
+        of_domains = zip(self.domains, self.by_domain_stage, self.floor_by_domain_stage, strict=True)
+        return {
+            "layers": self.layer_ids,
+            "overall": self.overall,
+            "mean": self.mean(self.overall),
+            "by_stage": by_stage(self.by_stage),
+            "mean_by_stage": by_stage([self.mean(factors) for factors in self.by_stage]),
+            "floor_by_stage": by_stage(self.floor_by_stage),
+            "by_domain": dict(zip(self.domains, map(by_stage, self.by_domain_stage), strict=True)),
+            "mean_by_domain": {
+                name: by_stage(
+                    [{"mean": self.mean(one), "floor": floor} for one, floor in zip(factors, floors, strict=True)]
+                )
+                for name, factors, floors in of_domains
+            },
+            "largest_expert": self.largest,
+            "largest_share": self.largest_share,
+            "flagged_layers": [self.layer_ids[i] for i in np.flatnonzero(self.flagged)],
+        }
 
 
 def imbalance_factor(counts: npt.NDArray[Any]) -> FloatArray:

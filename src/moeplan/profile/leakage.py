@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, Skipped, evenly_spaced, plain_dict
+from moeplan.profile.common import FloatArray, Skipped, evenly_spaced
 from moeplan.profile.counts import PREFILL, Counts
 
 __all__ = ["Leakage", "leakage"]
@@ -56,32 +56,30 @@ class Leakage:
         mean, control = float(self.accuracy.mean()), float(self.control.mean())
         percent = [f"{100 * share:.0f} %" for share in (mean, self.accuracy[best], self.chance, control)]
         figures = (
-            f"one layer's routing of {self.rows} names the request's type ({len(self.classes)} types) in "
-            f"{percent[0]} of held-out requests on average and {percent[1]} at best (layer {self.layer_ids[best]}), "
-            f"against {percent[2]} by chance and {percent[3]} with shuffled labels"
+            f"the expert counts of one layer ({self.rows}) predict the domain of held-out requests "
+            f"({len(self.classes)} domains) with an accuracy of {percent[0]} on average and {percent[1]} in the best "
+            f"layer ({self.layer_ids[best]}); chance {percent[2]}, shuffled labels {percent[3]}"
         )
         error = 2 * np.sqrt(self.chance * (1 - self.chance) / max(1.0, 0.2 * self.per_class * len(self.classes)))
         if mean <= max(control, self.chance) + error:
-            return f"No leak shown: {figures}."
-        return f"A leak: {figures}; whoever sees expert loads sees what kind of request it was, without its text."
+            return f"No leak found: {figures}."
+        return f"A leak: {figures}. Expert loads reveal the domain of a request without its text."
 
     def to_dict(self) -> dict[str, Any]:
-        return plain_dict(
-            {
-                "layers": self.layer_ids,
-                "accuracy": self.accuracy,
-                "control_shuffled": self.control,
-                "mean_accuracy": self.accuracy.mean(),
-                "mean_control": self.control.mean(),
-                "chance": self.chance,
-                "classes": self.classes,
-                "requests_per_class": self.per_class,
-                "left_out": self.left_out,
-                "splits": self.splits,
-                "rows": self.rows,
-                "meaning": self.meaning,
-            }
-        )
+        return {
+            "layers": self.layer_ids,
+            "accuracy": self.accuracy,
+            "control_shuffled": self.control,
+            "mean_accuracy": self.accuracy.mean(),
+            "mean_control": self.control.mean(),
+            "chance": self.chance,
+            "classes": self.classes,
+            "requests_per_class": self.per_class,
+            "left_out": self.left_out,
+            "splits": self.splits,
+            "rows": self.rows,
+            "meaning": self.meaning,
+        }
 
 
 def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progress: Any = None) -> Leakage | Skipped:
@@ -93,20 +91,19 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
         seed: of the downsampling, the splits and the shuffles.
         progress: called with (layers done, layers, note).
     """
-    has_prefill = counts.stages.lengths(PREFILL)[counts.sample] > 0
-    domain = np.where(has_prefill & ~counts.is_lump[counts.domain[counts.sample]], counts.domain[counts.sample], -1)
-    size = np.bincount(domain[domain >= 0], minlength=len(counts.domains))
+    members = counts.members(PREFILL)
+    size = np.array([len(rows) for rows in members])
     classes = np.flatnonzero(size >= MIN_CLASS)
     left_out = tuple(counts.domains[d] for d in np.flatnonzero((size > 0) & (size < MIN_CLASS)))
     if len(classes) < 2:
         what = f"{counts.stages.prefill} rows"
         return Skipped(
             f"needs 2 domains with {MIN_CLASS} requests that have {what}; the trace has {len(classes)}"
-            + ("" if has_prefill.any() else " (no prefill; see --signature-tokens)")
+            + ("" if counts.stages.lengths(PREFILL)[counts.sample].any() else " (no prefill; see --signature-tokens)")
         )
     rng = np.random.default_rng([seed, 5])
     per_class = int(min(size[classes].min(), max(MIN_CLASS, MAX_REQUESTS // len(classes))))
-    rows = np.concatenate([rng.choice(np.flatnonzero(domain == d), per_class, replace=False) for d in classes])
+    rows = np.concatenate([rng.choice(members[d], per_class, replace=False) for d in classes])
     label = np.repeat(np.arange(len(classes)), per_class)
     held_out = max(1, round(0.2 * per_class))
     splits = int(np.clip(TESTED_AT_LEAST // (held_out * len(classes)), 1, MAX_SPLITS))
@@ -115,7 +112,7 @@ def leakage(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0, progre
     layers = evenly_spaced(kept, MAX_LAYERS)
     accuracy, control = np.zeros(len(layers)), np.zeros(len(layers))
     for i, layer in enumerate(layers):
-        features = counts.prefill[rows, layer].astype(np.float64)
+        features = counts.by_request[PREFILL][rows, layer].astype(np.float64)
         # One scale for all features: the solver's step and penalty depend on the unit of the counts.
         features /= max(float(features.std()), 1e-9)
         for train, test in folds:

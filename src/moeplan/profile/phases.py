@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, Skipped, interval, mean_without_nan, pearson, plain_dict, standardised
+from moeplan.profile.common import FloatArray, Skipped, interval, mean_without_nan, pearson, standardised
 from moeplan.profile.counts import DECODE, PREFILL, Counts
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL
 
@@ -53,28 +53,26 @@ class Phases:
 
     def to_dict(self) -> dict[str, Any]:
         names = ("other_request", "global_popularity", "domain_popularity")
-        return plain_dict(
-            {
-                "layers": self.layer_ids,
-                "pooled": self.pooled,
-                "per_request": self.own,
-                "nulls": dict(zip(names, self.nulls, strict=True)),
-                "mean": {
-                    "pooled": self.mean_pooled,
-                    "per_request": self.mean_own,
-                    **dict(zip(names, self.mean_nulls, strict=True)),
-                },
-                "advantage": {
-                    name: {"value": self.advantage[i], "ci95": self.advantage_ci[i]} for i, name in enumerate(names)
-                },
-                "requests": {
-                    "all": self.requests,
-                    "usable": self.usable,
-                    "sampled": self.sampled,
-                    "with_domain_peer": self.with_domain,
-                },
-            }
-        )
+        return {
+            "layers": self.layer_ids,
+            "pooled": self.pooled,
+            "per_request": self.own,
+            "nulls": dict(zip(names, self.nulls, strict=True)),
+            "mean": {
+                "pooled": self.mean_pooled,
+                "per_request": self.mean_own,
+                **dict(zip(names, self.mean_nulls, strict=True)),
+            },
+            "advantage": {
+                name: {"value": self.advantage[i], "ci95": self.advantage_ci[i]} for i, name in enumerate(names)
+            },
+            "requests": {
+                "all": self.requests,
+                "usable": self.usable,
+                "sampled": self.sampled,
+                "with_domain_peer": self.with_domain,
+            },
+        }
 
 
 def phases(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Phases | Skipped:
@@ -101,8 +99,8 @@ def phases(counts: Counts, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Phas
     layers = counts.shape.num_layers
     correlation = np.empty((4, len(rows), layers))
     for layer in range(layers):
-        prefill = standardised(counts.prefill[rows, layer])
-        raw = counts.decode[rows, layer].astype(np.float64)
+        prefill = standardised(counts.by_request[PREFILL][rows, layer])
+        raw = counts.by_request[DECODE][rows, layer].astype(np.float64)
         decode = standardised(raw)
         popular = of_usable[:, DECODE, layer]
         correlation[0, :, layer] = np.sum(prefill * decode, axis=-1)

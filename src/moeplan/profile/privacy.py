@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, Skipped, plain_dict, wilson
+from moeplan.profile.common import FloatArray, Skipped, wilson
 from moeplan.profile.counts import DECODE, PREFILL, STAGES, Counts, stratified
 
 __all__ = ["LINE_UP", "DomainInference", "Privacy", "Reidentification", "identification_rate", "privacy"]
@@ -45,9 +45,6 @@ class DomainInference:
     domains: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return plain_dict(vars(self))
-
 
 @dataclass(frozen=True)
 class Reidentification:
@@ -71,20 +68,18 @@ class Reidentification:
     chance: float = 1 / LINE_UP
 
     def to_dict(self) -> dict[str, Any]:
-        return plain_dict(
-            {
-                "line_up": LINE_UP,
-                "chance": self.chance,
-                "by_aggregate": {
-                    str(n): {
-                        "requests": self.requests[i],
-                        "by_routing": {"value": self.by_routing[i], "ci95": self.routing_ci[i]},
-                        "by_text": {"value": self.by_text[i], "ci95": self.text_ci[i]},
-                    }
-                    for i, n in enumerate(self.aggregate.tolist())
-                },
-            }
-        )
+        return {
+            "line_up": LINE_UP,
+            "chance": self.chance,
+            "by_aggregate": {
+                str(n): {
+                    "requests": self.requests[i],
+                    "by_routing": {"value": self.by_routing[i], "ci95": self.routing_ci[i]},
+                    "by_text": {"value": self.by_text[i], "ci95": self.text_ci[i]},
+                }
+                for i, n in enumerate(self.aggregate.tolist())
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -102,11 +97,7 @@ class Privacy:
     link: Reidentification | Skipped
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "requests_per_row": self.aggregate,
-            "kind": {name: item.to_dict() for name, item in self.kind.items()},
-            "link": self.link.to_dict(),
-        }
+        return {"requests_per_row": self.aggregate, "kind": self.kind, "link": self.link}
 
 
 def privacy(counts: Counts, kept: npt.NDArray[np.intp], aggregate: int = 1, *, seed: int = 0) -> Privacy:
@@ -141,7 +132,7 @@ def _kind(counts: Counts, stage: int, kept: npt.NDArray[np.intp], seed: int) -> 
     order = np.lexsort((rng.random(len(rows)), label))  # by domain, shuffled within it: each fold gets every domain
     fold = np.empty(len(rows), np.int64)
     fold[order] = np.arange(len(rows)) % FOLDS
-    right = _predicts_correctly(features(counts.sampled(stage)[rows][:, kept]), label, fold)
+    right = _predicts_correctly(features(counts.by_request[stage][rows][:, kept]), label, fold)
     return DomainInference(
         accuracy=float(right.mean()),
         ci95=wilson(float(right.mean()), len(rows)),
@@ -205,7 +196,7 @@ def _link(counts: Counts, kept: npt.NDArray[np.intp]) -> Reidentification | Skip
     found: list[tuple[int, FloatArray]] = []
     for rows in members:
         rows = rows[:limit]
-        known, stored = (counts.sampled(stage)[rows][:, kept] for stage in (DECODE, PREFILL))
+        known, stored = (counts.by_request[stage][rows][:, kept] for stage in (DECODE, PREFILL))
         aggregate = 1
         while len(rows) >= LINE_UP * aggregate:
             found.append((aggregate, _identification_rates(known, stored, aggregate)))

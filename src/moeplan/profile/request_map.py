@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, Skipped, plain_dict
+from moeplan.profile.common import FloatArray, Skipped
 from moeplan.profile.counts import Counts
 
 __all__ = ["RequestMap", "request_map"]
@@ -40,20 +40,18 @@ class RequestMap:
     typical: float
 
     def to_dict(self) -> dict[str, Any]:
-        return plain_dict(
-            {
-                "requests": self.requests,
-                "of": self.of,
-                "domain": self.domain,
-                "domains": self.domains,
-                "x": self.xy[:, 0],
-                "y": self.xy[:, 1],
-                "same_domain_neighbour": self.same_neighbour,
-                "same_domain_by_chance": self.same_by_chance,
-                "cosine_nearest": self.nearest,
-                "cosine_typical": self.typical,
-            }
-        )
+        return {
+            "requests": self.requests,
+            "of": self.of,
+            "domain": self.domain,
+            "domains": self.domains,
+            "x": self.xy[:, 0],
+            "y": self.xy[:, 1],
+            "same_domain_neighbour": self.same_neighbour,
+            "same_domain_by_chance": self.same_by_chance,
+            "cosine_nearest": self.nearest,
+            "cosine_typical": self.typical,
+        }
 
 
 def request_map(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed: int = 0) -> RequestMap | Skipped:
@@ -76,7 +74,7 @@ def request_map(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed:
     rng = np.random.default_rng([seed, 6, stage])
     if len(rows) > MAX_REQUESTS:
         rows = np.sort(rng.choice(rows, MAX_REQUESTS, replace=False))
-    use = counts.sampled(stage)[rows][:, kept].reshape(len(rows), -1).astype(np.float32)
+    use = counts.by_request[stage][rows][:, kept].reshape(len(rows), -1).astype(np.float32)
     use /= np.linalg.norm(use, axis=1, keepdims=True)
     domain = counts.domain[counts.sample[rows]]
     cosine = use @ use.T

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.profile.common import FloatArray, Skipped, interval, mean_without_nan, plain_dict, standardised
+from moeplan.profile.common import FloatArray, Skipped, interval, mean_without_nan, standardised
 from moeplan.profile.counts import Counts
 
 __all__ = ["Similarity", "similarity"]
@@ -51,39 +51,35 @@ class Similarity:
     @property
     def pairs(self) -> list[dict[str, Any]]:
         """Each pair of domains with halves, the least similar first, and whether the difference exceeds the noise."""
-        found = []
-        for i in range(len(self.halved)):
-            for j in range(i):
-                low, high = self.gap_ci[i, j]
-                found.append(
-                    {
-                        "a": self.domains[self.halved[j]],
-                        "b": self.domains[self.halved[i]],
-                        "similarity": float(self.matrix[self.halved[i], self.halved[j]]),
-                        "between": float(self.between[i, j]),
-                        "reliability": float(self.between[i, j] + self.gap[i, j]),
-                        "disattenuated": float(self.disattenuated[i, j]),
-                        "gap_ci95": [float(low), float(high)],
-                        "differs": bool(low > 0),
-                    }
-                )
+        found = [
+            {
+                "a": self.domains[self.halved[j]],
+                "b": self.domains[self.halved[i]],
+                "similarity": float(self.matrix[self.halved[i], self.halved[j]]),
+                "between": float(self.between[i, j]),
+                "reliability": float(self.between[i, j] + self.gap[i, j]),
+                "disattenuated": float(self.disattenuated[i, j]),
+                "gap_ci95": self.gap_ci[i, j].tolist(),
+                "differs": bool(self.gap_ci[i, j, 0] > 0),
+            }
+            for i in range(len(self.halved))
+            for j in range(i)
+        ]
         return sorted(
             found, key=lambda pair: pair["disattenuated"] if pair["disattenuated"] == pair["disattenuated"] else 9
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return plain_dict(
-            {
-                "domains": self.domains,
-                "matrix": self.matrix,
-                "within": {
-                    self.domains[d]: {"halves": self.within[i], "requests": self.requests[i]}
-                    for i, d in enumerate(self.halved)
-                },
-                "pairs": self.pairs,
-                "left_out": self.left_out,
-            }
-        )
+        return {
+            "domains": self.domains,
+            "matrix": self.matrix,
+            "within": {
+                self.domains[d]: {"halves": self.within[i], "requests": self.requests[i]}
+                for i, d in enumerate(self.halved)
+            },
+            "pairs": self.pairs,
+            "left_out": self.left_out,
+        }
 
 
 def similarity(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed: int = 0) -> Similarity | Skipped:
@@ -103,8 +99,8 @@ def similarity(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed: 
     unit = standardised(by_domain).transpose(1, 0, 2)
     matrix = np.asarray(mean_without_nan(unit @ unit.transpose(0, 2, 1), axis=0))
     rng = np.random.default_rng([seed, 4, stage])
-    members = _members(counts, stage)
-    halved = np.array([d for d in range(len(counts.domains)) if len(members[d]) >= MIN_REQUESTS], np.intp)
+    members = counts.members(stage)
+    halved = np.array([d for d, rows in enumerate(members) if len(rows) >= MIN_REQUESTS], np.intp)
     chosen = [members[d] for d in halved]
     point = _halves(counts, stage, kept, chosen, SPLITS, False, rng)
     draws = _halves(counts, stage, kept, chosen, BOOTSTRAP, True, rng)
@@ -124,14 +120,6 @@ def similarity(counts: Counts, stage: int, kept: npt.NDArray[np.intp], *, seed: 
     )
 
 
-def _members(counts: Counts, stage: int) -> list[npt.NDArray[np.intp]]:
-    """Per domain, rows of the sample whose requests have rows of the stage; none for the lump of rare domains."""
-    has_rows = counts.stages.lengths(stage)[counts.sample] > 0
-    domain = counts.domain[counts.sample]
-    lump = counts.is_lump
-    return [np.flatnonzero(has_rows & (domain == d) & ~lump[d]) for d in range(len(counts.domains))]
-
-
 def _halves(
     counts: Counts,
     stage: int,
@@ -149,11 +137,10 @@ def _halves(
     """
     weights = [_half_weights(len(items), draws, resample, rng) for items in members]
     shape = (draws, len(members), len(members))
+    between, reliable, used = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     if not members:
-        return np.zeros(shape), np.zeros(shape)
-    between, reliable = np.zeros(shape), np.zeros(shape)
-    used = np.zeros(shape)
-    requests = counts.sampled(stage)
+        return between, reliable
+    requests = counts.by_request[stage]
     for layer in kept:
         sums = np.stack(
             [w @ requests[items, layer].astype(np.float32) for w, items in zip(weights, members, strict=True)]

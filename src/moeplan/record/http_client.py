@@ -44,15 +44,17 @@ _BUSY = (408, 429)
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Time limit and retries.
+    """Time limit, retries, and where the key is.
 
     Attributes:
         timeout: seconds for one request, from sending it to the last byte of its response; looked at when bytes come.
         retries: how often a request is retried after a temporary failure.
+        api_key_env: the environment variable that holds the server's key; by default `KEY_VARIABLE`, if it is set.
     """
 
     timeout: float = 600.0
     retries: int = 5
+    api_key_env: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= 86400:
@@ -61,19 +63,16 @@ class ServerOptions:
             raise UsageError(f"--retries {self.retries} is outside 0 to 100")
 
 
-def connect(url: str, *, api_key_env: str | None = None, timeout: float = 600.0, retries: int = 5) -> Server:
+def connect(url: str, options: ServerOptions) -> Server:
     """A server, with its key from the environment: command lines are visible to others and kept in histories.
 
-    Args:
-        api_key_env: the variable that holds the key; by default `KEY_VARIABLE`, if it is set.
-
     Raises:
-        UsageError: no such variable; what `Server` and `ServerOptions` raise.
+        UsageError: no such variable; what `Server` raises.
     """
-    if api_key_env is not None and api_key_env not in os.environ:
-        raise UsageError(f"--api-key-env {api_key_env}: the environment has no such variable")
-    name = api_key_env or KEY_VARIABLE
-    return Server(url, key=os.environ.get(name), key_name=name, options=ServerOptions(timeout, retries))
+    if options.api_key_env is not None and options.api_key_env not in os.environ:
+        raise UsageError(f"--api-key-env {options.api_key_env}: the environment has no such variable")
+    name = options.api_key_env or KEY_VARIABLE
+    return Server(url, key=os.environ.get(name), key_name=name, options=options)
 
 
 class _TemporaryError(Exception):

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 
 from moeplan.errors import FormatError, UsageError
 from moeplan.importers.sources import domain_of, natural_order
-from moeplan.io.paths import open_input
+from moeplan.io.paths import open_input, readable
 
 __all__ = ["Prompt", "prompts_digest", "read_prompts"]
 
@@ -61,6 +62,11 @@ class Prompt:
     max_new_tokens: int | None = None
     arrival: float | None = None
 
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as chat templates and servers take them."""
+        return [{"role": role, "content": content} for role, content in self.messages or ()]
+
 
 def read_prompts(source: Path, *, domain: str | None = None, limit: int | None = None) -> list[Prompt]:
     """All prompts of a file or folder, in the order of files and rows.
@@ -97,11 +103,10 @@ def prompts_digest(prompts: list[Prompt]) -> str:
 
 def _share(prompts: list[Prompt], limit: int) -> list[Prompt]:
     """`limit` prompts in their order; the n-th of a domain goes before the (n + 1)-th of any other."""
-    seen: dict[str, int] = {}
-    turns = []
+    seen, turns = Counter[str](), []
     for index, prompt in enumerate(prompts):
-        seen[prompt.domain] = turn = seen.get(prompt.domain, 0) + 1
-        turns.append((turn, index))
+        seen[prompt.domain] += 1
+        turns.append((seen[prompt.domain], index))
     return [prompts[index] for index in sorted(index for _, index in sorted(turns)[:limit])]
 
 
@@ -124,17 +129,10 @@ def _files(source: Path) -> list[tuple[Path, str | None]]:
 
 def _inside(folder: Path) -> list[Path]:
     """Sub-folders and prompt files of a folder, by the numbers in their names; nothing hidden."""
-    try:
+    with readable(folder):
         names = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(folder), hint="check the path") from None
-    folders = [p for p in names if p.is_dir()]
-    files = [p for p in names if _is_prompts(p)]
-    return sorted(folders) + sorted(files, key=natural_order)
-
-
-def _is_prompts(path: Path) -> bool:
-    return path.is_file() and path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+    files = [p for p in names if p.is_file() and p.name.lower().endswith(SUFFIXES)]
+    return sorted(p for p in names if p.is_dir()) + sorted(files, key=natural_order)
 
 
 def _read_file(path: Path, label: str | None, *, forced: bool) -> Iterator[Prompt]:
@@ -209,23 +207,18 @@ def _read_csv(path: Path) -> Iterator[Row]:
     """MMLU: question, choices A to D, answer; the subject is the file's name."""
     text = _decoded(b"".join(line for _, line in _lines(path, whole=True)), str(path))
     subject = path.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val")
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    number = 0
-    while True:
-        where = f"{path}, row {number}"
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise FormatError(f"is not CSV ({error})", where=where, hint="it may be cut off") from None
-        number += 1
-        if not row:
-            continue
-        if len(row) != 6 or not row[0].strip():
-            raise FormatError(f"has {len(row)} columns, not question, four choices and answer", where=where)
-        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row[1:5], strict=True))
-        yield where, {"text": f"{row[0]}\n{choices}\nAnswer:"}, subject, None
+    rows, number = csv.reader(io.StringIO(text, newline=""), strict=True), -1
+    try:
+        for number, row in enumerate(rows):
+            where = f"{path}, row {number}"
+            if row and (len(row) != 6 or not row[0].strip()):
+                raise FormatError(f"has {len(row)} columns, not question, four choices and answer", where=where)
+            if row:
+                choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row[1:5], strict=True))
+                yield where, {"text": f"{row[0]}\n{choices}\nAnswer:"}, subject, None
+    except csv.Error as error:
+        where = f"{path}, row {number + 1}"
+        raise FormatError(f"is not CSV ({error})", where=where, hint="it may be cut off") from None
 
 
 def _lines(path: Path, *, whole: bool = False) -> Iterator[tuple[int, bytes]]:

@@ -7,42 +7,29 @@ number ahead of the one that is written next: the trace's order is that of the p
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, TypeVar
-
-import numpy as np
 
 from moeplan.errors import FormatError, ServerError, UsageError
 from moeplan.importers.options import ImportOptions
 from moeplan.importers.routed_experts import EngineResponse, ResponseLayout
 from moeplan.model.spec import ModelSpec
-from moeplan.progress import Progress, silent
-from moeplan.record.http_client import Server
-from moeplan.record.prompts import Prompt, prompts_digest
-from moeplan.record.recording import (
-    Meter,
-    SamplingOptions,
-    check_out,
-    finished,
-    new_tokens,
-    part_picks,
-    seed_of,
-    sweep,
-)
-from moeplan.trace.format import JSON_NAME, UNKNOWN
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.retention import RetentionPolicy
-from moeplan.trace.writer import TraceWriter
+from moeplan.progress import Progress
+from moeplan.record.http_client import Server, ServerOptions, connect
+from moeplan.record.prompts import Prompt
+from moeplan.record.recording import Prompts, Recording, RecordOptions, new_tokens, seed_of
+from moeplan.trace.format import UNKNOWN, Request
+from moeplan.trace.reader import Trace
 
 __all__ = [
+    "NEUTRAL",
     "Engine",
-    "ServingOptions",
+    "ServedOptions",
     "in_order",
     "openai_request",
     "record_served",
@@ -56,23 +43,39 @@ __all__ = [
 AHEAD = 4
 #: No server is helped by more connections from one client than this.
 MAX_CONCURRENCY = 1024
+#: Given in every request, since a model's generation_config.json could change them: only temperature and seed count.
+NEUTRAL: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class ServingOptions(SamplingOptions):
-    """How prompts are run on a server.
+class ServedOptions(RecordOptions, ServerOptions):
+    """What a recording from a server is told beside its prompts; see also `RecordOptions` and `ServerOptions`.
 
     Attributes:
+        model: what is known of the model: the number of experts at least. SGLang needs hidden layers and k as well.
+        dense_layers: hidden layers without experts; needed for top-1 where the model does not say it.
+        served_model: the name under which the server serves the model; needed where it serves several.
         concurrency: requests under way at a time; what is recorded does not depend on it.
     """
 
+    model: ModelSpec = field(default_factory=ModelSpec)
+    dense_layers: tuple[int, ...] | None = None
+    served_model: str | None = None
     concurrency: int = 8
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RecordOptions.__post_init__(self)
+        ServerOptions.__post_init__(self)
         if not 1 <= self.concurrency <= MAX_CONCURRENCY:
             raise UsageError(f"--concurrency {self.concurrency} is outside 1 to {MAX_CONCURRENCY}")
 
@@ -100,28 +103,17 @@ class _Request:
 
 
 def record_served(
-    server: Server,
-    engine: Engine,
-    model: str,
-    positions: int | None,
-    prompts: Sequence[Prompt],
-    out: Path,
-    *,
-    spec: ModelSpec,
-    options: ServingOptions | None = None,
-    dense_layers: Sequence[int] | None = None,
-    keep: RetentionPolicy | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
+    url: str,
+    engine_of: Callable[[Server, str], Engine],
+    prompts: Prompts,
+    out: str | Path,
+    options: ServedOptions,
+    progress: Progress,
 ) -> Trace:
     """Have a server continue the prompts and write the trace.
 
     Args:
-        model, positions: as `served_model` gives them.
-        spec: the number of experts at least; SGLang needs hidden layers and k as well.
-        dense_layers: hidden layers without experts; needed for top-1 without a config.
-        keep: what is stored; all requests, row by row, when not given.
-        resume: go on with a recording at `out`, if there is one; it must have been begun with the same arguments.
+        engine_of: the engine of a server that serves a model under a name.
         progress: called after each prompt that was checked, then after each request that was written.
 
     Raises:
@@ -130,12 +122,12 @@ def record_served(
         ServerError: the server refuses or keeps failing. What was written stays, and can be resumed.
         OutputError: `out` exists (without `resume`) or cannot be written.
     """
-    options, keep = options or ServingOptions(), keep or RetentionPolicy()
-    domains = [prompt.domain for prompt in prompts]
-    keep.check(domains)
-    check_out(out, resume=resume)
+    server, spec = connect(url, options), options.model
+    recording = Recording(prompts, out, options)
     spec.need_experts(server.url)
-    requests = _fit(server, model, positions, prompts, options, progress)
+    model, positions = served_model(server, options.served_model)
+    engine = engine_of(server, model)
+    requests = _fit(server, model, positions, recording.prompts, options, progress)
 
     def ask(number: int, new: int | None = None) -> EngineResponse:
         request = requests[number]
@@ -145,38 +137,16 @@ def record_served(
         return engine.read(server.post(path, body, where=where), where)
 
     named = replace(spec, name=_plain_name(model) if spec.name is None else spec.name)
-    known = ImportOptions(named, None if dense_layers is None else tuple(dense_layers))
-    layout = ResponseLayout.infer(ask(0, new=1), known)
-    source = {**engine.source, **_source(model, prompts, options), **keep.source()}
-    begun = resume and (out / JSON_NAME).exists()
-    if begun and finished(out, source, layout.shape):
-        return open_trace(out)
-    if resume:
-        sweep(out, begun=begun)
-    meter = Meter(progress, len(requests))
-    with TraceWriter(
-        out,
-        layout.shape,
-        source=source,
-        part_picks=part_picks(layout.shape),
-        retention=keep,
-        mode="resume" if begun else "record",
-    ) as writer:
-        numbers = np.flatnonzero(writer.pending(domains)).tolist()
+    layout = ResponseLayout.infer(ask(0, new=1), ImportOptions(named, options.dense_layers))
+
+    def record(numbers: list[int]) -> Generator[Request, None, None]:
         with closing(in_order(ask, numbers, options.concurrency, server.stop)) as answers:
             for number, answer in zip(numbers, answers, strict=True):
-                prompt = prompts[number]
-                writer.add(
-                    layout.moe_picks(answer),
-                    prefill=answer.prefill,
-                    domain=prompt.domain,
-                    arrival=prompt.arrival,
-                    dp_rank=answer.dp_rank,
-                    where=prompt.where,
-                )
-                meter.rows += len(answer.picks)
-                meter.tell(number + 1)
-    return open_trace(out)
+                prompt, picks, rank = recording.prompts[number], layout.moe_picks(answer), answer.dp_rank
+                yield Request(picks, answer.prefill, prompt.domain, prompt.arrival, dp_rank=rank, where=prompt.where)
+
+    source = {**engine.source, "model": _plain_name(model), **recording.source()}
+    return recording.write(layout.shape, source, record, progress)
 
 
 def in_order(
@@ -256,25 +226,10 @@ def sole_answer(answers: Sequence[EngineResponse], where: str) -> EngineResponse
 
 
 def openai_request(model: str, prompt: Prompt, new: int, temperature: float, seed: int) -> tuple[str, dict[str, Any]]:
-    """(path, body) of a completion, or of a chat completion for messages.
-
-    Every setting that a model's own generation_config.json could change is given: only temperature and seed count.
-    """
-    body: dict[str, Any] = {
-        "model": model,
-        "max_tokens": new,
-        "temperature": temperature,
-        "seed": seed,
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-    }
+    """(path, body) of a completion, or of a chat completion for messages."""
+    body = {"model": model, "max_tokens": new, "temperature": temperature, "seed": seed, **NEUTRAL}
     if prompt.messages is not None:
-        messages = [{"role": role, "content": content} for role, content in prompt.messages]
-        return "/v1/chat/completions", {**body, "messages": messages}
+        return "/v1/chat/completions", {**body, "messages": prompt.chat}
     return "/v1/completions", {**body, "prompt": prompt.text if prompt.token_ids is None else list(prompt.token_ids)}
 
 
@@ -283,7 +238,7 @@ def _fit(
     model: str,
     positions: int | None,
     prompts: Sequence[Prompt],
-    options: ServingOptions,
+    options: ServedOptions,
     progress: Progress,
 ) -> list[_Request]:
     """Every prompt with its new tokens, checked against the model's positions, and cut where that was asked for."""
@@ -319,11 +274,8 @@ def _tokeniser(server: Server, model: str, prompts: Sequence[Prompt]) -> Callabl
     def tokenised(prompt: Prompt) -> tuple[int, ...]:
         if prompt.token_ids is not None:
             return prompt.token_ids
-        body: dict[str, Any] = {"model": model, "prompt": prompt.text}
-        if prompt.messages is not None:
-            messages = [{"role": role, "content": content} for role, content in prompt.messages]
-            body = {"model": model, "messages": messages}
-        ids = server.post("/tokenize", body, where=prompt.where).get("tokens")
+        what = {"prompt": prompt.text} if prompt.messages is None else {"messages": prompt.chat}
+        ids = server.post("/tokenize", {"model": model, **what}, where=prompt.where).get("tokens")
         if not isinstance(ids, list) or any(type(i) is not int for i in ids):
             raise ServerError("answers with no list of tokens", where=f"{prompt.where}: {server.url}/tokenize")
         return tuple(ids)
@@ -343,13 +295,3 @@ def _plain_name(model: str) -> str:
     """A model's name without the folder that a server was started from."""
     path = model.startswith(("/", ".", "~")) or "\\" in model
     return model.replace("\\", "/").rstrip("/").rpartition("/")[2] if path else model
-
-
-def _source(model: str, prompts: Sequence[Prompt], options: ServingOptions) -> dict[str, Any]:
-    """How the trace comes about: what must be the same for a recording to go on. No prompt text, no address."""
-    return {
-        "model": _plain_name(model),
-        "prompts_sha256": prompts_digest(list(prompts)),
-        "requests": len(prompts),
-        **{k: v for k, v in dataclasses.asdict(options).items() if k != "concurrency"},
-    }

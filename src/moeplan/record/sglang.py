@@ -8,17 +8,53 @@ gets prompts at `/v1/completions`. Picks are plain int32, so layers and k must b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from moeplan.errors import UsageError
 from moeplan.importers.routed_experts import EngineResponse
-from moeplan.importers.sglang_responses import read_response
+from moeplan.importers.sglang_responses import picks_shape, read_response
 from moeplan.model.spec import ModelSpec
+from moeplan.progress import Progress, silent
 from moeplan.record.http_client import Server
 from moeplan.record.prompts import Prompt
-from moeplan.record.server import openai_request, served_version, sole_answer
+from moeplan.record.recording import Prompts
+from moeplan.record.server import NEUTRAL, ServedOptions, openai_request, record_served, served_version, sole_answer
+from moeplan.trace.reader import Trace
 
-__all__ = ["SglangEngine"]
+__all__ = ["SglangEngine", "record_sglang"]
+
+
+def record_sglang(
+    prompts: Prompts,
+    out: str | Path,
+    options: ServedOptions | None = None,
+    *,
+    url: str = "http://127.0.0.1:30000",
+    openai: bool = False,
+    progress: Progress = silent,
+) -> Trace:
+    """Have an SGLang server continue prompts, and store which experts they use.
+
+    Args:
+        prompts: a file or folder of prompts, or `Prompt` values.
+        options: the model's experts, hidden layers and k, as in `ServedOptions(model=moeplan.load_model("MODEL_DIR"))`.
+        url: address of the server, which runs with `--enable-return-routed-experts`.
+        openai: use `/v1/completions` in place of `/generate`, for a gateway without it.
+
+    Raises:
+        MoeplanError: as `record_served`.
+
+    Examples:
+        >>> from moeplan.record import ServedOptions, record_sglang
+        >>> options = ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
+        >>> trace = record_sglang("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
+    """
+    chosen = options or ServedOptions()
+
+    def engine_of(server: Server, model: str) -> SglangEngine:
+        return SglangEngine.of(server, model, chosen.model, openai=openai)
+
+    return record_served(url, engine_of, prompts, out, chosen, progress)
 
 
 @dataclass(frozen=True)
@@ -44,13 +80,8 @@ class SglangEngine:
         Raises:
             UsageError: hidden layers or k are not known.
         """
-        if spec.layers is None or spec.top_k is None:
-            raise UsageError(
-                "SGLang sends picks without their shape",
-                where=server.url,
-                hint="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
-            )
-        return cls(model, (spec.layers, spec.top_k), openai, served_version(server, "/server_info"))
+        form = picks_shape(spec, server.url)
+        return cls(model, form, openai, served_version(server, "/server_info"))
 
     @property
     def source(self) -> dict[str, Any]:
@@ -62,20 +93,10 @@ class SglangEngine:
         if self.openai or prompt.messages is not None:
             path, body = openai_request(self.model, prompt, new, temperature, seed)
             return path, {**body, "return_routed_experts": True}
-        sampling = {
-            "max_new_tokens": new,
-            "temperature": temperature,
-            "sampling_seed": seed,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-        }
+        sampling = {"max_new_tokens": new, "temperature": temperature, "sampling_seed": seed, **NEUTRAL}
         what = {"text": prompt.text} if prompt.token_ids is None else {"input_ids": list(prompt.token_ids)}
         return "/generate", {**what, "sampling_params": sampling, "return_routed_experts": True}
 
     def read(self, response: dict[str, Any], where: str) -> EngineResponse:
         """The one answer of a response."""
-        return sole_answer([read_response(response, self.form, 0, where, {})], where)
+        return sole_answer(read_response(response, self.form, 0, where, {}), where)

@@ -8,10 +8,9 @@ The last sampled token never goes through the model, so a request of n prompt an
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,38 +20,31 @@ import numpy.typing as npt
 
 from moeplan.errors import FormatError, MoeplanError, UsageError
 from moeplan.progress import Progress, silent
-from moeplan.record.prompts import Prompt, prompts_digest
-from moeplan.record.recording import (
-    Meter,
-    SamplingOptions,
-    check_out,
-    finished,
-    new_tokens,
-    part_picks,
-    seed_of,
-    sweep,
-)
-from moeplan.record.transformers_model import LoadedModel, pad_token, stop_tokens
+from moeplan.record.prompts import Prompt
+from moeplan.record.recording import Prompts, Recording, RecordOptions, new_tokens, seed_of
+from moeplan.record.transformers_model import LoadedModel, load_model, pad_token, stop_tokens
 from moeplan.record.transformers_routers import PickTap
-from moeplan.trace.format import JSON_NAME
-from moeplan.trace.reader import Trace, open_trace
-from moeplan.trace.retention import RetentionPolicy
-from moeplan.trace.writer import TraceWriter
+from moeplan.trace.format import Request
+from moeplan.trace.reader import Trace
 
-__all__ = ["RecordOptions", "record_model"]
+__all__ = ["TransformersOptions", "record_transformers"]
 
 
 @dataclass(frozen=True)
-class RecordOptions(SamplingOptions):
-    """How prompts are run in this process.
+class TransformersOptions(RecordOptions):
+    """How prompts are run in this process; see also `RecordOptions`.
 
     Attributes:
         batch_size: requests that run together.
-        weights: keep gate weights.
+        keep_gate_weights: store gate weights as well.
+        dtype, device, allow_download: how a model that is not in memory is loaded; see `load_model`.
     """
 
     batch_size: int = 8
-    weights: bool = False
+    keep_gate_weights: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    allow_download: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,66 +52,57 @@ class RecordOptions(SamplingOptions):
             raise UsageError(f"--batch-size {self.batch_size} is not positive")
 
 
-def record_model(
-    loaded: LoadedModel,
-    prompts: Sequence[Prompt],
-    out: Path,
-    options: RecordOptions | None = None,
+def record_transformers(
+    model: str | Path | LoadedModel,
+    prompts: Prompts,
+    out: str | Path,
+    options: TransformersOptions | None = None,
     *,
-    keep: RetentionPolicy | None = None,
-    resume: bool = False,
     progress: Progress = silent,
 ) -> Trace:
-    """Run the prompts through the model and write the trace.
+    """Run prompts through a model in this process, and store which experts they use.
 
     Args:
-        keep: what is stored; all requests, row by row, when not given.
-        resume: go on with a recording at `out`, if there is one; it must have been begun with the same arguments.
-        progress: called after each batch with the requests done.
+        model: a folder with config.json and safetensors, the word `embedded`, or a model that is in memory
+            (`LoadedModel.of`).
+        prompts: a file or folder of prompts, or `Prompt` values.
+        progress: called after each request that was written.
 
     Raises:
         FormatError: a prompt without tokens, with unknown token ids, or too long for the model.
-        UsageError: gate weights were asked of a router that gives none; another recording is at `out`.
+        UsageError: Transformers is not installed or cannot load the model; gate weights were asked of a router that
+            gives none; another recording is at `out`.
         OutputError: `out` exists (without `resume`) or cannot be written.
+
+    Examples:
+        >>> from moeplan.record import record_transformers
+        >>> trace = record_transformers("embedded", "prompts.jsonl", "my-trace")  # doctest: +SKIP
     """
-    options, keep = options or RecordOptions(), keep or RetentionPolicy()
-    domains = [prompt.domain for prompt in prompts]
-    keep.check(domains, weights=options.weights)
-    check_out(out, resume=resume)
+    options = options or TransformersOptions()
+    weights = options.keep_gate_weights
+    recording = Recording(prompts, out, options, weights=weights)
+    loaded = model if isinstance(model, LoadedModel) else _loaded(str(model), recording.prompts, options)
     mute = next((router for router in loaded.routers if not router.has_weights), None)
-    if options.weights and mute is not None:
+    if weights and mute is not None:
         raise UsageError(f"{mute.name} ({mute.kind}) gives no gate weights", hint="record without --keep-gate-weights")
-    requests = [_tokenised(prompt, loaded, options) for prompt in prompts]
-    source = {**_source(loaded, prompts, options), **keep.source()}
-    begun = resume and (out / JSON_NAME).exists()
-    if begun and finished(out, source, loaded.shape, weights=options.weights):
-        return open_trace(out)
-    if resume:
-        sweep(out, begun=begun)
-    meter = Meter(progress, len(requests))
-    with (
-        TraceWriter(
-            out,
-            loaded.shape,
-            source=source,
-            weights=options.weights,
-            part_picks=part_picks(loaded.shape),
-            retention=keep,
-            mode="resume" if begun else "record",
-        ) as writer,
-        _Generator(loaded, options) as generator,
-    ):
-        pending = writer.pending(domains)
-        for start in range(0, len(requests), options.batch_size):
-            batch = slice(start, start + options.batch_size)
-            if not pending[batch].any():
-                continue
-            for request, new in zip(generator.run(requests[batch], start), pending[batch], strict=True):
-                if new:
-                    writer.add(**request)
-                    meter.rows += len(request["experts"])
-            meter.tell(min(batch.stop, len(requests)))
-    return open_trace(out)
+    requests = [_tokenised(prompt, loaded, options) for prompt in recording.prompts]
+
+    def record(numbers: list[int]) -> Generator[Request, None, None]:
+        missing, size = set(numbers), options.batch_size
+        with _Generator(loaded, options) as generator:
+            for start in range(0, len(requests), size):
+                batch = range(start, min(start + size, len(requests)))
+                if not missing.isdisjoint(batch):
+                    made = generator.run(requests[start : batch.stop], start)
+                    yield from (request for number, request in zip(batch, made, strict=True) if number in missing)
+
+    source = _source(loaded, {**recording.source(), "batch_size": options.batch_size})
+    return recording.write(loaded.shape, source, record, progress)
+
+
+def _loaded(model: str, prompts: Sequence[Prompt], options: TransformersOptions) -> LoadedModel:
+    how: Any = {"dtype": options.dtype, "device": options.device, "allow_download": options.allow_download}
+    return load_model(model, tokenizer=any(prompt.token_ids is None for prompt in prompts), **how)
 
 
 @dataclass(frozen=True)
@@ -134,11 +117,11 @@ class _Request:
 class _Generator:
     """Generates batch after batch while the tap listens."""
 
-    def __init__(self, loaded: LoadedModel, options: RecordOptions) -> None:
+    def __init__(self, loaded: LoadedModel, options: TransformersOptions) -> None:
         from transformers import GenerationConfig
 
         self._model, self._options = loaded.model, options
-        self._tap = PickTap(loaded.model, loaded.routers, weights=options.weights)
+        self._tap = PickTap(loaded.model, loaded.routers, weights=options.keep_gate_weights)
         self._listening = self._tap.listening()
         self._stops = stop_tokens(loaded)
         sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
@@ -159,8 +142,8 @@ class _Generator:
         self._listening.__exit__(*error)
         self._model.generation_config = self._stored
 
-    def run(self, batch: Sequence[_Request], start: int) -> list[dict[str, Any]]:
-        """Arguments of `TraceWriter.add` for each request of a batch; `start` is the number of its first one."""
+    def run(self, batch: Sequence[_Request], start: int) -> list[Request]:
+        """The requests of a batch, as a trace stores them; `start` is the number of its first one."""
         import torch
 
         length = max(len(request.ids) for request in batch)
@@ -193,22 +176,16 @@ class _Generator:
         weights: npt.NDArray[Any] | None,
         sampled: npt.NDArray[Any],
         length: int,
-    ) -> dict[str, Any]:
+    ) -> Request:
         """One request's own rows: from its first prompt token to the last sampled token that went through the model."""
         stops = np.flatnonzero(np.isin(sampled, list(self._stops)))
         count = min(request.new, int(stops[0]) + 1 if len(stops) else len(sampled))
-        rows = slice(length - len(request.ids), length + count - 1)
-        return {
-            "experts": picks[rows],
-            "prefill": len(request.ids),
-            "domain": request.prompt.domain,
-            "arrival": request.prompt.arrival,
-            "weights": None if weights is None else weights[rows],
-            "where": request.prompt.where,
-        }
+        rows, prompt = slice(length - len(request.ids), length + count - 1), request.prompt
+        gate = None if weights is None else weights[rows]
+        return Request(picks[rows], len(request.ids), prompt.domain, prompt.arrival, weights=gate, where=prompt.where)
 
 
-def _tokenised(prompt: Prompt, loaded: LoadedModel, options: RecordOptions) -> _Request:
+def _tokenised(prompt: Prompt, loaded: LoadedModel, options: TransformersOptions) -> _Request:
     """A prompt's token ids, checked against the model's vocabulary and positions."""
     ids = prompt.token_ids if prompt.token_ids is not None else _encode(prompt, loaded.tokenizer)
     if options.max_prompt_tokens is not None:
@@ -231,16 +208,15 @@ def _encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
         return tuple(tokenizer(prompt.text)["input_ids"])
     if not tokenizer.chat_template:
         return tuple(tokenizer("\n".join(content for _, content in prompt.messages))["input_ids"])
-    chat = [{"role": role, "content": content} for role, content in prompt.messages]
     try:
-        return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        return tuple(tokenizer.apply_chat_template(prompt.chat, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # a template is a program of the model's maker and raises what it likes
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise FormatError(f"does not fit the model's chat template ({why})", where=prompt.where) from None
 
 
-def _source(loaded: LoadedModel, prompts: Sequence[Prompt], options: RecordOptions) -> dict[str, Any]:
-    """How the trace comes about: what must be the same for a recording to go on. No prompt text, no paths."""
+def _source(loaded: LoadedModel, prompts: dict[str, Any]) -> dict[str, Any]:
+    """How the trace comes about: what must be the same for a recording to go on. No paths."""
     import torch
     import transformers
 
@@ -250,9 +226,7 @@ def _source(loaded: LoadedModel, prompts: Sequence[Prompt], options: RecordOptio
         "record": "transformers",
         "model": loaded.name,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "prompts_sha256": prompts_digest(list(prompts)),
-        "requests": len(prompts),
-        **{k: v for k, v in dataclasses.asdict(options).items() if k != "weights"},
+        **prompts,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": loaded.model.device.type,
         "transformers": transformers.__version__,

@@ -7,15 +7,45 @@ and either answers with `choices[0].routed_experts` (see `vllm_responses`). Serv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moeplan.importers.routed_experts import EngineResponse
 from moeplan.importers.vllm_responses import read_response
+from moeplan.progress import Progress, silent
 from moeplan.record.http_client import Server
 from moeplan.record.prompts import Prompt
-from moeplan.record.server import openai_request, served_version, sole_answer
+from moeplan.record.recording import Prompts
+from moeplan.record.server import ServedOptions, openai_request, record_served, served_version, sole_answer
+from moeplan.trace.reader import Trace
 
-__all__ = ["VllmEngine"]
+__all__ = ["VllmEngine", "record_vllm"]
+
+
+def record_vllm(
+    prompts: Prompts,
+    out: str | Path,
+    options: ServedOptions | None = None,
+    *,
+    url: str = "http://127.0.0.1:8000",
+    progress: Progress = silent,
+) -> Trace:
+    """Have a vLLM server continue prompts, and store which experts they use.
+
+    Args:
+        prompts: a file or folder of prompts, or `Prompt` values.
+        options: the model's number of experts at least, as in `ServedOptions(model=moeplan.load_model("MODEL_DIR"))`.
+        url: address of the server, which runs with `--enable-return-routed-experts`.
+
+    Raises:
+        MoeplanError: as `record_served`.
+
+    Examples:
+        >>> from moeplan.record import ServedOptions, record_vllm
+        >>> options = ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
+        >>> trace = record_vllm("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
+    """
+    return record_served(url, VllmEngine.of, prompts, out, options or ServedOptions(), progress)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import numpy as np
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.planning.plan import Plan, PlanningTask
 from moeplan.planning.problem import Strategy
-from moeplan.planning.requests import RequestSet, read_requests
+from moeplan.planning.requests import RequestSet, read_requests, shape_of
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import find
 from moeplan.progress import Progress, silent
-from moeplan.replay.evaluator import Measured
-from moeplan.replay.run import EvaluationRun, Row
+from moeplan.replay.evaluator import EvaluationRun, Measured, Row
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import least_requests
 from moeplan.replay.table import Comparison
@@ -33,8 +32,8 @@ def compare(
     strategies: Sequence[str | Strategy] = ("random", "linear", "eplb", "affinity", "paper", "moeplan"),
     *,
     redundant: int = 0,
-    dispatch: Dispatch = Dispatch.PICK,
-    replica_rule: ReplicaRule = ReplicaRule.NEAREST_STATIC,
+    dispatch: Dispatch | str = Dispatch.PICK,
+    replica_rule: ReplicaRule | str = ReplicaRule.NEAREST_STATIC,
     settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008
     progress: Progress = silent,
 ) -> Comparison:
@@ -57,7 +56,7 @@ def compare(
         >>> [row.name for row in table.rows]
         ['linear', 'linear/prefill', 'eplb', 'eplb/prefill']
     """
-    task = PlanningTask(cluster, redundant, dispatch, replica_rule)
+    task = PlanningTask(cluster, redundant, Dispatch(dispatch), ReplicaRule(replica_rule))
     return compare_task(requests, task, strategies, settings, progress)
 
 
@@ -70,13 +69,11 @@ def compare_task(
 ) -> Comparison:
     """`compare` for a task."""
     chosen = _by_name(strategies)
-    task.check(requests.shape.num_experts)  # before a large trace is read
-    if isinstance(requests, Trace):
-        requests = read_requests(requests)
-    cluster = task.cluster
+    task.check(shape_of(requests).num_experts)  # before a large trace is read
+    requests, cluster = read_requests(requests), task.cluster
     ways = ["fewer nodes", *["--deployment nodes"] * (cluster.gpus_per_group < cluster.gpus_per_node), "another --fit"]
     ways += ["a smaller --block"] * (settings.block > 1)
-    hint = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, settings.fit)} usable requests"
+    hint = f"use {', '.join(ways)}, or a trace with {least_requests(cluster, settings.fit_share)} usable requests"
     few = f"{cluster.num_groups} groups for {{}} fit requests"
     run = EvaluationRun.split(requests, task, settings, few, hint)
     rows = rows_of(chosen, requests)

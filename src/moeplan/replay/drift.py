@@ -1,9 +1,9 @@
-"""Has a plan gone stale? The stored plan beside one planned anew, both on new requests that neither has seen.
+"""Is a plan stale? The stored plan and a new plan are compared on held-out requests of new traffic.
 
-The new traffic is split as `compare` splits it. On each fit part a fresh plan is made with the old one's strategy and
+The new traffic is split as `compare` splits it. On each fit part a new plan is made with the old one's strategy and
 cluster; on the other part both are measured, each with its own router into equal groups. What the old plan lacks is
 judged by the interval of the paired difference (`moeplan.replay.statistics`), so a figure that is worse by chance does
-not count. Fresh plans see only half of the new requests: the verdict is about what planning anew would bring today.
+not count. New plans are fitted on only half of the new requests: the verdict is about what a new plan would gain today.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from moeplan.planning.problem import GUARD, Strategy
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 from moeplan.planning.strategies import available, find
-from moeplan.planning.strategies.moeplan import MoeplanParams
+from moeplan.planning.strategies.moeplan import MoeplanStrategy
 from moeplan.progress import Progress, silent
-from moeplan.replay.evaluator import Measured
-from moeplan.replay.run import EvaluationRun, Row, check_shape
+from moeplan.replay.evaluator import EvaluationRun, Measured, Row, check_inputs
 from moeplan.replay.settings import EvaluationSettings
 from moeplan.replay.split import least_requests
 from moeplan.replay.statistics import change, significantly_below
@@ -56,13 +55,13 @@ class DriftReport:
 
     Attributes:
         key: the figure that is judged: remote_share or remote_nodes_per_token.
-        planner: the strategy that planned anew.
+        planner: the strategy of the new plans.
         table: rows linear, OLD, OLD_RANDOM and FRESH, with every figure of a comparison.
-        change: relative change of `key` by planning anew: value; ci95, which requests came (bootstrap); and
+        change: relative change of `key` by a new plan: value; ci95, which requests came (bootstrap); and
             ci95_of_planning, how one plan differs from the next (folds). None where the old plan sends nothing.
         load: 95 % interval over folds of the old plan's node_load_ratio in multiples of linear's.
-        helps: planning anew lowers `key`, beyond both.
-        overloaded: `load` lies above the guard, and the fresh plans keep it.
+        helps: a new plan lowers `key`, beyond both.
+        overloaded: `load` lies above the guard, and the new plans do not exceed it.
         fitted_on_this_trace: the plan was fitted on these very requests; it looks better than it is.
     """
 
@@ -77,19 +76,19 @@ class DriftReport:
 
     def __repr__(self) -> str:
         verdict = "stale" if self.stale else "still good"
-        by = "" if self.change is None else f"; planning anew changes {self.key} by {100 * self.change['value']:+.1f} %"
+        by = "" if self.change is None else f"; a new plan changes {self.key} by {100 * self.change['value']:+.1f} %"
         return f"{verdict}: {', '.join(self.reasons) or 'no change beyond noise'}{by}\n{self.table!r}"
 
     @property
     def stale(self) -> bool:
-        """Whether planning anew is worth it."""
+        """Whether a new plan would be better."""
         return self.helps or self.overloaded
 
     @property
     def reasons(self) -> list[str]:
         """Why it is stale; empty where it is not."""
-        why = [f"planning anew lowers {self.key} by more than noise"] * self.helps
-        return why + ["it exceeds the guard on node load, and a plan made anew does not"] * self.overloaded
+        why = [f"a new plan lowers {self.key} by more than noise"] * self.helps
+        return why + ["the stored plan exceeds the load guard and a new plan does not"] * self.overloaded
 
     def node_load(self, name: str) -> float | None:
         """A row's node_load_ratio in multiples of linear's."""
@@ -128,7 +127,7 @@ def detect_drift(
     settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008
     progress: Progress = silent,
 ) -> DriftReport:
-    """Whether new traffic has made a plan stale: would planning anew lower what it was made to lower, beyond noise?
+    """Whether new traffic has made a plan stale: would a new plan lower the plan's objective by more than noise?
 
     Args:
         requests: of the plan's model, and not those that it was fitted on.
@@ -143,13 +142,12 @@ def detect_drift(
         >>> moeplan.detect_drift(plan, new_trace).stale  # doctest: +SKIP
         False
     """
+    check_inputs(plan, requests)
     key, strategy = check_drift(plan, settings)
-    check_shape(requests.shape, plan.model, "plan")
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, signature_tokens=plan.signature.tokens)
+    requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     task = plan.task
-    hint = f"collect more traffic first, {least_requests(task.cluster, settings.fit)} usable requests at least"
-    few = f"{{}} requests to plan anew for {task.cluster.num_groups} groups"
+    hint = f"collect more traffic first, {least_requests(task.cluster, settings.fit_share)} usable requests at least"
+    few = f"{{}} requests for a new plan of {task.cluster.num_groups} groups"
     run = EvaluationRun.split(requests, task, dataclasses.replace(settings, timing=None), few, hint)
     rows = [
         Row("linear", "linear", "none"),
@@ -169,9 +167,7 @@ def detect_drift(
             of = plans.get(row.name, plan)
             measured[row.name].append(fold.measure(of, fold.group(of, row.signature)))
     table = tabulate(run, rows, measured, tuple(notes))
-    checksum = requests.trace.checksum if requests.trace else ""
-    seen = bool(checksum) and checksum == plan.provenance.trace_checksum
-    return _judge(key, strategy.name, table, seen)
+    return _judge(key, strategy.name, table, requests.fitted(plan))
 
 
 def check_drift(plan: Plan, settings: EvaluationSettings) -> tuple[str, Strategy]:
@@ -194,11 +190,11 @@ def check_drift(plan: Plan, settings: EvaluationSettings) -> tuple[str, Strategy
     if plan.params.get("objective") == "time":
         raise UsageError(
             "the plan was made with --objective time, and drift is judged by what leaves a node",
-            hint="moeplan evaluate TRACE --plan PLAN --hardware NAME, beside the same of a plan made anew",
+            hint="moeplan evaluate TRACE --plan PLAN --hardware NAME, and the same for a new plan",
         )
     if settings.folds < 2:
         raise UsageError(f"{settings.folds} fold does not tell one plan from the next", hint="use at least 2 folds")
-    params = MoeplanParams.of_plan(plan.params)
+    params = MoeplanStrategy.of_plan(plan.params)
     name = plan.strategy if plan.strategy in available() else params.name
     return _KEYS[plan.dispatch], params if name == params.name else find(name)
 
@@ -218,7 +214,7 @@ def _judge(key: str, planner: str, table: Comparison, seen: bool) -> DriftReport
         change=moved,
         load=load,
         helps=significantly_below(fresh[key], old[key]) and apart[1] < 0.0,
-        overloaded=load[0] > GUARD and rows[FRESH].guarded,
+        overloaded=load[0] > GUARD and rows[FRESH].within_guard,
         fitted_on_this_trace=seen,
     )
 

@@ -9,9 +9,9 @@ from moeplan.planning.plan import Plan
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.planning.solver import solve
 from moeplan.progress import Progress, silent
-from moeplan.replay.run import EvaluationRun, Row, check_shape
+from moeplan.replay.evaluator import EvaluationRun, Row, check_inputs
 from moeplan.replay.settings import EvaluationSettings
-from moeplan.replay.statistics import Figure
+from moeplan.replay.statistics import MeasuredValue
 from moeplan.replay.table import Comparison, TableRow
 from moeplan.replay.tabulate import tabulate
 from moeplan.trace import Trace
@@ -42,7 +42,7 @@ class Evaluation:
         return f"{what}\n{self.table!r}{optimistic}"
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, MeasuredValue]:
         """The plan's figures by key."""
         return self.row.figures
 
@@ -72,7 +72,8 @@ def evaluate(
     """A plan's figures on all usable requests of a trace, beside those of `linear` on the same cluster and slots.
 
     Args:
-        requests: of the plan's model; other requests than it was fitted on, or its figures are optimistic.
+        requests: of the plan's model; other requests than it was fitted on (`RequestSet.split`), or its
+            figures are optimistic.
         settings: how many steps are sampled, and how they are timed; there are no folds.
 
     Raises:
@@ -83,11 +84,10 @@ def evaluate(
         >>> trace, settings = moeplan.open_trace("embedded"), moeplan.EvaluationSettings(steps=20)
         >>> plan = moeplan.plan(trace, moeplan.Cluster(4, 2), "eplb")
         >>> moeplan.evaluate(plan, trace, settings).figures["remote_share"]
-        Figure(0.6794, 95 % 0.6759 to 0.6831 over requests)
+        MeasuredValue(0.6794, 95 % 0.6759 to 0.6831 over requests)
     """
-    check_shape(requests.shape, plan.model, "plan")
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, signature_tokens=plan.signature.tokens)
+    check_inputs(plan, requests)
+    requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     run = EvaluationRun.whole(requests, plan.task, settings)
     (fold,) = run.folds()
     linear = solve(requests.problem(plan.task), "linear", settings.seed)
@@ -102,5 +102,4 @@ def evaluate(
         progress(done, len(rows), row.name)
         measured[row.name] = [fold.measure(of, fold.group(of, row.signature))]
     table = tabulate(run, rows, measured, ())
-    checksum = requests.trace.checksum if requests.trace else ""
-    return Evaluation(table.row(name), table, bool(checksum) and checksum == plan.provenance.trace_checksum)
+    return Evaluation(table.row(name), table, requests.fitted(plan))

@@ -1,4 +1,4 @@
-"""Plans measured on the held-out part of one fold; every plan meets the same requests, steps and chance.
+"""Plans measured on the held-out part of each fold; every plan meets the same requests, steps and chance.
 
 Names: n held-out requests.
 """
@@ -6,6 +6,7 @@ Names: n held-out requests.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,16 +14,44 @@ from typing import NamedTuple
 import numpy as np
 
 from moeplan.arrays import Float32Array, Int64Array, NumberArray
+from moeplan.errors import PlanError, UsageError, expect
 from moeplan.planning.assignment import equal_groups, random_groups
-from moeplan.planning.plan import Plan
-from moeplan.planning.requests import RequestSet
+from moeplan.planning.plan import Plan, PlanningTask
+from moeplan.planning.requests import RequestSet, blocks, shape_of, split
 from moeplan.planning.router import ClusterRouter, LocalityRouter
-from moeplan.replay.measure import RequestFigures, measure_requests
-from moeplan.replay.split import Draws, draw_steps
-from moeplan.replay.steps import DecodeSteps, StepFigures, sample_steps
+from moeplan.replay.measure import DecodeSteps, RequestFigures, StepFigures, measure_requests, sample_steps
+from moeplan.replay.settings import EvaluationSettings
+from moeplan.replay.split import Draws, draw_steps, live_requests
 from moeplan.replay.timing import StepTimes, Timing
+from moeplan.trace import Trace
+from moeplan.trace.format import layer_spans
+from moeplan.types import ModelShape
 
-__all__ = ["FoldEvaluator", "Grouping", "Measured", "fold_rng", "time_steps"]
+__all__ = [
+    "EvaluationRun",
+    "FoldEvaluator",
+    "Grouping",
+    "Measured",
+    "Row",
+    "check_inputs",
+    "check_shape",
+    "fold_rng",
+    "time_steps",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a plan, and the signature that held-out requests are grouped by.
+
+    Attributes:
+        name: the strategy, with `/signature` where it is not the strategy's own way.
+        signature: none (random equal groups), domain, prefill (or what stands in for it), or oracle.
+    """
+
+    name: str
+    strategy: str
+    signature: str
 
 
 class Grouping(NamedTuple):
@@ -78,7 +107,8 @@ class FoldEvaluator:
     @cached_property
     def draws(self) -> Draws:
         """What chance decides about the steps."""
-        return draw_steps(self.requests.measured_span[self.test], self.steps, fold_rng(self.seed, self.fold, 2))
+        span = self.requests.spans.measured[:, self.test]
+        return draw_steps(span, self.steps, fold_rng(self.seed, self.fold, 2))
 
     def group(self, plan: Plan, signature: str) -> Grouping:
         """The groups of the held-out requests, by a kind of signature; equal in size unless the strategy's are not.
@@ -90,14 +120,10 @@ class FoldEvaluator:
         if signature == "none":
             rng = fold_rng(self.seed, self.fold, 1)
             return Grouping(random_groups(len(test), plan.cluster.num_groups, rng), True)
-        known: NumberArray
-        if signature == "prefill":
-            known = requests.signature[test]
-        elif signature == "oracle":  # nothing to predict: what the placement holds of the decode itself
+        if signature == "oracle":  # nothing to predict: what the placement holds of the decode itself
             scores = LocalityRouter.of(plan.routes).scores(requests.measured[test])
             return Grouping(equal_groups(scores), plan.equal_groups)
-        else:
-            known = self._domain_signature()
+        known: NumberArray = requests.signature[test] if signature == "prefill" else self._domain_signature()
         if not plan.equal_groups and isinstance(plan.router, ClusterRouter):
             return Grouping(plan.router.nearest_groups(known), False)
         return Grouping(equal_groups(plan.router.scores(known)), plan.equal_groups)
@@ -127,3 +153,103 @@ class FoldEvaluator:
                 ms, idle_share = time_steps(self.timing, sampled)
                 steps = dataclasses.replace(steps, step_ms=ms, idle_share=idle_share)
         return Measured(self.test, figures, steps, plan.provenance.fit_seconds, grouping.equal)
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """What all rows of a table share.
+
+    Attributes:
+        requests, task, settings: as given.
+        block: int64 [n], the block of each request. live: B, requests of each group that are live in a step.
+        parts: (fit, held-out) positions of each fold.
+    """
+
+    requests: RequestSet
+    task: PlanningTask
+    settings: EvaluationSettings
+    block: Int64Array
+    live: int
+    parts: tuple[tuple[Int64Array, Int64Array], ...]
+
+    @classmethod
+    def split(
+        cls, requests: RequestSet, task: PlanningTask, settings: EvaluationSettings, few: str, hint: str
+    ) -> EvaluationRun:
+        """Repeated splits into fit and held-out requests.
+
+        Args:
+            few: what too few fit requests are, with {} for their number. hint: what to do about too few of either.
+
+        Raises:
+            PlanError: too few requests for the groups. UsageError: a model to time that is not the trace's.
+        """
+        block = _checked(requests, task, settings)
+        parts = []
+        for fold in range(settings.folds):
+            fit = split(requests.domain, block, settings.fit_share, fold_rng(settings.seed, fold, 0))
+            parts.append((np.flatnonzero(fit), np.flatnonzero(~fit)))
+        least = min(len(fit) for fit, _ in parts)
+        if least < task.cluster.num_groups:
+            raise PlanError(few.format(least), hint=hint)
+        live = live_requests([len(test) for _, test in parts], task.cluster, hint)
+        return cls(requests, task, settings, block, live, tuple(parts))
+
+    @classmethod
+    def whole(cls, requests: RequestSet, task: PlanningTask, settings: EvaluationSettings) -> EvaluationRun:
+        """One fold that measures on all requests.
+
+        Raises:
+            PlanError: too few requests for the groups. UsageError: a model to time that is not the trace's.
+        """
+        block, everyone = _checked(requests, task, settings), np.arange(len(requests))
+        live = live_requests([len(requests)], task.cluster)
+        return cls(requests, task, settings, block, live, ((everyone, everyone),))
+
+    def folds(self) -> Iterator[FoldEvaluator]:
+        """Each fold in turn."""
+        steps, seed, timing = self.settings.steps, self.settings.seed, self.settings.timing
+        for fold, (fit, test) in enumerate(self.parts):
+            yield FoldEvaluator(self.requests, fit, test, self.live, steps, seed, fold, timing)
+
+
+def _checked(requests: RequestSet, task: PlanningTask, settings: EvaluationSettings) -> Int64Array:
+    """The block of each request, once the task fits the requests."""
+    task.check(requests.shape.num_experts)
+    if settings.timing is not None:
+        settings.timing.check(requests.shape, task.cluster, task.dispatch)
+    return blocks(requests.index, settings.block)
+
+
+def check_inputs(plan: Plan, requests: Trace | RequestSet) -> None:
+    """Refuse what is no plan or no requests, and requests of another model.
+
+    Raises:
+        UsageError: with what to give instead.
+    """
+    expect(plan, Plan, 'moeplan.load_plan("PATH")')
+    check_shape(shape_of(requests), plan.model, "plan")
+
+
+def check_shape(trace: ModelShape, plan: ModelShape, where: str) -> None:
+    """A plan fits traces of its own model only.
+
+    Args:
+        where: what an error names, the plan.
+
+    Raises:
+        UsageError: experts, picks per token or layers differ.
+    """
+    for label, ours, theirs in (
+        ("experts", trace.num_experts, plan.num_experts),
+        ("picks per token", trace.top_k, plan.top_k),
+        ("layers", trace.num_layers, plan.num_layers),
+        ("layer ids", trace.layer_ids, plan.layer_ids),
+    ):
+        if ours != theirs:
+            shown = [layer_spans(value) if isinstance(value, tuple) else value for value in (ours, theirs)]
+            raise UsageError(
+                f"the trace and the plan differ in {label}: {shown[0]} and {shown[1]}",
+                where=where,
+                hint="use traffic of the same model, and --without-layers as in the plan",
+            )

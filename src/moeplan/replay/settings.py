@@ -15,9 +15,9 @@ class EvaluationSettings:
     """How plans are evaluated.
 
     Attributes:
-        fit: share of the requests that plans may see. folds: repeated splits into fit and held-out requests.
+        fit_share: share of the requests that plans may see. folds: repeated splits into fit and held-out requests.
         block: neighbouring requests that a split keeps together.
-        steps: decode steps sampled in each fold. draws: bootstrap draws behind the intervals.
+        steps: decode steps sampled in each fold. bootstrap_draws: bootstrap draws behind the intervals.
         seed: random seed. hidden: width of a token's hidden state, where the trace does not say or is to be overridden.
         timing: how to model step times; None: they are not given.
 
@@ -26,15 +26,15 @@ class EvaluationSettings:
 
     Examples:
         >>> import moeplan
-        >>> moeplan.EvaluationSettings(folds=1, steps=100)
-        EvaluationSettings(fit=0.5, folds=1, block=1, steps=100, draws=1000, seed=0, hidden=None, timing=None)
+        >>> moeplan.EvaluationSettings(folds=1, steps=100).fit_share
+        0.5
     """
 
-    fit: float = 0.5
+    fit_share: float = 0.5
     folds: int = 4
     block: int = 1
     steps: int = 500
-    draws: int = 1000
+    bootstrap_draws: int = 1000
     seed: int = 0
     hidden: int | None = None
     timing: Timing | None = None

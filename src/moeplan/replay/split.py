@@ -1,4 +1,4 @@
-"""Repeated seeded splits into fit and test, and the steps that are replayed."""
+"""How many requests a split needs, and the steps that are replayed."""
 
 from __future__ import annotations
 
@@ -9,47 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.cluster import Cluster
-from moeplan.errors import PlanError, UsageError
+from moeplan.errors import PlanError
 from moeplan.trace.steps import draw_rows
 
-__all__ = ["Draws", "blocks", "draw_steps", "least_requests", "live_requests", "split"]
+__all__ = ["Draws", "draw_steps", "least_requests", "live_requests"]
 
-MOST_BLOCK = 1_000_000_000
 Int64Array = npt.NDArray[np.int64]
 
 #: Most requests live in one group at a step, as in the published set-up (8 x 128).
 MAX_LIVE = 128
-
-
-def blocks(index: Int64Array, size: int) -> Int64Array:
-    """int64 [n]: the block of each usable request, 0, 1, ..; `size` neighbours in the trace make a block."""
-    if size < 1:
-        raise UsageError(f"--block {size} is not positive")
-    if size > MOST_BLOCK:
-        raise UsageError(f"--block {size} is more than any trace has", hint="e.g. 20")
-    return np.asarray(np.unique(index // size, return_inverse=True)[1], np.int64)
-
-
-def split(domain: Int64Array, block: Int64Array, fit: float, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """bool [n]: which requests the plan may see, stratified by domain, blocks kept whole.
-
-    A block counts for the domain of its first request. The blocks are shuffled within domains and laid out domain by
-    domain; every 1/fit-th goes to the fit part, from a random start, so that each domain gets its share to within one
-    block and the whole is right too.
-    """
-    if not 0.0 < fit < 1.0:
-        raise UsageError(
-            f"--fit {fit} is not between 0 and 1", hint="e.g. 0.5: plan on half, measure on the other half"
-        )
-    count = int(block.max()) + 1
-    first = np.zeros(count, np.int64)
-    first[block[::-1]] = domain[::-1]
-    shuffled = rng.permutation(count)
-    order = shuffled[np.argsort(first[shuffled], kind="stable")]
-    place = np.arange(count + 1) * fit + rng.random()
-    chosen = np.zeros(count, np.bool_)
-    chosen[order] = np.floor(place[1:]) > np.floor(place[:-1])
-    return chosen[block]
 
 
 def live_requests(test_sizes: list[int], cluster: Cluster, hint: str | None = None) -> int:
@@ -100,6 +68,6 @@ class Draws:
 
 
 def draw_steps(span: Int64Array, steps: int, rng: np.random.Generator) -> Draws:
-    """Keys and positions for `steps` steps over requests with rows span[:, 0] .. span[:, 1] - 1."""
+    """Keys and positions for `steps` steps over requests with rows span[0] .. span[1] - 1."""
     key, row = draw_rows(span, steps, rng)
-    return Draws(key.astype(np.float32, copy=False), row, rng.random((steps, len(span)), dtype=np.float32))
+    return Draws(key.astype(np.float32, copy=False), row, rng.random(row.shape, dtype=np.float32))

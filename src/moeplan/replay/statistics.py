@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.arrays import FloatArray, Int64Array, NumberArray
-from moeplan.planning.expected_load import load_ratio
+from moeplan.arrays import FloatArray, Int64Array
 
-__all__ = [
-    "Figure", "block_weights", "change", "figure_of_ratio", "mean_load_ratio", "noise_floor", "significantly_below",
-]  # fmt: skip
+__all__ = ["MeasuredValue", "block_weights", "change", "figure_of_ratio", "noise_floor", "significantly_below"]
 
 
 @dataclass(frozen=True, repr=False)
-class Figure:
+class MeasuredValue:
     """One figure of one row of a comparison, with its bootstrap draws.
 
     Attributes:
@@ -41,10 +38,10 @@ class Figure:
 
     def __repr__(self) -> str:
         if self.value is None:
-            return "Figure(unknown)"
+            return "MeasuredValue(unknown)"
         low, high = self.interval() or (None, None)
         spread = "" if low is None else f", 95 % {low:.4g} to {high:.4g} over {self.unit}"
-        return f"Figure({self.value:.4g}{spread})"
+        return f"MeasuredValue({self.value:.4g}{spread})"
 
     def interval(self) -> list[float] | None:
         """The 95 % interval [low, high]."""
@@ -72,7 +69,9 @@ def block_weights(block: Int64Array, draws: int, rng: np.random.Generator) -> Fl
     return drawn[:, block].astype(np.float64)
 
 
-def figure_of_ratio(top: FloatArray, bottom: FloatArray, weights: FloatArray, unit: str, scale: float = 1.0) -> Figure:
+def figure_of_ratio(
+    top: FloatArray, bottom: FloatArray, weights: FloatArray, unit: str, scale: float = 1.0
+) -> MeasuredValue:
     """Sum over sum, times `scale`.
 
     Args:
@@ -80,19 +79,14 @@ def figure_of_ratio(top: FloatArray, bottom: FloatArray, weights: FloatArray, un
         weights: float64 [draws, n].
     """
     if bottom.sum() <= 0:
-        return Figure(None)
+        return MeasuredValue(None)
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = scale * (weights @ top.sum(axis=0)) / (weights @ bottom.sum(axis=0))
         folds = scale * top.sum(axis=1) / bottom.sum(axis=1)
-    return Figure(float(scale * top.sum() / bottom.sum()), draws, tuple(float(v) for v in folds), unit)
+    return MeasuredValue(float(scale * top.sum() / bottom.sum()), draws, tuple(float(v) for v in folds), unit)
 
 
-def mean_load_ratio(load: NumberArray) -> FloatArray:
-    """`load_ratio` of each layer, mean over layers: load [.., L, units] -> [..]."""
-    return np.asarray(load_ratio(load).mean(axis=-1), np.float64)
-
-
-def change(figure: Figure, baseline: Figure) -> dict[str, Any] | None:
+def change(figure: MeasuredValue, baseline: MeasuredValue) -> dict[str, Any] | None:
     """The paired relative change against the baseline: value and interval."""
     if figure.value is None or not baseline.value:
         return None
@@ -103,7 +97,7 @@ def change(figure: Figure, baseline: Figure) -> dict[str, Any] | None:
     return out
 
 
-def significantly_below(figure: Figure, other: Figure) -> bool:
+def significantly_below(figure: MeasuredValue, other: MeasuredValue) -> bool:
     """Whether `figure` is smaller beyond noise: the interval of the paired difference lies below 0."""
     if figure.draws is None or other.draws is None or figure is other:
         return False

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeplan.arrays import FloatArray
 from moeplan.errors import UsageError
 from moeplan.frames import data_frame
-from moeplan.replay.bars import bar_height, draw_bars
-from moeplan.replay.statistics import Figure
+from moeplan.replay.statistics import MeasuredValue
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["SIGNATURES", "Comparison", "TableRow"]
+__all__ = ["SIGNATURES", "Comparison", "TableRow", "bar_height", "draw_bars"]
 
 #: What a kind of signature is called in tables.
 SIGNATURES = {"none": "random", "prefill": "signature"}
@@ -37,7 +37,7 @@ class TableRow:
         name: the strategy, with `/signature` where requests are not grouped in the strategy's own way.
         strategy, signature: what made the plan, and what held-out requests are grouped by.
         equal_groups: whether all groups are of one size.
-        guarded: equal groups, and node_load_ratio at most 1.05 x linear's.
+        within_guard: equal groups, and node_load_ratio at most 1.05 x linear's.
         figures: by key; docs/reference/metrics.md defines each. versus_linear: paired relative changes, value and ci95.
         gpu_load: float64 [P], each layer's GPU loads over the held-out part relative to their mean, sorted falling,
             then averaged over layers and folds.
@@ -48,8 +48,8 @@ class TableRow:
     strategy: str
     signature: str
     equal_groups: bool
-    guarded: bool
-    figures: dict[str, Figure]
+    within_guard: bool
+    figures: dict[str, MeasuredValue]
     versus_linear: dict[str, dict[str, Any] | None]
     gpu_load: FloatArray
     beats: dict[str, list[str]]
@@ -64,7 +64,7 @@ class TableRow:
     @property
     def guard(self) -> str:
         """The load guard in words: ok, over, or unequal groups."""
-        return "ok" if self.guarded else ("over" if self.equal_groups else "unequal groups")
+        return "ok" if self.within_guard else ("over" if self.equal_groups else "unequal groups")
 
     def _change(self, key: str) -> str:
         """'  -6.6 % [-8.3, -4.9]' against linear."""
@@ -81,7 +81,7 @@ class TableRow:
             out[key] = figure.to_dict()
             if self.versus_linear.get(key):
                 out[key]["vs_linear"] = self.versus_linear[key]
-        marks = {"signature": self.signature, "equal_groups": self.equal_groups, "guarded": self.guarded}
+        marks = {"signature": self.signature, "equal_groups": self.equal_groups, "guarded": self.within_guard}
         return out | marks | {"beats": self.beats, "gpu_load_sorted": [round(float(v), 6) for v in self.gpu_load]}
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -173,13 +173,13 @@ class Comparison:
         return self.head | said | {"strategies": {row.name: row.to_dict() for row in self.rows}}
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One line per row: signature, equal_groups, guarded, then the value of every figure.
+        """One line per row: signature, equal_groups, within_guard, then the value of every figure.
 
         Raises:
             MoeplanError: pandas is not installed.
         """
         table: dict[str, list[Any]] = {
-            mark: [getattr(row, mark) for row in self.rows] for mark in ("signature", "equal_groups", "guarded")
+            mark: [getattr(row, mark) for row in self.rows] for mark in ("signature", "equal_groups", "within_guard")
         }
         for key in self.rows[0].figures:
             table[key] = [row.figures[key].value for row in self.rows]
@@ -201,3 +201,35 @@ class Comparison:
         canvas = Canvas(figsize=(6.4, bar_height(len(shown))), layout="constrained")
         draw_bars(canvas.subplots(), shown, key, key, baseline)
         return canvas
+
+
+def bar_height(rows: int) -> float:
+    """Inches that so many bars take."""
+    return 0.9 + 0.3 * rows
+
+
+def draw_bars(
+    axes: Any,
+    rows: Sequence[TableRow],
+    key: str,
+    label: str,
+    baseline: float,
+    scale: float = 1.0,
+    colours: Sequence[str] = ("C0", "C1"),
+) -> None:
+    """Horizontal bars of one key (times `scale`) with 95 % intervals, one per row, on matplotlib axes.
+
+    Rows that are not eligible are hatched; the baseline is a dashed line.
+    """
+    for i, row in enumerate(reversed(rows)):
+        found = row.figures[key]
+        eligible = {"color": colours[0]}
+        hatched = {"facecolor": "#ffffff", "edgecolor": colours[1], "hatch": "////", "linewidth": 1.0}
+        axes.barh(i, (found.value or 0.0) * scale, height=0.66, **(eligible if row.within_guard else hatched))
+        if interval := found.interval():
+            axes.plot([end * scale for end in interval], [i, i], color="#1b1f24", linewidth=1.4)
+    axes.axvline(baseline * scale, color="#7a838c", linewidth=1.2, linestyle="--")
+    axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(label)
+    axes.set_xlim(left=0)

@@ -20,7 +20,7 @@ from moeplan.errors import MoeplanError, PlanError, UsageError
 from moeplan.model.catalogue import load_model
 from moeplan.model.spec import CompleteSpec, ModelSpec
 from moeplan.perf.hardware import Hardware, load_hardware
-from moeplan.perf.memory import MemoryModel, Parallel, Precision
+from moeplan.perf.memory import MemoryModel, ParallelLayout, Precision
 from moeplan.perf.routing import Routing, counted_routing
 from moeplan.perf.step_model import StepModel, StepOptions
 from moeplan.types import ModelShape
@@ -188,7 +188,7 @@ def step_routing(cluster: Cluster, spec: CompleteSpec, counts: StepCounts, redun
     return counted_routing(picks, touched, links, gpus_per_node=cluster.gpus_per_node, slots=slots)
 
 
-def cluster_parallel(cluster: Cluster, spec: CompleteSpec, redundant: int | None = None) -> Parallel:
+def cluster_parallel(cluster: Cluster, spec: CompleteSpec, redundant: int | None = None) -> ParallelLayout:
     """Attention is split over the GPUs of a group; every group is a data-parallel rank; all GPUs share the experts.
 
     Args:
@@ -197,7 +197,7 @@ def cluster_parallel(cluster: Cluster, spec: CompleteSpec, redundant: int | None
     gpus = cluster.num_gpus
     if redundant is None:
         redundant = -spec.moe.experts % gpus if spec.moe else 0
-    return Parallel(tp=cluster.gpus_per_group, dp=cluster.num_groups, ep=gpus, redundant=redundant)
+    return ParallelLayout(tp=cluster.gpus_per_group, dp=cluster.num_groups, ep=gpus, redundant=redundant)
 
 
 def find_timing(

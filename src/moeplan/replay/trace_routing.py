@@ -21,9 +21,8 @@ from moeplan.perf.hardware import Hardware, load_hardware
 from moeplan.perf.routing import Routing
 from moeplan.perf.step_model import StepModel
 from moeplan.planning import Plan, RequestSet, read_requests
-from moeplan.replay.evaluator import FoldEvaluator
+from moeplan.replay.evaluator import FoldEvaluator, check_inputs
 from moeplan.replay.measure import measure_requests
-from moeplan.replay.run import check_shape
 from moeplan.replay.split import live_requests
 from moeplan.replay.timing import CONTEXT, Timing, cluster_parallel, find_model, step_routing
 from moeplan.trace import Trace
@@ -75,15 +74,14 @@ def estimate_plan(
         UsageError: a model that is not the trace's; settings that the plan answers; more requests than a group has.
         PlanError: too few requests for the plan's groups.
     """
+    check_inputs(plan, requests)
     spec, machine = find_model(requests.shape, model), load_hardware(hardware)
     settings = settings or EstimateSettings()
     plan = dataclasses.replace(plan, dispatch=settings.dispatch or plan.dispatch)
     settings = dataclasses.replace(settings, dispatch=plan.dispatch)
     timing = Timing(spec, machine, context)
-    check_shape(requests.shape, plan.model, "plan")
     timing.check(requests.shape, plan.cluster, plan.dispatch)  # before a large trace is read
-    if isinstance(requests, Trace):
-        requests = read_requests(requests, signature_tokens=plan.signature.tokens)
+    requests = read_requests(requests, signature_tokens=plan.signature.tokens)
     parallel = cluster_parallel(plan.cluster, spec, plan.redundant)
     step_model = settings.step_model(spec, machine, parallel, plan.cluster.gpus_per_node)
     steps = real_routing(requests, plan, timing, live=batch, seed=seed)
@@ -112,12 +110,10 @@ def _measured(model: StepModel, steps: TraceRouting, requests: RequestSet, plan:
             f"the trace gives {requests.shape.num_layers} of {model.spec.name}'s {len(moe.layers)} MoE layers; their "
             "mean stands for all"
         )
-    trace = requests.trace
-    seen = trace is not None and trace.checksum == plan.provenance.trace_checksum
-    if seen:
+    if seen := requests.fitted(plan):
         notes.append("the plan was fitted on this trace: these are not figures on held-out requests")
     return MeasuredRouting(
-        trace="" if trace is None else trace.label,
+        trace=requests.trace.label if requests.trace else "",
         plan="",
         strategy=plan.strategy,
         fitted_on_this_trace=seen,

@@ -78,16 +78,12 @@ def to_image(figure: Any, alt: str) -> Image:
     return Image("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), width, height, alt)
 
 
-def lines(
-    axes: Any,
-    x: Any,
-    series: Sequence[tuple[str, Any]],
-    *,
-    x_label: str,
-    y_label: str,
-    quiet: Sequence[str] = (),
-) -> None:
-    """Lines in the palette, each with its own dash; those named in `quiet` (baselines) are thin and grey."""
+def lines(axes: Any, x: Any, series: Sequence[tuple[str, Any]], labels: tuple[str, str], *quiet: str) -> None:
+    """Lines in the palette, each with its own dash; those named in `quiet` (baselines) are thin and grey.
+
+    Args:
+        labels: of x and y.
+    """
     colours, greys = iter(PALETTE * 4), iter((":", "--", "-.", (0, (1, 2))) * 4)
     for number, (label, y) in enumerate(series):
         if label in quiet:
@@ -96,8 +92,7 @@ def lines(
             dash = STYLES[number % len(STYLES)]
             dots = {"marker": "o", "markersize": 3.2} if len(x) <= 32 else {}  # a layer between two gaps is a dot
             axes.plot(x, y, label=label, color=next(colours), linestyle=dash, **dots)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.margins(x=0.02)
 
 
@@ -105,15 +100,9 @@ def legend_below(figure: Any, axes: Any, *, columns: int = 2) -> None:
     """The legend under the axes, where it never covers a line."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=1 if max(map(len, labels)) > 22 else min(columns, len(labels)),
-            handlelength=2.4,
-            markerscale=1.6,
-            columnspacing=1.5,
-        )
+        columns = 1 if max(map(len, labels)) > 22 else min(columns, len(labels))
+        shape = {"handlelength": 2.4, "markerscale": 1.6, "columnspacing": 1.5}
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, **shape)
 
 
 def shorten(name: str, most: int = 16) -> str:
@@ -142,13 +131,5 @@ def heat_map(figure: Any, axes: Any, values: Any, names: Sequence[str], *, low: 
     if count <= 7:
         for i, j in np.ndindex(count, count):
             if np.isfinite(values[i, j]):
-                dark = (values[i, j] - low) / max(high - low, 1e-9) < 0.55
-                axes.text(
-                    j,
-                    i,
-                    f"{values[i, j]:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=9.5,
-                    color="white" if dark else "#1b1f24",
-                )
+                colour = "white" if (values[i, j] - low) / max(high - low, 1e-9) < 0.55 else "#1b1f24"
+                axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=9.5, color=colour)

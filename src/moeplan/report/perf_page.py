@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from moeplan.perf.sensitivity import KNOBS, needs
 from moeplan.perf.sizing import Sizing, SizingResult
 from moeplan.perf.sweep import Point, Sweep, pareto, thinned
 from moeplan.perf.use_cases import UseCase
-from moeplan.report.page import Section, Table, render, write_page
-from moeplan.report.perf_figures import breakdown_figure, elasticity_figure, pareto_figure
-from moeplan.report.perf_sections import ERROR, UNIFORM, can_skew, skew_section, skewed, time_section
+from moeplan.report.page import Section, Table, render
+from moeplan.report.perf_sections import (
+    ERROR,
+    UNIFORM,
+    breakdown_figure,
+    can_skew,
+    elasticity_figure,
+    pareto_figure,
+    skew_section,
+    skewed,
+    time_section,
+)
 
-__all__ = ["size_html", "sweep_html", "write_size_page", "write_sweep_page"]
+__all__ = ["size_html", "sweep_html"]
 
 #: Rows of a front in the page.
 _ROWS = 16
-
-
-def write_sweep_page(path: Path, swept: Sweep) -> None:
-    """Write the page of a sweep, whole or not at all."""
-    write_page(path, sweep_html(swept))
-
-
-def write_size_page(path: Path, sized: Sizing) -> None:
-    """Write the page of sized clusters, whole or not at all."""
-    write_page(path, size_html(sized))
+#: Columns that describe a set-up.
+_COLUMNS: dict[str, Callable[[Point], str]] = {
+    "TPOT, ms": lambda p: f"{1e3 * p.tpot_s:.2f}",
+    "tokens/s per GPU": lambda p: f"{p.per_gpu_s:,.0f}",
+    "hardware": lambda p: p.hardware.name,
+    "GPUs": lambda p: f"{p.gpus:,}",
+    "layout": lambda p: p.layout,
+    "requests per rank": lambda p: f"{p.batch:,}",
+    "bound by": lambda p: p.bound.replace("_", "-"),
+    "USD / M": lambda p: f"{p.usd:,.3f}",
+    "kWh / M": lambda p: f"{p.kwh:,.3f}",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,33 +61,24 @@ def _front(points: Sequence[Point], context: int, chosen: Point, limit_s: float)
     front = pareto(points)
     kept = chosen.tpot_s <= limit_s
     sentence = (
-        f"Of {len(points):,} set-ups with {context:,} tokens of context, {len(front)} are beaten by no other: from "
-        f"{front[0].per_gpu_s:,.0f} tokens/s a GPU at {1e3 * front[0].tpot_s:.1f} ms to {front[-1].per_gpu_s:,.0f} at "
-        f"{1e3 * front[-1].tpot_s:.1f} ms. "
+        f"Of {len(points):,} set-ups with {context:,} tokens of context, {len(front)} are on the Pareto front: from "
+        f"{front[0].per_gpu_s:,.0f} tokens/s per GPU at {1e3 * front[0].tpot_s:.1f} ms to {front[-1].per_gpu_s:,.0f} "
+        f"at {1e3 * front[-1].tpot_s:.1f} ms. "
     )
     sentence += (
-        f"Within {1e3 * limit_s:g} ms most is {chosen.per_gpu_s:,.0f} tokens/s a GPU, on {chosen}."
+        f"The best within {1e3 * limit_s:g} ms is {chosen.per_gpu_s:,.0f} tokens/s per GPU, on {chosen}."
         if kept
-        else f"None keeps TPOT within {1e3 * limit_s:g} ms; the quickest is {chosen}."
+        else f"No set-up has a TPOT within {1e3 * limit_s:g} ms; the fastest is {chosen}."
     )
     shown = thinned(front, _ROWS)
-    head = [
-        "TPOT, ms", "tokens/s a GPU", "hardware", "GPUs", "layout", "requests a rank", "bound by", "USD / M", "kWh / M",
-    ]  # fmt: skip
-    rows = [
-        [
-            f"{1e3 * p.tpot_s:.2f}", f"{p.per_gpu_s:,.0f}", p.hardware.name, f"{p.gpus:,}",
-            p.layout, f"{p.batch:,}", p.bound.replace("_", "-"), f"{p.usd:,.3f}", f"{p.kwh:,.3f}",
-        ]
-        for p in shown
-    ]  # fmt: skip
+    table = _points(shown, tuple(_COLUMNS), strong=[i for i, p in enumerate(shown) if p is chosen])
     return Section(
         f"Throughput against TPOT at {context:,} tokens of context",
         sentence,
         [pareto_figure(points, chosen, limit_s, f"Pareto fronts of {len(points)} set-ups")],
-        Table(head, rows, strong=[i for i, p in enumerate(shown) if p is chosen]),
-        note="Lines: the front of each hardware. Dots: all set-ups. Dotted: the TPOT limit. Star: the one shown below. "
-        "Figures are of one decode step; prefill is left out. USD and kWh per million output tokens, from the "
+        table,
+        note="Lines: the front of each hardware. Dots: all set-ups. Dotted line: the TPOT limit. Star: the set-up "
+        "shown below. Figures are of one decode step, without prefill. USD and kWh per million output tokens, from the "
         "catalogue's prices and board power.",
     )
 
@@ -90,31 +91,29 @@ def _cheapest(points: Sequence[Point], limit_s: float) -> Section | None:
         return None
     best = [min((p for p in within if p.hardware.name == name), key=lambda p: p.usd, default=None) for name in names]
     found = sorted((p for p in best if p), key=lambda p: p.usd)
-    rows = [
-        [
-            p.hardware.name, f"{p.usd:,.3f}", f"{p.kwh:,.3f}", f"{1e3 * p.tpot_s:.1f}", f"{p.per_gpu_s:,.0f}",
-            f"{p.gpus:,}", p.layout, f"{p.batch:,}",
-        ]
-        for p in found
-    ]  # fmt: skip
     none = [name for name, p in zip(names, best, strict=True) if p is None]
     sentence = (
-        f"Within {1e3 * limit_s:g} ms {found[0].hardware.name} costs least: {found[0].usd:.3f} USD per million tokens"
+        f"Within {1e3 * limit_s:g} ms {found[0].hardware.name} is cheapest: {found[0].usd:.3f} USD per million tokens"
     )
-    sentence += f"; {', '.join(none)} cannot keep it." if none else "."
-    head = ["hardware", "USD / M", "kWh / M", "TPOT, ms", "tokens/s a GPU", "GPUs", "layout", "requests a rank"]
-    return Section("What a million tokens cost", sentence, table=Table(head, rows))
+    sentence += f"; {', '.join(none)} cannot meet the limit." if none else "."
+    head = ("hardware", "USD / M", "kWh / M", "TPOT, ms", "tokens/s per GPU", "GPUs", "layout", "requests per rank")
+    return Section("Cost per million tokens", sentence, table=_points(found, head))
+
+
+def _points(points: Sequence[Point], head: Sequence[str], strong: Sequence[int] = ()) -> Table:
+    """Set-ups, one per row, with these columns."""
+    return Table(head, [[_COLUMNS[name](p) for name in head] for p in points], strong=strong)
 
 
 def _detail(p: Point) -> list[Section]:
     """Breakdown, roofline and skew of one set-up."""
     decode = p.step_model.decode(p.batch, p.context)
     prefill = p.step_model.prefill(1, p.context)
-    hollow = f"hollow ones the prefill of a prompt of {p.context:,} tokens"
+    hollow = f"hollow marks are the prefill of a prompt of {p.context:,} tokens"
     sections = [time_section("decode step", f"On {p}", {"decode": decode, "prefill": prefill}, hollow)]
     if can_skew(p.step_model):
         batches = sorted({max(p.batch // 4, 2 * p.step_model.parallel.pp), p.batch}, reverse=True)
-        curves = {f"{batch:,} requests a rank": skewed(p.step_model, batch, p.context) for batch in batches}
+        curves = {f"{batch:,} requests per rank": skewed(p.step_model, batch, p.context) for batch in batches}
         sections.append(skew_section("TPOT", curves))
     return sections
 
@@ -143,25 +142,23 @@ def _clusters(case: UseCase, answers: Sequence[SizingResult]) -> Section:
     sentence = f"{case.prompt:,} tokens in, {case.output:,} out, {case.beams} beam{'s' * (case.beams > 1)}: {limits} "
     if met:
         few, cheap = min(met, key=lambda a: a.gpus), min(met, key=lambda a: a.usd)
-        sentence += f"are kept by {few.gpus} x {few.hardware.name}, the smallest cluster; "
-        same = "which also" if few is cheap else f"{cheap.gpus} x {cheap.hardware.name}"
-        sentence += f"{same} costs least, {cheap.usd:,.2f} USD per million output tokens."
+        sentence += f"are met by {few.gpus} x {few.hardware.name}, the smallest cluster; "
+        same = "it is also" if few is cheap else f"{cheap.gpus} x {cheap.hardware.name} is"
+        sentence += f"{same} the cheapest, with {cheap.usd:,.2f} USD per million output tokens."
         missing = [a.hardware.name for a in answers if not a.meets]
-        sentence += f" No cluster tried of {', '.join(missing)} keeps them." if missing else ""
+        sentence += f" No cluster of {', '.join(missing)} that was tried meets them." if missing else ""
     else:
-        sentence += "are kept by no cluster that was tried."
+        sentence += "are met by no cluster that was tried."
     rows = [_cluster_row(a) for a in answers]
-    head = [
-        "hardware", "GPUs", "layout", "TTFT, ms", "TPOT, ms", "bound by", "full at", "USD / M", "kWh / M",
-        "why not smaller",
-    ]  # fmt: skip
+    head = ["hardware", "GPUs", "layout", "TTFT, ms", "TPOT, ms", "bound by"]
+    head += ["maximum concurrency", "USD / M", "kWh / M", "why not smaller"]
     close = [a.hardware.name for a in answers if a.close]
     note = (
-        f"{case.source[0].upper()}{case.source[1:]}. Bound by: prefill, decode. Full at: the most requests at a time "
+        f"{case.source[0].upper()}{case.source[1:]}. Bound by: prefill, decode. Maximum concurrency: the most requests "
+        "in flight within the limits, and what limits them; costs are at this concurrency, per million output tokens."
     )
-    note += "within the limits, and what keeps it from more; cost is with those, per million output tokens."
     if close:
-        note += f" Within 15 % of a limit, about the model's error, and so a size more or less: {', '.join(close)}."
+        note += f" May be off by one size, being within 15 % of a limit (about the model's error): {', '.join(close)}."
     return Section(f"Use case {case.name}", sentence, table=Table(head, rows), note=note)
 
 
@@ -178,7 +175,7 @@ def _cluster_row(a: SizingResult) -> list[str]:
 
 
 def _misses(case: UseCase, answers: Sequence[SizingResult]) -> list[Section]:
-    """What hardware that misses would need."""
+    """What hardware that misses the limits would need."""
     rows = []
     for a in answers:
         if a.meets:
@@ -192,12 +189,12 @@ def _misses(case: UseCase, answers: Sequence[SizingResult]) -> list[Section]:
     head = ["hardware", "nearest", "enough alone", "all of the hardware", "hardware and overhead"]
     return [
         Section(
-            f"What {case.name} would need",
+            f"Hardware that {case.name} would need",
             f"How much better {len(rows)} kind{'s' * (len(rows) > 1)} of hardware would have to be for the nearest "
-            "cluster to keep the limits.",
+            "cluster to meet the limits.",
             table=Table(head, rows),
-            note="x: so many times more of it; /: so many times less. Overhead: launches, small kernels, and the "
-            "engine between steps.",
+            note="x: times more of it; /: times less of it. Overhead: launches, small kernels, and the engine between "
+            "steps.",
         )
     ]
 
@@ -213,7 +210,7 @@ def _sized_detail(case: UseCase, answers: Sequence[SizingResult], sensitivity: b
     best = {what: min(table, key=lambda knob: -abs(table[knob][what])) for what in ("ttft", "tpot")}
     kind = "the cheapest" if a.meets else "the nearest miss"
     sentence = (
-        f"On {a.gpus} x {a.hardware.name} ({a.layout}), {kind}, TTFT answers most to {KNOBS[best['ttft']]} "
+        f"On {a.gpus} x {a.hardware.name} ({a.layout}), {kind}, TTFT is most sensitive to {KNOBS[best['ttft']]} "
         f"({table[best['ttft']]['ttft']:+.2f} % for 1 % more) and TPOT to {KNOBS[best['tpot']]} "
         f"({table[best['tpot']]['tpot']:+.2f} %)."
     )
@@ -227,10 +224,10 @@ def _sized_detail(case: UseCase, answers: Sequence[SizingResult], sensitivity: b
         ]
     return [
         Section(
-            f"What bounds {case.name}",
+            f"Bottlenecks of {case.name}",
             sentence,
             [decode, bars],
             Table(["hardware", "of", *KNOBS.values()], rows) if rows else None,
-            note="Left: a decode step. Right: at the load asked for. Capacity changes no time of requests that fit.",
+            note="Left: a decode step. Right: at the given load. Capacity does not change the times of what fits.",
         )
     ]

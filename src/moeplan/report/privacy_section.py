@@ -1,4 +1,4 @@
-"""The section of a profile that says what stored rows leak."""
+"""The section of a profile on what stored rows leak."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moeplan.report.profile_figures import link_figure
 
 __all__ = ["privacy_section"]
 
-HEADING = "What stored rows leak"
+HEADING = "Leakage of stored rows"
 
 
-def privacy_section(found: Profile, *, figures: bool = True) -> Section:
+def privacy_section(found: Profile, *, figures: bool) -> Section:
     """Kind and link in one sentence and one table; the reasons where neither can be measured."""
     item = found.privacy
     stages = {name: found.counts.stages.phrase(i) for i, name in enumerate(item.kind)}
@@ -38,9 +38,9 @@ def privacy_section(found: Profile, *, figures: bool = True) -> Section:
         HEADING,
         " ".join(sentences),
         [link_figure(link)] if figures and link is not None and len(link.aggregate) > 1 else (),
-        Table(["what is told", "right", "95 %", "by chance", "of"], rows),
-        "Domain: ridge regression on the counts of all layers, 5 folds; chance is to name the largest domain always"
-        + (f"; {len(left_out)} domains of fewer than 5 rows are left out" if left_out else "")
+        Table(["identified", "accuracy", "95 % interval", "chance", "rows"], rows),
+        "Domain: ridge regression on the counts of all layers, 5 folds; chance: always predict the largest domain"
+        + (f"; {len(left_out)} domains with fewer than 5 rows are left out" if left_out else "")
         + "."
         + (_link_note(stages) if link is not None else ""),
     )
@@ -48,9 +48,9 @@ def privacy_section(found: Profile, *, figures: bool = True) -> Section:
 
 def _link_note(stages: dict[str, str]) -> str:
     return (
-        f" Row: the row that holds a request's {stages['prefill']} is sought among {LINE_UP} of its domain, by the "
-        f"routing of its {stages['decode']}, or by the counts that whoever has its text can compute with the model. N: "
-        "requests summed into a row, as 'moeplan import trace --aggregate N' stores them to be shared."
+        f" Row: identify the row with a request's {stages['prefill']} among {LINE_UP} of its domain, either from the "
+        f"routing of its {stages['decode']}, or from its text, with which the counts can be recomputed on the model. "
+        "N: requests summed into a row, as 'moeplan import trace --aggregate N' stores them."
     )
 
 
@@ -59,22 +59,22 @@ def _kind_sentence(kinds: dict[str, DomainInference], aggregate: int) -> str:
     largest = max(kind.chance for kind in kinds.values())
     row = "request" if aggregate == 1 else f"sum of {aggregate} requests"
     return (
-        f"The domain of a stored {row} is named rightly in {told}; always naming the largest domain would be right in "
-        f"{_percent(largest)}."
+        f"The domain of a stored {row} is predicted correctly in {told} (always predicting the largest domain: "
+        f"{_percent(largest)})."
     )
 
 
 def _link_sentence(link: Reidentification | None, item: Reidentification | Skipped) -> str:
     if link is None:
-        return f"Which request a row is of is not measured: {item.reason if isinstance(item, Skipped) else ''}."
+        return f"Re-identification of requests is not measured: {item.reason if isinstance(item, Skipped) else ''}."
     text = (
-        f"Among {LINE_UP} of its domain, a request's row is found by the rest of its routing in "
-        f"{_percent(link.by_routing[0])}, and by its text in {_percent(link.by_text[0])} "
-        f"({_percent(link.chance)} by chance)"
+        f"Among {LINE_UP} rows of its domain, a request's row is identified from its other routing in "
+        f"{_percent(link.by_routing[0])} and from its text in {_percent(link.by_text[0])} of cases "
+        f"(chance: {_percent(link.chance)})"
     )
     if len(link.aggregate) > 1:
         text += (
-            f"; in sums of {link.aggregate[-1]} (--aggregate {link.aggregate[-1]}), in "
+            f"; for sums of {link.aggregate[-1]} requests (--aggregate {link.aggregate[-1]}) in "
             f"{_percent(link.by_routing[-1])} and {_percent(link.by_text[-1])}"
         )
     return text + "."

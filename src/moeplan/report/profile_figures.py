@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from moeplan.profile.coactivation import Coactivation
@@ -16,25 +14,14 @@ from moeplan.profile.request_map import RequestMap
 from moeplan.profile.similarity import Similarity
 from moeplan.report.figures import GREY, PALETTE, Image, canvas, heat_map, legend_below, lines, shorten, to_image
 
-__all__ = [
-    "classification_figure",
-    "coactivation_figure",
-    "distinct_figure",
-    "imbalance_figure",
-    "link_figure",
-    "map_figure",
-    "phases_figure",
-    "similarity_figure",
-]
-
 
 def imbalance_figure(load: Imbalance, stages: list[tuple[int, str]], floor: float) -> Image:
     """Imbalance factor by layer, a line per stage; flagged layers are marked and cut from the lines."""
     with canvas() as (figure, axes):
         x = np.array(load.layer_ids)
         shown = [(label, np.where(load.flagged, np.nan, load.by_stage[s])) for s, label in stages]
-        lines(axes, x, shown, x_label="layer", y_label="largest load / mean load")
-        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label="even experts would show")
+        lines(axes, x, shown, ("layer", "largest load / mean load"))
+        axes.axhline(floor, color=GREY, linestyle=":", linewidth=1.4, label="noise floor")
         top = max(float(np.nanmax(y)) for _, y in shown) if not load.flagged.all() else 1.0
         axes.set_ylim(0, top * 1.08)
         for layer in np.flatnonzero(load.flagged):
@@ -62,7 +49,7 @@ def phases_figure(found: Phases, load: Imbalance) -> Image:
         series = [("pooled over requests", found.pooled), ("each request's own", found.own)]
         series += [(name, found.nulls[i]) for i, name in enumerate(NULLS)]
         series = [(name, np.where(load.flagged, np.nan, values)) for name, values in series]
-        lines(axes, np.array(found.layer_ids), series, x_label="layer", y_label="Pearson correlation", quiet=NULLS)
+        lines(axes, np.array(found.layer_ids), series, ("layer", "Pearson correlation"), *NULLS)
         axes.set_ylim(min(0.0, float(np.nanmin([np.nanmin(y) for _, y in series if np.isfinite(y).any()]))), 1.02)
         legend_below(figure, axes)
         return to_image(figure, "Prefill-decode correlation by layer with its null baselines")
@@ -80,15 +67,8 @@ def map_figure(found: RequestMap, title: str) -> Image:
             axes.scatter(*found.xy[rest].T, s=9, color="#c3cad1", label=label, linewidths=0)
         for i, d in enumerate(named):
             at = found.domain == d
-            axes.scatter(
-                *found.xy[at].T,
-                s=13,
-                color=PALETTE[i],
-                marker=markers[i],
-                alpha=0.75,
-                label=shorten(found.domains[d]),
-                linewidths=0,
-            )
+            look = {"s": 13, "color": PALETTE[i], "marker": markers[i], "alpha": 0.75, "linewidths": 0}
+            axes.scatter(*found.xy[at].T, label=shorten(found.domains[d]), **look)
         axes.set(xticks=[], yticks=[], title=title)
         axes.grid(False)
         for side in axes.spines.values():
@@ -102,18 +82,9 @@ def map_figure(found: RequestMap, title: str) -> Image:
 def classification_figure(found: Leakage) -> Image:
     """Accuracy by layer with the shuffled control and chance."""
     with canvas() as (figure, axes):
-        series: list[tuple[str, Any]] = [
-            ("true labels", 100 * found.accuracy),
-            ("shuffled labels", 100 * found.control),
-        ]
-        lines(
-            axes,
-            np.array(found.layer_ids),
-            series,
-            x_label="layer",
-            y_label="accuracy, held-out requests, %",
-            quiet=("shuffled labels",),
-        )
+        series = [("true labels", 100 * found.accuracy), ("shuffled labels", 100 * found.control)]
+        labels = ("layer", "accuracy, held-out requests, %")
+        lines(axes, np.array(found.layer_ids), series, labels, "shuffled labels")
         axes.axhline(100 * found.chance, color=PALETTE[1], linewidth=1, label=f"chance ({found.chance:.0%})")
         axes.set_ylim(0, 103)
         legend_below(figure, axes, columns=3)
@@ -121,7 +92,7 @@ def classification_figure(found: Leakage) -> Image:
 
 
 def link_figure(found: Reidentification) -> Image:
-    """How often a request's row is found, by how many requests a row sums, with its intervals and chance."""
+    """Share of requests whose row is identified, by the number of requests in a row, with intervals and chance."""
     with canvas() as (figure, axes):
         series = (
             ("by text", found.by_text, found.text_ci, PALETTE[1]),
@@ -134,23 +105,16 @@ def link_figure(found: Reidentification) -> Image:
         axes.set_xscale("log", base=2)
         axes.set_xticks(found.aggregate, [str(n) for n in found.aggregate])
         axes.minorticks_off()
-        axes.set(ylim=(0, 103), xlabel="requests summed into a row", ylabel="row found among 10, %")
+        axes.set(ylim=(0, 103), xlabel="requests summed into a row", ylabel="row identified among 10, %")
         legend_below(figure, axes, columns=3)
-        return to_image(figure, "How often a request's row is found, against the requests summed into a row")
+        return to_image(figure, "Share of requests whose row is identified, against the requests summed into a row")
 
 
 def coactivation_figure(found: Coactivation) -> Image:
-    """Distance from independence by layer, and what sampling alone would show."""
+    """Distance from independence by layer, and its noise floor."""
     with canvas() as (figure, axes):
         series = [("observed pairs", 100 * found.distance), ("noise floor", 100 * found.floor)]
-        lines(
-            axes,
-            np.array(found.layer_ids),
-            series,
-            x_label="layer",
-            y_label="pairs out of place, %",
-            quiet=("noise floor",),
-        )
+        lines(axes, np.array(found.layer_ids), series, ("layer", "distance from independence, %"), "noise floor")
         axes.set_ylim(0, None)
         legend_below(figure, axes)
         return to_image(figure, "Co-activation: distance from quasi-independence by layer")
@@ -159,18 +123,16 @@ def coactivation_figure(found: Coactivation) -> Image:
 def distinct_figure(found: Distinct, num_experts: int) -> Image:
     """Distinct experts against batch size."""
     with canvas(height=3.7) as (figure, axes):
-        series = [("mixed domains", found.mixed)]
+        series = [("all domains", found.mixed)]
         if np.isfinite(found.single).any():
             series.append(("one domain", found.single))
-        quiet = ("even, independent", "by popularity, independent")
+        quiet = ("uniform routing", "observed popularity")
         series += list(zip(quiet, (found.uniform, found.popular), strict=True))
-        lines(
-            axes, found.batch, series, x_label="tokens in the batch", y_label="distinct experts per layer", quiet=quiet
-        )
+        lines(axes, found.batch, series, ("tokens in the batch", "distinct experts per layer"), *quiet)
         axes.set_xscale("log", base=2)
         ticks = found.batch[:: 2 if len(found.batch) > 6 else 1]
         axes.set_xticks(ticks, [str(b) for b in ticks])
         axes.minorticks_off()
         axes.set_ylim(0, num_experts * 1.04)
         legend_below(figure, axes)
-        return to_image(figure, f"Distinct experts touched per layer, batch 1 to {found.batch[-1]}")
+        return to_image(figure, f"Distinct experts per layer, batch 1 to {found.batch[-1]}")

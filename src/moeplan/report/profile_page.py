@@ -24,35 +24,19 @@ def profile_html(found: Profile) -> str:
         f"{found.trace.path.name}: {shape.num_layers} MoE layers x {shape.num_experts} experts, top-{shape.top_k}; "
         f"{len(requests):,} {found.trace.request_noun}, {int(requests.rows.sum()):,} tokens; seed {found.seed}"
     )
-    sections = [
-        _trace(found),
-        _imbalance(found),
-        _similarity(found),
-        _phases(found),
-        _map(found),
-        _classification(found),
-        privacy_section(found),
-        _coactivation(found),
-        _distinct(found),
-    ]
+    sections = [_trace(found), *_measures(found)]
     return render(f"Expert use of {found.trace.label}", subtitle, found.notices, sections)
 
 
 def sentences(found: Profile) -> dict[str, str]:
     """What each measure shows in this trace, by topic; the terminal and the page say the same."""
-    return {
-        section.heading: section.sentence
-        for section in (
-            _imbalance(found, figures=False),
-            _similarity(found, figures=False),
-            _phases(found, figures=False),
-            _map(found, figures=False),
-            _classification(found, figures=False),
-            privacy_section(found, figures=False),
-            _coactivation(found, figures=False),
-            _distinct(found, figures=False),
-        )
-    }
+    return {section.heading: section.sentence for section in _measures(found, figures=False)}
+
+
+def _measures(found: Profile, *, figures: bool = True) -> list[Section]:
+    """A section for each measure."""
+    makers = (_imbalance, _similarity, _phases, _map, _classification, privacy_section, _coactivation, _distinct)
+    return [make(found, figures=figures) for make in makers]
 
 
 def _named(found: Profile) -> dict[str, str]:
@@ -87,35 +71,35 @@ def _trace(found: Profile) -> Section:
     caption = f"the {MAX_DOMAINS} largest of {len(order)} domains" if len(order) > MAX_DOMAINS else ""
     head = ["domain", "requests"]
     head += [f"rows: {label}" for _, label in stages] + [f"imbalance: {label}" for _, label in stages]
-    head += [f"even experts: {label}" for _, label in stages[:1]]
+    head += [f"noise floor: {label}" for _, label in stages[:1]]
     usable, total = int(counts.stages.usable.sum()), len(requests)
-    both = f"{'all' if usable == total else f'{usable:,}'} have the rows of both stages that comparing them takes"
+    both = f"{'all' if usable == total else f'{usable:,}'} have enough rows of both stages to compare them"
     if not usable:
-        both = "none has the rows of both stages that comparing them takes"
+        both = "none has enough rows of both stages to compare them"
     domains = f"{len(counts.domains)} domain{'s' if len(counts.domains) != 1 else ''}"
     return Section(
         "What was recorded",
         f"{total:,} {found.trace.request_noun} of {domains}; {both}.",
         table=Table(head, rows, caption),
-        note="Imbalance: largest expert's load over the mean, mean over layers. Even experts: what as many independent "
-        "picks would show if every expert were equally likely; small samples look imbalanced by themselves.",
+        note="Imbalance: load of the busiest expert over the mean load, mean over layers. Noise floor: the imbalance "
+        "of as many uniformly random picks; small samples are imbalanced by chance.",
     )
 
 
-def _imbalance(found: Profile, *, figures: bool = True) -> Section:
+def _imbalance(found: Profile, *, figures: bool) -> Section:
     load, stages = found.imbalance, _stages(found)
     kept = load.kept
     worst = int(kept[np.nanargmax(load.overall[kept])])
     by_stage = ", ".join(f"{label} {load.mean(load.by_stage[s]):.1f}" for s, label in stages)
     floor = float(np.nanmax(load.floor_by_stage[[s for s, _ in stages]]))
     sentence = (
-        f"The busiest expert of a layer takes {load.mean(load.overall):.1f} times the mean load, all rows together and "
-        f"averaged over {len(kept)} layers (within one stage: {by_stage}); in layer {load.layer_ids[worst]} it takes "
-        f"{load.overall[worst]:.1f} times. Equally likely experts would show at most {floor:.2f}."
+        f"The busiest expert of a layer has {load.mean(load.overall):.1f} times the mean load, over all rows, averaged "
+        f"over {len(kept)} layers (by stage: {by_stage}). The largest value is {load.overall[worst]:.1f}, in layer "
+        f"{load.layer_ids[worst]}. Noise floor, the value of uniformly random routing: at most {floor:.2f}."
     )
     if load.flagged.any():
         flagged = ", ".join(str(load.layer_ids[i]) for i in np.flatnonzero(load.flagged))
-        sentence += f" Left out of means, since one expert takes more than half of all picks: layer {flagged}."
+        sentence += f" Left out of means, because one expert takes more than half of all picks: layer {flagged}."
     return Section(
         "Imbalance of expert load",
         sentence,
@@ -133,11 +117,11 @@ def _imbalance(found: Profile, *, figures: bool = True) -> Section:
             ],
             "the layers with the largest imbalance, all rows",
         ),
-        "An expert's load is its picks over the picks it would get if all were equal; the factor is the largest one.",
+        "Load of an expert: its picks over the mean picks per expert. Imbalance: the largest load of a layer.",
     )
 
 
-def _similarity(found: Profile, *, figures: bool = True) -> Section:
+def _similarity(found: Profile, *, figures: bool) -> Section:
     heading = "Similarity of domains"
     given = [(name, item) for name, item in found.similarity.items() if isinstance(item, Similarity)]
     if not given:
@@ -152,19 +136,20 @@ def _similarity(found: Profile, *, figures: bool = True) -> Section:
         if len(pairs) == 1:
             verdict = f"they differ by {'more' if differs else 'no more'} than noise"
         sentence = (
-            f"In {named[stage]}, {least['a']} and {least['b']} are least alike: {least['between']:.2f} between halves "
-            f"of the two, where halves of one domain reach {least['reliability']:.2f}; {verdict}."
+            f"In {named[stage]}, {least['a']} and {least['b']} are the least similar: correlation "
+            f"{least['between']:.2f} between halves of the two domains, {least['reliability']:.2f} between halves of "
+            f"one domain; {verdict}."
         )
     else:
         upper = last.matrix[np.triu_indices(len(last.domains), 1)]
         upper = upper[np.isfinite(upper)]
         reach = f"{upper.min():.2f} to {upper.max():.2f}" if len(upper) else "undefined"
         sentence = (
-            f"In {named[stage]}, similarity is {reach} over {len(upper)} pairs, but no two domains have the 4 requests "
-            "that it takes to tell this from noise."
+            f"In {named[stage]}, similarity is {reach} over {len(upper)} pairs, but fewer than two domains have the 4 "
+            "requests that a comparison with noise needs."
         )
     if last.left_out and pairs:
-        sentence += f" {len(last.left_out)} domains are too small to halve."
+        sentence += f" {len(last.left_out)} domains are too small to split in halves."
     rows = [
         [
             f"{pair['a']} - {pair['b']}",
@@ -177,21 +162,22 @@ def _similarity(found: Profile, *, figures: bool = True) -> Section:
         for pair in pairs[:MAX_PAIRS]
     ]
     head = ["pair", "similarity", "between halves", "within (reliability)", "disattenuated", "verdict"]
-    some = f", the {MAX_PAIRS} least alike of {len(pairs)} pairs" if len(pairs) > MAX_PAIRS else ""
+    some = f", the {MAX_PAIRS} least similar of {len(pairs)} pairs" if len(pairs) > MAX_PAIRS else ""
     caption = f"{label[stage]}{some}"
     return Section(
         heading,
         sentence,
         [draw.similarity_figure(item, label[name]) for name, item in given] if figures else (),
         Table(head, rows, caption) if rows else None,
-        "Pearson correlation of the experts' token counts, mean over layers. Halves: seeded random halves of each "
-        "domain's requests, so that both comparisons have samples of one size. Disattenuated: between over within; 1 "
-        "means no difference. Verdict: the 95 % interval of within minus between (bootstrap over requests) is above 0.",
+        "Pearson correlation of expert counts, mean over layers. Halves: seeded random halves of each domain's "
+        "requests, so that both comparisons have samples of the same size. Disattenuated: between / within; 1 means no "
+        "difference. Verdict: 'differ' if the 95 % interval of within minus between (bootstrap over requests) is above "
+        "0.",
     )
 
 
-def _phases(found: Profile, *, figures: bool = True) -> Section:
-    heading = "What the prefill tells about the decode"
+def _phases(found: Profile, *, figures: bool) -> Section:
+    heading = "Predicting decode from prefill"
     item = found.phases
     if isinstance(item, Skipped):
         return Section(heading, f"Not shown: it {item.reason}.", skipped=True)
@@ -199,12 +185,13 @@ def _phases(found: Profile, *, figures: bool = True) -> Section:
     best = int(np.nanargmax(item.mean_nulls)) if np.isfinite(item.mean_nulls).any() else 0
     low, high = item.advantage_ci[best]
     gain = float(item.advantage[best])
-    verdict = "no more or less than" if not (low > 0 or high < 0) else ("more than" if gain > 0 else "less than")
-    nulls = ", ".join(f"{name} reaches {_number(item.mean_nulls[i], 2)}" for i, name in enumerate(NULLS))
+    verdict = "as well as" if not (low > 0 or high < 0) else ("better than" if gain > 0 else "worse than")
+    nulls = ", ".join(f"{name} {_number(item.mean_nulls[i], 2)}" for i, name in enumerate(NULLS))
     sentence = (
-        f"A request's expert counts in {names['prefill']} and {names['decode']} correlate {item.mean_own:.2f}; in "
-        f"place of its own prefill, {nulls}. So its own tells {verdict} {NULLS[best]} does ({gain:+.3f}, 95 % interval "
-        f"{_number(low, 3)} to {_number(high, 3)}). Pooled over requests, as published: {item.mean_pooled:.2f}."
+        f"The expert counts of a request in {names['prefill']} and {names['decode']} have a correlation of "
+        f"{item.mean_own:.2f}. Baselines: {nulls}. A request's own prefill predicts its decode {verdict} {NULLS[best]} "
+        f"does (difference {gain:+.3f}, 95 % interval {_number(low, 3)} to {_number(high, 3)}). Pooled over requests, "
+        f"as published: {item.mean_pooled:.2f}."
     )
     used = f"{item.sampled:,} requests" + (f" of {item.usable:,} usable" if item.sampled < item.usable else "")
     unused = item.requests - item.usable
@@ -228,11 +215,11 @@ def _phases(found: Profile, *, figures: bool = True) -> Section:
         f"Pearson correlation of the experts' counts per layer, on {used}"
         + (f"; {unused:,} requests are too short or have no such rows" if unused else "")
         + ". Popularity is the decode counts of all other requests (of the same domain), the request itself left out. "
-        "Pooling averages requests out, so popular experts alone can make it high.",
+        "Pooling averages over requests, so popular experts alone can make it high.",
     )
 
 
-def _map(found: Profile, *, figures: bool = True) -> Section:
+def _map(found: Profile, *, figures: bool) -> Section:
     heading = "Map of requests"
     given = [(name, item) for name, item in found.maps.items() if not isinstance(item, Skipped)]
     if not given:
@@ -249,8 +236,8 @@ def _map(found: Profile, *, figures: bool = True) -> Section:
     if len(found.counts.domains) < 2:
         item = given[0][1]
         sentence = (
-            f"The {len(item.requests)} requests shown are of one domain; the nearest neighbour of one uses the experts "
-            f"like it to a cosine of {item.nearest:.2f}, another request on average to {item.typical:.2f}."
+            f"The {len(item.requests)} requests shown are of one domain. Mean cosine of expert use: {item.nearest:.2f} "
+            f"to the nearest neighbour, {item.typical:.2f} to another request."
         )
     drawn = [
         f"{len(item.requests)} of {item.of} requests in {label[n]}" for n, item in given if len(item.requests) < item.of
@@ -260,13 +247,13 @@ def _map(found: Profile, *, figures: bool = True) -> Section:
         sentence,
         [draw.map_figure(item, label[name]) for name, item in given] if figures else (),
         note="t-SNE (perplexity 30, seeded) of each request's expert counts over all layers, scaled to length 1, after "
-        "PCA to 50. Only who lies near whom means anything; neighbours in the sentence are by cosine before any "
-        "reduction." + (f" Drawn: {', '.join(drawn)}." if drawn else ""),
+        "PCA to 50. Only neighbourhoods are meaningful, not distances between far points. The neighbours in the "
+        "sentence are by cosine, before any reduction." + (f" Drawn: {', '.join(drawn)}." if drawn else ""),
     )
 
 
-def _classification(found: Profile, *, figures: bool = True) -> Section:
-    heading = "What routing leaks"
+def _classification(found: Profile, *, figures: bool) -> Section:
+    heading = "Domain leakage of expert load"
     item = found.leakage
     if isinstance(item, Skipped):
         return Section(heading, f"Not shown: it {item.reason}.", skipped=True)
@@ -280,7 +267,7 @@ def _classification(found: Profile, *, figures: bool = True) -> Section:
         heading,
         item.meaning,
         [draw.classification_figure(item)] if figures else (),
-        Table(["layer", "accuracy", "shuffled labels"], rows, "the four best layers and the two worst"),
+        Table(["layer", "accuracy", "shuffled labels"], rows, "the four best and the two worst layers"),
         f"One multinomial logistic regression per layer ({tried}{item.splits} split{'s' if item.splits > 1 else ''} of "
         f"80:20, {item.per_class} requests per type) on raw expert counts of {item.rows}. "
         f"Types: {', '.join(item.classes[:12])}{' ..' if len(item.classes) > 12 else ''}."
@@ -288,19 +275,21 @@ def _classification(found: Profile, *, figures: bool = True) -> Section:
     )
 
 
-def _coactivation(found: Profile, *, figures: bool = True) -> Section:
-    heading = "Experts picked together"
+def _coactivation(found: Profile, *, figures: bool) -> Section:
+    heading = "Co-activation of experts"
     item = found.coactivation
     if isinstance(item, Skipped):
         return Section(heading, f"Not shown: {item.reason}.", skipped=True)
     far, near = float(np.nanmean(item.distance)), float(np.nanmean(item.floor))
     sentence = (
-        f"{100 * far:.0f} % of the pairs that tokens pick would have to change partners before expert popularity alone "
-        f"explained them; sampling noise accounts for {100 * near:.1f} %."
+        f"The expert pairs that tokens pick differ from independent choice by {100 * far:.0f} % (total variation "
+        f"distance; noise floor {100 * near:.1f} %)."
     )
     if item.strongest:
         layer, a, b, _, _, lift = item.strongest[0]
-        sentence += f" The strongest pair is {a} and {b} in layer {layer}, {lift:.1f} times as often as expected."
+        sentence += (
+            f" The strongest pair, {a} and {b} in layer {layer}, is picked {lift:.1f} times as often as expected."
+        )
     rows = [
         [str(layer), f"{a}, {b}", f"{observed:,}", f"{expected:,.0f}", f"{lift:.1f}"]
         for layer, a, b, observed, expected, lift in item.strongest[:MAX_STRONGEST]
@@ -311,25 +300,25 @@ def _coactivation(found: Profile, *, figures: bool = True) -> Section:
         [draw.coactivation_figure(item)] if figures else (),
         Table(["layer", "experts", "observed", "expected", "lift"], rows, "the strongest pairs") if rows else None,
         f"On {item.rows:,} sampled rows of {item.stage}. Expected: quasi-independence, a table x(a) x(b) without "
-        "diagonal that keeps every expert's popularity. Distance: total variation. Noise floor: a Poisson draw of the "
-        "expectation; tokens of one request resemble each other, so true noise is somewhat larger.",
+        "diagonal with the observed popularity of every expert. Distance: total variation. Noise floor: a Poisson draw "
+        "of the expectation; tokens of one request are similar, so the true noise is somewhat larger.",
     )
 
 
-def _distinct(found: Profile, *, figures: bool = True) -> Section:
+def _distinct(found: Profile, *, figures: bool) -> Section:
     heading, item, size = "Distinct experts in a batch", found.distinct, found.trace.shape.num_experts
     if isinstance(item, Skipped):
         return Section(heading, f"Not shown: {item.reason}.", skipped=True)
-    at = int(np.argmin(np.abs(item.mixed - size / 2)))  # where batches are most telling: half of the experts touched
+    at = int(np.argmin(np.abs(item.mixed - size / 2)))  # the most informative batch: half of the experts used
     b = int(item.batch[at])
     sentence = (
-        f"A batch of {b} tokens touches {item.mixed[at]:.1f} of {size} experts per layer ({item.batch[-1]} tokens: "
-        f"{item.mixed[-1]:.1f}); {b} independent picks would touch {item.uniform[at]:.1f} if even and "
-        f"{item.popular[at]:.1f} by popularity"
+        f"A batch of {b} tokens uses {item.mixed[at]:.1f} of {size} experts per layer ({item.batch[-1]} tokens: "
+        f"{item.mixed[-1]:.1f}). {b} independent tokens would use {item.uniform[at]:.1f} with uniform routing and "
+        f"{item.popular[at]:.1f} with the observed expert popularity"
     )
     if np.isfinite(item.single[at]):
         change = 100 * (item.single[at] / item.mixed[at] - 1)
-        sentence += f"; {b} tokens of one domain touch {item.single[at]:.1f} ({change:+.0f} %)"
+        sentence += f". {b} tokens of one domain use {item.single[at]:.1f} ({change:+.0f} %)"
     rows = [
         [str(b), *(_number(series[i], 1) for series in (item.mixed, item.single, item.popular, item.uniform))]
         for i, b in enumerate(item.batch.tolist())
@@ -338,9 +327,11 @@ def _distinct(found: Profile, *, figures: bool = True) -> Section:
         heading,
         sentence + ".",
         [draw.distinct_figure(item, size)] if figures else (),
-        Table(["batch", "mixed", "one domain", "by popularity", "even"], rows, "distinct experts per layer"),
-        f"Batches of {item.stage} rows drawn at random from {item.rows:,}, mean over draws and layers. What a step "
-        "touches is what it must read from memory.",
+        Table(
+            ["batch, tokens", "all domains", "one domain", "popularity", "uniform"], rows, "distinct experts per layer"
+        ),
+        f"Batches of {item.stage} rows drawn at random from {item.rows:,}, mean over draws and layers. A decode "
+        "step reads the weights of the distinct experts from memory.",
     )
 
 

@@ -17,7 +17,7 @@ from moeplan.planning.assignment import equal_groups
 from moeplan.planning.plan import Plan
 from moeplan.planning.requests import RequestSet, read_requests
 from moeplan.progress import Progress, silent
-from moeplan.replay.run import check_shape
+from moeplan.replay.evaluator import check_shape
 from moeplan.simulation.clock import NOT_VALIDATED, unit_clock
 from moeplan.simulation.engine import Engine, Events
 from moeplan.simulation.figures import run_figures
@@ -123,9 +123,9 @@ class _Setup:
             raise UsageError("sums of requests have no steps to simulate", hint="use a trace made without --aggregate")
         _check_rows(requests, settings)
         prompt, said = prompt_lengths(requests, settings.prompt_tokens)
-        span = requests.use_span
-        longest = int((prompt + span[:, 1] - span[:, 0]).max()) + 1
-        mean = int(np.ceil((prompt + (span[:, 1] - span[:, 0]) / 2).mean()))
+        first, end = requests.spans.use
+        longest = int((prompt + end - first).max()) + 1
+        mean = int(np.ceil((prompt + (end - first) / 2).mean()))
         slots = settings.slots or MOST_RUNNING
         cache = settings.cache_tokens
         if cache is None:

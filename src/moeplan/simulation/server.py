@@ -10,7 +10,7 @@ from moeplan.cluster import Cluster, Dispatch
 from moeplan.errors import PlanError
 from moeplan.model.spec import CompleteSpec
 from moeplan.perf.hardware import Hardware, load_hardware
-from moeplan.perf.memory import MemoryModel, Parallel, Precision
+from moeplan.perf.memory import MemoryModel, ParallelLayout, Precision
 from moeplan.perf.step_model import StepModel
 from moeplan.planning.plan import Plan
 from moeplan.replay.timing import Timing, cluster_parallel, find_model
@@ -84,7 +84,7 @@ def find_server(
         return Server(StepModel(spec, found, parallel, Precision.of_checkpoint(spec)), 0)
     timing.check(shape, Cluster(1, 1), Dispatch.PICK)
     gpus = settings.gpus_per_instance
-    parallel = Parallel(tp=gpus, ep=gpus if settings.expert_parallel else 1)
+    parallel = ParallelLayout(tp=gpus, ep=gpus if settings.expert_parallel else 1)
     server = Server(StepModel(spec, found, parallel, Precision.of_checkpoint(spec)), shape.num_layers)
     server.step.decode(1, 1)  # refuses a layout that cannot be, before anything runs
     return server

@@ -11,12 +11,11 @@ import numpy as np
 from moeplan.arrays import Float32Array, FloatArray, Int64Array
 from moeplan.errors import UsageError
 from moeplan.gateway.fleet import Request
-from moeplan.planning.clustering import kmeans
+from moeplan.planning.assignment import kmeans
 from moeplan.planning.expected_use import UseForecast, shares
 from moeplan.planning.plan import Plan
-from moeplan.planning.requests import RequestSet
+from moeplan.planning.requests import RequestSet, blocks, split
 from moeplan.replay.evaluator import fold_rng
-from moeplan.replay.split import blocks, split
 from moeplan.simulation.settings import SimulationSettings
 from moeplan.simulation.stream import Stream, bursty_gaps, poisson_gaps, recorded_times
 
@@ -33,8 +32,10 @@ def prompt_lengths(requests: RequestSet, given: int | None) -> tuple[Int64Array,
     n = len(requests)
     if given is not None:
         return np.full(n, given, np.int64), f"prompts of {given} tokens"
-    if (requests.prefill_rows > 0).all():
-        return requests.prefill_rows.copy(), "prompts as long as the recorded prefill"
+    if requests.trace is not None:
+        prefill = requests.trace.requests.prefill_known[requests.index]
+        if (prefill > 0).all():
+            return np.asarray(prefill, np.int64), "prompts as long as the recorded prefill"
     prompts = requests.trace.prompts if requests.trace is not None else None
     if prompts is not None and prompts.kind == "ids":
         lengths = np.diff(prompts.offsets)[requests.index]
@@ -127,14 +128,14 @@ class Traffic:
         return np.where(of_kind, rng.choice(self.held[chosen], count), rng.choice(self.held, count))
 
     def _stream(self, source: Int64Array, time: FloatArray) -> Stream:
-        span = self.requests.use_span[source]
-        return Stream(source, time, self.prompt[source], self._answers[source], np.ascontiguousarray(span[:, 0]))
+        first = self.requests.spans.use[0, source]
+        return Stream(source, time, self.prompt[source], self._answers[source], first)
 
     @cached_property
     def _answers(self) -> Int64Array:
         """int64 [n]: the first token comes with the prompt, and each row of the trace decodes one more."""
-        span = self.requests.use_span
-        return np.asarray(span[:, 1] - span[:, 0] + 1, np.int64)
+        first, end = self.requests.spans.use
+        return np.asarray(end - first + 1, np.int64)
 
     @cached_property
     def _kinds(self) -> Int64Array:

@@ -29,7 +29,7 @@ from moeplan.trace.reader import Trace, open_trace
 from moeplan.trace.writer import TraceWriter
 from moeplan.types import ModelShape, expert_dtype
 
-__all__ = ["Workload", "draw_workload", "generate", "generate_rows"]
+__all__ = ["Workload", "WorkloadSettings", "draw_workload", "generate", "generate_rows"]
 
 #: Picks drawn at once: what the generator holds in memory beside the writer's part.
 CHUNK_PICKS = 8 * 1024 * 1024
@@ -94,31 +94,39 @@ class Workload:
         yield first, len(self.requests)
 
 
+@dataclass(frozen=True)
+class WorkloadSettings:
+    """What is drawn of a preset.
+
+    Attributes:
+        requests, prefill, decode: how many, and mean tokens of each; None: the preset's. Domains come equally often, in
+            random order. A request's own tokens are gamma distributed (coefficient of variation one half, at most four
+            times the mean), at least 1 prefill and 8 decode where the mean allows.
+        seed: of the requests.
+        layers: keep only the first n MoE layers, or those with these layer ids of the model.
+        exact: give every request exactly `prefill` and `decode` tokens.
+    """
+
+    requests: int | None = None
+    prefill: int | None = None
+    decode: int | None = None
+    seed: int = 0
+    layers: int | Sequence[int] | None = None
+    exact: bool = False
+
+
 def generate(
-    preset: str | Preset,
-    out: Path,
-    *,
-    requests: int | None = None,
-    prefill: int | None = None,
-    decode: int | None = None,
-    seed: int = 0,
-    layers: int | Sequence[int] | None = None,
-    exact: bool = False,
-    progress: Progress = silent,
+    preset: str | Preset, out: Path, settings: WorkloadSettings = WorkloadSettings(), progress: Progress = silent
 ) -> Trace:
-    """Write a synthetic trace; the arguments are those of `draw_workload`.
+    """Write a synthetic trace.
 
     Raises:
         UsageError: no such preset or layer, or sizes that make no trace.
         OutputError: `out` exists or cannot be written.
     """
-    if isinstance(preset, str):
-        preset = find_preset(preset)
-    workload = draw_workload(
-        preset, requests=requests, prefill=prefill, decode=decode, seed=seed, layers=layers, exact=exact
-    )
+    workload = draw_workload(preset, settings)
     table = workload.requests
-    source = {"generate": preset.name, "seed": seed, "exact_lengths": exact}
+    source = {"generate": workload.shape.name, "seed": settings.seed, "exact_lengths": settings.exact}
     with TraceWriter(out, workload.shape, source=source, synthetic=True) as writer:
         for first, last in workload.chunks():
             picks = workload.picks(first, last)
@@ -134,49 +142,25 @@ def generate(
 
 
 def generate_rows(
-    preset: str | Preset,
-    *,
-    requests: int | None = None,
-    prefill: int | None = None,
-    decode: int | None = None,
-    seed: int = 0,
-    layers: int | Sequence[int] | None = None,
-    exact: bool = False,
+    preset: str | Preset, settings: WorkloadSettings = WorkloadSettings()
 ) -> tuple[ModelShape, Requests, Rows]:
     """The same workload as `generate` writes, in memory."""
-    if isinstance(preset, str):
-        preset = find_preset(preset)
-    workload = draw_workload(
-        preset, requests=requests, prefill=prefill, decode=decode, seed=seed, layers=layers, exact=exact
-    )
+    workload = draw_workload(preset, settings)
     picks = np.concatenate([workload.picks(first, last) for first, last in workload.chunks()])
     table = workload.requests
     return workload.shape, table, Rows(0, picks, table.offsets, table.prefill)
 
 
-def draw_workload(
-    preset: Preset,
-    *,
-    requests: int | None = None,
-    prefill: int | None = None,
-    decode: int | None = None,
-    seed: int = 0,
-    layers: int | Sequence[int] | None = None,
-    exact: bool = False,
-) -> Workload:
+def draw_workload(preset: str | Preset, settings: WorkloadSettings = WorkloadSettings()) -> Workload:
     """Draw the requests (domain, lengths, mixtures) and build the model's tables.
 
-    Args:
-        requests: how many; domains come equally often, in random order.
-        prefill, decode: mean tokens per request; a request's own are gamma distributed (coefficient of variation one
-            half, at most four times the mean), at least 1 prefill and 8 decode where the mean allows.
-        seed: of the requests.
-        layers: keep only the first n MoE layers, or those with these layer ids of the model.
-        exact: give every request exactly `prefill` and `decode` tokens.
+    Raises:
+        UsageError: no such preset or layer, or sizes that make no trace.
     """
-    requests = preset.requests if requests is None else requests
-    prefill = preset.prefill if prefill is None else prefill
-    decode = preset.decode if decode is None else decode
+    preset, seed, exact = find_preset(preset), settings.seed, settings.exact
+    requests = preset.requests if settings.requests is None else settings.requests
+    prefill = preset.prefill if settings.prefill is None else settings.prefill
+    decode = preset.decode if settings.decode is None else settings.decode
     for label, value, low, high in (
         ("requests", requests, 1, MAX_REQUESTS),
         ("prefill tokens", prefill, 0, MAX_TOKENS),
@@ -186,7 +170,7 @@ def draw_workload(
     ):
         if not low <= value <= high:
             raise UsageError(f"{value} {label} is outside {low}..{high}")
-    shape, kept = _layers_kept(preset.shape, layers)
+    shape, kept = _layers_kept(preset.shape, settings.layers)
     rng = np.random.default_rng([seed, zlib.crc32(preset.name.encode())])
     domain = rng.permutation(np.arange(requests) % len(preset.domains))
     lengths = _draw_lengths(rng, requests, prefill, 1, exact), _draw_lengths(rng, requests, decode, 8, exact)
@@ -194,15 +178,14 @@ def draw_workload(
     key = rng.integers(2**63, dtype=np.uint64)
     with np.errstate(over="ignore"):
         keys = mix64(key + mix64(np.arange(requests, dtype=np.uint64)))
-    names = [name for name, _ in preset.domains]
     order = list(dict.fromkeys(domain.tolist()))  # in order of first appearance, as a reader finds them
-    rank = np.zeros(len(names), np.int64)
+    rank = np.zeros(len(preset.domains), np.int64)
     rank[order] = np.arange(len(order))
     table = Requests(
         rows=lengths[0] + lengths[1],
         prefill=lengths[0],
         domain=rank[domain],
-        domains=tuple(names[d] for d in order),
+        domains=tuple(preset.domains[d][0] for d in order),
         arrival=np.full(requests, np.nan),
         dp_rank=np.full(requests, -1, np.int64),
     )

@@ -1,4 +1,4 @@
-"""Presets of the synthetic generator: three published models, and a small one for the demonstration.
+"""Presets of the synthetic generator (`data/presets.json`): three published models, and a small one for the demo.
 
 The models are those of the catalogue, with experts in fp8 and a KV cache in bf16. Three spreads per preset are tuned,
 each to one figure of `Targets`, and to nothing else (never to the volumes or the quality of plans).
@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from moeplan.errors import UsageError
+from moeplan.io.catalogue import read_object
+from moeplan.io.json import convert
 from moeplan.model.catalogue import load_model
 from moeplan.model.parameters import expert_parameters, kv_values_per_token
-from moeplan.model.spec import ModelSpec, Moe
+from moeplan.model.spec import ModelSpec
 from moeplan.types import ModelShape
 
 __all__ = ["PRESETS", "Preset", "Targets", "find_preset"]
+
+DATA = Path(__file__).parent / "data" / "presets.json"
+
+#: The seven data sets of the published experiment; mathematics, program synthesis and summaries are each a family.
+_SEVEN = (
+    *(("gsm8k", "mathematics"), ("math", "mathematics"), ("mbpp", "code"), ("humaneval", "code")),
+    *(("lmsys-chat", "chat"), ("xsum", "summaries"), ("tldr", "summaries")),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Preset:
     Attributes:
         name: of the preset, and of the model in its traces.
         model: its name in the catalogue, or its description.
-        domains: (name, family); domains of one family share topics.
+        domains: (name, family); domains of one family share topics. By default the published experiment's.
         targets: what the spreads are tuned to.
         base_spread: of an expert's popularity with everybody; varies by +/- 30 % over layers. Sets the imbalance.
         topic_spread: between topics. Sets the similarity of domains.
@@ -58,11 +69,11 @@ class Preset:
 
     name: str
     model: str | ModelSpec
-    domains: tuple[tuple[str, str], ...]
     targets: Targets
     base_spread: float
     topic_spread: float
     phase_spread: float
+    domains: tuple[tuple[str, str], ...] = _SEVEN
     family_share: float = 0.35
     common_share: float = 0.1
     topics_per_domain: int = 4
@@ -97,84 +108,20 @@ class Preset:
         return self.topics_per_domain * len(self.domains)
 
 
-#: The seven data sets of the published experiment; mathematics, program synthesis and summaries are each a family.
-_SEVEN = (
-    ("gsm8k", "mathematics"),
-    ("math", "mathematics"),
-    ("mbpp", "code"),
-    ("humaneval", "code"),
-    ("lmsys-chat", "chat"),
-    ("xsum", "summaries"),
-    ("tldr", "summaries"),
-)
-
+#: By name; the file says where each target is from.
 PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="demo",
-            model=ModelSpec(
-                hidden=2048,
-                moe=Moe(layers=tuple(range(8)), experts=32, top_k=4),
-                expert_bytes=3 * 2048 * 768,
-                kv_bytes_per_token=8 * 4 * 128 * 2 * 2,
-            ),
-            domains=(("code", "formal"), ("math", "formal"), ("chat", "prose"), ("prose", "prose")),
-            targets=Targets(imbalance=3.0, correlation=0.75, related=0.8, unrelated=0.55),
-            base_spread=0.95,
-            topic_spread=2.17,
-            phase_spread=0.42,
-            family_share=0.44,
-            requests=400,
-            prefill=32,
-            decode=48,
-        ),
-        # Imbalance: mean of four real decode counts of DeepSeek-V3 (SGLang's logical_count, 58 layers): 5.6 to 6.1.
-        # Correlation: published. Similarity: no figure; clearly apart, relatives closer.
-        Preset(
-            name="deepseek-v3",
-            model="DeepSeek-V3",
-            domains=_SEVEN,
-            targets=Targets(imbalance=5.8, correlation=0.55, related=0.75, unrelated=0.45),
-            base_spread=0.635,
-            topic_spread=1.565,
-            phase_spread=0.393,
-            family_share=0.4,
-        ),
-        # Imbalance: real decode counts on two MMLU subjects, without layer 45: 20. Correlation: published. Similarity:
-        # the same real set has 0.30 between two unrelated subjects.
-        Preset(
-            name="llama-4-maverick",
-            model="Llama-4-Maverick",
-            domains=_SEVEN,
-            targets=Targets(imbalance=19.0, correlation=0.82, related=0.7, unrelated=0.4),
-            base_spread=2.49,
-            topic_spread=3.26,
-            phase_spread=0.555,
-            family_share=0.36,
-        ),
-        # Imbalance: no published figure found; 6 is our choice, as for DeepSeek-V3, which is also top-8.
-        # Correlation: published. Similarity: no figure, as for DeepSeek-V3.
-        Preset(
-            name="qwen3-235b",
-            model="Qwen3-235B-A22B",
-            domains=_SEVEN,
-            targets=Targets(imbalance=6.0, correlation=0.68, related=0.75, unrelated=0.5),
-            base_spread=1.4,
-            topic_spread=2.6,
-            phase_spread=0.603,
-            family_share=0.36,
-        ),
-    )
+    name: convert({"name": name} | entry, Preset, f"{DATA}, {name}") for name, entry in read_object(DATA).items()
 }
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of that name.
+def find_preset(name: str | Preset) -> Preset:
+    """The preset of that name; a preset as it is.
 
     Raises:
         UsageError: there is none.
     """
+    if isinstance(name, Preset):
+        return name
     if name not in PRESETS:
         raise UsageError(f"there is no preset {name!r}", hint=f"choose from {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -23,7 +23,7 @@ from moeplan.errors import FormatError, OutputError, located
 from moeplan.io.files import atomic_path
 from moeplan.io.json import convert, read_json, write_json
 from moeplan.io.npz import read_npy_header
-from moeplan.io.paths import check_input
+from moeplan.io.paths import check_input, readable
 from moeplan.trace.format import layer_spans
 from moeplan.types import MAX_EXPERTS, MAX_K, MAX_LAYERS
 
@@ -226,12 +226,13 @@ def _description(profile: CountsProfile) -> dict[str, Any]:
     }
 
 
-def read_counts(path: Path) -> CountsProfile:
+def read_counts(path: str | Path) -> CountsProfile:
     """Read a counts profile and check it.
 
     Raises:
         FormatError: not a counts profile, of a newer version, cut off, changed, or in contradiction with itself.
     """
+    path = Path(path)
     place = path / JSON_NAME
     raw = read_json(place)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -257,12 +258,10 @@ def read_counts(path: Path) -> CountsProfile:
 
 def _read_array(path: Path) -> Counts:
     """uint64 [L, E], read only after its header and the file's size agree."""
-    try:
+    with readable(path):
         if check_input(path) > 8 * MAX_CELLS + 65536:
             raise FormatError(f"is larger than any counts of {MAX_CELLS} cells", where=str(path))
         data = path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
     file = io.BytesIO(data)
     shape, dtype = read_npy_header(file, str(path))
     if dtype != np.dtype("<u8") or len(shape) != 2:

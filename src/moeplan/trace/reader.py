@@ -250,7 +250,7 @@ def open_trace(path: str | Path, *, without_layers: Sequence[int] = ()) -> Trace
             hint="record request by request, or import stored responses",
         )
     if not root.is_dir() or not head_path.is_file():
-        hint = "make one with 'moeplan import'"
+        hint = "make one with 'moeplan record' or 'moeplan import'"
         if root.suffix in (".npz", ".json", ".csv"):
             hint = (
                 f"import it first: moeplan import arrays {root.name} -o {root.stem}" if root.suffix == ".npz" else hint

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.arrays import BoolArray, Int64Array
 from moeplan.errors import UsageError
 from moeplan.trace.format import UNKNOWN, Requests
 
 __all__ = ["MIN_DECODE", "MIN_PREFILL", "Stages"]
 
-Int64Array = npt.NDArray[np.int64]
 
 #: What a request needs to be usable for anything that compares its phases.
 MIN_PREFILL, MIN_DECODE = 1, 8
@@ -36,7 +35,7 @@ class Stages:
     rows: Int64Array
     first: Int64Array
     middle: Int64Array
-    usable: npt.NDArray[np.bool_]
+    usable: BoolArray
     signature_tokens: int | None
     source: Literal["prefill", "prompt", "decode", "rows"]
     prefill: str

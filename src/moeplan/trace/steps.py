@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.arrays import Int64Array
+
 __all__ = ["draw_rows", "live_members"]
 
-Int64Array = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.floating[Any]]
 
 
@@ -19,7 +20,7 @@ def draw_rows(
     """The random draws for each request at each step.
 
     Args:
-        span: int64 [n, 2], first row and end of each request, at least one row.
+        span: int64 [2, n], first row and end of each request, at least one row.
         dtype: of the keys.
 
     Returns:
@@ -27,9 +28,9 @@ def draw_rows(
             (Efraimidis and Spirakis 2006: exponential keys with the rows as rates).
         row, int64 [S, n]: the row at which the request is if it is live, uniform over its rows.
     """
-    length = span[:, 1] - span[:, 0]
-    key: Keys = np.asarray(rng.standard_exponential((steps, len(span)), dtype=dtype) / length, dtype)
-    return key, span[:, 0] + (rng.random((steps, len(span))) * length).astype(np.int64)
+    start, length = span[0], span[1] - span[0]
+    key: Keys = np.asarray(rng.standard_exponential((steps, len(length)), dtype=dtype) / length, dtype)
+    return key, start + (rng.random((steps, len(length))) * length).astype(np.int64)
 
 
 def live_members(key: Keys, members: Int64Array, live: int) -> Int64Array:

@@ -18,9 +18,9 @@ def drift_lines(found: DriftReport, stored: Plan, requests: RequestSet, trace: P
     opened = requests.trace
     assert opened is not None
     count, setup = found.table.head["requests"], found.table.head["setup"]
-    by = "" if found.planner == stored.strategy else f" (planned anew by {found.planner})"
+    by = "" if found.planner == stored.strategy else f" (new plans by {found.planner})"
     yield (
-        f"{opened.label}: {count['fit'][0]} requests to plan anew on, {count['test'][0]} others to measure on, "
+        f"{opened.label}: {count['fit'][0]} requests for new plans, {count['test'][0]} held out to measure on, "
         f"{setup['folds']} folds; {stored.strategy}{by} on {setup['nodes']} nodes x "
         f"{setup['gpus_per_node']} GPUs, {setup['redundant']} redundant slots, dispatch per {setup['dispatch']}"
     )
@@ -31,7 +31,7 @@ def drift_lines(found: DriftReport, stored: Plan, requests: RequestSet, trace: P
     if requests.known != stored.signature:
         yield f"  - signatures are taken from the {requests.known}; the plan was fitted on the {stored.signature}"
     if found.fitted_on_this_trace:
-        yield "  - the plan was fitted on this trace, test parts included: results are optimistic"
+        yield "  - the plan was fitted on this trace, including the held-out requests: results are optimistic"
 
 
 def _figures(found: DriftReport) -> Iterator[str]:
@@ -39,7 +39,7 @@ def _figures(found: DriftReport) -> Iterator[str]:
     from moeplan.replay.drift import FRESH, OLD, OLD_RANDOM
 
     yield f"{'':30s} {found.key + ' [95 %]':>30s}  node load  GPU load"
-    names = {"linear": "linear, random groups", OLD_RANDOM: f"{OLD}, random groups", OLD: OLD, FRESH: FRESH}
+    names = {"linear": "linear, random groups", OLD_RANDOM: f"{OLD}, random groups", OLD: OLD, FRESH: "new plan"}
     for name, row in names.items():
         figures = found.table.row(name).figures
         low, high = figures[found.key].interval() or (0.0, 0.0)
@@ -50,11 +50,11 @@ def _figures(found: DriftReport) -> Iterator[str]:
     if found.change is not None:
         (a, b), (c, d) = found.change["ci95"], found.change["ci95_of_planning"]
         yield (
-            f"planning anew changes {found.key} by {100 * found.change['value']:+.1f} %: [{100 * a:+.1f}, "
+            f"a new plan changes {found.key} by {100 * found.change['value']:+.1f} %: [{100 * a:+.1f}, "
             f"{100 * b:+.1f}] over requests, [{100 * c:+.1f}, {100 * d:+.1f}] from plan to plan"
         )
     low, high = found.load
-    too = ", which fresh plans exceed too" if low > GUARD and not found.overloaded else ""
+    too = ", which new plans exceed too" if low > GUARD and not found.overloaded else ""
     yield f"node load is {found.node_load(OLD):.2f} x linear's [{low:.2f}, {high:.2f}]; the guard is {GUARD:g}{too}"
 
 
@@ -63,4 +63,4 @@ def _verdict(found: DriftReport, trace: Path, plan: Path) -> Iterator[str]:
         yield f"stale: {', and '.join(found.reasons)}"
         yield f"next: moeplan rebalance {trace} --plan {plan} --max-moves M -o NEW, or a new plan: moeplan plan {trace}"
     else:
-        yield "still good: planning anew would change no more than noise"
+        yield "still good: a new plan would change no more than noise"

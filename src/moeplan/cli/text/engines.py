@@ -74,7 +74,7 @@ def replica_lines(plan: Plan, rule: ReplicaRule, value: tuple[ReplicaLocality, T
         yield f"picks served on another node, modelled on {trace.label}{seen}:"
         yield f"  {locality.nearest:.3f} where the nearest replica is used (SGLang)"
         yield f"  {locality.any_replica:.3f} where any replica is used (vLLM, TensorRT-LLM, vLLM-Ascend)"
-        yield f"  {locality.scattered:.3f} where requests and experts are scattered"
+        yield f"  {locality.scattered:.3f} where groups and placement are random"
     if rule is ReplicaRule.HASH and plan.redundant > 0:
         yield (
             "warning: this engine does not prefer a near replica: replicas balance load, but keep few picks on the "
@@ -104,7 +104,7 @@ def balanced_lines(found: Balanced, source: Path, engine: str, others: Path | No
         measured = f"  {found.measured[way.name]:.3f}" if found.measured else ""
         yield f"  {way.name:12s} {way.ratio:10.3f}" + measured + " <- written" * (way is found.best)
     if found.measured is None:
-        yield "  these are the counts that it was fitted on: --measure OTHER shows it on others"
+        yield "  measured on the counts that it was made from; use --measure OTHER for other counts"
     if found.step is not None:
         yield _step_line(found, found.step)
     yield from (f"note: {line}" for line in LACKS)
@@ -128,7 +128,7 @@ def placement_lines(plan: Plan, file: Path, output: Path) -> Iterator[str]:
         f"{place.nodes} nodes x {place.gpus_per_node} GPUs"
     )
     yield f"wrote {output}; next: moeplan evaluate TRACE --plan {output}, and"
-    yield f"moeplan rebalance TRACE --plan {output} --max-moves M -o NEW, to improve it by few moves"
+    yield f"moeplan rebalance TRACE --plan {output} --max-moves M -o NEW, to improve it by a few moves"
 
 
 def placement_facts(plan: Plan, output: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _row(a: SizingResult) -> list[str]:
     ]
     cells += [f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}", f"{a.max_requests:,} {a.limited_by}"]
     cells += [f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{a.usd:,.2f}", f"{a.kwh:,.2f}"]
-    return [*cells, f"{a.smaller:,}: {a.why}" if a.smaller else "there is none"]
+    return [*cells, f"{a.smaller:,}: {a.why}" if a.smaller else "the smallest size"]
 
 
 def _missed(a: SizingResult) -> str:

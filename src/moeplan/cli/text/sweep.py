@@ -21,11 +21,11 @@ def sweep_lines(swept: Sweep, seconds: float) -> Iterator[str]:
     """What was tried, and the front of each context."""
     spec = swept.spec
     yield (
-        f"{spec.name}, decode: {len(swept.points):,} set-ups in {seconds:.1f} s, {swept.unfit:,} more do not fit; "
-        f"{swept.precision.describe(spec)}"
+        f"{spec.name}, decode: {len(swept.points):,} set-ups in {seconds:.1f} s, {swept.unfit:,} others do not fit in "
+        f"memory; {swept.precision.describe(spec)}"
     )
     if spec.moe:
-        yield "routing: uniform (no trace was given), so the busiest GPU has more than the mean only by chance"
+        yield "routing: uniform (no trace was given), so load imbalance is the noise floor only"
     for tokens in swept.settings.contexts:
         yield from _front(swept, tokens)
 
@@ -48,7 +48,7 @@ def _front(swept: Sweep, context: int) -> Iterator[str]:
         yield f"({len(front)} in all; --json has every one)"
     best = swept.best(context)
     if best is None:
-        yield f"no set-up keeps TPOT within {tpot:g} ms"
+        yield f"no set-up has a TPOT within {tpot:g} ms"
         return
     yield f"within {tpot:g} ms: {best.per_gpu_s:,.0f} tokens/s a GPU on {best}, TPOT {1e3 * best.tpot_s:.2f} ms"
     cheap = min((p for p in points if p.tpot_s <= tpot / 1e3), key=lambda p: p.usd)

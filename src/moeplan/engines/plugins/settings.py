@@ -8,10 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from moeplan.errors import MoeplanError, UsageError
 if TYPE_CHECKING:
     from moeplan.engines.placement import EnginePlacement
 
-__all__ = ["MODES", "PluginSettings", "check_version", "describe", "is_first_process", "read_settings"]
+__all__ = ["MODES", "PluginSettings", "check_version", "describe", "is_first_process", "read_settings", "start"]
 
 #: `plan`: always the plan itself. `online`: the plan, improved for the load that the engine counts.
 MODES = ("plan", "online")
@@ -98,6 +100,32 @@ def read_settings(prefix: str) -> PluginSettings | None:
     if not path:
         return None
     return PluginSettings(path, os.environ.get(f"{prefix}_MODE", "").strip().lower() or MODES[0], prefix)
+
+
+def start(
+    engine: str,
+    packages: tuple[str, ...],
+    tested: tuple[str, ...],
+    prefix: str,
+    log: Logger,
+    install: Callable[[PluginSettings], None],
+) -> None:
+    """What an engine's entry point does: install the plug-in if a plan is named; else, or where that fails, nothing.
+
+    Args:
+        engine: its name in the log. packages, tested: as for `check_version`. prefix: of the variables.
+    """
+    settings = read_settings(prefix)
+    if settings is None:
+        return
+    try:
+        reason = check_version(engine, packages, tested)
+        if not reason:
+            install(settings)
+    except Exception as error:
+        reason = f"the plug-in does not fit this {engine} ({describe(error)})"
+    if reason and is_first_process():
+        log.error("moeplan: plan %s is not applied: %s", settings.path, reason)
 
 
 def check_version(engine: str, names: tuple[str, ...], tested: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moeplan.engines.plugins.settings import PluginSettings, check_version, describe, is_first_process, read_settings
+from moeplan.engines.plugins.settings import PluginSettings, describe, start
 
 if TYPE_CHECKING:
     from moeplan.engines.plugins.balancer import Balancer
@@ -29,17 +29,7 @@ log = logging.getLogger("moeplan.sglang")
 
 def register() -> None:
     """Entry point, called in each process of SGLang; does nothing unless a plan is named. Never raises."""
-    settings = read_settings(PREFIX)
-    if settings is None:
-        return
-    try:
-        reason = check_version("SGLang", ("sglang",), TESTED)
-        if not reason:
-            _install(settings)
-    except Exception as error:
-        reason = f"the plug-in does not fit this SGLang ({describe(error)})"
-    if reason and is_first_process():
-        log.error("moeplan: plan %s is not applied: %s", settings.path, reason)
+    start("SGLang", ("sglang",), TESTED, PREFIX, log, _install)
 
 
 def _install(settings: PluginSettings) -> None:

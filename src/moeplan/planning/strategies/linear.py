@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeplan.planning.balance import linear_slots
-from moeplan.planning.problem import Problem, Solution, Strategy
+from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LinearParams(Strategy):
 
     name = "linear"
 
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         return Solution(linear_slots(problem.shape.num_layers, problem.shape.num_experts, problem.num_slots))
 
 

@@ -19,32 +19,31 @@ import numpy as np
 from moeplan.arrays import Int32Array
 from moeplan.errors import FormatError, PlanError, UsageError
 from moeplan.planning.balance import eplb_slots, linear_slots
-from moeplan.planning.coactivation import coactivation_slots
 from moeplan.planning.guard import GuardSettings, StepSampler, keep_guard
-from moeplan.planning.initial_placement import by_router_group, orient_to_demand, place_by_use
+from moeplan.planning.initial_placement import by_router_group, coactivation_slots, orient_to_demand, place_by_use
 from moeplan.planning.packing import slots_from_nodes
 from moeplan.planning.planner import PARTS, Planner, SearchSettings, Start, State
 from moeplan.planning.pricing import BALANCE, BOTH, LOCALITY, Pricing, TokenSample
-from moeplan.planning.problem import GUARD, MoveLimit, Problem, Solution, StepCost, Strategy, TokenRows
+from moeplan.planning.problem import GUARD, MoveLimit, PlanningProblem, Solution, StepCost, Strategy, TokenRows
 from moeplan.types import has_duplicate_experts
 
-__all__ = ["OBJECTIVES", "PARTS", "MoeplanParams"]
+__all__ = ["OBJECTIVES", "PARTS", "MoeplanStrategy"]
 
 OBJECTIVES = ("bytes", "balance", "time")
-#: Prices whose plans the objective `time` compares; the other objectives have one each.
-PRICES = {"bytes": LOCALITY, "both": BOTH, "balance": BALANCE}
+#: Load penalties whose plans the objective `time` compares; the other objectives have one each.
+PENALTIES = {"bytes": LOCALITY, "both": BOTH, "balance": BALANCE}
 
-Plan = tuple[State, tuple[str, ...]]
+Candidate = tuple[State, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class MoeplanParams(Strategy):
+class MoeplanStrategy(Strategy):
     """Groups, placement and replicas planned together.
 
     Attributes:
         guard: the most node load (node_load_ratio), in multiples of linear's; infinite to leave load alone.
-        objective: bytes (locality, load within the guard), balance (load first), or time (of plans at several prices,
-            the one whose steps cost least).
+        objective: bytes (locality, load within the guard), balance (load first), or time (of plans
+            at three pairs of load penalties, the one whose steps cost least).
         step_cost: milliseconds of a step, for the objective time.
         without: parts to leave out, of `PARTS`, to measure what they are worth.
         search, guard_search: how long and how smoothly to search, and how to hold the plan to the guard.
@@ -71,6 +70,8 @@ class MoeplanParams(Strategy):
             raise UsageError(
                 "the objective time needs to know what a step costs", hint="give --hardware and --model, or step_cost"
             )
+        if self.objective != "time" and self.step_cost is not None:
+            raise UsageError(f"--hardware is for the objective time, not {self.objective}", hint="leave it out")
         for part in self.without:
             if part not in PARTS:
                 raise UsageError(f"moeplan has no part {part!r} to leave out", hint=f"one of {', '.join(PARTS)}")
@@ -83,7 +84,7 @@ class MoeplanParams(Strategy):
         guard: float | None = None,
         objective: str | None = None,
         step_cost: StepCost | None = None,
-    ) -> MoeplanParams:
+    ) -> MoeplanStrategy:
         """The parameters that a plan was made with, as far as it keeps them; what is given goes before them.
 
         Args:
@@ -107,20 +108,20 @@ class MoeplanParams(Strategy):
             )
         return cls(limit if guard is None else guard, objective or kept, step_cost)
 
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         return _solve(self, problem, None, seed)
 
-    def rebalance(self, problem: Problem, limit: MoveLimit, seed: int) -> Solution:
+    def rebalance(self, problem: PlanningProblem, limit: MoveLimit, seed: int) -> Solution:
         expected = (problem.shape.num_layers, problem.num_slots)
         if limit.slots.shape != expected:
             raise PlanError(f"a deployed placement of {limit.slots.shape} slots, expected {expected}")
         return _solve(self, problem, limit, seed)
 
 
-STRATEGIES = (MoeplanParams(),)
+STRATEGIES = (MoeplanStrategy(),)
 
 
-def _solve(params: MoeplanParams, problem: Problem, limit: MoveLimit | None, seed: int) -> Solution:
+def _solve(params: MoeplanStrategy, problem: PlanningProblem, limit: MoveLimit | None, seed: int) -> Solution:
     """The best of several starts, held to the guard; with a move limit, the best that few moves reach."""
     total, most = len(problem.use), params.search.max_requests
     if total > most:
@@ -131,13 +132,13 @@ def _solve(params: MoeplanParams, problem: Problem, limit: MoveLimit | None, see
     if params.objective == "time":
         state, notes = _least_step_cost(params, planner)
     else:
-        state, notes = _plan(params, planner, PRICES[params.objective])
+        state, notes = _plan(params, planner, PENALTIES[params.objective])
     if total > most:
         notes = (*notes, f"moeplan: planned on {most} of {total} fit requests, drawn by seed")
     return Solution(state.slots.astype(np.int32), state.router, notes)
 
 
-def _sample(problem: Problem, count: int, seed: int) -> Problem:
+def _sample(problem: PlanningProblem, count: int, seed: int) -> PlanningProblem:
     """The same problem with some of its requests."""
     chosen = np.sort(np.random.default_rng([seed, 0x5A]).choice(len(problem.use), count, replace=False))
     rows = problem.rows
@@ -146,7 +147,7 @@ def _sample(problem: Problem, count: int, seed: int) -> Problem:
     return replace(problem, use=problem.use[chosen], signature=problem.signature[chosen], rows=rows)
 
 
-def _full_replication(problem: Problem) -> Solution:
+def _full_replication(problem: PlanningProblem) -> Solution:
     """Every node holds every expert: no pick leaves its node, and redundant slots go to the busiest experts."""
     cluster = problem.cluster
     use = np.repeat(problem.load[:, None, :], cluster.nodes, axis=1)
@@ -154,8 +155,8 @@ def _full_replication(problem: Problem) -> Solution:
     return Solution(slots_from_nodes(held, np.take_along_axis(use, held, axis=2), cluster.gpus_per_node))
 
 
-def _plan(params: MoeplanParams, planner: Planner, pricing: Pricing) -> Plan:
-    """The plan at given first prices."""
+def _plan(params: MoeplanStrategy, planner: Planner, pricing: Pricing) -> Candidate:
+    """The plan at given first penalties."""
     problem, search = planner.problem, params.search
     if problem.cluster.gpus_per_node == 1 or "gpus" in params.without:
         pricing = replace(pricing, gpu_penalty=0.0)
@@ -191,17 +192,17 @@ def _start_for_tokens(planner: Planner) -> Start | None:
     return partial(orient_to_demand, coactivation_slots(problem, planner.seed))
 
 
-def _least_step_cost(params: MoeplanParams, planner: Planner) -> Plan:
-    """Of plans at several prices, and of `linear` and `eplb` with a router fitted to them, the one whose steps,
-    replayed on the fit requests, cost least.
+def _least_step_cost(params: MoeplanStrategy, planner: Planner) -> Candidate:
+    """Of plans at three pairs of load penalties, and of `linear` and `eplb` with a router fitted to them, the one
+    whose steps, replayed on the fit requests, cost least.
 
     A plan that reads more distinct experts reads more weights: that can cost more than the messages that it saves.
     """
     problem, cost = planner.problem, params.step_cost
     if cost is None or not len(problem.rows.experts):
         raise PlanError("the objective time needs token rows to replay", hint="use a trace that is not aggregated")
-    made: dict[str, Callable[[], Plan]] = {
-        name: partial(_plan, params, planner, pricing) for name, pricing in PRICES.items()
+    made: dict[str, Callable[[], Candidate]] = {
+        name: partial(_plan, params, planner, pricing) for name, pricing in PENALTIES.items()
     }
     if planner.limit is None:
         for name, slots in _balanced(problem).items():
@@ -219,7 +220,7 @@ def _least_step_cost(params: MoeplanParams, planner: Planner) -> Plan:
     return state, (*notes, f"moeplan: step time on the fit requests in ms: {listed}; chosen: {best}{tie}")
 
 
-def _balanced(problem: Problem) -> dict[str, Int32Array]:
+def _balanced(problem: PlanningProblem) -> dict[str, Int32Array]:
     """Slots of `linear` and `eplb`, unless a GPU would hold an expert twice."""
     shape, cluster = problem.shape, problem.cluster
     slots = {
@@ -229,5 +230,5 @@ def _balanced(problem: Problem) -> dict[str, Int32Array]:
     return {name: each for name, each in slots.items() if not has_duplicate_experts(each, cluster.num_gpus).any()}
 
 
-def _with_router(planner: Planner, slots: Int32Array) -> Plan:
+def _with_router(planner: Planner, slots: Int32Array) -> Candidate:
     return planner.from_placement(slots), ()

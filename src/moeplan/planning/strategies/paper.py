@@ -17,19 +17,18 @@ import numpy as np
 
 from moeplan.arrays import BoolArray, CountArray, Float32Array, FloatArray, Int32Array, Int64Array
 from moeplan.errors import PlanError, UsageError
-from moeplan.planning.assignment import equal_groups
-from moeplan.planning.clustering import in_span, kmeans
-from moeplan.planning.expected_load import load_per_replica
+from moeplan.planning.assignment import equal_groups, in_span, kmeans
+from moeplan.planning.expected_load import load_per_replica, remote_share
 from moeplan.planning.initial_placement import place_by_use
 from moeplan.planning.packing import slots_from_nodes
-from moeplan.planning.problem import Problem, Solution, Strategy
+from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 from moeplan.planning.router import ClusterRouter, normalised
 
-__all__ = ["PaperParams", "map_clusters", "pick_clusters"]
+__all__ = ["PaperStrategy", "map_clusters", "pick_clusters"]
 
 
 @dataclass(frozen=True)
-class PaperParams(Strategy):
+class PaperStrategy(Strategy):
     """The published method.
 
     Attributes:
@@ -53,7 +52,7 @@ class PaperParams(Strategy):
     def equal_groups(self) -> bool:
         return self.equal
 
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         """Cluster, map, place."""
         groups = problem.cluster.num_groups
         clusters, how = self.clusters, "given"
@@ -65,18 +64,14 @@ class PaperParams(Strategy):
         return Solution(slots, router, (f"paper: K = {len(router.centroids)} clusters for {groups} groups ({how})",))
 
 
-STRATEGIES = (PaperParams(), PaperParams(equal=False))
+STRATEGIES = (PaperStrategy(), PaperStrategy(equal=False))
 
 
 # ---- request groups
 
 
 def group_requests(
-    use: CountArray,
-    clusters: int,
-    groups: int,
-    seed: int,
-    points: Float32Array | None = None,
+    use: CountArray, clusters: int, groups: int, seed: int, points: Float32Array | None = None
 ) -> tuple[ClusterRouter, Int64Array]:
     """K-means of the L2-normalised decode counts, and the map from clusters to groups.
 
@@ -117,9 +112,9 @@ def map_clusters(activations: FloatArray, groups: int, seed: int) -> BoolArray:
             serves[heaviest[turn % clusters], group] = True
         return serves
     label = kmeans(normalised(activations), groups, seed)
-    for spare in range(int(label.max()) + 1, groups):  # similar clusters: K-means found fewer; split the fullest
+    for group in range(int(label.max()) + 1, groups):  # similar clusters: K-means found fewer; split the fullest
         fullest = np.bincount(label).argmax()
-        label[np.flatnonzero(label == fullest)[-1]] = spare
+        label[np.flatnonzero(label == fullest)[-1]] = group
     serves[np.arange(clusters), label] = True
     return serves
 
@@ -141,7 +136,7 @@ def use_by_group(use: CountArray, group: BoolArray) -> FloatArray:
     return np.ascontiguousarray(total.reshape(group.shape[1], *use.shape[1:]).transpose(1, 0, 2))
 
 
-def pick_clusters(problem: Problem, seed: int) -> int:
+def pick_clusters(problem: PlanningProblem, seed: int) -> int:
     """K by a stated rule, on the fit requests only.
 
     A seeded three quarters of them fit, the rest judge: among K = D/2, D, 2D and 4D (those with at least four fit
@@ -160,7 +155,7 @@ def pick_clusters(problem: Problem, seed: int) -> int:
         router, label = group_requests(problem.use[fit], clusters, groups, seed, points)
         slots = place(problem, use_by_group(problem.use[fit], fit_groups(router, problem.use[fit], label, True)))
         group = equal_groups(router.scores(problem.signature[judge]))
-        remote = problem.routes(slots, seed).remote_share(problem.use[judge], group)
+        remote = remote_share(problem.routes(slots, seed), problem.use[judge], group)
         if remote < least - 1e-12:
             best, least = clusters, remote
     return best
@@ -169,7 +164,7 @@ def pick_clusters(problem: Problem, seed: int) -> int:
 # ---- placement
 
 
-def place(problem: Problem, use: FloatArray) -> Int32Array:
+def place(problem: PlanningProblem, use: FloatArray) -> Int32Array:
     """Both phases of `place_by_use`, then GPUs by load: int32 [L, S] from U [L, D, E]."""
     cluster, groups = problem.cluster, use.shape[1]
     held = place_by_use(use, problem.num_slots // groups, cluster.gpus_per_group)

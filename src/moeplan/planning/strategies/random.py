@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan.planning.problem import Problem, Solution, Strategy
+from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 
 @dataclass(frozen=True)
 class RandomParams(Strategy):
-    """Every layer by itself: experts in random order, the first R again as spares, dealt to the GPUs like cards.
+    """Every layer by itself: experts in random order, then the first R again, dealt to the GPUs like cards.
 
     Replicas of an expert lie next to each other in the deck, so that no GPU gets two of them.
     """
 
     name = "random"
 
-    def solve(self, problem: Problem, seed: int) -> Solution:
+    def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         rng = np.random.default_rng([seed, 0xA5])
         experts, gpus = problem.shape.num_experts, problem.cluster.num_gpus
         slots = np.zeros((problem.shape.num_layers, problem.num_slots), np.int32)
