@@ -107,6 +107,9 @@ def answer(engine: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         response["nvext"] = {"routed_experts": {"data": data, "shape": list(picks.shape), "dtype": "uint8", "start": 0}}
     elif engine == "sglang" and asked:
         response["sglext"] = {"routed_experts": plain}
+    if body.get("return_token_ids") and engine == "vllm":
+        (response if "messages" in body else choice)["prompt_token_ids"] = ids
+        choice["token_ids"] = list(range(new))
     return response
 
 

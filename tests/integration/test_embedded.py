@@ -14,6 +14,7 @@ import moeplan
 from helpers import ROOT
 from moeplan.embedded import MODEL, TRACE
 from moeplan.model.config import described
+from moeplan.trace.prompts import find_secret
 
 MIB = 1 << 20
 #: The model was frozen before any plan was fitted on it; whoever changes it must say so here and in its card.
@@ -39,6 +40,17 @@ def test_the_trace_is_small_and_recorded_from_that_model() -> None:
     labels, counts = np.unique(requests.domain, return_counts=True)
     assert len(labels) == 4 and counts.min() >= 0.9 * counts.max()
     assert (requests.prefill > 0).all() and (requests.decode > 0).mean() > 0.95
+
+
+def test_the_trace_keeps_hashed_prompts_under_a_public_secret() -> None:
+    trace = moeplan.open_trace("embedded")
+    prompts = trace.prompts
+    assert prompts is not None and prompts.kind == "hashed" and prompts.known.all() and len(prompts) == 800
+    find_secret(TRACE, prompts.key)
+    # A prompt of n tokens has n 1-grams and n - 1 2-grams.
+    assert prompts.counts is not None
+    total = np.add.reduceat(prompts.counts.astype(np.int64), prompts.offsets[:-1])
+    np.testing.assert_array_equal(total, 2 * trace.requests.prefill - 1)
 
 
 def test_no_text_but_our_own_is_shipped() -> None:

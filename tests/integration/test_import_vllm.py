@@ -19,6 +19,9 @@ from moeplan.importers.options import ImportOptions
 from moeplan.importers.vllm_responses import import_vllm
 from moeplan.model.config import described
 from moeplan.model.spec import ModelSpec
+from moeplan.trace import open_trace
+from moeplan.trace.prompts import PromptPolicy
+from moeplan.trace.retention import RetentionPolicy
 
 E8 = ImportOptions(described(num_experts=8))
 
@@ -62,6 +65,22 @@ def test_vllm_lines_lists_and_folders(tmp_path: Path) -> None:
         same(trace, np.concatenate([first, second])[:, 1:], (1, 2))
         assert trace.requests.rows.tolist() == [5, 9] and trace.requests.prefill.tolist() == [3, 3]
     assert trace.requests.domains == ("list",)
+
+
+def test_vllm_prompt_tokens(tmp_path: Path) -> None:
+    """Of completions in the choice, of chats beside the choices; stored only where that is wanted."""
+    chat = {**vllm(picks(5, seed=1), token_ids=[1, 2, 3]), "prompt_token_ids": [4, 5, 6]}
+    answers = [vllm(prompt_token_ids=[7, 8, 9], token_ids=[1, 2, 3]), chat, vllm(picks(5, seed=2))]
+    save(tmp_path / "r.jsonl", *answers)
+    plain = import_vllm([tmp_path / "r.jsonl"], tmp_path / "plain", E8)
+    assert plain.prompts is None
+    kept = replace(E8, retention=RetentionPolicy(prompts=PromptPolicy("ids")))
+    prompts = import_vllm([tmp_path / "r.jsonl"], tmp_path / "t", kept).prompts
+    assert prompts is not None and [prompts.of(i)[0].tolist() for i in range(3)] == [[7, 8, 9], [4, 5, 6], []]
+    assert "return_token_ids" in open_trace(tmp_path / "t").source["notes"][0]
+    save(tmp_path / "bad.json", vllm(prompt_token_ids=[7, "x", 9], token_ids=[1, 2, 3]))
+    with pytest.raises(FormatError, match="prompt_token_ids is not a list of token ids"):
+        import_vllm([tmp_path / "bad.json"], tmp_path / "u", kept)
 
 
 def test_vllm_raw_form_and_start(tmp_path: Path) -> None:

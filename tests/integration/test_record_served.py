@@ -29,7 +29,9 @@ from moeplan.record.server import ServedOptions, in_order, served_model
 from moeplan.record.sglang import record_sglang
 from moeplan.record.vllm import record_vllm
 from moeplan.trace import open_trace
+from moeplan.trace.prompts import PromptPolicy
 from moeplan.trace.reader import Trace
+from moeplan.trace.retention import RetentionPolicy
 
 FACTS = ModelSpec().override(num_experts=EXPERTS, num_layers=LAYERS, top_k=TOP_K, hidden=64)
 SPARSE = [layer for layer in range(LAYERS) if layer != DENSE]
@@ -232,6 +234,31 @@ def test_a_gateway_without_tokenize(fake: Fake, tmp_path: Path) -> None:
         record(fake, tmp_path / "u", max_prompt_tokens=5)
 
 
+@pytest.mark.parametrize("paths", [(), ("/tokenize",)])
+def test_prompt_tokens_are_kept(fake: Fake, tmp_path: Path, paths: tuple[str, ...]) -> None:
+    """From the server's tokenizer, or from its answers."""
+    fake.paths = paths
+    prompts, keep = prompts_of(), RetentionPolicy(prompts=PromptPolicy("ids"))
+    trace = record(fake, tmp_path / "t", prompts, retention=keep)
+    assert_holds(trace, prompts)
+    assert trace.prompts is not None and trace.prompts_info is not None and trace.prompts_info.kind == "ids"
+    for number, prompt in enumerate(prompts):
+        messages = [{"content": content} for _, content in prompt.messages or ()]
+        body = {"messages": messages} if messages else {"prompt": prompt.token_ids or prompt.text}
+        assert trace.prompts.of(number)[0].tolist() == tokens_of(body)
+    asked = {bool(body.get("return_token_ids")) for body in fake.bodies("/v1/")}
+    assert (True in asked) == bool(paths)
+    if not paths:
+        cut = record(fake, tmp_path / "u", prompts, retention=keep, max_prompt_tokens=5)
+        assert cut.prompts is not None and np.diff(cut.prompts.offsets).max() == 5
+
+
+def test_prompt_tokens_that_no_one_tells(fake: Fake, tmp_path: Path) -> None:
+    fake.paths, fake.engine = ("/tokenize",), "dynamo"
+    with pytest.raises(FormatError, match=r"p.jsonl, row 0: the server does not tell its token ids; leave out --keep"):
+        record(fake, tmp_path / "t", retention=RetentionPolicy(prompts=PromptPolicy("ids")))
+
+
 def test_failures_that_pass_leave_no_mark(fake: Fake, tmp_path: Path) -> None:
     whole = record(fake, tmp_path / "whole")
     cut = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"
@@ -255,12 +282,14 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "PART_TOKENS", 90)
 
 
-@pytest.mark.parametrize("concurrency", [1, 5])
+@pytest.mark.parametrize(
+    ("concurrency", "kind"), [(1, None), (5, None), (2, PromptPolicy("ids")), (2, PromptPolicy("hashed", bytes(32)))]
+)
 def test_killed_and_resumed_equals_uninterrupted(
-    fake: Fake, tmp_path: Path, small_parts: None, concurrency: int
+    fake: Fake, tmp_path: Path, small_parts: None, concurrency: int, kind: PromptPolicy | None
 ) -> None:
-    prompts = prompts_of(12)
-    whole = record(fake, tmp_path / "whole", prompts)
+    prompts, keep = prompts_of(12), RetentionPolicy(prompts=kind)
+    whole = record(fake, tmp_path / "whole", prompts, retention=keep)
     assert len(list(whole.parts())) >= 3
     for after in range(1, 12, 4):  # Ctrl-C after so many requests, and what a kill at the same moment leaves
 
@@ -271,17 +300,18 @@ def test_killed_and_resumed_equals_uninterrupted(
                 raise StopError
 
         with pytest.raises(StopError):
-            record(fake, tmp_path / f"ctrl-c-{after}", prompts, progress=stop, concurrency=concurrency)
+            record(fake, tmp_path / f"ctrl-c-{after}", prompts, stop, concurrency=concurrency, retention=keep)
         for path in (tmp_path / f"ctrl-c-{after}", tmp_path / f"kill-{after}"):
             path.mkdir(exist_ok=True)
             (path / ".part-00009.parquet.abc.tmp").write_bytes(b"cut off")
             done = len(open_trace(path).requests) if (path / "trace.json").exists() else 0
             with serve(Fake()) as again:
-                assert_holds(record(again, path, prompts, resume=True, concurrency=concurrency), prompts)
+                resumed = record(again, path, prompts, resume=True, concurrency=concurrency, retention=keep)
+                assert_holds(resumed, prompts)
             assert files_of(path) == files_of(tmp_path / "whole")
             assert len(again.bodies("completions")) == 12 - done + 1  # only what was missing, and the first look
     before = files_of(tmp_path / "whole")
-    assert record(fake, tmp_path / "whole", prompts, resume=True).complete
+    assert record(fake, tmp_path / "whole", prompts, resume=True, retention=keep).complete
     assert files_of(tmp_path / "whole") == before
 
 

@@ -23,6 +23,7 @@ from moeplan.record.prompts import Prompt, read_prompts  # noqa: E402
 from moeplan.record.transformers import TransformersOptions, record_transformers  # noqa: E402
 from moeplan.record.transformers_model import LoadedModel, load_model  # noqa: E402
 from moeplan.trace import open_trace  # noqa: E402
+from moeplan.trace.prompts import PromptPolicy  # noqa: E402
 from moeplan.trace.retention import RetentionPolicy  # noqa: E402
 
 EXPERTS, TOP_K, VOCABULARY, NEW = 8, 2, 64, 7
@@ -222,7 +223,7 @@ def files_of(path: Path) -> dict[str, bytes]:
     [
         (0.0, RetentionPolicy()),
         (0.8, RetentionPolicy()),
-        (0.8, RetentionPolicy(min_tokens=9)),
+        (0.8, RetentionPolicy(min_tokens=9, prompts=PromptPolicy("ids"))),
         (0.8, RetentionPolicy(9, 2)),
     ],
 )

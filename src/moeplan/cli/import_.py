@@ -132,11 +132,25 @@ def megatron(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) 
 
 
 @import_.command
-def vllm(sources: SourceFiles, /, *, into: ResponseFlags, json: o.Json = None) -> None:
-    """Import stored responses of vLLM with routed_experts, JSON or JSONL."""
+def vllm(
+    sources: SourceFiles,
+    /,
+    *,
+    into: ResponseFlags,
+    prompts: PromptTokenFlags = PromptTokenFlags(),
+    json: o.Json = None,
+) -> None:
+    """Import stored responses of vLLM with routed_experts, JSON or JSONL.
+
+    Prompt tokens are in responses whose requests asked with return_token_ids.
+    """
     from moeplan.importers.vllm_responses import import_vllm
 
-    show_trace(into.make(import_vllm, sources, "responses", start=into.start), json)
+    options = into.how.options(into.model)
+    with prompts.added(options.retention, into.output) as retention, progress("importing responses") as tick:
+        kept = replace(options, retention=retention)
+        trace = import_vllm(sources, into.output, kept, start=into.start, progress=tick)
+    show_trace(trace, json)
 
 
 @import_.command

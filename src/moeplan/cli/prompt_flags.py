@@ -45,12 +45,14 @@ class PromptTokenFlags:
         if kind is None:
             yield policy
             return
+        before = output.exists()
         prompts, made = self._prompts(kind, output, key)
         policy = replace(policy, prompts=prompts)
         try:
             yield policy
         except BaseException:
-            if made is not None and not output.exists():  # a recording that was cut off needs it to go on
+            begun = not before and (output / "trace.json").exists()  # a recording that was cut off needs it to go on
+            if made is not None and not begun:
                 made.unlink(missing_ok=True)
             raise
         if made is not None:

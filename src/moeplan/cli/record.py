@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
 from moeplan.cli import options as o
+from moeplan.cli.prompt_flags import PromptTokenFlags
 from moeplan.cli.terminal import progress
 from moeplan.cli.text.made import show_trace
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["record"]
 
 record = App(
-    name="record", help="Run prompts through a model and write a trace. No prompt text is stored.", **o.SETTINGS
+    name="record",
+    help="Run prompts through a model and write a trace. Prompts are stored only with --keep-prompt-tokens.",
+    **o.SETTINGS,
 )
 
 
@@ -76,16 +80,20 @@ class ServedFlags:
     """What a recording from a server is told."""
 
     requests: PromptFlags
+    tokens: PromptTokenFlags = PromptTokenFlags()
     keep: o.KeepFlags = o.KeepFlags()
     server: ServerFlags = ServerFlags()
     model: o.LayeredModelFlags = o.LayeredModelFlags()
 
-    def options(self) -> ServedOptions:
-        """The same as the library's value."""
+    @contextlib.contextmanager
+    def options(self, output: Path) -> Iterator[ServedOptions]:
+        """The same as the library's value, for a trace that is recorded in the block."""
         from moeplan.record.server import ServedOptions
 
         values = self.requests.values(self.keep) | vars(self.server)
-        return ServedOptions(**values, model=self.model.spec(), dense_layers=self.model.dense_layers)
+        options = ServedOptions(**values, model=self.model.spec(), dense_layers=self.model.dense_layers)
+        with self.tokens.added(options.retention, output) as retention:
+            yield replace(options, retention=retention)
 
 
 @Parameter(name="*")
@@ -111,6 +119,7 @@ def transformers(
     model: o.InputFile,
     output: o.TraceOut,
     requests: PromptFlags,
+    tokens: PromptTokenFlags = PromptTokenFlags(),
     keep: o.KeepFlags = o.KeepFlags(),
     run: RunFlags = RunFlags(),
     json: o.Json = None,
@@ -123,7 +132,9 @@ def transformers(
     from moeplan.record.transformers import TransformersOptions, record_transformers
 
     options = TransformersOptions(**requests.values(keep), **vars(run))
-    _show(lambda tick: record_transformers(model, requests.prompts, output, options, progress=tick), json)
+    with tokens.added(options.retention, output) as retention:
+        kept = replace(options, retention=retention)
+        _show(lambda tick: record_transformers(model, requests.prompts, output, kept, progress=tick), json)
 
 
 @record.command
@@ -135,8 +146,8 @@ def vllm(*, output: o.TraceOut, how: ServedFlags, url: str = "http://127.0.0.1:8
     """
     from moeplan.record.vllm import record_vllm
 
-    prompts, options = how.requests.prompts, how.options()
-    _show(lambda tick: record_vllm(prompts, output, options, url=url, progress=tick), json)
+    with how.options(output) as options:
+        _show(lambda tick: record_vllm(how.requests.prompts, output, options, url=url, progress=tick), json)
 
 
 @record.command
@@ -156,8 +167,9 @@ def sglang(
     """
     from moeplan.record.sglang import record_sglang
 
-    prompts, options = how.requests.prompts, how.options()
-    _show(lambda tick: record_sglang(prompts, output, options, url=url, openai=openai, progress=tick), json)
+    with how.options(output) as options:
+        prompts = how.requests.prompts
+        _show(lambda tick: record_sglang(prompts, output, options, url=url, openai=openai, progress=tick), json)
 
 
 def _show(record: Callable[[Progress], Trace], json: Path | None) -> None:

@@ -27,6 +27,7 @@ from moeplan.io.npz import read_npy_header
 from moeplan.model.spec import ModelSpec
 from moeplan.progress import Progress
 from moeplan.trace.format import UNKNOWN, Request, layer_spans
+from moeplan.trace.prompts import PromptFeatures
 from moeplan.trace.reader import Trace
 from moeplan.types import MAX_K, MAX_LAYERS, ModelShape
 
@@ -73,6 +74,7 @@ class EngineResponse:
         model: the name that the response gives, or "".
         where: file and place, for errors.
         dp_rank: the data-parallel rank that served it; None where the response does not tell.
+        prompt: token ids of its prompt; None where the response does not hold them.
     """
 
     picks: Picks
@@ -81,6 +83,7 @@ class EngineResponse:
     model: str
     where: str
     dp_rank: int | None = None
+    prompt: PromptFeatures | None = None
 
 
 def from_base64(text: str, where: str) -> bytes:
@@ -289,6 +292,8 @@ def import_responses(
     def requests() -> Iterator[Request]:
         for index, response in chain([first], stream):
             picks = layout.moe_picks(response)
+            if options.retention.prompts is not None and response.prompt is None:
+                notes["some responses do not hold their prompt's token ids (return_token_ids)"] = None
             yield Request(
                 picks,
                 response.prefill,
@@ -296,6 +301,7 @@ def import_responses(
                 positions=np.arange(response.start, response.start + len(picks)),
                 dp_rank=response.dp_rank,
                 where=response.where,
+                prompt=response.prompt,
             )
             progress(index + 1, len(files), files[index].name)
         source["notes"] += list(notes)

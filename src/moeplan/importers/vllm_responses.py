@@ -2,7 +2,8 @@
 
 `choices[i].routed_experts` is base64 of a .npy file, uint8 or uint16 [tokens - 1 - start, hidden layers, k]
 (vllm/utils/serial_utils.py). Through Dynamo 1.6 it is `nvext.routed_experts`, an object of base64 plain bytes with
-`shape`, `dtype` and `start`. Text and token ids are not looked at, but for the lengths of the latter.
+`shape`, `dtype` and `start`. Text is not looked at. Token ids of prompts, which a response holds if its request asked
+with `return_token_ids` (in the choice, or beside the choices of a chat), are stored only where that is wanted.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from moeplan.importers.routed_experts import (
 from moeplan.io.json import convert
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import UNKNOWN
+from moeplan.trace.prompts import PromptFeatures
 from moeplan.trace.reader import Trace
 
 __all__ = ["decode_routed_experts", "import_vllm", "read_response"]
@@ -82,6 +84,7 @@ class _Response(msgspec.Struct):
     usage: Usage | None = None
     model: str | None = None
     nvext: _Choice | None = None
+    prompt_token_ids: list[Any] | None = None
 
     def __post_init__(self) -> None:
         """Dynamo's picks lie beside a single choice."""
@@ -130,8 +133,21 @@ def read_response(response: dict[str, Any], start: int, where: str, notes: dict[
         )
         if prefill == UNKNOWN:
             notes[_UNKNOWN_PHASES] = None
-        found_choices.append(EngineResponse(picks, prefill, first, found.model or "", place))
+        ids = found.prompt_token_ids if choice.prompt_token_ids is None else choice.prompt_token_ids
+        features = None if ids is None else prompt_features(ids, place)
+        found_choices.append(EngineResponse(picks, prefill, first, found.model or "", place, prompt=features))
     return found_choices
+
+
+def prompt_features(ids: list[Any], where: str) -> PromptFeatures:
+    """The token ids of a prompt, as a response lists them.
+
+    Raises:
+        FormatError: something that is no token id.
+    """
+    if any(type(i) is not int or not 0 <= i < 2**32 for i in ids):
+        raise FormatError("prompt_token_ids is not a list of token ids", where=where)
+    return PromptFeatures.of_ids([np.array(ids, np.uint32)])
 
 
 def _shared_prompt(lengths: Sequence[int], prompt: int | None, completion: int | None, where: str) -> int | None:

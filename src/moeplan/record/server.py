@@ -24,6 +24,7 @@ from moeplan.record.http_client import Server, ServerOptions, connect
 from moeplan.record.prompts import Prompt
 from moeplan.record.recording import Prompts, Recording, RecordOptions, new_tokens, seed_of
 from moeplan.trace.format import UNKNOWN, Request
+from moeplan.trace.prompts import PromptFeatures
 from moeplan.trace.reader import Trace
 
 __all__ = [
@@ -52,6 +53,8 @@ NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+_NO_TOKENS = "leave out --keep-prompt-tokens, give prompts as token ids, or ask a server that has /tokenize"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -96,10 +99,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class _Request:
-    """A prompt, cut if it was too long, and how many tokens may be sampled."""
+    """A prompt, cut if it was too long, and how many tokens may be sampled.
+
+    `features` are its token ids as the server sees them; None where only the server's answer can tell them.
+    """
 
     prompt: Prompt
     new: int
+    features: PromptFeatures | None = None
 
 
 def record_served(
@@ -118,7 +125,8 @@ def record_served(
 
     Raises:
         UsageError: something about the model is not known or contradicts; another recording is at `out`.
-        FormatError: a prompt that the server cannot hold; an answer without picks, or with impossible ones.
+        FormatError: a prompt that the server cannot hold; an answer without picks, or with impossible ones; prompt
+            tokens are to be kept, and the server has no `/tokenize` and does not return them either.
         ServerError: the server refuses or keeps failing. What was written stays, and can be resumed.
         OutputError: `out` exists (without `resume`) or cannot be written.
     """
@@ -129,10 +137,14 @@ def record_served(
     engine = engine_of(server, model)
     requests = _fit(server, model, positions, recording.prompts, options, progress)
 
+    keeps_prompts = options.retention.prompts is not None
+
     def ask(number: int, new: int | None = None) -> EngineResponse:
         request = requests[number]
         seed = seed_of(options.seed, number)
         path, body = engine.request(request.prompt, new or request.new, options.temperature, seed)
+        if keeps_prompts and request.features is None:
+            body["return_token_ids"] = True
         where = request.prompt.where
         return engine.read(server.post(path, body, where=where), where)
 
@@ -143,7 +155,11 @@ def record_served(
         with closing(in_order(ask, numbers, options.concurrency, server.stop)) as answers:
             for number, answer in zip(numbers, answers, strict=True):
                 prompt, picks, rank = recording.prompts[number], layout.moe_picks(answer), answer.dp_rank
-                yield Request(picks, answer.prefill, prompt.domain, prompt.arrival, dp_rank=rank, where=prompt.where)
+                where, features = prompt.where, requests[number].features or answer.prompt
+                if keeps_prompts and features is None:
+                    raise FormatError("the server does not tell its token ids", where=where, hint=_NO_TOKENS)
+                of_prompt = (prompt.domain, prompt.arrival)
+                yield Request(picks, answer.prefill, *of_prompt, dp_rank=rank, where=where, prompt=features)
 
     source = {**engine.source, "model": _plain_name(model), **recording.source()}
     return recording.write(layout.shape, source, record, progress)
@@ -250,14 +266,16 @@ def _fit(
 
     def fit(prompt: Prompt) -> _Request:
         if tokenised is None:
-            return _Request(prompt, new_tokens(prompt, 0, None, options))
+            given = None if prompt.token_ids is None else PromptFeatures.of_ids([prompt.token_ids])
+            return _Request(prompt, new_tokens(prompt, 0, None, options), given)
         ids = tokenised(prompt)
         if not ids:
             raise FormatError("gives no token", where=prompt.where, hint="leave the row out")
         most = options.max_prompt_tokens or len(ids)
         if len(ids) > most:
             prompt = replace(prompt, text=None, messages=None, token_ids=ids[:most])
-        return _Request(prompt, new_tokens(prompt, min(len(ids), most), positions, options))
+        new = new_tokens(prompt, min(len(ids), most), positions, options)
+        return _Request(prompt, new, PromptFeatures.of_ids([ids[:most]]))
 
     fitted = []
     with closing(in_order(fit, prompts, options.concurrency, server.stop)) as requests:

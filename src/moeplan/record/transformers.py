@@ -25,6 +25,7 @@ from moeplan.record.recording import Prompts, Recording, RecordOptions, new_toke
 from moeplan.record.transformers_model import LoadedModel, load_model, pad_token, stop_tokens
 from moeplan.record.transformers_routers import PickTap
 from moeplan.trace.format import Request
+from moeplan.trace.prompts import PromptFeatures
 from moeplan.trace.reader import Trace
 
 __all__ = ["TransformersOptions", "record_transformers"]
@@ -182,7 +183,8 @@ class _Generator:
         count = min(request.new, int(stops[0]) + 1 if len(stops) else len(sampled))
         rows, prompt = slice(length - len(request.ids), length + count - 1), request.prompt
         gate = None if weights is None else weights[rows]
-        return Request(picks[rows], len(request.ids), prompt.domain, prompt.arrival, weights=gate, where=prompt.where)
+        more: dict[str, Any] = {"where": prompt.where, "prompt": PromptFeatures.of_ids([request.ids])}
+        return Request(picks[rows], len(request.ids), prompt.domain, prompt.arrival, weights=gate, **more)
 
 
 def _tokenised(prompt: Prompt, loaded: LoadedModel, options: TransformersOptions) -> _Request:

@@ -27,6 +27,7 @@ __all__ = [
     "PromptFeatures",
     "PromptKind",
     "PromptPolicy",
+    "find_secret",
     "hash_key",
     "key_id",
     "make_secret",
@@ -200,6 +201,21 @@ def _check_secret(secret: bytes) -> None:
 def secret_beside(trace: Path) -> Path:
     """Where the secret of a trace lies unless told otherwise: beside its folder, so that the folder can be shared."""
     return trace.parent / f"{trace.name}.secret"
+
+
+def find_secret(trace: Path, key: str) -> bytes:
+    """The secret that `key` names, from the file beside a trace.
+
+    Raises:
+        FormatError: no such file, or it holds another secret.
+    """
+    file = secret_beside(trace)
+    if not file.exists():
+        raise FormatError("the secret of its prompts is not beside it", where=str(trace), hint=f"put it at {file}")
+    secret = read_secret(file)
+    if key_id(secret) != key:
+        raise FormatError(f"is not the secret of the prompts of {trace.name}", where=str(file))
+    return secret
 
 
 def make_secret(path: Path) -> bytes:
