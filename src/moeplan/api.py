@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.errors import PlanError
 from moeplan.planning.plan import Plan, PlanningTask
+from moeplan.planning.prediction import Prediction, predictable
 from moeplan.planning.problem import MoveLimit, Strategy
 from moeplan.planning.requests import RequestSet, read_requests, shape_of
 from moeplan.planning.solver import solve
@@ -126,7 +129,12 @@ def fit(
     if trace is not None:
         index = () if requests.whole else tuple(requests.index.tolist())
         origin = dataclasses.replace(origin, trace_checksum=trace.checksum, synthetic=trace.synthetic, fit_index=index)
-    return dataclasses.replace(made, signature=requests.known, provenance=origin)
+    prediction = None
+    if predictable(requests):
+        everyone = np.arange(len(requests))
+        prediction = Prediction.fit(requests, everyone, seed)
+        prediction = prediction.calibrated(requests, everyone, made.router, made.routes.local_share)
+    return dataclasses.replace(made, signature=requests.known, provenance=origin, prediction=prediction)
 
 
 def expected_figures(

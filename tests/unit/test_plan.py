@@ -43,10 +43,13 @@ def test_round_trip(made: moeplan.Plan, tmp_path: Path) -> None:
     made.save(tmp_path / "a")
     back = moeplan.load_plan(tmp_path / "a")
     for field in dataclasses.fields(moeplan.Plan):
-        if field.name not in ("placement", "router"):
+        if field.name not in ("placement", "router", "prediction"):
             assert getattr(back, field.name) == getattr(made, field.name), field.name
     np.testing.assert_array_equal(back.placement.slots, made.placement.slots)
     np.testing.assert_array_equal(back.routes.slot, made.routes.slot)
+    assert made.prediction is not None and back.prediction is not None
+    stored, again = made.prediction.arrays(), back.prediction.arrays()
+    assert all(np.array_equal(stored[name], again[name]) for name in stored) and stored.keys() == again.keys()
     assert back.to_dict() == made.to_dict() and head(tmp_path / "a")["version"] == 2
     back.save(tmp_path / "b")
     assert head(tmp_path / "a") == head(tmp_path / "b")
@@ -104,12 +107,8 @@ def test_to_pandas(made: moeplan.Plan, trace: moeplan.Trace, monkeypatch: pytest
     assert (
         frame.loc["remote_share", "value"] == found.figures["remote_share"].value == table.loc["paper", "remote_share"]
     )
-    assert list(table.index) == ["linear", "paper", "paper/none"] and list(frame) == [
-        "value",
-        "low",
-        "high",
-        "vs_linear",
-    ]
+    assert list(table.index) == ["linear", "paper", "paper/none", "paper/prompt-tokens"]
+    assert list(frame) == ["value", "low", "high", "vs_linear"]
 
 
 def test_plot(made: moeplan.Plan, trace: moeplan.Trace) -> None:

@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,11 @@ from moeplan.errors import OutputError, PlanError, UsageError
 from moeplan.io.files import cannot_write
 from moeplan.io.json import write_json
 from moeplan.planning.router import Router
+from moeplan.trace.prompts import PRIVATE
 from moeplan.types import ModelShape, Placement
+
+if TYPE_CHECKING:
+    from moeplan.planning.prediction import Prediction
 
 __all__ = ["DEPLOYED", "FORMAT", "VERSION", "Moves", "Plan", "PlanningTask", "Provenance", "Signature", "crc"]
 
@@ -145,6 +149,7 @@ class Plan:
         signature: what the router looks at. seed: what chance was decided by.
         equal_groups: False for a strategy whose groups are unequal by nature; its figures are never within the guard.
         provenance: the version, the trace and the time behind it.
+        prediction: of the use of experts from prompts and earlier answers; None where the trace kept neither.
         expected: figures on held-out requests by key, each with `value`, `ci95` and `vs_linear`; None where unknown.
 
     Raises:
@@ -170,6 +175,7 @@ class Plan:
     equal_groups: bool = True
     provenance: Provenance = Provenance()
     expected: dict[str, Any] | None = None
+    prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
@@ -254,6 +260,7 @@ class Plan:
             "trace_checksum": origin.trace_checksum,
             "notes": list(origin.notes),
             "expected": self.expected,
+            **({} if self.prediction is None else {"prediction": self.prediction.to_dict()}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -268,6 +275,8 @@ class Plan:
         arrays = {"slots": self.placement.slots, **self.router.arrays}
         if self.provenance.fit_index:
             arrays["fit_index"] = np.array(self.provenance.fit_index)
+        private = {} if self.prediction is None else self.prediction.arrays()
+        arrays |= private
         head = self.to_dict() | {"arrays": {name: crc(array) for name, array in arrays.items()}}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,6 +284,8 @@ class Plan:
             temporary.chmod(0o755)
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+                if name in private:
+                    (temporary / f"{name}.npy").chmod(PRIVATE)
             write_json(temporary / "plan.json", head)
             temporary.rename(path)
         except OSError as error:

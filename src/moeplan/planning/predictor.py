@@ -45,10 +45,12 @@ class LeftOut:
 
     Attributes:
         index: int64 [m], which of the fitted requests. coordinates: float32 [m, r].
+        domain_offset: float32 [m, r], what the others of their domain would add.
     """
 
     index: Int64Array
     coordinates: Float32Array
+    domain_offset: Float32Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +69,11 @@ class PromptPredictor:
 
     Examples:
         >>> import numpy as np
-        >>> prompts = PromptFeatures.of_ids([[1, 2], [1, 3], [7, 8], [7, 9]])
-        >>> use = np.repeat([[[9, 1]], [[1, 9]]], 2, axis=0)  # the first two use expert 0, the others expert 1
+        >>> prompts = PromptFeatures.of_ids([[first, word] for first in (1, 7) for word in range(10, 20)])
+        >>> use = np.repeat([[[9, 1]], [[1, 9]]], 10, axis=0)  # prompts with a 1 use expert 0, those with a 7 expert 1
         >>> predictor = PromptPredictor.fit(prompts, use)
-        >>> predictor.expected_use(PromptFeatures.of_ids([[1], [7], []])).argmax(axis=2).ravel().tolist()[:2]
-        [0, 1]
+        >>> predictor.expected_use(PromptFeatures.of_ids([[1], [7], [1, 99]])).argmax(axis=2).ravel().tolist()
+        [0, 1, 0]
     """
 
     kind: PromptKind
@@ -114,15 +116,17 @@ class PromptPredictor:
         weighting = TermWeights.fit(hashed, most)
         ridge = fit_ridge(weighting.points(hashed), coordinates, sample)
         limit = float(np.float32(np.quantile(np.linalg.norm(ridge.left_out, axis=1), _LIMIT)))
-        left_out, offset = within(ridge.left_out, limit), np.zeros((0, len(components)))
+        left_out = within(ridge.left_out, limit)
+        offset, of_others = np.zeros((0, len(components))), np.zeros_like(left_out)
         if domain is not None:
-            offset = _domain_offset(coordinates[sample] - left_out, domain[sample], int(domain.max()) + 1)
+            offset, of_others = _domain_offset(coordinates[sample] - left_out, domain[sample], int(domain.max()) + 1)
         level = (mean * layers).reshape(layers, experts)
         level[level.sum(axis=1) <= 0] = 1.0 / experts
         level /= level.sum(axis=1, keepdims=True)
+        apart = LeftOut(sample, left_out.astype(np.float32), of_others.astype(np.float32))
         return cls(
             kind, key, level.astype(np.float32), _half(components * layers), weighting, _half(ridge.weights),
-            _half(ridge.intercept), limit, _half(offset), LeftOut(sample, left_out.astype(np.float32)),
+            _half(ridge.intercept), limit, _half(offset), apart,
         )  # fmt: skip
 
     @cached_property
@@ -232,15 +236,19 @@ def _components(use: NumberArray, mean: FloatArray, sample: Int64Array, seed: in
     return vector, np.concatenate(coordinates).astype(np.float64)
 
 
-def _domain_offset(rest: FloatArray, domain: Int64Array, domains: int) -> FloatArray:
-    """float64 [domains, r]: mean of what the terms left unexplained, shrunk to 0 for domains of few requests.
+def _domain_offset(rest: FloatArray, domain: Int64Array, domains: int) -> tuple[FloatArray, FloatArray]:
+    """Mean of what the terms left unexplained, shrunk to 0 for domains of few requests.
 
     Args:
         rest: float64 [m, r], use less its prediction, of requests that were left out.
+
+    Returns:
+        float64 [domains, r]; and float64 [m, r], the same for each request from the others of its domain.
     """
     count = np.bincount(domain, minlength=domains).astype(np.float64)[:, None]
     total = np.zeros((domains, rest.shape[1]))
     np.add.at(total, domain, rest)
     others, many = total[domain] - rest, count[domain] - 1.0
-    error = {s: float(((rest - others / np.maximum(many + s, 1e-9)) ** 2).sum()) for s in _DOMAIN_STRENGTHS}
-    return np.asarray(total / (count + min(error, key=lambda strength: error[strength])))
+    error = {s: float(((rest - others / (many + s)) ** 2).sum()) for s in _DOMAIN_STRENGTHS}
+    best = min(error, key=lambda strength: error[strength])
+    return np.asarray(total / (count + best)), np.asarray(others / (many + best))

@@ -35,11 +35,11 @@ class PromptText:
     Examples:
         >>> import numpy as np
         >>> from moeplan.trace.prompts import PromptFeatures
-        >>> prompts = PromptFeatures.of_ids([[1, 2], [1, 3], [7, 8], [7, 9]])
-        >>> use = np.repeat([[[9, 1]], [[1, 9]]], 2, axis=0)
+        >>> prompts = PromptFeatures.of_ids([[first, word] for first in (1, 7) for word in range(10, 20)])
+        >>> use = np.repeat([[[9, 1]], [[1, 9]]], 10, axis=0)
         >>> text = PromptText(PromptPredictor.fit(prompts, use))
-        >>> text.append_ids([1]).append_ids([2]).expected_use().argmax()
-        0
+        >>> bool(text.append_ids([1]).append_ids([25])._terms == 3), int(text.expected_use().argmax())
+        (True, 0)
     """
 
     def __init__(self, predictor: PromptPredictor) -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan._kernels.counting import count_ranges
-from moeplan.arrays import BoolArray, CountArray, ExpertArray, Int64Array
+from moeplan.arrays import BoolArray, CountArray, ExpertArray, Float32Array, Int64Array
 from moeplan.errors import UsageError, expect
 from moeplan.planning.plan import Plan, PlanningTask, Signature
 from moeplan.planning.problem import PlanningProblem, TokenRows
+from moeplan.planning.sessions import earlier_use
 from moeplan.trace import Trace
 from moeplan.trace.format import Requests
+from moeplan.trace.prompts import PromptFeatures
 from moeplan.trace.stages import MIN_DECODE, MIN_PREFILL, Stages
 from moeplan.types import ModelShape, expert_dtype
 
@@ -104,6 +106,21 @@ class RequestSet:
     def measured(self) -> CountArray:
         """uint32 [n, L, E], picks in the rows that plans are measured on."""
         return self.use if self.spans.measured is self.spans.use else self._count(self.spans.measured)
+
+    @cached_property
+    def prompts(self) -> PromptFeatures | None:
+        """Features of the prompts, if the trace keeps any."""
+        kept = None if self.trace is None else self.trace.prompts
+        return kept.take(self.index) if kept is not None and kept.known[self.index].any() else None
+
+    @cached_property
+    def earlier(self) -> Float32Array | None:
+        """float32 [n, L, E], picks of earlier answers of each request's session; None where the trace has none."""
+        table = None if self.trace is None else self.trace.requests
+        if table is None or table.session is None or table.turn is None:
+            return None
+        found = earlier_use(table.session[self.index], table.turn[self.index].astype(np.int64), self.use)
+        return found if found.any() else None
 
     def problem(self, task: PlanningTask, fit: Int64Array | None = None) -> PlanningProblem:
         """What a strategy is given: only what the fit requests did, int64 positions; None: all of them."""

@@ -15,6 +15,7 @@ from moeplan.errors import FormatError, MoeplanError
 from moeplan.io.json import read_json
 from moeplan.io.paths import check_input
 from moeplan.planning.plan import FORMAT, VERSION, Plan, Provenance, Signature, crc
+from moeplan.planning.prediction import Prediction
 from moeplan.planning.router import ClusterRouter, LinearRouter, LocalityRouter, Router
 from moeplan.types import ModelShape, Placement
 
@@ -35,6 +36,13 @@ class _Cluster(msgspec.Struct):
 class _Signature(msgspec.Struct):
     source: Literal["prefill", "prompt", "decode", "rows"]
     tokens: Annotated[int, msgspec.Meta(ge=1, le=10**9)] | None
+
+
+class _Prediction(msgspec.Struct):
+    kind: Literal["ids", "hashed"]
+    key: str
+    domains: tuple[str, ...]
+    earlier_strength: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class _Head(msgspec.Struct, kw_only=True):
@@ -58,6 +66,7 @@ class _Head(msgspec.Struct, kw_only=True):
     moeplan: str = ""
     notes: tuple[str, ...] = ()
     expected: dict[str, dict[str, Any]] | None = None
+    prediction: _Prediction | None = None
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -118,6 +127,7 @@ def load_plan(path: str | Path) -> Plan:
                 tuple(fitted),
             ),
             expected=head.expected,
+            prediction=_prediction(root, head, model),
         )
     except MoeplanError as error:
         raise FormatError(error.what, where=str(root), hint=error.hint) from None
@@ -188,6 +198,23 @@ def _router(root: Path, head: _Head, model: ModelShape, cluster: Cluster) -> Rou
     if not good or not np.isfinite(first).all():
         raise FormatError("the router's arrays do not fit the plan", where=str(root))
     return router
+
+
+def _prediction(root: Path, head: _Head, model: ModelShape) -> Prediction | None:
+    """The stored prediction of the use of experts, if there is one."""
+    about = head.prediction
+    if about is None:
+        return None
+    dimensions = {"prompt_terms": 1, "prompt_rarity": 1, "prompt_limit": 1}
+    names = [name for name in head.arrays if name.startswith("prompt_")]
+    arrays = {name: _array(root, name, head.arrays, dimensions.get(name, 2)) for name in names}
+    try:
+        made = Prediction.from_arrays(arrays, about.kind, about.key, about.domains, about.earlier_strength)
+    except KeyError as error:
+        raise FormatError(f"has no array {error}", where=str(root / "plan.json"), hint="plan again") from None
+    if made.predictor.mean.shape != (model.num_layers, model.num_experts):
+        raise FormatError("the prompt predictor is of another model", where=str(root), hint="plan again")
+    return made
 
 
 def _array(root: Path, name: str, sums: dict[str, int], dimensions: int) -> npt.NDArray[Any]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from moeplan.cluster import Cluster, Dispatch, ReplicaRule
 from moeplan.planning.plan import Plan, PlanningTask
+from moeplan.planning.prediction import predictable
 from moeplan.planning.problem import Strategy
 from moeplan.planning.requests import RequestSet, read_requests, shape_of
 from moeplan.planning.solver import solve
@@ -109,7 +110,7 @@ def rows_of(strategies: dict[str, Strategy], requests: RequestSet) -> list[Row]:
     rows: list[Row] = []
     for name, strategy in strategies.items():
         if strategy.routed:
-            kinds = ["none", *(["domain"] if several else []), "oracle"]
+            kinds = ["none", *(["domain"] if several else []), *predictable(requests), "oracle"]
             rows.append(Row(name, name, "prefill"))
             if strategy.equal_groups:
                 rows += [Row(f"{name}/{kind}", name, kind) for kind in kinds]

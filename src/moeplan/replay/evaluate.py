@@ -97,8 +97,11 @@ def evaluate(
         Row(name, plan.strategy, "prefill"),
         Row(f"{name}/none", plan.strategy, "none"),
     ]
+    if plan.prediction is not None:
+        rows += [Row(f"{name}/{kind}", plan.strategy, kind) for kind in plan.prediction.usable_for(requests)]
     measured = {}
-    for done, (row, of) in enumerate(zip(rows, (linear, plan, plan), strict=True)):
+    for done, row in enumerate(rows):
+        of = plan if done else linear
         progress(done, len(rows), row.name)
         measured[row.name] = [fold.measure(of, fold.group(of, row.signature))]
     table = tabulate(run, rows, measured, ())

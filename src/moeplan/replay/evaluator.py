@@ -17,6 +17,8 @@ from moeplan.arrays import Float32Array, Int64Array, NumberArray
 from moeplan.errors import PlanError, UsageError, expect
 from moeplan.planning.assignment import equal_groups, random_groups
 from moeplan.planning.plan import Plan, PlanningTask
+from moeplan.planning.prediction import PREDICTED, Prediction
+from moeplan.planning.prompt_router import prompt_router
 from moeplan.planning.requests import RequestSet, blocks, shape_of, split
 from moeplan.planning.router import ClusterRouter, LocalityRouter
 from moeplan.replay.measure import DecodeSteps, RequestFigures, StepFigures, measure_requests, sample_steps
@@ -46,7 +48,8 @@ class Row:
 
     Attributes:
         name: the strategy, with `/signature` where it is not the strategy's own way.
-        signature: none (random equal groups), domain, prefill (or what stands in for it), or oracle.
+        signature: none (random equal groups), domain, prefill (or what stands in for it), prompt-tokens, previous-turn,
+            or oracle.
     """
 
     name: str
@@ -110,16 +113,26 @@ class FoldEvaluator:
         span = self.requests.spans.measured[:, self.test]
         return draw_steps(span, self.steps, fold_rng(self.seed, self.fold, 2))
 
+    @cached_property
+    def prediction(self) -> Prediction:
+        """Fitted on the fit requests."""
+        return Prediction.fit(self.requests, self.fit, self.seed)
+
     def group(self, plan: Plan, signature: str) -> Grouping:
         """The groups of the held-out requests, by a kind of signature; equal in size unless the strategy's are not.
 
         Args:
-            signature: `none` (at random), `domain`, `prefill` (or what stands in for it) or `oracle`.
+            signature: `none` (at random), `domain`, `prefill` (or what stands in for it), `prompt-tokens`,
+                `previous-turn` or `oracle`.
         """
         requests, test = self.requests, self.test
         if signature == "none":
             rng = fold_rng(self.seed, self.fold, 1)
             return Grouping(random_groups(len(test), plan.cluster.num_groups, rng), True)
+        if signature in PREDICTED:  # by the plan's own prediction; one of the fit requests where it has none
+            predicted = (plan.prediction or self.prediction).expected_use(requests, test, signature)
+            router = prompt_router(plan.router, plan.routes.local_share)
+            return Grouping(equal_groups(router.scores(predicted)), plan.equal_groups)
         if signature == "oracle":  # nothing to predict: what the placement holds of the decode itself
             scores = LocalityRouter.of(plan.routes).scores(requests.measured[test])
             return Grouping(equal_groups(scores), plan.equal_groups)

@@ -15,6 +15,7 @@ from moeplan import __version__
 from moeplan.arrays import Float32Array, FloatArray
 from moeplan.cluster import Dispatch, message_bytes
 from moeplan.planning.expected_load import load_ratio
+from moeplan.planning.prediction import PREDICTED, predictable
 from moeplan.planning.problem import GUARD
 from moeplan.planning.requests import RequestSet
 from moeplan.replay.evaluator import EvaluationRun, Measured, Row
@@ -99,9 +100,16 @@ def _method(run: EvaluationRun, unit: str) -> list[str]:
         f"per step: {settings.steps} steps a fold, {run.live} live requests in each of {cluster.num_groups} groups; "
         "intervals bootstrap over steps",
         *([timing.method(cluster, settings.steps, run.live, column)] if timing else []),
-        "signatures not shown: prompt-tokens (a trace holds no token ids), previous-turn (it holds no conversations)",
+        *_not_shown(run.requests),
         f"guard ok: equal groups, and node load at most {GUARD:g} x linear's; other rows are not eligible",
     ]
+
+
+def _not_shown(requests: RequestSet) -> list[str]:
+    """Predicted signatures that the trace has nothing for."""
+    reasons = {"prompt-tokens": "the trace keeps no prompts", "previous-turn": "it keeps no sessions of several turns"}
+    missing = [f"{name} ({reasons[name]})" for name in PREDICTED if name not in predictable(requests)]
+    return [f"signatures not shown: {', '.join(missing)}"] if missing else []
 
 
 def _time_notes(run: EvaluationRun) -> list[str]:

@@ -92,6 +92,12 @@ class PromptFeatures:
         tokens = np.concatenate([np.empty(0, np.uint32), *(np.asarray(prompt, np.uint32) for prompt in prompts)])
         return cls("ids", offsets, tokens)
 
+    @classmethod
+    def empty(cls, n: int, kind: PromptKind = "ids", key: str = "") -> PromptFeatures:
+        """Features of n prompts that are not known."""
+        counts = np.empty(0, np.uint16) if kind == "hashed" else None
+        return cls(kind, np.zeros(n + 1, np.int64), np.empty(0, np.uint32), counts, key)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
