@@ -128,6 +128,11 @@ def test_an_argument_of_another_kind_is_refused_with_what_to_give(call: Callable
         call()
 
 
+def test_one_strategy_need_not_be_in_a_list() -> None:
+    settings = moeplan.EvaluationSettings(folds=1, steps=2, bootstrap_draws=10)
+    assert moeplan.compare(trace(), CLUSTER, "random", settings=settings).row("random").within_guard is not None
+
+
 def test_a_plan_of_some_requests_is_evaluated_on_the_others(tmp_path: Path) -> None:
     requests = moeplan.read_requests(trace())
     fit, held_out = requests.split(fit=0.75, seed=3)
