@@ -65,6 +65,13 @@ from .planning.strategies.moeplan import MoeplanStrategy as MoeplanStrategy
 from .planning.strategies.paper import PaperStrategy as PaperStrategy
 from .profile.characterise import Profile as Profile
 from .profile.characterise import profile_trace as profile_trace
+from .record.prompts import Prompt as Prompt
+from .record.server import ServedOptions as ServedOptions
+from .record.sglang import record_sglang as record_sglang
+from .record.transformers import TransformersOptions as TransformersOptions
+from .record.transformers import record_transformers as record_transformers
+from .record.transformers_model import LoadedModel as LoadedModel
+from .record.vllm import record_vllm as record_vllm
 from .replay.compare import compare as compare
 from .replay.drift import DriftReport as DriftReport
 from .replay.drift import detect_drift as detect_drift

@@ -22,7 +22,7 @@ from moeplan.planning.problem import PlanningProblem, TokenRows
 
 #: What moeplan alone makes; their fields are read, and may be of types that are not public.
 RESULTS = ("CompleteSpec", "Comparison", "DriftReport", "Estimate", "Evaluation", "ExportReport", "Profile", "Report")
-RESULTS += ("RequestSet", "Sizing", "Sweep", "Trace")
+RESULTS += ("LoadedModel", "RequestSet", "Sizing", "Sweep", "Trace")
 #: What a caller passes on, or never gives.
 PASSED_ON = {"Constants", "Messages", "Overrides", "ServingFigures", "StepCounts"}
 CLUSTER = moeplan.Cluster(2, 2)

@@ -45,9 +45,9 @@ def record_sglang(
         MoeplanError: as `record_served`.
 
     Examples:
-        >>> from moeplan.record import ServedOptions, record_sglang
-        >>> options = ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
-        >>> trace = record_sglang("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
+        >>> import moeplan
+        >>> options = moeplan.ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
+        >>> trace = moeplan.record_sglang("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
     """
     chosen = options or ServedOptions()
 

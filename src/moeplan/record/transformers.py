@@ -75,8 +75,8 @@ def record_transformers(
         OutputError: `out` exists (without `resume`) or cannot be written.
 
     Examples:
-        >>> from moeplan.record import record_transformers
-        >>> trace = record_transformers("embedded", "prompts.jsonl", "my-trace")  # doctest: +SKIP
+        >>> import moeplan
+        >>> trace = moeplan.record_transformers("embedded", "prompts.jsonl", "my-trace")  # doctest: +SKIP
     """
     options = options or TransformersOptions()
     weights = options.keep_gate_weights

@@ -41,9 +41,9 @@ def record_vllm(
         MoeplanError: as `record_served`.
 
     Examples:
-        >>> from moeplan.record import ServedOptions, record_vllm
-        >>> options = ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
-        >>> trace = record_vllm("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
+        >>> import moeplan
+        >>> options = moeplan.ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
+        >>> trace = moeplan.record_vllm("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
     """
     return record_served(url, VllmEngine.of, prompts, out, options or ServedOptions(), progress)
 
