@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.drift import drift_lines
+from moeplan.cli.text.plans import drift_lines
 
 __all__ = ["drift"]
 

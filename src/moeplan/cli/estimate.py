@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 from moeplan.cli import options as o
 from moeplan.cli.files import File
 from moeplan.cli.terminal import echo, emit_json
-from moeplan.cli.text.estimate import estimate_lines
+from moeplan.cli.text.perf import estimate_lines
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from moeplan.cli import options as o
-from moeplan.cli.import_placement import placement
-from moeplan.cli.terminal import progress
+from moeplan.cli.terminal import echo, emit_json, progress
+from moeplan.cli.text.engines import placement_facts, placement_lines
 from moeplan.cli.text.made import show_counts, show_made, show_trace
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ __all__ = ["import_"]
 import_ = App(
     name="import", help="Turn recordings of other tools into a trace, a counts profile or a plan.", **o.SETTINGS
 )
-import_.command(placement)
 
 SourceFiles = Annotated[o.Sources, Parameter(name="FILE..", help="Files, or folders of them.")]
 Start = Annotated[
@@ -76,6 +75,45 @@ class CountsFlags:
         from moeplan.importers.options import ImportOptions
 
         return importer(source, self.output, ImportOptions(o.described(name=self.name, **known)), phase=self.phase)
+
+
+@import_.command
+def placement(
+    file: o.PlacementIn,
+    /,
+    *,
+    engine: o.Engine,
+    output: o.PlanOut,
+    model: o.PlacedModelFlags = o.PlacedModelFlags(),
+    top_k: o.TopK = None,
+    name: o.ModelName = None,
+    served: o.ServedFlags = o.ServedFlags(),
+    deployment: Annotated[o.Deployment, Parameter(group=o.CLUSTER)] = "nodes",
+    dispatch: Annotated[o.DispatchMode, Parameter(group=o.CLUSTER)] = "pick",
+    json: o.Json = None,
+) -> None:
+    """Import a placement file of SGLang, vLLM, TensorRT-LLM or vLLM-Ascend: a plan, not a trace.
+
+    Args:
+        deployment: What a request group is: the requests decoded on one node, or on one GPU.
+        dispatch: Dispatch mode: what one message carries.
+    """
+    from moeplan.cluster import Deployment, Dispatch
+    from moeplan.engines.from_placement import import_placement
+
+    o.refuse_plan(file)
+    plan = import_placement(
+        file,
+        engine,
+        model.spec(top_k=top_k, name=name),
+        served.layout(),
+        deployment=Deployment(deployment),
+        dispatch=Dispatch(dispatch),
+    )
+    plan.save(output)
+    for line in placement_lines(plan, file, output):
+        echo(line)
+    emit_json(json, placement_facts(plan, output))
 
 
 @import_.command

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import emit_json, progress
-from moeplan.cli.text.plan import plan_facts, show_moves
+from moeplan.cli.text.plans import plan_facts, show_moves
 
 __all__ = ["rebalance"]
 

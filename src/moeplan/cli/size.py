@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.size import size_lines
+from moeplan.cli.text.perf import size_lines
 
 if TYPE_CHECKING:
     from moeplan.perf.use_cases import UseCase

@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.sweep import sweep_lines
+from moeplan.cli.text.perf import sweep_lines
 
 __all__ = ["sweep"]
 
