@@ -29,7 +29,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 
 
 def import_expert_selection(
-    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
+    sources: Sequence[Path], out: Path, options: ImportOptions = ImportOptions(), *, progress: Progress = silent
 ) -> Trace:
     """Turn JSON files (or folders of them), one request each, into a trace.
 
@@ -39,7 +39,6 @@ def import_expert_selection(
         UsageError: no number of experts, or a layer to leave out that is not there.
         FormatError: a file that is truncated, nested too deeply, ragged, or differs from the first in layers or k.
     """
-    options = options or ImportOptions()
     files = source_files(sources, ".json")
     first = layers, picks, _ = _read_request(files[0])
     shape = options.shape(top_k=picks.shape[2], layer_ids=layers, where=str(files[0]))

@@ -60,7 +60,7 @@ class _Step:
 
 
 def import_megatron(
-    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
+    sources: Sequence[Path], out: Path, options: ImportOptions = ImportOptions(), *, progress: Progress = silent
 ) -> Trace:
     """Turn router traces, one file per rank, into a trace of pseudo-requests.
 
@@ -70,7 +70,6 @@ def import_megatron(
         UsageError: no number of experts.
         FormatError: a line that is truncated or ragged, a step without a layer that others have, steps of another k.
     """
-    options = options or ImportOptions()
     files, model = source_files(sources, ".jsonl"), options.model
     num_experts = model.need_experts(str(files[0]))
     notes: dict[str, None] = {PSEUDO_REQUESTS: None}

@@ -34,7 +34,7 @@ Layers = dict[int, "array[int]"]
 
 
 def import_moe_beyond(
-    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
+    sources: Sequence[Path], out: Path, options: ImportOptions = ImportOptions(), *, progress: Progress = silent
 ) -> Trace:
     """Turn CSV files (or folders of them) into a trace; the files do not hold the number of experts: `options` must.
 
@@ -42,7 +42,6 @@ def import_moe_beyond(
         UsageError: no number of experts, or a layer to leave out that is not there.
         FormatError: a file that is truncated, ragged, or differs from the first in layers or k.
     """
-    options = options or ImportOptions()
     files = source_files(sources, ".csv")
     first = layers, picks = _read_file(files[0])
     shape = options.shape(top_k=picks[0].shape[2], layer_ids=layers, where=str(files[0]))

@@ -68,7 +68,7 @@ class _Tokens:
 def import_sglang_recorder(
     sources: Sequence[Path],
     out: Path,
-    options: ImportOptions | None = None,
+    options: ImportOptions = ImportOptions(),
     *,
     counts: bool = False,
     phase: str = "unknown",
@@ -85,7 +85,7 @@ def import_sglang_recorder(
         FormatError: a file that is truncated or no dump, ranks that do not belong together, requests that cannot be
             rebuilt.
     """
-    files, options = source_files(sources, ".pt"), options or ImportOptions()
+    files = source_files(sources, ".pt")
     loaded = [(path, load_pt(path)) for path in files]
     kinds = {_kind(data, path) for path, data in loaded}
     if len(kinds) > 1:

@@ -33,7 +33,7 @@ class _Meta(msgspec.Struct):
 
 
 def import_tensorrt_llm(
-    folder: Path, out: Path, options: ImportOptions | None = None, *, phase: str = "unknown"
+    folder: Path, out: Path, options: ImportOptions = ImportOptions(), *, phase: str = "unknown"
 ) -> CountsProfile:
     """A folder of statistics into a counts profile: sums over iterations and ranks.
 
@@ -69,7 +69,7 @@ def import_tensorrt_llm(
         where=str(folder),
         source=source,
         layer_ids=tuple(layers),
-        name=(options or ImportOptions()).model.name or "",
+        name=options.model.name or "",
         top_k=top_k,
         phase=phase,
     )

@@ -19,7 +19,7 @@ __all__ = ["import_trace"]
 
 
 def import_trace(
-    source: str | Path, out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
+    source: str | Path, out: Path, options: ImportOptions = ImportOptions(), *, progress: Progress = silent
 ) -> Trace:
     """Copy a trace with token rows, less what `options` leaves out; one part is in memory at a time.
 
@@ -28,7 +28,6 @@ def import_trace(
         FormatError: a part that is damaged, or no request that is long enough.
         OutputError: `out` exists or cannot be written.
     """
-    options = options or ImportOptions()
     trace = open_trace(source, without_layers=options.without_layers)
     table, aggregate = trace.requests, options.retention.aggregate
     labels = [table.domains[d] if options.domain is None else options.domain for d in table.domain]

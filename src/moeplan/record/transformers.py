@@ -56,7 +56,7 @@ def record_transformers(
     model: str | Path | LoadedModel,
     prompts: Prompts,
     out: str | Path,
-    options: TransformersOptions | None = None,
+    options: TransformersOptions = TransformersOptions(),
     *,
     progress: Progress = silent,
 ) -> Trace:
@@ -78,7 +78,6 @@ def record_transformers(
         >>> import moeplan
         >>> trace = moeplan.record_transformers("embedded", "prompts.jsonl", "my-trace")  # doctest: +SKIP
     """
-    options = options or TransformersOptions()
     weights = options.keep_gate_weights
     recording = Recording(prompts, out, options, weights=weights)
     loaded = model if isinstance(model, LoadedModel) else _loaded(str(model), recording.prompts, options)

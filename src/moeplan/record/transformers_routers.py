@@ -227,21 +227,16 @@ def _router(model: Any, modules: dict[str, Any], call: _Call, layer: int) -> Rou
 
 def _expert_count(model: Any, modules: tuple[Any, ...], call: _Call) -> int | None:
     """E: as the module or its block says, else the width of the logits, else as the config says."""
-    names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-    for module in modules:
-        for name in names:
-            value = getattr(module, name, None)
-            if type(value) is int:
-                return value
-    if call.logits is not None:
-        return int(call.logits)
     config = model.config.get_text_config()
-    for holder in (config, getattr(config, "ffn_config", None)):
-        for name in names:
-            value = getattr(holder, name, None)
-            if type(value) is int:
-                return value
-    return None
+    stated = [*map(_stated_count, modules), call.logits]
+    stated += map(_stated_count, (config, getattr(config, "ffn_config", None)))
+    return next((count for count in stated if count is not None), None)
+
+
+def _stated_count(holder: Any) -> int | None:
+    names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+    values = (getattr(holder, name, None) for name in names)
+    return next((value for value in values if type(value) is int), None)
 
 
 def _unread(modules: dict[str, Any], read: set[int]) -> list[tuple[str, Any]]:
