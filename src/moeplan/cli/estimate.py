@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
+from moeplan.cli import perf_options as p
 from moeplan.cli.files import File
 from moeplan.cli.terminal import echo, emit_json
 from moeplan.cli.text.perf import estimate_lines
@@ -79,14 +80,14 @@ class RoutingFlags:
 def estimate(
     *,
     hardware: str,
-    model: o.ModelIn | None = None,
+    model: p.ModelIn | None = None,
     layout: LayoutFlags = LayoutFlags(),
     step: StepFlags = StepFlags(),
     routing: RoutingFlags = RoutingFlags(),
     requests: o.TraceFlags = o.TraceFlags(),
-    precision: o.PrecisionFlags = o.PrecisionFlags(),
-    drafts: o.DraftFlags = o.DraftFlags(),
-    prices: o.PriceFlags = o.PriceFlags(),
+    precision: p.PrecisionFlags = p.PrecisionFlags(),
+    drafts: p.DraftFlags = p.DraftFlags(),
+    prices: p.PriceFlags = p.PriceFlags(),
     output: o.PageOut = None,
     json: o.Json = None,
 ) -> None:
@@ -123,7 +124,7 @@ def _not_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(
-    layout: LayoutFlags, step: StepFlags, precision: o.PrecisionFlags, drafts: o.DraftFlags
+    layout: LayoutFlags, step: StepFlags, precision: p.PrecisionFlags, drafts: p.DraftFlags
 ) -> EstimateSettings:
     """The flags as the library's value."""
     from moeplan.cluster import Dispatch
@@ -135,7 +136,7 @@ def _settings(
     return EstimateSettings(**precision.values(), **_not_none(given))
 
 
-def _refuse_layout(layout: LayoutFlags, step: StepFlags, drafts: o.DraftFlags) -> None:
+def _refuse_layout(layout: LayoutFlags, step: StepFlags, drafts: p.DraftFlags) -> None:
     """Refuse flags that a plan answers, or that real steps do not come with."""
     given: dict[str, Any] = asdict(layout) | {"skew": step.skew, "phase": step.phase, "accepted": drafts.accepted}
     given |= {"balanced": step.balanced or None, "mtp": drafts.mtp or None}

@@ -15,6 +15,7 @@ from moeplan.cli.text.engines import placement_facts, placement_lines
 from moeplan.cli.text.made import show_counts, show_made, show_trace
 
 if TYPE_CHECKING:
+    from moeplan.importers.options import ImportOptions
     from moeplan.trace.counts import CountsProfile
 
 __all__ = ["import_"]
@@ -29,13 +30,31 @@ Start = Annotated[
 ]
 
 
+@Parameter(name="*", group=o.REQUESTS)
+@dataclass(frozen=True)
+class SourceFlags:
+    """How the requests of a source are stored."""
+
+    domain: str | None = None
+    """Domain label of every request. Default: the source's own, or the file name up to its trailing number."""
+    without_layers: o.Layers = ()
+    """Leave out these layers, e.g. 45 or 0,1,45."""
+
+    def options(self, model: o.ModelFlags = o.ModelFlags(), keep: o.KeepFlags = o.KeepFlags()) -> ImportOptions:
+        """What an importer is told beside the source."""
+        from moeplan.importers.options import ImportOptions
+
+        dense = model.dense_layers if isinstance(model, o.LayeredModelFlags) else None
+        return ImportOptions(model.spec(), dense, self.domain, self.without_layers, keep.policy())
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class TraceFlags:
+class NewTraceFlags:
     """The trace to make of requests, and what their source does not say."""
 
     output: o.TraceOut
-    how: o.SourceFlags = o.SourceFlags()
+    how: SourceFlags = SourceFlags()
     model: o.ModelFlags = o.ModelFlags()
 
     def make(self, importer: Callable[..., Any], source: Path | list[Path], what: str, **more: Any) -> Any:
@@ -46,7 +65,7 @@ class TraceFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ResponseFlags(TraceFlags):
+class ResponseFlags(NewTraceFlags):
     """The same for the responses of an engine."""
 
     start: Start = 0
@@ -55,7 +74,7 @@ class ResponseFlags(TraceFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class DumpFlags(TraceFlags):
+class DumpFlags(NewTraceFlags):
     """The same for a source that may be counts."""
 
     output: o.RecorderOut
@@ -63,7 +82,7 @@ class DumpFlags(TraceFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class CountsFlags:
+class NewCountsFlags:
     """The counts profile to make, and what its source does not say."""
 
     output: o.CountsOut
@@ -117,7 +136,7 @@ def placement(
 
 
 @import_.command
-def arrays(source: o.InputFile, /, *, into: TraceFlags, json: o.Json = None) -> None:
+def arrays(source: o.InputFile, /, *, into: NewTraceFlags, json: o.Json = None) -> None:
     """Import request-level arrays from an .npz file.
 
     It holds experts, request_offsets, prefill_lengths, domain, layer_ids and num_experts.
@@ -131,7 +150,7 @@ def arrays(source: o.InputFile, /, *, into: TraceFlags, json: o.Json = None) -> 
 
 
 @import_.command
-def expert_selection(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+def expert_selection(sources: SourceFiles, /, *, into: NewTraceFlags, json: o.Json = None) -> None:
     """Import JSON files, one per request: a list of steps, each a map from layer to the picks of its tokens."""
     from moeplan.importers.expert_selection import import_expert_selection
 
@@ -139,7 +158,7 @@ def expert_selection(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json 
 
 
 @import_.command
-def moe_beyond(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+def moe_beyond(sources: SourceFiles, /, *, into: NewTraceFlags, json: o.Json = None) -> None:
     """Import CSV files of MoE-Beyond: prompts with layer, batch number, token and expert ids.
 
     The text of the tokens is not stored.
@@ -150,7 +169,7 @@ def moe_beyond(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None
 
 
 @import_.command
-def megatron(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+def megatron(sources: SourceFiles, /, *, into: NewTraceFlags, json: o.Json = None) -> None:
     """Import router traces (.jsonl) of Megatron-LM; each step becomes a pseudo-request."""
     from moeplan.importers.megatron import import_megatron
 
@@ -194,7 +213,7 @@ def sglang_recorder(
 
 
 @import_.command
-def tensorrt_llm(folder: o.InputFile, /, *, into: CountsFlags, json: o.Json = None) -> None:
+def tensorrt_llm(folder: o.InputFile, /, *, into: NewCountsFlags, json: o.Json = None) -> None:
     """Import expert statistics of TensorRT-LLM: a counts profile, not a trace.
 
     Args:
@@ -206,7 +225,7 @@ def tensorrt_llm(folder: o.InputFile, /, *, into: CountsFlags, json: o.Json = No
 
 
 @import_.command
-def logical_count(source: o.InputFile, /, *, into: CountsFlags, top_k: o.TopK = None, json: o.Json = None) -> None:
+def logical_count(source: o.InputFile, /, *, into: NewCountsFlags, top_k: o.TopK = None, json: o.Json = None) -> None:
     """Import SGLang's logical_count JSON: a counts profile, not a trace.
 
     Args:
@@ -223,7 +242,7 @@ def trace(
     /,
     *,
     output: o.TraceOut,
-    how: o.SourceFlags = o.SourceFlags(),
+    how: SourceFlags = SourceFlags(),
     keep: o.KeepFlags = o.KeepFlags(),
     json: o.Json = None,
 ) -> None:

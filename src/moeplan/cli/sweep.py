@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
+from moeplan.cli import perf_options as p
 from moeplan.cli.terminal import echo, emit_json, progress
 from moeplan.cli.text.perf import sweep_lines
 
@@ -44,18 +45,18 @@ class LoadFlags:
     """Context tokens of each request."""
     overlap: bool = False
     """Two-batch overlap: also try each set-up with it."""
-    tpot: o.Milliseconds = 50.0
+    tpot: p.Milliseconds = 50.0
     """Limit on the time per output token. The best set-up within the limit is shown in detail."""
 
 
 def sweep(
     *,
-    model: o.ModelIn,
-    hardware: o.HardwareList,
+    model: p.ModelIn,
+    hardware: p.HardwareList,
     layout: LayoutFlags = LayoutFlags(),
     load: LoadFlags = LoadFlags(),
-    precision: o.PrecisionFlags = o.PrecisionFlags(),
-    prices: o.PriceFlags = o.PriceFlags(),
+    precision: p.PrecisionFlags = p.PrecisionFlags(),
+    prices: p.PriceFlags = p.PriceFlags(),
     output: o.PageOut = None,
     json: o.Json = None,
 ) -> None:
