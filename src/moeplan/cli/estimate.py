@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 from moeplan.cli import options as o
 from moeplan.cli import perf_options as p
 from moeplan.cli.files import File
-from moeplan.cli.terminal import echo, emit_json
+from moeplan.cli.terminal import echo, show
 from moeplan.cli.text.perf import estimate_lines
 from moeplan.errors import UsageError
 
@@ -111,9 +111,7 @@ def estimate(
         given = {"gpus_per_node": layout.gpus_per_node, "redundant": layout.redundant, "context": step.context}
         given |= {"nodes": layout.nodes, "batch": step.batch}
         found = uniform(model, machine, settings=settings, **_not_none(given))
-    for line in estimate_lines(found):
-        echo(line)
-    emit_json(json, found.to_dict())
+    show(estimate_lines(found), json, found.to_dict())
     if output is not None:
         write_page(output, estimate_html(found))
         echo(f"wrote {output}")

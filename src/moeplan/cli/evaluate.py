@@ -77,7 +77,6 @@ def evaluate(
 
 def _measured(trace: Trace, plan: Path | None, placed: PlacementFlags) -> Plan:
     """The plan to measure, or an engine's file as a plan; what config and flags leave open, the trace says."""
-    from moeplan.cluster import Deployment
     from moeplan.engines.from_placement import import_placement
     from moeplan.planning.store import load_plan
     from moeplan.replay.evaluator import check_shape
@@ -105,5 +104,5 @@ def _measured(trace: Trace, plan: Path | None, placed: PlacementFlags) -> Plan:
         spec,
         placed.layout(),
         shape=trace.shape,
-        deployment=Deployment(placed.deployment or "nodes"),
+        deployment=placed.deployment or "nodes",
     )

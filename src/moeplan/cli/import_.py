@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from moeplan.cli import options as o
-from moeplan.cli.terminal import echo, emit_json, progress
+from moeplan.cli.terminal import progress, show
 from moeplan.cli.text.engines import placement_facts, placement_lines
 from moeplan.cli.text.made import show_counts, show_made, show_trace
 
@@ -117,7 +117,6 @@ def placement(
         deployment: What a request group is: the requests decoded on one node, or on one GPU.
         dispatch: Dispatch mode: what one message carries.
     """
-    from moeplan.cluster import Deployment, Dispatch
     from moeplan.engines.from_placement import import_placement
 
     o.refuse_plan(file)
@@ -126,13 +125,11 @@ def placement(
         engine,
         model.spec(top_k=top_k, name=name),
         served.layout(),
-        deployment=Deployment(deployment),
-        dispatch=Dispatch(dispatch),
+        deployment=deployment,
+        dispatch=dispatch,
     )
     plan.save(output)
-    for line in placement_lines(plan, file, output):
-        echo(line)
-    emit_json(json, placement_facts(plan, output))
+    show(placement_lines(plan, file, output), json, placement_facts(plan, output))
 
 
 @import_.command

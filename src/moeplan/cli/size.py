@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli import perf_options as p
-from moeplan.cli.terminal import echo, emit_json, progress
+from moeplan.cli.terminal import echo, progress, show
 from moeplan.cli.text.perf import size_lines
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def size(
     )
     with progress("size") as tick:
         sized = sizing.size(model, prices.hardware(hardware), cases, settings, tick)
-    for line in size_lines(sized, cases):
-        echo(line)
-    emit_json(json, sized.to_dict())
+    show(size_lines(sized, cases), json, sized.to_dict())
     if output is not None:
         write_page(output, size_html(sized))
         echo(f"wrote {output}")

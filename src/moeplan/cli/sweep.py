@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli import perf_options as p
-from moeplan.cli.terminal import echo, emit_json, progress
+from moeplan.cli.terminal import echo, progress, show
 from moeplan.cli.text.perf import sweep_lines
 
 __all__ = ["sweep"]
@@ -80,9 +80,7 @@ def sweep(
     start = time.perf_counter()
     with progress("sweep") as tick:
         swept = perf.sweep(model, prices.hardware(hardware), settings, tick)
-    for line in sweep_lines(swept, time.perf_counter() - start):
-        echo(line)
-    emit_json(json, swept.to_dict())
+    show(sweep_lines(swept, time.perf_counter() - start), json, swept.to_dict())
     if output is not None:
         write_page(output, sweep_html(swept))
     echo(f"wrote {output}" if output else "a page with figures: add -o sweep.html")

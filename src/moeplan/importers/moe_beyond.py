@@ -18,7 +18,7 @@ from moeplan.arrays import Int64Array
 from moeplan.errors import FormatError
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.sources import source_files
-from moeplan.io.paths import check_input
+from moeplan.io.paths import check_input, readable
 from moeplan.progress import Progress, silent
 from moeplan.trace.format import Request
 from moeplan.trace.reader import Trace
@@ -94,16 +94,15 @@ def _read_file(path: Path) -> tuple[list[int], list[Int64Array]]:
 def _read_lines(path: Path) -> Iterator[tuple[int, int, int, list[int]]]:
     """(line number, layer, batch, ids) of each line."""
     try:
-        if check_input(path) > MAX_FILE_BYTES:
-            raise FormatError(f"more than the {MAX_FILE_BYTES} bytes that moeplan reads", where=str(path))
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = csv.reader(file)
-            if next(lines, None) != HEADER:
-                raise FormatError(f"does not begin with {','.join(HEADER)}", where=str(path))
-            for fields in lines:
-                yield lines.line_num, *_read_fields(fields, lines.line_num, path)
-    except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})", where=str(path), hint="check the path") from None
+        with readable(path):
+            if check_input(path) > MAX_FILE_BYTES:
+                raise FormatError(f"more than the {MAX_FILE_BYTES} bytes that moeplan reads", where=str(path))
+            with path.open(encoding="utf-8", newline="") as file:
+                lines = csv.reader(file)
+                if next(lines, None) != HEADER:
+                    raise FormatError(f"does not begin with {','.join(HEADER)}", where=str(path))
+                for fields in lines:
+                    yield lines.line_num, *_read_fields(fields, lines.line_num, path)
     except UnicodeDecodeError:
         raise FormatError("is not UTF-8 text", where=str(path), hint="it may be cut off: copy it again") from None
     except csv.Error as error:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moeplan.errors import FormatError, OutputError, UsageError
-from moeplan.io.files import check_folder
+from moeplan.io.files import check_folder, is_taken
 from moeplan.progress import Progress
 from moeplan.record.prompts import MAX_NEW_TOKENS, Prompt, prompts_digest, read_prompts
 from moeplan.trace.format import JSON_NAME, REQUESTS_NAME, Request
@@ -123,7 +123,7 @@ class Recording:
 
     def _check_out(self) -> None:
         out = self._out
-        if not self._options.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not self._options.resume and is_taken(out):
             raise OutputError("already exists", where=str(out), hint="choose another place, remove it, or add --resume")
         check_folder(out)
 

@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.errors import FormatError, MoeplanError, OutputError
-from moeplan.io.files import atomic_path, sha256
+from moeplan.errors import FormatError, MoeplanError
+from moeplan.io.files import atomic_path, make_folder, sha256
 from moeplan.io.json import write_json
 from moeplan.trace.aggregation import RequestSums
 from moeplan.trace.format import FORMAT, JSON_NAME, REQUESTS_NAME, UNKNOWN, PartInfo, Request, StoredRequest
@@ -97,7 +97,7 @@ class TraceWriter:
         if mode == "resume":
             self._restore(open_trace(path))
         else:
-            self._make_directory()
+            self._made = make_folder(self.path)
 
     def __len__(self) -> int:
         """Requests (or sums over requests) stored so far."""
@@ -124,17 +124,6 @@ class TraceWriter:
         self._parts, self._last, self._requests = recorded.parts, recorded.last, recorded.requests
         self._pending_rows = sum(self._form.size(content) for content in self._pending)
         self._flushed = len(self._requests) - len(self._pending)
-
-    def _make_directory(self) -> None:
-        try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise OutputError("already exists", where=str(self.path), hint="choose another place, or remove it")
-            self._made = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot be made ({error.strerror})", where=str(self.path), hint="choose a place that you may write to"
-            ) from None
 
     def __enter__(self) -> TraceWriter:
         return self
