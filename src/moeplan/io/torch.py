@@ -58,7 +58,7 @@ def load_pt(path: Path) -> dict[str, Any]:
     return data
 
 
-def integers(value: Any, ndim: int, label: str, where: str) -> npt.NDArray[np.int64]:
+def integers(value: Any, ndim: int, label: str, where: str | None = None) -> npt.NDArray[np.int64]:
     """int64 array of a tensor or a flat list of whole numbers, as many dimensions as said."""
     import torch
 
