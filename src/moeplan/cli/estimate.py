@@ -108,8 +108,8 @@ def estimate(
     elif model is None:
         raise UsageError("--model is missing", hint="give a name of the catalogue, or a config.json")
     else:
-        given = {"gpus_per_node": layout.gpus_per_node, "redundant": layout.redundant, "context": step.context}
-        given |= {"nodes": layout.nodes, "batch": step.batch}
+        given = {name: getattr(layout, name) for name in ("nodes", "gpus_per_node", "redundant")}
+        given |= {"batch": step.batch, "context": step.context}
         found = uniform(model, machine, settings=settings, **_not_none(given))
     show(estimate_lines(found), json, found.to_dict())
     if output is not None:
@@ -125,12 +125,11 @@ def _settings(
     layout: LayoutFlags, step: StepFlags, precision: p.PrecisionFlags, drafts: p.DraftFlags
 ) -> EstimateSettings:
     """The flags as the library's value."""
-    from moeplan.cluster import Dispatch
     from moeplan.perf.estimate import EstimateSettings
 
-    given: dict[str, Any] = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.ep, "phase": step.phase}
-    given |= {"skew": step.skew, "dispatch": None if step.dispatch is None else Dispatch(step.dispatch)}
-    given |= {"overlap": step.overlap, "balanced": step.balanced, "drafts": drafts.mtp, "accepted": drafts.accepted}
+    given = {name: getattr(layout, name) for name in ("tp", "pp", "dp", "ep")}
+    given |= {name: getattr(step, name) for name in ("phase", "skew", "dispatch", "overlap", "balanced")}
+    given |= {"drafts": drafts.mtp, "accepted": drafts.accepted}
     return EstimateSettings(**precision.values(), **_not_none(given))
 
 
