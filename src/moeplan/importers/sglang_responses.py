@@ -68,11 +68,8 @@ def picks_shape(model: ModelSpec, where: str | None = None) -> tuple[int, int]:
         UsageError: one of them is not known.
     """
     if model.layers is None or model.top_k is None:
-        raise UsageError(
-            "SGLang sends picks without their shape",
-            where=where,
-            hint="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
-        )
+        hint = "give --config with the model's folder, or --num-layers (dense ones included) and --top-k"
+        raise UsageError("SGLang sends picks without their shape", where=where, hint=hint)
     return model.layers, model.top_k
 
 

@@ -29,11 +29,8 @@ def load_pt(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
-        raise UsageError(
-            "reading a .pt file needs torch",
-            where=str(path),
-            hint="pip install 'moeplan[transformers]', or torch alone",
-        ) from None
+        hint = "pip install 'moeplan[transformers]', or torch alone"
+        raise UsageError("reading a .pt file needs torch", where=str(path), hint=hint) from None
     try:
         check_input(path)
         with zipfile.ZipFile(path) as archive:
@@ -46,13 +43,10 @@ def load_pt(path: Path) -> dict[str, Any]:
         raise FormatError(f"unpacks to {size} bytes, more than the {MAX_PT_BYTES} that moeplan reads", where=str(path))
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises what the damage happens to hit: RuntimeError, UnpicklingError, KeyError ..
+    except Exception as error:  # what the damage happens to hit: RuntimeError, UnpicklingError, KeyError ..
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise FormatError(
-            f"is not a whole .pt file of tensors and plain values ({reason})", where=str(path), hint=_CUT_OFF
-        ) from None
+        what = f"is not a whole .pt file of tensors and plain values ({reason})"
+        raise FormatError(what, where=str(path), hint=_CUT_OFF) from None
     if not isinstance(data, dict):
         raise FormatError(f"holds a {type(data).__name__}, not the recorder's dict", where=str(path))
     return data

@@ -60,10 +60,8 @@ class RecordOptions:
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--max-prompt-tokens", self.max_prompt_tokens),
-        ):
+        lengths = {"--max-new-tokens": self.max_new_tokens, "--max-prompt-tokens": self.max_prompt_tokens}
+        for flag, value in lengths.items():
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value} is not positive")
         if not 0 <= self.temperature < 100:
