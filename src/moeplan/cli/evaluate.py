@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
 from moeplan.cli import options as o
-from moeplan.cli.files import File
 from moeplan.cli.terminal import echo, emit_json, progress
 from moeplan.cli.text.plans import show_comparison
 from moeplan.errors import UsageError
@@ -22,29 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-@Parameter(name="*", group=Group("Placement file, in place of a plan", sort_key=1.5))
-@dataclass(frozen=True)
-class PlacementFlags(o.ServedFlags):
-    """A placement that an engine serves with."""
-
-    placement: Annotated[Path | None, File("input"), Parameter(metavar="FILE")] = None
-    """A placement file of an engine."""
-    engine: o.EngineName | None = None
-    """Target engine of the file."""
-    config: o.InputFile | None = None
-    """The model's config.json, or its folder: layers, which of them are dense."""
-    num_layers: o.Int | None = None
-    """Hidden layers, dense ones included, if not in --config."""
-    deployment: o.Deployment | None = None
-    """What a request group is: the requests decoded on one node, or on one GPU. Default: nodes."""
-
-
 def evaluate(
     trace: o.TraceIn,
     /,
     *,
     plan: o.PlanIn = None,
-    placed: PlacementFlags = PlacementFlags(),
+    placed: o.PlacementFlags = o.PlacementFlags(),
     dispatch: Annotated[o.DispatchMode | None, Parameter(group=o.CLUSTER)] = None,
     requests: o.TraceFlags = o.TraceFlags(),
     measure: o.MeasureFlags = o.MeasureFlags(),
@@ -75,7 +57,7 @@ def evaluate(
     emit_json(json, {"plan": str(plan or placed.placement)} | found.to_dict())
 
 
-def _measured(trace: Trace, plan: Path | None, placed: PlacementFlags) -> Plan:
+def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan:
     """The plan to measure, or an engine's file as a plan; what config and flags leave open, the trace says."""
     from moeplan.engines.from_placement import import_placement
     from moeplan.planning.store import load_plan
@@ -85,7 +67,7 @@ def _measured(trace: Trace, plan: Path | None, placed: PlacementFlags) -> Plan:
         what = "evaluate needs a plan or a placement" if plan is None else "--plan and --placement are two placements"
         raise UsageError(what, hint="give one of the two: --plan PLAN, or --placement FILE --engine E")
     if plan is not None:
-        if placed != PlacementFlags():
+        if placed != o.PlacementFlags():
             raise UsageError(
                 "--engine, --config, --num-layers, --ep-size, --nodes and --deployment go with --placement",
                 hint="leave them out: the plan says how it is served",

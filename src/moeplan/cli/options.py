@@ -390,6 +390,23 @@ class ServedFlags:
         return EpSettings(self.ep_size, self.nodes, redundant)
 
 
+@Parameter(name="*", group=Group("Placement file, in place of a plan", sort_key=1.5))
+@dataclass(frozen=True)
+class PlacementFlags(ServedFlags):
+    """A placement that an engine serves with."""
+
+    placement: Annotated[Path | None, File("input"), Parameter(metavar="FILE")] = None
+    """A placement file of an engine."""
+    engine: EngineName | None = None
+    """Target engine of the file."""
+    config: InputFile | None = None
+    """The model's config.json, or its folder: layers, which of them are dense."""
+    num_layers: Int | None = None
+    """Hidden layers, dense ones included, if not in --config."""
+    deployment: Deployment | None = None
+    """What a request group is: the requests decoded on one node, or on one GPU. Default: nodes."""
+
+
 def refuse_trace(source: Path) -> Path:
     """Raise a FormatError where a trace stands in place of a plan; else the path itself."""
     if not (source / "plan.json").is_file() and (str(source) == "embedded" or (source / "trace.json").is_file()):
