@@ -19,6 +19,7 @@ from .errors import OutputError as OutputError
 from .errors import PlanError as PlanError
 from .errors import ServerError as ServerError
 from .errors import UsageError as UsageError
+from .gateway.policies import ExpertSettings as ExpertSettings
 from .model.catalogue import load_model as load_model
 from .model.spec import Attention as Attention
 from .model.spec import CompleteSpec as CompleteSpec
@@ -65,6 +66,13 @@ from .planning.strategies.moeplan import MoeplanStrategy as MoeplanStrategy
 from .planning.strategies.paper import PaperStrategy as PaperStrategy
 from .profile.characterise import Profile as Profile
 from .profile.characterise import profile_trace as profile_trace
+from .record.prompts import Prompt as Prompt
+from .record.server import ServedOptions as ServedOptions
+from .record.sglang import record_sglang as record_sglang
+from .record.transformers import TransformersOptions as TransformersOptions
+from .record.transformers import record_transformers as record_transformers
+from .record.transformers_model import LoadedModel as LoadedModel
+from .record.vllm import record_vllm as record_vllm
 from .replay.compare import compare as compare
 from .replay.drift import DriftReport as DriftReport
 from .replay.drift import detect_drift as detect_drift
@@ -83,6 +91,8 @@ from .simulation.settings import SimulationSettings as SimulationSettings
 from .trace.counts import CountsProfile as CountsProfile
 from .trace.counts import read_counts as read_counts
 from .trace.format import Request as Request
+from .trace.prompts import PromptFeatures as PromptFeatures
+from .trace.prompts import PromptPolicy as PromptPolicy
 from .trace.reader import Trace as Trace
 from .trace.reader import open_trace as open_trace
 from .trace.retention import RetentionPolicy as RetentionPolicy

@@ -90,7 +90,7 @@ def rebalance(
     requests: Trace | RequestSet,
     *,
     max_moves: int,
-    params: MoeplanStrategy | None = None,
+    strategy: MoeplanStrategy | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Plan:
@@ -98,10 +98,10 @@ def rebalance(
 
     Args:
         max_moves: most replicas of each layer that may end on another GPU than in the plan.
-        params: guard and objective in place of the plan's; needed for a plan that was made for time.
+        strategy: guard and objective in place of the plan's; needed for a plan that was made for time.
 
     Raises:
-        UsageError: requests of another model; a plan made for time, without `params`.
+        UsageError: requests of another model; a plan made for time, without `strategy`.
         FormatError: the plan's parameters are invalid.
 
     Examples:
@@ -110,7 +110,7 @@ def rebalance(
         4
     """
     check_inputs(plan, requests)
-    chosen, limit = params or MoeplanStrategy.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
+    chosen, limit = strategy or MoeplanStrategy.of_plan(plan.params), MoveLimit(plan.placement.slots, max_moves)
     requests = read_requests(requests, signature_tokens=plan.signature.tokens, rows=False)
     progress(0, 1, "solving")
     return fit(requests, plan.task, chosen, seed, limit)

@@ -22,7 +22,7 @@ from moeplan.planning.problem import PlanningProblem, TokenRows
 
 #: What moeplan alone makes; their fields are read, and may be of types that are not public.
 RESULTS = ("CompleteSpec", "Comparison", "DriftReport", "Estimate", "Evaluation", "ExportReport", "Profile", "Report")
-RESULTS += ("RequestSet", "Sizing", "Sweep", "Trace")
+RESULTS += ("LoadedModel", "RequestSet", "Sizing", "Sweep", "Trace")
 #: What a caller passes on, or never gives.
 PASSED_ON = {"Constants", "Messages", "Overrides", "ServingFigures", "StepCounts"}
 CLUSTER = moeplan.Cluster(2, 2)
@@ -126,6 +126,11 @@ def test_an_enum_may_be_given_as_text() -> None:
 def test_an_argument_of_another_kind_is_refused_with_what_to_give(call: Callable[[], object], hint: str) -> None:
     with pytest.raises(moeplan.MoeplanError, match=hint):
         call()
+
+
+def test_one_strategy_need_not_be_in_a_list() -> None:
+    settings = moeplan.EvaluationSettings(folds=1, steps=2, bootstrap_draws=10)
+    assert moeplan.compare(trace(), CLUSTER, "random", settings=settings).row("random").within_guard is not None
 
 
 def test_a_plan_of_some_requests_is_evaluated_on_the_others(tmp_path: Path) -> None:

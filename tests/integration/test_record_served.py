@@ -183,7 +183,7 @@ def test_the_flag_is_missing(fake: Fake, tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_of_the_model_is_asked_for_at_once(fake: Fake, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"give --num-experts, e.g. 128, or --config config.json"):
+    with pytest.raises(UsageError, match=r"give --num-experts, e.g. 128, or the model.s config.json"):
         record(fake, tmp_path / "t", model=ModelSpec())
     assert not fake.bodies()
     fake.engine = "sglang"

@@ -101,7 +101,7 @@ def test_the_key_comes_from_the_environment(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "does not say how many experts a layer has; give --num-experts, e.g. 128, or --config"),
+        ([], "does not say how many experts a layer has; give --num-experts, e.g. 128, or the model's config.json"),
         (["--config", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--num-experts", "16", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1/v1/models: cannot be reached"),
         (["--num-experts", "16", "--url", "nothing"], "--url is not a valid http URL"),

@@ -49,7 +49,7 @@ def test_the_shape_of_a_recording() -> None:
     recorded = ModelSpec().moe_shape(name="r", num_experts=8, top_k=2, layer_ids=[4, 7])
     assert (recorded.name, recorded.layer_ids) == ("r", (4, 7))
     for given, message in (
-        ({"layer_ids": [0]}, "how many experts a layer has; give --num-experts, e.g. 128, or --config"),
+        ({"layer_ids": [0]}, "how many experts a layer has; give --num-experts, e.g. 128, or the model's config.json"),
         ({"num_experts": 8, "layer_ids": [0]}, "how many experts a token picks; give --top-k"),
         ({"num_experts": 8, "top_k": 2}, "which layers have experts; give --num-layers and --dense-layers"),
     ):

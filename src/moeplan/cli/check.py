@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeplan.cli import options as o
-from moeplan.cli.terminal import echo, emit_json
+from moeplan.cli.terminal import show
 from moeplan.cli.text.engines import check_facts, check_lines
 
 __all__ = ["check"]
@@ -31,7 +31,5 @@ def check(
     o.refuse_plan(file)
     stored = None if plan is None else load_plan(o.refuse_trace(plan))
     report = examined(file, engine, model.spec(), served.layout(redundant), plan=stored, plan_path=str(plan))
-    for line in check_lines(report):
-        echo(line)
-    emit_json(json, check_facts(report))
+    show(check_lines(report), json, check_facts(report))
     return 0 if report.ok else 1

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.comparison import show_comparison
+from moeplan.cli.text.plans import show_comparison
 
 __all__ = ["compare"]
 

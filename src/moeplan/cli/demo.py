@@ -13,7 +13,7 @@ from typing import Annotated
 from moeplan.cli import options as o
 from moeplan.cli.files import File
 from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.comparison import show_comparison
+from moeplan.cli.text.plans import show_comparison
 from moeplan.embedded import WORD
 
 __all__ = ["demo"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moeplan.cli import options as o
-from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.drift import drift_lines
+from moeplan.cli.terminal import progress, show
+from moeplan.cli.text.plans import drift_lines
 
 __all__ = ["drift"]
 
@@ -35,7 +35,5 @@ def drift(
     with progress("drift") as tick:
         read = requests.read(opened, stored)
         found = detect_drift(stored, read, settings, tick)
-    for line in drift_lines(found, stored, read, trace, plan):
-        echo(line)
-    emit_json(json, {"plan": str(plan)} | found.to_dict())
+    show(drift_lines(found, stored, read, trace, plan), json, {"plan": str(plan)} | found.to_dict())
     return 1 if found.stale else 0

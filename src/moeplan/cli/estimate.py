@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
+from moeplan.cli import perf_options as p
 from moeplan.cli.files import File
-from moeplan.cli.terminal import echo, emit_json
-from moeplan.cli.text.estimate import estimate_lines
+from moeplan.cli.terminal import echo, show
+from moeplan.cli.text.perf import estimate_lines
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,14 +80,14 @@ class RoutingFlags:
 def estimate(
     *,
     hardware: str,
-    model: o.ModelIn | None = None,
+    model: p.ModelIn | None = None,
     layout: LayoutFlags = LayoutFlags(),
     step: StepFlags = StepFlags(),
     routing: RoutingFlags = RoutingFlags(),
     requests: o.TraceFlags = o.TraceFlags(),
-    precision: o.PrecisionFlags = o.PrecisionFlags(),
-    drafts: o.DraftFlags = o.DraftFlags(),
-    prices: o.PriceFlags = o.PriceFlags(),
+    precision: p.PrecisionFlags = p.PrecisionFlags(),
+    drafts: p.DraftFlags = p.DraftFlags(),
+    prices: p.PriceFlags = p.PriceFlags(),
     output: o.PageOut = None,
     json: o.Json = None,
 ) -> None:
@@ -107,12 +108,10 @@ def estimate(
     elif model is None:
         raise UsageError("--model is missing", hint="give a name of the catalogue, or a config.json")
     else:
-        given = {"gpus_per_node": layout.gpus_per_node, "redundant": layout.redundant, "context": step.context}
-        given |= {"nodes": layout.nodes, "batch": step.batch}
+        given = {name: getattr(layout, name) for name in ("nodes", "gpus_per_node", "redundant")}
+        given |= {"batch": step.batch, "context": step.context}
         found = uniform(model, machine, settings=settings, **_not_none(given))
-    for line in estimate_lines(found):
-        echo(line)
-    emit_json(json, found.to_dict())
+    show(estimate_lines(found), json, found.to_dict())
     if output is not None:
         write_page(output, estimate_html(found))
         echo(f"wrote {output}")
@@ -123,19 +122,18 @@ def _not_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(
-    layout: LayoutFlags, step: StepFlags, precision: o.PrecisionFlags, drafts: o.DraftFlags
+    layout: LayoutFlags, step: StepFlags, precision: p.PrecisionFlags, drafts: p.DraftFlags
 ) -> EstimateSettings:
     """The flags as the library's value."""
-    from moeplan.cluster import Dispatch
     from moeplan.perf.estimate import EstimateSettings
 
-    given: dict[str, Any] = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.ep, "phase": step.phase}
-    given |= {"skew": step.skew, "dispatch": None if step.dispatch is None else Dispatch(step.dispatch)}
-    given |= {"overlap": step.overlap, "balanced": step.balanced, "drafts": drafts.mtp, "accepted": drafts.accepted}
+    given = {name: getattr(layout, name) for name in ("tp", "pp", "dp", "ep")}
+    given |= {name: getattr(step, name) for name in ("phase", "skew", "dispatch", "overlap", "balanced")}
+    given |= {"drafts": drafts.mtp, "accepted": drafts.accepted}
     return EstimateSettings(**precision.values(), **_not_none(given))
 
 
-def _refuse_layout(layout: LayoutFlags, step: StepFlags, drafts: o.DraftFlags) -> None:
+def _refuse_layout(layout: LayoutFlags, step: StepFlags, drafts: p.DraftFlags) -> None:
     """Refuse flags that a plan answers, or that real steps do not come with."""
     given: dict[str, Any] = asdict(layout) | {"skew": step.skew, "phase": step.phase, "accepted": drafts.accepted}
     given |= {"balanced": step.balanced or None, "mtp": drafts.mtp or None}

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.comparison import show_comparison
+from moeplan.cli.text.plans import show_comparison
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def evaluate(
 
 def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan:
     """The plan to measure, or an engine's file as a plan; what config and flags leave open, the trace says."""
-    from moeplan.cluster import Deployment
     from moeplan.engines.from_placement import import_placement
     from moeplan.planning.store import load_plan
     from moeplan.replay.evaluator import check_shape
@@ -87,5 +86,5 @@ def _measured(trace: Trace, plan: Path | None, placed: o.PlacementFlags) -> Plan
         spec,
         placed.layout(),
         shape=trace.shape,
-        deployment=Deployment(placed.deployment or "nodes"),
+        deployment=placed.deployment or "nodes",
     )

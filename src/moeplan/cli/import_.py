@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from moeplan.cli import options as o
-from moeplan.cli.import_placement import placement
 from moeplan.cli.prompt_flags import PromptTokenFlags
-from moeplan.cli.terminal import progress
+from moeplan.cli.terminal import progress, show
+from moeplan.cli.text.engines import placement_facts, placement_lines
 from moeplan.cli.text.made import show_counts, show_made, show_trace
 
 if TYPE_CHECKING:
+    from moeplan.importers.options import ImportOptions
     from moeplan.trace.counts import CountsProfile
 
 __all__ = ["import_"]
@@ -23,7 +24,6 @@ __all__ = ["import_"]
 import_ = App(
     name="import", help="Turn recordings of other tools into a trace, a counts profile or a plan.", **o.SETTINGS
 )
-import_.command(placement)
 
 SourceFiles = Annotated[o.Sources, Parameter(name="FILE..", help="Files, or folders of them.")]
 Start = Annotated[
@@ -31,13 +31,31 @@ Start = Annotated[
 ]
 
 
+@Parameter(name="*", group=o.REQUESTS)
+@dataclass(frozen=True)
+class SourceFlags:
+    """How the requests of a source are stored."""
+
+    domain: str | None = None
+    """Domain label of every request. Default: the source's own, or the file name up to its trailing number."""
+    without_layers: o.Layers = ()
+    """Leave out these layers, e.g. 45 or 0,1,45."""
+
+    def options(self, model: o.ModelFlags = o.ModelFlags(), keep: o.KeepFlags = o.KeepFlags()) -> ImportOptions:
+        """What an importer is told beside the source."""
+        from moeplan.importers.options import ImportOptions
+
+        dense = model.dense_layers if isinstance(model, o.LayeredModelFlags) else None
+        return ImportOptions(model.spec(), dense, self.domain, self.without_layers, keep.policy())
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class TraceFlags:
+class NewTraceFlags:
     """The trace to make of requests, and what their source does not say."""
 
     output: o.TraceOut
-    how: o.SourceFlags = o.SourceFlags()
+    how: SourceFlags = SourceFlags()
     model: o.ModelFlags = o.ModelFlags()
 
     def make(self, importer: Callable[..., Any], source: Path | list[Path], what: str, **more: Any) -> Any:
@@ -48,7 +66,7 @@ class TraceFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ResponseFlags(TraceFlags):
+class ResponseFlags(NewTraceFlags):
     """The same for the responses of an engine."""
 
     start: Start = 0
@@ -57,7 +75,7 @@ class ResponseFlags(TraceFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class DumpFlags(TraceFlags):
+class DumpFlags(NewTraceFlags):
     """The same for a source that may be counts."""
 
     output: o.RecorderOut
@@ -65,7 +83,7 @@ class DumpFlags(TraceFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class CountsFlags:
+class NewCountsFlags:
     """The counts profile to make, and what its source does not say."""
 
     output: o.CountsOut
@@ -80,11 +98,47 @@ class CountsFlags:
 
 
 @import_.command
+def placement(
+    file: o.PlacementIn,
+    /,
+    *,
+    engine: o.Engine,
+    output: o.PlanOut,
+    model: o.PlacedModelFlags = o.PlacedModelFlags(),
+    top_k: o.TopK = None,
+    name: o.ModelName = None,
+    served: o.ServedFlags = o.ServedFlags(),
+    deployment: Annotated[o.Deployment, Parameter(group=o.CLUSTER)] = "nodes",
+    dispatch: Annotated[o.DispatchMode, Parameter(group=o.CLUSTER)] = "pick",
+    json: o.Json = None,
+) -> None:
+    """Import a placement file of SGLang, vLLM, TensorRT-LLM or vLLM-Ascend: a plan, not a trace.
+
+    Args:
+        deployment: What a request group is: the requests decoded on one node, or on one GPU.
+        dispatch: Dispatch mode: what one message carries.
+    """
+    from moeplan.engines.from_placement import import_placement
+
+    o.refuse_plan(file)
+    plan = import_placement(
+        file,
+        engine,
+        model.spec(top_k=top_k, name=name),
+        served.layout(),
+        deployment=deployment,
+        dispatch=dispatch,
+    )
+    plan.save(output)
+    show(placement_lines(plan, file, output), json, placement_facts(plan, output))
+
+
+@import_.command
 def arrays(
     source: o.InputFile,
     /,
     *,
-    into: TraceFlags,
+    into: NewTraceFlags,
     prompts: PromptTokenFlags = PromptTokenFlags(),
     json: o.Json = None,
 ) -> None:
@@ -105,7 +159,7 @@ def arrays(
 
 
 @import_.command
-def expert_selection(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+def expert_selection(sources: SourceFiles, /, *, into: NewTraceFlags, json: o.Json = None) -> None:
     """Import JSON files, one per request: a list of steps, each a map from layer to the picks of its tokens."""
     from moeplan.importers.expert_selection import import_expert_selection
 
@@ -113,7 +167,7 @@ def expert_selection(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json 
 
 
 @import_.command
-def moe_beyond(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+def moe_beyond(sources: SourceFiles, /, *, into: NewTraceFlags, json: o.Json = None) -> None:
     """Import CSV files of MoE-Beyond: prompts with layer, batch number, token and expert ids.
 
     The text of the tokens is not stored.
@@ -124,7 +178,7 @@ def moe_beyond(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None
 
 
 @import_.command
-def megatron(sources: SourceFiles, /, *, into: TraceFlags, json: o.Json = None) -> None:
+def megatron(sources: SourceFiles, /, *, into: NewTraceFlags, json: o.Json = None) -> None:
     """Import router traces (.jsonl) of Megatron-LM; each step becomes a pseudo-request."""
     from moeplan.importers.megatron import import_megatron
 
@@ -182,7 +236,7 @@ def sglang_recorder(
 
 
 @import_.command
-def tensorrt_llm(folder: o.InputFile, /, *, into: CountsFlags, json: o.Json = None) -> None:
+def tensorrt_llm(folder: o.InputFile, /, *, into: NewCountsFlags, json: o.Json = None) -> None:
     """Import expert statistics of TensorRT-LLM: a counts profile, not a trace.
 
     Args:
@@ -194,7 +248,7 @@ def tensorrt_llm(folder: o.InputFile, /, *, into: CountsFlags, json: o.Json = No
 
 
 @import_.command
-def logical_count(source: o.InputFile, /, *, into: CountsFlags, top_k: o.TopK = None, json: o.Json = None) -> None:
+def logical_count(source: o.InputFile, /, *, into: NewCountsFlags, top_k: o.TopK = None, json: o.Json = None) -> None:
     """Import SGLang's logical_count JSON: a counts profile, not a trace.
 
     Args:
@@ -211,7 +265,7 @@ def trace(
     /,
     *,
     output: o.TraceOut,
-    how: o.SourceFlags = o.SourceFlags(),
+    how: SourceFlags = SourceFlags(),
     keep: o.KeepFlags = o.KeepFlags(),
     prompts: PromptTokenFlags = PromptTokenFlags(),
     json: o.Json = None,

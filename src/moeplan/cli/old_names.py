@@ -37,8 +37,8 @@ def refuse_old_names(arguments: list[str]) -> None:
     for old, verbs, new in FLAGS:
         named = not verbs or any(arguments[: len(v.split())] == v.split() for v in verbs)
         if named and any(flag == old for flag, _, _ in flags):
-            raise UsageError(f"{old} is gone from 'moeplan {verb}'" if " " in new else f"{old} is now called {new}",
-                             hint=f"use {new}")  # fmt: skip
+            what = f"{old} is gone from 'moeplan {verb}'" if " " in new else f"{old} is now called {new}"
+            raise UsageError(what, hint=f"use {new}")
     for (flag, _, value), following in zip(flags, [*arguments[1:], ""], strict=False):
         if verb == "size" and flag == "--output" and (value or following).isdigit():
             raise UsageError("--output is the page now", hint="use --output-tokens for the length of an answer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -14,9 +14,7 @@ from moeplan.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.engines.report import EpSettings
-    from moeplan.importers.options import ImportOptions
     from moeplan.model.spec import ModelSpec
-    from moeplan.perf.hardware import Hardware
     from moeplan.planning import Plan, PlanningTask, RequestSet, Strategy
     from moeplan.replay.settings import EvaluationSettings
     from moeplan.replay.timing import Timing
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 # ---- how text becomes a value
 
 
-def _whole(_: Any, tokens: Sequence[Token]) -> int:
+def whole(_: Any, tokens: Sequence[Token]) -> int:
     """A whole number; '2.5' is refused, not rounded."""
     try:
         return int(tokens[0].value)
@@ -35,30 +33,35 @@ def _whole(_: Any, tokens: Sequence[Token]) -> int:
         raise UsageError(f"{tokens[0].keyword} {tokens[0].value[:60]!r} is not a whole number") from None
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    """Integers separated by commas, each once, rising; none where the text is something else."""
+    try:
+        return tuple(sorted({int(item) for item in text.split(",")}))
+    except ValueError:
+        return ()
+
+
 def _layers(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     """'45' or '0,1,45' as layers, 'none' or nothing as no layer."""
     flag, text = tokens[0].keyword, tokens[0].value.strip()
     if not text or text.lower() == "none":
         return ()
-    try:
-        return tuple(sorted({int(item) for item in text.split(",")}))
-    except ValueError:
-        raise UsageError(f"{flag} {text[:60]!r} is not a list of layer numbers", hint="e.g. 45 or 0,1,45") from None
+    found = _integers(text)
+    if not found:
+        raise UsageError(f"{flag} {text[:60]!r} is not a list of layer numbers", hint="e.g. 45 or 0,1,45")
+    return found
 
 
 def _numbers(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     """'1,2,8' as numbers of at least 1, each once, rising."""
     flag, text = tokens[0].keyword, tokens[0].value
-    try:
-        found = tuple(sorted({int(item) for item in text.split(",")}))
-    except ValueError:
-        found = ()
+    found = _integers(text)
     if not found or found[0] < 1:
         raise UsageError(f'{flag} "{text[:60]}" is not a list of numbers of at least 1', hint=f"e.g. {flag} 1,2,8")
     return found
 
 
-Int: TypeAlias = Annotated[int, Parameter(converter=_whole)]
+Int: TypeAlias = Annotated[int, Parameter(converter=whole)]
 Layers: TypeAlias = Annotated[tuple[int, ...], Parameter(converter=_layers, n_tokens=1, metavar="IDS")]
 Numbers: TypeAlias = Annotated[tuple[int, ...], Parameter(converter=_numbers, n_tokens=1, metavar="N,..")]
 
@@ -106,7 +109,6 @@ CountsOut: TypeAlias = Annotated[Path, File("folder"), output("COUNTS", "the cou
 NeededPlan: TypeAlias = Annotated[Path, File("input"), Parameter(metavar="PLAN", help="A plan made by 'moeplan plan'.")]
 PlacementIn: TypeAlias = Annotated[Path, File("input"), Parameter(help="A placement file of an engine.")]
 InputFile: TypeAlias = Annotated[Path, File("input")]
-ConfigIn: TypeAlias = Annotated[Path, File("input")]
 PlanOut: TypeAlias = Annotated[Path, File("new folder"), output("PLAN", "the directory of the new plan")]
 RecorderOut: TypeAlias = Annotated[Path, File("folder"), output("OUT", "the trace or the counts profile to make")]
 PageOut: TypeAlias = Annotated[Path | None, File("file"), output("HTML", "a page with figures")]
@@ -123,9 +125,9 @@ Json: TypeAlias = Annotated[
 
 # ---- single flags
 
-Seed: TypeAlias = Annotated[int, Parameter(converter=_whole, help="Random seed.")]
+Seed: TypeAlias = Annotated[int, Parameter(converter=whole, help="Random seed.")]
 Block: TypeAlias = Annotated[
-    int, Parameter(converter=_whole, group=REQUESTS, help="Keep N consecutive requests on the same side of a split.")
+    int, Parameter(converter=whole, group=REQUESTS, help="Keep N consecutive requests on the same side of a split.")
 ]
 EngineName: TypeAlias = Literal["sglang", "vllm", "tensorrt-llm", "vllm-ascend"]
 Engine: TypeAlias = Annotated[EngineName, Parameter(help="Target engine of the file.")]
@@ -136,12 +138,12 @@ CountedPhase: TypeAlias = Annotated[
 ]
 
 ServedRedundant: TypeAlias = Annotated[
-    int | None, Parameter(converter=_whole, group=CLUSTER, help="Extra expert slots in each layer, in total.")
+    int | None, Parameter(converter=whole, group=CLUSTER, help="Extra expert slots in each layer, in total.")
 ]
 ModelName: TypeAlias = Annotated[str | None, Parameter(group=MODEL, help="Name of the model.")]
 TopK: TypeAlias = Annotated[
     int | None,
-    Parameter(converter=_whole, group=MODEL, help="Experts that each token picks, if the source does not have it."),
+    Parameter(converter=whole, group=MODEL, help="Experts that each token picks, if the source does not have it."),
 ]
 
 # ---- groups of flags; a field's docstring is its help
@@ -271,7 +273,7 @@ class TimingFlags:
 class ModelFlags:
     """Facts of the model that a source does not have, or that it is checked against."""
 
-    config: ConfigIn | None = None
+    config: InputFile | None = None
     """The model's config.json, or its folder: experts, top-k, dense layers."""
     num_experts: Int | None = None
     """Routed experts per layer, if not in --config."""
@@ -290,7 +292,7 @@ class ModelFlags:
 
     def spec(self) -> ModelSpec:
         """The model as config and flags describe it."""
-        return described(**{field.name: getattr(self, field.name) for field in fields(self)})
+        return described(**vars(self))
 
 
 @Parameter(name="*", group=MODEL)
@@ -306,21 +308,19 @@ class LayeredModelFlags(ModelFlags):
 
 @Parameter(name="*", group=REQUESTS)
 @dataclass(frozen=True)
-class SourceFlags:
-    """How the requests of a source are stored."""
+class KeepFlags:
+    """What of the recorded requests is stored."""
 
-    domain: str | None = None
-    """Domain label of every request. Default: the source's own, or the file name up to its trailing number."""
-    without_layers: Layers = ()
-    """Leave out these layers, e.g. 45 or 0,1,45."""
+    min_tokens: Int = 1
+    """Drop requests with fewer than N tokens (prefill + decode)."""
+    aggregate: Int | None = None
+    """Store sums over N requests of a domain instead of token rows."""
 
-    def options(self, model: ModelFlags | None = None, keep: KeepFlags | None = None) -> ImportOptions:
-        """What an importer is told beside the source."""
-        from moeplan.importers.options import ImportOptions
+    def policy(self) -> RetentionPolicy:
+        """The same as the library's value."""
+        from moeplan.trace.retention import RetentionPolicy
 
-        model, keep = model or ModelFlags(), keep or KeepFlags()
-        dense = model.dense_layers if isinstance(model, LayeredModelFlags) else None
-        return ImportOptions(model.spec(), dense, self.domain, self.without_layers, keep.policy())
+        return RetentionPolicy(self.min_tokens, self.aggregate)
 
 
 def described(config: Path | None = None, **given: Any) -> ModelSpec:
@@ -354,29 +354,12 @@ class MeasureFlags:
         )
 
 
-@Parameter(name="*", group=REQUESTS)
-@dataclass(frozen=True)
-class KeepFlags:
-    """What of the recorded requests is stored."""
-
-    min_tokens: Int = 1
-    """Drop requests with fewer than N tokens (prefill + decode)."""
-    aggregate: Int | None = None
-    """Store sums over N requests of a domain instead of token rows."""
-
-    def policy(self) -> RetentionPolicy:
-        """The same as the library's value."""
-        from moeplan.trace.retention import RetentionPolicy
-
-        return RetentionPolicy(self.min_tokens, self.aggregate)
-
-
 @Parameter(name="*", group=MODEL)
 @dataclass(frozen=True)
 class PlacedModelFlags:
     """The model that a placement file is for."""
 
-    config: ConfigIn | None = None
+    config: InputFile | None = None
     """The model's config.json, or its folder: experts, layers, which of them are dense."""
     num_experts: Int | None = None
     """Routed experts per layer, if not in --config."""
@@ -387,8 +370,7 @@ class PlacedModelFlags:
 
     def spec(self, **more: Any) -> ModelSpec:
         """The model as config and flags describe it."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return described(**given, **more)
+        return described(**vars(self), **more)
 
 
 @Parameter(name="*", group=CLUSTER)
@@ -417,7 +399,7 @@ class PlacementFlags(ServedFlags):
     """A placement file of an engine."""
     engine: EngineName | None = None
     """Target engine of the file."""
-    config: ConfigIn | None = None
+    config: InputFile | None = None
     """The model's config.json, or its folder: layers, which of them are dense."""
     num_layers: Int | None = None
     """Hidden layers, dense ones included, if not in --config."""
@@ -441,74 +423,3 @@ def refuse_plan(file: Path) -> None:
         raise FormatError("is a plan, not an engine's placement file", where=str(file), hint=hint)
     if file.is_dir():
         raise FormatError("is a directory, not a placement file", where=str(file), hint="give the file itself")
-
-
-@Parameter(name="*", group=Group("Numeric types", sort_key=8))
-@dataclass(frozen=True)
-class PrecisionFlags:
-    """Numeric types of weights and cache."""
-
-    weights_dtype: str | None = None
-    """Numeric type of the weight matrices: bf16, fp8, fp4 .. Default: the checkpoint's."""
-    experts_dtype: str | None = None
-    """Numeric type of the routed experts. Default: the checkpoint's."""
-    kv_dtype: str = "bf16"
-    """Numeric type of the KV cache: bf16 or fp8."""
-
-    def values(self) -> dict[str, Any]:
-        """The same by the names of the library's settings."""
-        return {"weights": self.weights_dtype, "experts": self.experts_dtype, "kv": self.kv_dtype}
-
-
-@Parameter(name="*", group=Group("Speculative decoding", sort_key=9))
-@dataclass(frozen=True)
-class DraftFlags:
-    """Multi-token prediction."""
-
-    mtp: Int = 0
-    """Draft tokens per step, from the model's multi-token prediction module."""
-    accepted: float | None = None
-    """Tokens per step that are accepted. Default: 1 + 0.8 x drafts."""
-
-    @property
-    def tokens(self) -> float:
-        """Tokens accepted per step: as given, else 1 + 0.8 x drafts."""
-        return 1 + 0.8 * self.mtp if self.accepted is None else self.accepted
-
-
-@Parameter(name="*", group=Group("Prices", sort_key=10))
-@dataclass(frozen=True)
-class PriceFlags:
-    """Hardware that the catalogue does not have, and prices."""
-
-    hardware_file: Annotated[Path | None, File("input"), Parameter(metavar="JSON")] = None
-    """A file with further hardware, or with other prices."""
-    usd_per_hour: float | None = None
-    """Price of one GPU in USD per hour. Default: the catalogue's."""
-    watts: float | None = None
-    """Power of one GPU in watts. Default: the catalogue's."""
-
-    def hardware(self, names: str) -> list[Hardware]:
-        """The hardware of a list of names, or all of the catalogue."""
-        from moeplan.perf.hardware import hardware_list
-
-        return hardware_list(names, self.hardware_file, self.usd_per_hour, self.watts)
-
-    def one(self, name: str) -> Hardware:
-        """One kind of hardware."""
-        from moeplan.perf.hardware import load_hardware
-
-        return load_hardware(name, self.hardware_file).priced(self.usd_per_hour, self.watts)
-
-
-Milliseconds: TypeAlias = Annotated[float, Parameter(metavar="MS")]
-HardwareList: TypeAlias = Annotated[str, Parameter(metavar="A,B,..", help="Hardware: catalogue names, or all.")]
-ModelIn: TypeAlias = Annotated[str, File("input"), Parameter(help="The model: a catalogue name, or a config.json.")]
-GpusPerNode: TypeAlias = Annotated[
-    int | None,
-    Parameter(
-        converter=_whole,
-        group=CLUSTER,
-        help="GPUs in each node, on one scale-up network. Default: the hardware's.",
-    ),
-]

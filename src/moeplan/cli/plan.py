@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import emit_json, progress
-from moeplan.cli.text.plan import plan_facts, show_plan
+from moeplan.cli.text.plans import plan_facts, show_plan
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from moeplan.cli import options as o
 from moeplan.cli.terminal import emit_json, progress
-from moeplan.cli.text.plan import plan_facts, show_moves
+from moeplan.cli.text.plans import plan_facts, show_moves
 
 __all__ = ["rebalance"]
 
@@ -41,10 +41,10 @@ def rebalance(
     old, opened = load_plan(o.refuse_trace(plan)), requests.open(trace)
     check_shape(opened.shape, old.model, str(plan))
     timing = times.timing(opened.shape, old.task)
-    params = MoeplanStrategy.of_plan(old.params, **objective.values(timing, old.task))
+    chosen = MoeplanStrategy.of_plan(old.params, **objective.values(timing, old.task))
     with progress("rebalance") as tick:
         read = requests.read(opened, old, rows=False)
-        made = api.rebalance(old, read, max_moves=max_moves, params=params, seed=seed, progress=tick)
+        made = api.rebalance(old, read, max_moves=max_moves, strategy=chosen, seed=seed, progress=tick)
     made.save(output)
     moves = made.moves_from(old)
     show_moves(made, read, moves, plan, output)

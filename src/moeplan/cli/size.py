@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
-from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.size import size_lines
+from moeplan.cli import perf_options as p
+from moeplan.cli.terminal import echo, progress, show
+from moeplan.cli.text.perf import size_lines
 
 if TYPE_CHECKING:
     from moeplan.perf.use_cases import UseCase
@@ -30,14 +31,14 @@ class UseFlags:
     """Tokens of an answer."""
     beams: o.Int | None = None
     """Beams of a request."""
-    ttft: o.Milliseconds | None = None
+    ttft: p.Milliseconds | None = None
     """Limit on the time to the first token."""
-    tpot: o.Milliseconds | None = None
+    tpot: p.Milliseconds | None = None
     """Limit on the time per output token."""
     concurrency: o.Int = 1
     """Requests in flight at the same time."""
 
-    def cases(self, drafts: o.DraftFlags) -> list[UseCase]:
+    def cases(self, drafts: p.DraftFlags) -> list[UseCase]:
         """The use cases, with speculative decoding."""
         from moeplan.perf.use_cases import find_use_cases
 
@@ -48,15 +49,15 @@ class UseFlags:
 
 def size(
     *,
-    model: o.ModelIn,
-    hardware: o.HardwareList = "all",
+    model: p.ModelIn,
+    hardware: p.HardwareList = "all",
     use: UseFlags = UseFlags(),
     max_gpus: o.Int = 8192,
-    gpus_per_node: o.GpusPerNode = None,
+    gpus_per_node: p.GpusPerNode = None,
     sensitivity: bool = False,
-    drafts: o.DraftFlags = o.DraftFlags(),
-    precision: o.PrecisionFlags = o.PrecisionFlags(),
-    prices: o.PriceFlags = o.PriceFlags(),
+    drafts: p.DraftFlags = p.DraftFlags(),
+    precision: p.PrecisionFlags = p.PrecisionFlags(),
+    prices: p.PriceFlags = p.PriceFlags(),
     output: o.PageOut = None,
     json: o.Json = None,
 ) -> int:
@@ -78,9 +79,7 @@ def size(
     )
     with progress("size") as tick:
         sized = sizing.size(model, prices.hardware(hardware), cases, settings, tick)
-    for line in size_lines(sized, cases):
-        echo(line)
-    emit_json(json, sized.to_dict())
+    show(size_lines(sized, cases), json, sized.to_dict())
     if output is not None:
         write_page(output, size_html(sized))
         echo(f"wrote {output}")

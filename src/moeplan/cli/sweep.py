@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
-from moeplan.cli.terminal import echo, emit_json, progress
-from moeplan.cli.text.sweep import sweep_lines
+from moeplan.cli import perf_options as p
+from moeplan.cli.terminal import echo, progress, show
+from moeplan.cli.text.perf import sweep_lines
 
 __all__ = ["sweep"]
 
@@ -44,18 +45,18 @@ class LoadFlags:
     """Context tokens of each request."""
     overlap: bool = False
     """Two-batch overlap: also try each set-up with it."""
-    tpot: o.Milliseconds = 50.0
+    tpot: p.Milliseconds = 50.0
     """Limit on the time per output token. The best set-up within the limit is shown in detail."""
 
 
 def sweep(
     *,
-    model: o.ModelIn,
-    hardware: o.HardwareList,
+    model: p.ModelIn,
+    hardware: p.HardwareList,
     layout: LayoutFlags = LayoutFlags(),
     load: LoadFlags = LoadFlags(),
-    precision: o.PrecisionFlags = o.PrecisionFlags(),
-    prices: o.PriceFlags = o.PriceFlags(),
+    precision: p.PrecisionFlags = p.PrecisionFlags(),
+    prices: p.PriceFlags = p.PriceFlags(),
     output: o.PageOut = None,
     json: o.Json = None,
 ) -> None:
@@ -79,9 +80,7 @@ def sweep(
     start = time.perf_counter()
     with progress("sweep") as tick:
         swept = perf.sweep(model, prices.hardware(hardware), settings, tick)
-    for line in sweep_lines(swept, time.perf_counter() - start):
-        echo(line)
-    emit_json(json, swept.to_dict())
+    show(sweep_lines(swept, time.perf_counter() - start), json, swept.to_dict())
     if output is not None:
         write_page(output, sweep_html(swept))
     echo(f"wrote {output}" if output else "a page with figures: add -o sweep.html")

@@ -6,13 +6,13 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from moeplan.progress import Progress, silent
 
-__all__ = ["aligned", "claim_stdout", "echo", "emit_json", "plural", "printable", "progress"]
+__all__ = ["aligned", "claim_stdout", "echo", "emit_json", "plural", "printable", "progress", "show"]
 
 #: Control characters, and marks that turn the direction of text: a file must not be able to steer a terminal.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -46,6 +46,13 @@ def emit_json(target: Path | None, data: Any) -> None:
     from moeplan.io.json import write_json
 
     write_json(target, data)
+
+
+def show(lines: Iterable[str], json: Path | None, facts: Any) -> None:
+    """What a verb has found: lines for the reader, and the same where `--json` asked for it."""
+    for line in lines:
+        echo(line)
+    emit_json(json, facts)
 
 
 @contextlib.contextmanager

@@ -169,7 +169,7 @@ def _with_plan(model: ModelSpec, layout: EpSettings, plan: Plan, where: str) -> 
             raise UsageError(
                 f"{key.replace('_', ' ')} {given} is not the plan's {value}"[:200],
                 where=where,
-                hint="leave the flag out, or give the file's own plan",
+                hint="leave it out, or give the file's own plan",
             )
     spec = model.override(num_experts=plan.model.num_experts, moe_layers=plan.model.layer_ids)
     return spec, EpSettings(plan.cluster.num_gpus, plan.cluster.nodes, plan.redundant)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.arrays import Int64Array
-from moeplan.errors import FormatError
+from moeplan.errors import FormatError, located
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.sources import source_files
 from moeplan.io.json import read_json
@@ -29,7 +29,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 
 
 def import_expert_selection(
-    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
+    sources: Sequence[Path], out: Path, options: ImportOptions = ImportOptions(), *, progress: Progress = silent
 ) -> Trace:
     """Turn JSON files (or folders of them), one request each, into a trace.
 
@@ -39,7 +39,6 @@ def import_expert_selection(
         UsageError: no number of experts, or a layer to leave out that is not there.
         FormatError: a file that is truncated, nested too deeply, ragged, or differs from the first in layers or k.
     """
-    options = options or ImportOptions()
     files = source_files(sources, ".json")
     first = layers, picks, _ = _read_request(files[0])
     shape = options.shape(top_k=picks.shape[2], layer_ids=layers, where=str(files[0]))
@@ -63,24 +62,24 @@ def import_expert_selection(
 def _read_request(path: Path) -> tuple[list[int], Int64Array, int]:
     """(MoE layers, picks int64 [rows, L, k], prefill rows) of one file."""
     steps = read_json(path, max_bytes=MAX_FILE_BYTES)
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise FormatError("is not a list of steps, each a map from layer to picks", where=str(path))
-    if not steps:
-        raise FormatError("holds no step", where=str(path), hint="leave the file out")
-    layers = _moe_layers(steps, path)
     blocks: list[Int64Array] = []
-    for number, step in enumerate(steps):
-        block = _read_step(step, layers, f"{path}, step {number}")
-        if number and len(block) != 1:
-            raise FormatError(f"{len(block)} tokens, but a decode step holds one", where=f"{path}, step {number}")
-        if len(block):  # a prompt that was wholly in the prefix cache leaves an empty prefill
-            if blocks and block.shape[2] != blocks[0].shape[2]:
-                raise FormatError(
-                    f"{block.shape[2]} picks per token, {blocks[0].shape[2]} before", where=f"{path}, step {number}"
-                )
-            blocks.append(block)
-    if not blocks:
-        raise FormatError("holds no token", where=str(path), hint="leave the file out")
+    with located(str(path)):
+        if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+            raise FormatError("is not a list of steps, each a map from layer to picks")
+        if not steps:
+            raise FormatError("holds no step", hint="leave the file out")
+        layers = _moe_layers(steps, path)
+        for number, step in enumerate(steps):
+            with located(f"{path}, step {number}"):
+                block = _read_step(step, layers)
+                if number and len(block) != 1:
+                    raise FormatError(f"{len(block)} tokens, but a decode step holds one")
+                if len(block) and blocks and block.shape[2] != blocks[0].shape[2]:
+                    raise FormatError(f"{block.shape[2]} picks per token, {blocks[0].shape[2]} before")
+            if len(block):  # a prompt that was wholly in the prefix cache leaves an empty prefill
+                blocks.append(block)
+        if not blocks:
+            raise FormatError("holds no token", hint="leave the file out")
     prefill = len(blocks[0]) if any(steps[0][str(layer)] for layer in layers) else 0
     return layers, np.concatenate(blocks), prefill
 
@@ -89,19 +88,18 @@ def _moe_layers(steps: list[dict[str, Any]], path: Path) -> list[int]:
     """The layers that are not null, rising; the same in every step."""
     names = {name for name, picks in steps[0].items() if picks is not None}
     if not names:
-        raise FormatError("step 0 has no MoE layer", where=str(path))
+        raise FormatError("step 0 has no MoE layer")
     for number, step in enumerate(steps):
         differs = names ^ {name for name, picks in step.items() if picks is not None}
         if differs:
-            raise FormatError(
-                f"layer {min(differs)[:20]!r} has picks in one step and none in another", where=f"{path}, step {number}"
-            )
+            what = f"layer {min(differs)[:20]!r} has picks in one step and none in another"
+            raise FormatError(what, where=f"{path}, step {number}")
     if not all(name.isascii() and name.isdigit() and len(name) < 6 for name in names):
-        raise FormatError("has a layer that is not a number", where=str(path))
+        raise FormatError("has a layer that is not a number")
     return sorted(int(name) for name in names)
 
 
-def _read_step(step: dict[str, Any], layers: list[int], where: str) -> Int64Array:
+def _read_step(step: dict[str, Any], layers: list[int]) -> Int64Array:
     """Picks int64 [tokens, L, k] of one step; an empty step is [0, L, 0]."""
     rows = [step.get(str(layer)) for layer in layers]
     if all(row == [] for row in rows):
@@ -111,7 +109,7 @@ def _read_step(step: dict[str, Any], layers: list[int], where: str) -> Int64Arra
     except (ValueError, OverflowError):
         picks = np.array([])
     if picks.ndim != 3 or picks.dtype.kind not in "iu" or picks.dtype == np.uint64:
-        raise FormatError(_ragged(rows, layers), where=where, hint="every token needs k expert ids in every layer")
+        raise FormatError(_ragged(rows, layers), hint="every token needs k expert ids in every layer")
     return np.ascontiguousarray(picks.transpose(1, 0, 2), np.int64)
 
 

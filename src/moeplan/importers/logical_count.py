@@ -24,13 +24,15 @@ class _LogicalCount(msgspec.Struct):
 
 
 def import_logical_count(
-    path: Path, out: Path, options: ImportOptions | None = None, *, phase: str = "unknown"
+    path: Path, out: Path, options: ImportOptions = ImportOptions(), *, phase: str = "unknown"
 ) -> CountsProfile:
     """`read_logical_count`, written as a counts profile."""
     return write_counts(read_logical_count(path, options, phase=phase), out)
 
 
-def read_logical_count(path: Path, options: ImportOptions | None = None, *, phase: str = "unknown") -> CountsProfile:
+def read_logical_count(
+    path: Path, options: ImportOptions = ImportOptions(), *, phase: str = "unknown"
+) -> CountsProfile:
     """SGLang's JSON {"logical_count": [L, E] or [steps, L, E]}, all hidden layers, as counts.
 
     The same object that `--init-expert-location` takes (SGLang 0.5.23 `srt/eplb/expert_location.py`); dense layers are
@@ -39,7 +41,6 @@ def read_logical_count(path: Path, options: ImportOptions | None = None, *, phas
     Raises:
         FormatError: truncated, ragged, negative or fractional counts, or nothing counted.
     """
-    options = options or ImportOptions()
     data: _LogicalCount = read_json(path, _LogicalCount, max_bytes=MAX_JSON_BYTES)
     try:
         totals = np.array(data.logical_count)

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from moeplan.arrays import Int64Array
-from moeplan.errors import FormatError
+from moeplan.errors import FormatError, located
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
 from moeplan.importers.sources import source_files
@@ -60,7 +60,7 @@ class _Step:
 
 
 def import_megatron(
-    sources: Sequence[Path], out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
+    sources: Sequence[Path], out: Path, options: ImportOptions = ImportOptions(), *, progress: Progress = silent
 ) -> Trace:
     """Turn router traces, one file per rank, into a trace of pseudo-requests.
 
@@ -70,7 +70,6 @@ def import_megatron(
         UsageError: no number of experts.
         FormatError: a line that is truncated or ragged, a step without a layer that others have, steps of another k.
     """
-    options = options or ImportOptions()
     files, model = source_files(sources, ".jsonl"), options.model
     num_experts = model.need_experts(str(files[0]))
     notes: dict[str, None] = {PSEUDO_REQUESTS: None}
@@ -119,51 +118,48 @@ def _steps(path: Path, notes: dict[str, None]) -> Iterator[_Step]:
         if rank is not None and own_rank != rank:
             raise FormatError(f"rank {own_rank} in a file of rank {rank}", where=where, hint="give one file per rank")
         rank = own_rank
-        if step is None or number != step.number:
-            if step is not None:
-                yield step
-                if number < step.number:
-                    raise FormatError(
-                        f"step {number} after step {step.number}", where=where, hint="steps must increase"
-                    )
-            step = _Step(number, f"{path}, step {number}")
-        if layer in step.layers:
-            raise FormatError(
-                f"layer {layer} appears twice in step {number}", where=where, hint="give one recording at a time"
-            )
-        step.layers[layer] = _indices(line, where)
+        if step is not None and number != step.number:
+            yield step
+        with located(where):
+            if step is not None and number < step.number:
+                raise FormatError(f"step {number} after step {step.number}", hint="steps must increase")
+            if step is None or number != step.number:
+                step = _Step(number, f"{path}, step {number}")
+            if layer in step.layers:
+                what = f"layer {layer} appears twice in step {number}"
+                raise FormatError(what, hint="give one recording at a time")
+            step.layers[layer] = _indices(line)
     if step is not None:
         yield step
 
 
-def _indices(line: _Line, where: str) -> Int64Array:
+def _indices(line: _Line) -> Int64Array:
     """int64 [tokens, k] of one line, which must agree with its own num_tokens and topk."""
     try:
         picks = np.array(line.top_indices, np.int64)
     except (ValueError, OverflowError):
-        raise FormatError("top_indices is not [tokens][k] expert ids", where=where) from None
+        raise FormatError("top_indices is not [tokens][k] expert ids") from None
     if not line.top_indices:
         picks = picks.reshape(0, line.topk or 1)
     if picks.ndim != 2:
-        raise FormatError("top_indices is not [tokens][k] expert ids", where=where)
+        raise FormatError("top_indices is not [tokens][k] expert ids")
     for key, given, size in (("num_tokens", line.num_tokens, len(picks)), ("topk", line.topk, picks.shape[1])):
         if given is not None and given != size:
-            raise FormatError(f"{key} is {given}, but top_indices has {size}", where=where)
+            raise FormatError(f"{key} is {given}, but top_indices has {size}")
     return picks
 
 
 def _stack(step: _Step, layers: Sequence[int], top_k: int | None) -> Int64Array:
     """Picks int64 [tokens, L, k] of one step, whose layers, tokens and k must agree."""
-    if sorted(step.layers) != list(layers):
-        raise FormatError(
-            f"has layers {layer_spans(sorted(step.layers))}, the first step {layer_spans(layers)}",
-            where=step.where,
-            hint="the file may be truncated; import pipeline stages into traces of their own",
-        )
-    forms = {picks.shape for picks in step.layers.values()}
-    if len(forms) > 1:
-        raise FormatError("its layers differ in tokens or k", where=step.where)
-    k = forms.pop()[1]
-    if top_k is not None and k != top_k:
-        raise FormatError(f"{k} picks per token, expected {top_k}", where=step.where)
+    with located(step.where):
+        if sorted(step.layers) != list(layers):
+            what = f"has layers {layer_spans(sorted(step.layers))}, the first step {layer_spans(layers)}"
+            hint = "the file may be truncated; import pipeline stages into traces of their own"
+            raise FormatError(what, hint=hint)
+        forms = {picks.shape for picks in step.layers.values()}
+        if len(forms) > 1:
+            raise FormatError("its layers differ in tokens or k")
+        k = forms.pop()[1]
+        if top_k is not None and k != top_k:
+            raise FormatError(f"{k} picks per token, expected {top_k}")
     return np.stack([step.layers[layer] for layer in layers], axis=1)

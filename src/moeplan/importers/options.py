@@ -53,10 +53,8 @@ class ImportOptions:
             UsageError: nothing says the number of experts.
             FormatError: the source contradicts the user, or describes an impossible model.
         """
-        for label, found, known in (
-            ("experts", num_experts, self.model.num_experts),
-            ("picks per token", top_k, self.model.top_k),
-        ):
+        facts = (("experts", num_experts, self.model.num_experts), ("picks per token", top_k, self.model.top_k))
+        for label, found, known in facts:
             if found is not None and known is not None and found != known:
                 raise FormatError(f"has {found} {label}, but the config or a flag says {known}", where=where)
         return self.model.moe_shape(name=name, num_experts=num_experts, top_k=top_k, layer_ids=layer_ids, where=where)

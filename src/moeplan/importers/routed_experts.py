@@ -186,11 +186,8 @@ def infer_moe_layers(picks: Picks, model: ModelSpec, dense_layers: Sequence[int]
     elif k > 1:
         found = tuple(int(i) for i in np.flatnonzero(picks.any(axis=(0, 2))))
     else:
-        raise UsageError(
-            "with top-1, a dense layer's zeros cannot be told from expert 0",
-            where=where,
-            hint="give --config config.json, or --dense-layers 0,1,2 (or: none)",
-        )
+        hint = "give --config config.json, or --dense-layers 0,1,2 (or: none)"
+        raise UsageError("with top-1, a dense layer's zeros cannot be told from expert 0", where=where, hint=hint)
     if not found:
         raise FormatError("no layer has a pick: every row is zeros", where=where, hint="check how it was recorded")
     return found

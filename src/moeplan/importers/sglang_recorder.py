@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.arrays import Int32Array, Int64Array
-from moeplan.errors import FormatError, UsageError
+from moeplan.errors import FormatError, UsageError, located
 from moeplan.importers.options import ImportOptions, write_trace
 from moeplan.importers.routed_experts import check_picks
 from moeplan.importers.sglang_requests import COUNTS_HINT, Pass, rebuild
@@ -68,7 +68,7 @@ class _Tokens:
 def import_sglang_recorder(
     sources: Sequence[Path],
     out: Path,
-    options: ImportOptions | None = None,
+    options: ImportOptions = ImportOptions(),
     *,
     counts: bool = False,
     phase: str = "unknown",
@@ -85,7 +85,7 @@ def import_sglang_recorder(
         FormatError: a file that is truncated or no dump, ranks that do not belong together, requests that cannot be
             rebuilt.
     """
-    files, options = source_files(sources, ".pt"), options or ImportOptions()
+    files = source_files(sources, ".pt")
     loaded = [(path, load_pt(path)) for path in files]
     kinds = {_kind(data, path) for path, data in loaded}
     if len(kinds) > 1:
@@ -98,7 +98,10 @@ def import_sglang_recorder(
         )
     if kind == "stat":
         return write_counts(_count_stat(loaded, options, phase), out)
-    dumps = [_dump(data, path) for path, data in loaded]
+    dumps = []
+    for path, data in loaded:
+        with located(str(path)):
+            dumps.append(_dump(data, path))
     _check_ranks(dumps)
     if kind == "per_pass":
         return write_counts(_count_passes(dumps, options, phase), out)
@@ -120,16 +123,14 @@ def _kind(data: dict[str, Any], path: Path) -> str:
 
 
 def _dump(data: dict[str, Any], path: Path) -> _Dump:
-    slots = integers(data.get("last_physical_to_logical_map"), 2, "last_physical_to_logical_map", str(path))
+    slots = integers(data.get("last_physical_to_logical_map"), 2, "last_physical_to_logical_map")
     if not slots.size or int(slots.min()) < 0 or int(slots.max()) >= MAX_EXPERTS:
-        raise FormatError("last_physical_to_logical_map holds no expert, or ids out of range", where=str(path))
+        raise FormatError("last_physical_to_logical_map holds no expert, or ids out of range")
     experts = np.arange(int(slots.max()) + 1)
     for layer, row in enumerate(slots):
         if not np.isin(experts, row).all():
             missing = int(experts[~np.isin(experts, row)][0])
-            raise FormatError(
-                f"last_physical_to_logical_map, layer {layer}: expert {missing} has no slot", where=str(path)
-            )
+            raise FormatError(f"last_physical_to_logical_map, layer {layer}: expert {missing} has no slot")
     return _Dump(path, data["records"], slots)
 
 
@@ -139,21 +140,16 @@ def _check_ranks(dumps: Sequence[_Dump]) -> None:
     for dump in dumps:
         ranks = [record.get("rank") for record in dump.records]
         rank = ranks[0]
-        if type(rank) is not int or rank < 0 or any(type(other) is not int or other != rank for other in ranks):
-            raise FormatError("its records are not of one rank", where=str(dump.path))
-        if rank in seen:
-            raise FormatError(
-                f"is of rank {rank}, as is {seen[rank].name}",
-                where=str(dump.path),
-                hint="import one recording at a time",
-            )
+        with located(str(dump.path)):
+            if type(rank) is not int or rank < 0 or any(type(other) is not int or other != rank for other in ranks):
+                raise FormatError("its records are not of one rank")
+            if rank in seen:
+                what = f"is of rank {rank}, as is {seen[rank].name}"
+                raise FormatError(what, hint="import one recording at a time")
+            if not np.array_equal(dump.slots, dumps[0].slots):
+                hint = "give the ranks of one recording, without a rebalance in between"
+                raise FormatError(f"has another expert map than {dumps[0].path.name}", hint=hint)
         seen[rank] = dump.path
-        if dump.slots.shape != dumps[0].slots.shape or (dump.slots != dumps[0].slots).any():
-            raise FormatError(
-                f"has another expert map than {dumps[0].path.name}",
-                where=str(dump.path),
-                hint="give the ranks of one recording, without a rebalance in between",
-            )
 
 
 # --- counts ---------------------------------------------------------------------------------------------------------
@@ -187,13 +183,11 @@ def _count_passes(dumps: Sequence[_Dump], options: ImportOptions, phase: str) ->
     for dump in dumps:
         physical = np.zeros(dump.slots.shape, np.int64)
         for number, record in enumerate(dump.records):
-            where = f"{dump.path}, record {number}"
-            found = integers(record.get("global_physical_count"), 2, "global_physical_count", where)
-            if found.shape != physical.shape or (found < 0).any() or (found >= MAX_COUNT).any():
-                raise FormatError(
-                    f"global_physical_count {list(found.shape)} is not counts of {list(physical.shape)} slots",
-                    where=where,
-                )
+            with located(f"{dump.path}, record {number}"):
+                found = integers(record.get("global_physical_count"), 2, "global_physical_count")
+                if found.shape != physical.shape or (found < 0).any() or (found >= MAX_COUNT).any():
+                    shapes = f"{list(found.shape)} is not counts of {list(physical.shape)} slots"
+                    raise FormatError(f"global_physical_count {shapes}")
             physical += found
         per_rank.append(_to_logical(physical, dump))
     return _profile(dumps, per_rank, "per_pass", options, options.model.top_k, phase)
@@ -241,55 +235,49 @@ def _read_tokens(dump: _Dump) -> _Tokens:
     """The tokens of one rank."""
     passes: list[Pass] = []
     blocks: list[Int32Array] = []
-    moe_layers: tuple[int, ...] | None = None
+    moe_layers: tuple[int, ...] = ()
     k = 0
     for number, record in enumerate(dump.records):
         where = f"{dump.path}, record {number}"
-        step = _read_pass(record, where)
-        if not len(step.positions):
-            continue
-        ids = integers(record.get("topk_ids_of_layer"), 3, "topk_ids_of_layer", where)
-        if ids.shape[:2] != (len(dump.slots), len(step.positions)):
-            raise FormatError(
-                f"topk_ids_of_layer {list(ids.shape)} does not fit {len(dump.slots)} layers and"
-                f" {len(step.positions)} tokens",
-                where=where,
-            )
-        if moe_layers is None:
-            moe_layers = tuple(int(i) for i in np.flatnonzero((ids != -1).any(axis=(1, 2))))
-            k = int((ids != -1).sum(axis=2).max())
+        with located(where):
+            step = _read_pass(record, where)
+            if not len(step.positions):
+                continue
+            ids = integers(record.get("topk_ids_of_layer"), 3, "topk_ids_of_layer")
+            layers, tokens = len(dump.slots), len(step.positions)
+            if ids.shape[:2] != (layers, tokens):
+                what = f"topk_ids_of_layer {list(ids.shape)} does not fit {layers} layers and {tokens} tokens"
+                raise FormatError(what)
             if not moe_layers:
-                raise FormatError("no layer has a pick", where=where, hint="check how it was recorded")
-        blocks.append(_logical_picks(ids, moe_layers, k, dump.slots, where))
+                moe_layers = tuple(int(i) for i in np.flatnonzero((ids != -1).any(axis=(1, 2))))
+                k = int((ids != -1).sum(axis=2).max())
+            if not moe_layers:
+                raise FormatError("no layer has a pick", hint="check how it was recorded")
+            blocks.append(_logical_picks(ids, moe_layers, k, dump.slots))
         passes.append(step)
-    if moe_layers is None:
+    if not passes:
         raise FormatError("holds no token", where=str(dump.path), hint="record while requests run")
     return _Tokens(dump, passes, np.concatenate(blocks), moe_layers)
 
 
 def _read_pass(record: dict[str, Any], where: str) -> Pass:
     if record.get("gatherer_key", "primary") != "primary":
-        raise FormatError(
-            "was recorded with two-batch overlap: a pass is split in two", where=where, hint="record without it"
-        )
+        raise FormatError("was recorded with two-batch overlap: a pass is split in two", hint="record without it")
     mode = record.get("forward_mode")
-    positions = integers(record.get("positions"), 1, "positions", where)
+    positions = integers(record.get("positions"), 1, "positions")
     if (positions < 0).any() or (positions >= 2**31).any():
-        raise FormatError("positions are out of range", where=where)
+        raise FormatError("positions are out of range")
     if mode == EXTEND:
-        return Pass(positions, integers(record.get("extend_seq_lens"), 1, "extend_seq_lens", where), where)
+        return Pass(positions, integers(record.get("extend_seq_lens"), 1, "extend_seq_lens"), where)
     if mode == DECODE:
         return Pass(positions, None, where)
     if mode == IDLE:
         return Pass(positions[:0], None, where)
-    raise FormatError(
-        f"forward_mode {str(mode)[:20]} is neither extend (1) nor decode (2)",
-        where=where,
-        hint="record without mixed chunks and speculative decoding, or use stat mode",
-    )
+    hint = "record without mixed chunks and speculative decoding, or use stat mode"
+    raise FormatError(f"forward_mode {str(mode)[:20]} is neither extend (1) nor decode (2)", hint=hint)
 
 
-def _logical_picks(ids: Int64Array, moe_layers: Sequence[int], k: int, slots: Int64Array, where: str) -> Int32Array:
+def _logical_picks(ids: Int64Array, moe_layers: Sequence[int], k: int, slots: Int64Array) -> Int32Array:
     """Logical picks int32 [tokens, MoE layers, k] of one pass's physical ids [layers, tokens, 8], -1 being padding."""
     used = (ids != -1).sum(axis=2)
     expected = np.zeros(len(ids), np.int64)
@@ -297,19 +285,13 @@ def _logical_picks(ids: Int64Array, moe_layers: Sequence[int], k: int, slots: In
     odd = np.argwhere(used != expected[:, None])
     if len(odd) or (ids[list(moe_layers), :, :k] == -1).any():
         layer, token = odd[0] if len(odd) else (moe_layers[0], 0)
-        raise FormatError(
-            f"layer {layer}, token {token}: {used[layer, token]} picks, expected {expected[layer]}",
-            where=where,
-        )
+        raise FormatError(f"layer {layer}, token {token}: {used[layer, token]} picks, expected {expected[layer]}")
     picks = np.empty((ids.shape[1], len(moe_layers), k), np.int32)
     for column, layer in enumerate(moe_layers):
         physical = ids[layer, :, :k]
         if int(physical.min()) < 0 or int(physical.max()) >= slots.shape[1]:
-            raise FormatError(
-                f"layer {layer}: a slot is outside 0..{slots.shape[1] - 1}",
-                where=where,
-                hint="fused shared experts are not supported: record with --disable-shared-experts-fusion",
-            )
+            hint = "fused shared experts are not supported: record with --disable-shared-experts-fusion"
+            raise FormatError(f"layer {layer}: a slot is outside 0..{slots.shape[1] - 1}", hint=hint)
         picks[:, column] = slots[layer][physical]
     return picks
 

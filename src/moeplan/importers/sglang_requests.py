@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplan.arrays import Int64Array
-from moeplan.errors import FormatError
+from moeplan.errors import FormatError, located
 
 __all__ = ["Owners", "Pass", "rebuild"]
 
@@ -62,56 +62,50 @@ def rebuild(passes: Sequence[Pass]) -> Owners:
     prefill: list[int] = []
     live = np.zeros((0, 2), np.int64)  # (request, its next position), in the engine's order
     for step in passes:
-        if step.lengths is None:
-            kept = _match(live[:, 1], step)
-            live = live[kept]
-            owners.append(live[:, 0].copy())
-            live[:, 1] += 1
-        else:
-            starts = _starts(step)
-            _refuse_chunks(live, starts, step)
-            numbers = np.arange(len(prefill), len(prefill) + len(starts))
-            owners.append(np.repeat(numbers, step.lengths))
-            prefill += step.lengths.tolist()
-            live = np.concatenate([live, np.stack([numbers, starts + step.lengths], axis=1)])
+        with located(step.where):
+            if step.lengths is None:
+                live = live[_match(live[:, 1], step.positions)]
+                owners.append(live[:, 0].copy())
+                live[:, 1] += 1
+            else:
+                starts = _starts(step.positions, step.lengths)
+                _refuse_chunks(live, starts)
+                numbers = np.arange(len(prefill), len(prefill) + len(starts))
+                owners.append(np.repeat(numbers, step.lengths))
+                prefill += step.lengths.tolist()
+                live = np.concatenate([live, np.stack([numbers, starts + step.lengths], axis=1)])
     request = np.concatenate(owners) if owners else np.zeros(0, np.int64)
     return Owners(request, np.array(prefill, np.int64))
 
 
-def _starts(step: Pass) -> Int64Array:
+def _starts(positions: Int64Array, lengths: Int64Array) -> Int64Array:
     """int64 [n], the first position of each prompt; each prompt's positions must be consecutive."""
-    lengths, positions = step.lengths, step.positions
-    assert lengths is not None
     if (lengths < 1).any() or int(lengths.sum()) != len(positions):
-        raise FormatError(
-            f"extend_seq_lens add up to {int(lengths.sum())}, but there are {len(positions)} tokens", where=step.where
-        )
+        raise FormatError(f"extend_seq_lens add up to {int(lengths.sum())}, but there are {len(positions)} tokens")
     first = np.concatenate(([0], np.cumsum(lengths)[:-1]))
     starts = positions[first]
     if (positions != np.repeat(starts - first, lengths) + np.arange(len(positions))).any():
-        raise FormatError("positions inside a prompt are not consecutive", where=step.where, hint=COUNTS_HINT)
+        raise FormatError("positions inside a prompt are not consecutive", hint=COUNTS_HINT)
     return starts
 
 
-def _refuse_chunks(live: Int64Array, starts: Int64Array, step: Pass) -> None:
+def _refuse_chunks(live: Int64Array, starts: Int64Array) -> None:
     """Prompt tokens from position p > 0 follow a cached prefix, unless a request stands at p: then nobody can tell."""
     unclear = starts[(starts > 0) & np.isin(starts, live[:, 1])]
     if len(unclear):
         raise FormatError(
             f"prompt tokens from position {unclear[0]} may continue a chunked prompt or follow a cached prefix:"
             " the record holds no request ids",
-            where=step.where,
             hint=f"record with --chunked-prefill-size -1 and --disable-radix-cache; {COUNTS_HINT}",
         )
 
 
-def _match(waiting: Int64Array, step: Pass) -> Int64Array:
+def _match(waiting: Int64Array, positions: Int64Array) -> Int64Array:
     """Indices into the live list, rising, whose next positions are the pass's; the only such choice there is.
 
     The leftmost and the rightmost choice in order are the same exactly when there is only one.
     """
-    positions = step.positions
-    if len(waiting) == len(positions) and (waiting == positions).all():
+    if np.array_equal(waiting, positions):
         return np.arange(len(waiting))
     left = _leftmost(waiting, positions)
     if left is None:
@@ -119,17 +113,15 @@ def _match(waiting: Int64Array, step: Pass) -> Int64Array:
         what = "in an order that no list of requests gives" if missing is None else f"at position {missing}"
         raise FormatError(
             f"decode tokens {what} continue no request of this recording: their prompt or an earlier step is missing",
-            where=step.where,
             hint=f"start the recording before the first request and stop it after the last; {COUNTS_HINT}",
         )
     right = _leftmost(waiting[::-1], positions[::-1])
     assert right is not None  # a choice from the left exists
-    if (left != len(waiting) - 1 - right[::-1]).any():
-        token = int(np.argmax(left != len(waiting) - 1 - right[::-1]))
+    unsure = left != len(waiting) - 1 - right[::-1]
+    if unsure.any():
         raise FormatError(
-            f"the decode token at position {positions[token]} may belong to several requests of the same length:"
-            " the record holds no request ids",
-            where=step.where,
+            f"the decode token at position {positions[np.argmax(unsure)]} may belong to several requests of the same"
+            " length: the record holds no request ids",
             hint=f"record per request with --enable-return-routed-experts; {COUNTS_HINT}",
         )
     return left

@@ -41,7 +41,7 @@ _UNKNOWN_PHASES = "some responses do not say how long the prompt was: their phas
 def import_sglang(
     sources: Sequence[Path],
     out: Path,
-    options: ImportOptions | None = None,
+    options: ImportOptions = ImportOptions(),
     *,
     start: int = 0,
     progress: Progress = silent,
@@ -57,7 +57,6 @@ def import_sglang(
         UsageError: a part of the shape is not known; top-1 without knowledge of dense layers.
         FormatError: a response that is truncated, has no picks, or whose rows do not fit its own counts of tokens.
     """
-    options = options or ImportOptions()
     read = partial(read_response, form=picks_shape(options.model), start=start)
     return import_responses("sglang", sources, read, out, options, progress)
 
@@ -69,11 +68,8 @@ def picks_shape(model: ModelSpec, where: str | None = None) -> tuple[int, int]:
         UsageError: one of them is not known.
     """
     if model.layers is None or model.top_k is None:
-        raise UsageError(
-            "SGLang sends picks without their shape",
-            where=where,
-            hint="give --config with the model's folder, or --num-layers (dense ones included) and --top-k",
-        )
+        hint = "give --config with the model's folder, or --num-layers (dense ones included) and --top-k"
+        raise UsageError("SGLang sends picks without their shape", where=where, hint=hint)
     return model.layers, model.top_k
 
 

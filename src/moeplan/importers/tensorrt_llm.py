@@ -33,7 +33,7 @@ class _Meta(msgspec.Struct):
 
 
 def import_tensorrt_llm(
-    folder: Path, out: Path, options: ImportOptions | None = None, *, phase: str = "unknown"
+    folder: Path, out: Path, options: ImportOptions = ImportOptions(), *, phase: str = "unknown"
 ) -> CountsProfile:
     """A folder of statistics into a counts profile: sums over iterations and ranks.
 
@@ -50,30 +50,14 @@ def import_tensorrt_llm(
             raise FormatError(f"has other iterations or layers than {files[0].name}", where=str(path))
     layers = sorted({layer for _, layer in ranks[0]})
     iterations = sorted({iteration for iteration, _ in ranks[0]})
-    totals = np.zeros((len(layers), experts), np.int64)
-    per_rank = []
-    for rank in ranks:
-        own = np.zeros_like(totals)
+    per_rank = np.zeros((len(ranks), len(layers), experts), np.int64)
+    for own, rank in zip(per_rank, ranks, strict=True):
         for (_, layer), counts in rank.items():
             own[layers.index(layer)] += counts
-        per_rank.append(own)
-        totals += own
-    source: dict[str, Any] = {
-        "import": "tensorrt-llm",
-        "files": len(files),
-        "iterations": [iterations[0], iterations[-1]],
-        "notes": equal_ranks_notes(per_rank),
-    }
-    profile = make_counts(
-        totals,
-        where=str(folder),
-        source=source,
-        layer_ids=tuple(layers),
-        name=(options or ImportOptions()).model.name or "",
-        top_k=top_k,
-        phase=phase,
-    )
-    return write_counts(profile, out)
+    spans, notes = [iterations[0], iterations[-1]], equal_ranks_notes(list(per_rank))
+    source = {"import": "tensorrt-llm", "files": len(files), "iterations": spans, "notes": notes}
+    known: Any = {"layer_ids": tuple(layers), "name": options.model.name or "", "top_k": top_k, "phase": phase}
+    return write_counts(make_counts(per_rank.sum(axis=0), where=str(folder), source=source, **known), out)
 
 
 def _rank_files(folder: Path) -> list[Path]:

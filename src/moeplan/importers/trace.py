@@ -20,7 +20,7 @@ __all__ = ["import_trace"]
 
 
 def import_trace(
-    source: str | Path, out: Path, options: ImportOptions | None = None, *, progress: Progress = silent
+    source: str | Path, out: Path, options: ImportOptions = ImportOptions(), *, progress: Progress = silent
 ) -> Trace:
     """Copy a trace with token rows, less what `options` leaves out; one part is in memory at a time.
 
@@ -30,7 +30,6 @@ def import_trace(
             are none.
         OutputError: `out` exists or cannot be written.
     """
-    options = options or ImportOptions()
     trace = open_trace(source, without_layers=options.without_layers)
     table, aggregate = trace.requests, options.retention.aggregate
     labels = [table.domains[d] if options.domain is None else options.domain for d in table.domain]

@@ -44,7 +44,7 @@ _UNKNOWN_PHASES = "some responses do not say how long a choice's prompt was: its
 def import_vllm(
     sources: Sequence[Path],
     out: Path,
-    options: ImportOptions | None = None,
+    options: ImportOptions = ImportOptions(),
     *,
     start: int = 0,
     progress: Progress = silent,
@@ -61,7 +61,7 @@ def import_vllm(
         FormatError: a response that is truncated, has no picks, or whose rows do not fit its own counts of tokens.
     """
     read = partial(read_response, start=start)
-    return import_responses("vllm", sources, read, out, options or ImportOptions(), progress)
+    return import_responses("vllm", sources, read, out, options, progress)
 
 
 class PlainPicks(msgspec.Struct):

@@ -12,7 +12,9 @@ from pathlib import Path
 from moeplan.errors import FormatError, OutputError
 from moeplan.io.paths import kind_of_special, open_input
 
-__all__ = ["atomic_path", "cannot_write", "check_folder", "check_place", "sha256"]
+__all__ = ["atomic_path", "cannot_write", "check_folder", "check_place", "is_taken", "make_folder", "sha256"]
+
+_ELSEWHERE = "choose a place that you may write to"
 
 
 def sha256(path: Path) -> str:
@@ -26,9 +28,7 @@ def sha256(path: Path) -> str:
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
     """What to say when a place cannot be written to."""
-    return OutputError(
-        f"cannot be written ({error.strerror})", where=str(path), hint="choose a place that you may write to"
-    )
+    return OutputError(f"cannot be written ({error.strerror})", where=str(path), hint=_ELSEWHERE)
 
 
 def check_place(path: str | Path) -> None:
@@ -48,7 +48,7 @@ def check_place(path: str | Path) -> None:
     elif not os.access(place.parent, os.W_OK):
         why = "no permission"
     if why:
-        raise OutputError(f"cannot be written ({why})", where=str(place), hint="choose a place that you may write to")
+        raise OutputError(f"cannot be written ({why})", where=str(place), hint=_ELSEWHERE)
 
 
 def check_folder(path: str | Path) -> None:
@@ -61,7 +61,28 @@ def check_folder(path: str | Path) -> None:
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "no permission" if there.is_dir() else f"{there} is no folder"
-        raise OutputError(f"cannot be made ({why})", where=str(place), hint="choose a place that you may write to")
+        raise OutputError(f"cannot be made ({why})", where=str(place), hint=_ELSEWHERE)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether there is something at a path, an empty folder apart."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def make_folder(path: Path) -> bool:
+    """Make a folder for a result, with its parents; False where it is there already, and empty.
+
+    Raises:
+        OutputError: the place is taken or cannot be made.
+    """
+    try:
+        if is_taken(path):
+            raise OutputError("already exists", where=str(path), hint="choose another place, or remove it")
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made ({error.strerror})", where=str(path), hint=_ELSEWHERE) from None
+    return made
 
 
 @contextlib.contextmanager

@@ -29,11 +29,8 @@ def load_pt(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
-        raise UsageError(
-            "reading a .pt file needs torch",
-            where=str(path),
-            hint="pip install 'moeplan[transformers]', or torch alone",
-        ) from None
+        hint = "pip install 'moeplan[transformers]', or torch alone"
+        raise UsageError("reading a .pt file needs torch", where=str(path), hint=hint) from None
     try:
         check_input(path)
         with zipfile.ZipFile(path) as archive:
@@ -46,19 +43,16 @@ def load_pt(path: Path) -> dict[str, Any]:
         raise FormatError(f"unpacks to {size} bytes, more than the {MAX_PT_BYTES} that moeplan reads", where=str(path))
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises what the damage happens to hit: RuntimeError, UnpicklingError, KeyError ..
+    except Exception as error:  # what the damage happens to hit: RuntimeError, UnpicklingError, KeyError ..
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise FormatError(
-            f"is not a whole .pt file of tensors and plain values ({reason})", where=str(path), hint=_CUT_OFF
-        ) from None
+        what = f"is not a whole .pt file of tensors and plain values ({reason})"
+        raise FormatError(what, where=str(path), hint=_CUT_OFF) from None
     if not isinstance(data, dict):
         raise FormatError(f"holds a {type(data).__name__}, not the recorder's dict", where=str(path))
     return data
 
 
-def integers(value: Any, ndim: int, label: str, where: str) -> npt.NDArray[np.int64]:
+def integers(value: Any, ndim: int, label: str, where: str | None = None) -> npt.NDArray[np.int64]:
     """int64 array of a tensor or a flat list of whole numbers, as many dimensions as said."""
     import torch
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moeplan.errors import FormatError, OutputError, UsageError
-from moeplan.io.files import check_folder
+from moeplan.io.files import check_folder, is_taken
 from moeplan.progress import Progress
 from moeplan.record.prompts import MAX_NEW_TOKENS, Prompt, prompts_digest, read_prompts
 from moeplan.trace.format import JSON_NAME, REQUESTS_NAME, Request
@@ -60,10 +60,8 @@ class RecordOptions:
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--max-prompt-tokens", self.max_prompt_tokens),
-        ):
+        lengths = {"--max-new-tokens": self.max_new_tokens, "--max-prompt-tokens": self.max_prompt_tokens}
+        for flag, value in lengths.items():
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value} is not positive")
         if not 0 <= self.temperature < 100:
@@ -123,7 +121,7 @@ class Recording:
 
     def _check_out(self) -> None:
         out = self._out
-        if not self._options.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not self._options.resume and is_taken(out):
             raise OutputError("already exists", where=str(out), hint="choose another place, remove it, or add --resume")
         check_folder(out)
 

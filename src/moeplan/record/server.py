@@ -206,13 +206,11 @@ def served_model(server: Server, asked: str | None) -> tuple[str, int | None]:
     bases = [e["id"] for e in entries if e.get("parent") is None]  # no adapters
     if not names:
         raise ServerError("lists no model", where=f"{server.url}/v1/models", hint="check --url")
-    listed = ", ".join(name[:100] for name in names[:8])
+    hint = f"choose one with --served-model: {', '.join(name[:100] for name in names[:8])}"
     if asked is None and len(bases) != 1:
-        raise UsageError("serves several models", where=server.url, hint=f"choose one with --served-model: {listed}")
+        raise UsageError("serves several models", where=server.url, hint=hint)
     if asked is not None and asked not in names:
-        raise UsageError(
-            f"does not serve {asked[:100]}", where=server.url, hint=f"choose one with --served-model: {listed}"
-        )
+        raise UsageError(f"does not serve {asked[:100]}", where=server.url, hint=hint)
     name = bases[0] if asked is None else asked
     positions = next(e.get("max_model_len") for e in entries if e.get("id") == name)
     return name, positions if type(positions) is int and positions > 0 else None
@@ -260,9 +258,8 @@ def _fit(
     """Every prompt with its new tokens, checked against the model's positions, and cut where that was asked for."""
     tokenised = _tokeniser(server, model, prompts)
     if tokenised is None and options.max_prompt_tokens is not None:
-        raise UsageError(
-            "has no /tokenize, so prompts cannot be cut", where=server.url, hint="leave out --max-prompt-tokens"
-        )
+        what, hint = "has no /tokenize, so prompts cannot be cut", "leave out --max-prompt-tokens"
+        raise UsageError(what, where=server.url, hint=hint)
 
     def fit(prompt: Prompt) -> _Request:
         if tokenised is None:

@@ -27,7 +27,7 @@ __all__ = ["SglangEngine", "record_sglang"]
 def record_sglang(
     prompts: Prompts,
     out: str | Path,
-    options: ServedOptions | None = None,
+    options: ServedOptions = ServedOptions(),
     *,
     url: str = "http://127.0.0.1:30000",
     openai: bool = False,
@@ -45,16 +45,15 @@ def record_sglang(
         MoeplanError: as `record_served`.
 
     Examples:
-        >>> from moeplan.record import ServedOptions, record_sglang
-        >>> options = ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
-        >>> trace = record_sglang("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
+        >>> import moeplan
+        >>> options = moeplan.ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
+        >>> trace = moeplan.record_sglang("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
     """
-    chosen = options or ServedOptions()
 
     def engine_of(server: Server, model: str) -> SglangEngine:
-        return SglangEngine.of(server, model, chosen.model, openai=openai)
+        return SglangEngine.of(server, model, options.model, openai=openai)
 
-    return record_served(url, engine_of, prompts, out, chosen, progress)
+    return record_served(url, engine_of, prompts, out, options, progress)
 
 
 @dataclass(frozen=True)

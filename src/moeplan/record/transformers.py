@@ -57,7 +57,7 @@ def record_transformers(
     model: str | Path | LoadedModel,
     prompts: Prompts,
     out: str | Path,
-    options: TransformersOptions | None = None,
+    options: TransformersOptions = TransformersOptions(),
     *,
     progress: Progress = silent,
 ) -> Trace:
@@ -76,10 +76,9 @@ def record_transformers(
         OutputError: `out` exists (without `resume`) or cannot be written.
 
     Examples:
-        >>> from moeplan.record import record_transformers
-        >>> trace = record_transformers("embedded", "prompts.jsonl", "my-trace")  # doctest: +SKIP
+        >>> import moeplan
+        >>> trace = moeplan.record_transformers("embedded", "prompts.jsonl", "my-trace")  # doctest: +SKIP
     """
-    options = options or TransformersOptions()
     weights = options.keep_gate_weights
     recording = Recording(prompts, out, options, weights=weights)
     loaded = model if isinstance(model, LoadedModel) else _loaded(str(model), recording.prompts, options)

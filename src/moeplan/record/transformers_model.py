@@ -9,7 +9,7 @@ from typing import Any
 from moeplan import embedded
 from moeplan.errors import UsageError
 from moeplan.io.paths import check_input
-from moeplan.record.transformers_routers import Router, find_routers
+from moeplan.record.transformers_routers import RouterModule, find_routers
 from moeplan.types import ModelShape
 
 __all__ = ["LoadedModel", "load_model", "pad_token", "stop_tokens"]
@@ -30,7 +30,7 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
-    routers: tuple[Router, ...]
+    routers: tuple[RouterModule, ...]
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, name: str) -> LoadedModel:
@@ -118,7 +118,7 @@ def pad_token(loaded: LoadedModel) -> int:
     return min(stop_tokens(loaded), default=0)
 
 
-def _expert_bytes(model: Any, router: Router) -> int | None:
+def _expert_bytes(model: Any, router: RouterModule) -> int | None:
     """Bytes of one expert, from the module `experts` beside the router, if there is one; else None."""
     modules = dict(model.named_modules())
     experts = modules.get(f"{router.name.rpartition('.')[0]}.experts")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from moeplan.errors import FormatError, UsageError
 from moeplan.types import MAX_K
 
-__all__ = ["PickTap", "Router", "find_routers"]
+__all__ = ["PickTap", "RouterModule", "find_routers"]
 
 #: Tokens of the probing pass: a number that no other dimension is likely to have.
 PROBE_TOKENS = 13
@@ -33,7 +33,7 @@ Reader = Callable[[tuple[Any, ...], Any], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
-class Router:
+class RouterModule:
     """One MoE layer's source of picks.
 
     Attributes:
@@ -67,7 +67,7 @@ class _Call:
     logits: int | None
 
 
-def find_routers(model: Any) -> tuple[Router, ...]:
+def find_routers(model: Any) -> tuple[RouterModule, ...]:
     """The routers of all MoE layers, in the order of layers.
 
     Raises:
@@ -215,33 +215,28 @@ def _layer(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _router(model: Any, modules: dict[str, Any], call: _Call, layer: int) -> Router:
+def _router(model: Any, modules: dict[str, Any], call: _Call, layer: int) -> RouterModule:
     module = modules[call.name]
     top_k = int(call.picks.shape[1])
     parent = modules[call.name.rpartition(".")[0]]
     count = _expert_count(model, (module, parent), call)
     if count is None or not top_k <= count:
         raise UsageError(f"{call.name} ({type(module).__name__}) does not say how many experts it chooses among")
-    return Router(call.name, type(module).__name__, layer, top_k, count, call.gate is not None, call.read)
+    return RouterModule(call.name, type(module).__name__, layer, top_k, count, call.gate is not None, call.read)
 
 
 def _expert_count(model: Any, modules: tuple[Any, ...], call: _Call) -> int | None:
     """E: as the module or its block says, else the width of the logits, else as the config says."""
-    names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-    for module in modules:
-        for name in names:
-            value = getattr(module, name, None)
-            if type(value) is int:
-                return value
-    if call.logits is not None:
-        return int(call.logits)
     config = model.config.get_text_config()
-    for holder in (config, getattr(config, "ffn_config", None)):
-        for name in names:
-            value = getattr(holder, name, None)
-            if type(value) is int:
-                return value
-    return None
+    stated = [*map(_stated_count, modules), call.logits]
+    stated += map(_stated_count, (config, getattr(config, "ffn_config", None)))
+    return next((count for count in stated if count is not None), None)
+
+
+def _stated_count(holder: Any) -> int | None:
+    names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+    values = (getattr(holder, name, None) for name in names)
+    return next((value for value in values if type(value) is int), None)
 
 
 def _unread(modules: dict[str, Any], read: set[int]) -> list[tuple[str, Any]]:
@@ -279,7 +274,7 @@ class PickTap:
         weights: keep gate weights as well.
     """
 
-    def __init__(self, model: Any, routers: tuple[Router, ...], *, weights: bool) -> None:
+    def __init__(self, model: Any, routers: tuple[RouterModule, ...], *, weights: bool) -> None:
         self._model, self._routers, self._weights = model, routers, weights
         self._calls: list[list[tuple[Any, Any]]] = [[] for _ in routers]
 

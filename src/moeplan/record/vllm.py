@@ -25,7 +25,7 @@ __all__ = ["VllmEngine", "record_vllm"]
 def record_vllm(
     prompts: Prompts,
     out: str | Path,
-    options: ServedOptions | None = None,
+    options: ServedOptions = ServedOptions(),
     *,
     url: str = "http://127.0.0.1:8000",
     progress: Progress = silent,
@@ -41,11 +41,11 @@ def record_vllm(
         MoeplanError: as `record_served`.
 
     Examples:
-        >>> from moeplan.record import ServedOptions, record_vllm
-        >>> options = ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
-        >>> trace = record_vllm("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
+        >>> import moeplan
+        >>> options = moeplan.ServedOptions(model=moeplan.load_model("MODEL_DIR"), max_new_tokens=64)  # doctest: +SKIP
+        >>> trace = moeplan.record_vllm("prompts.jsonl", "my-trace", options)  # doctest: +SKIP
     """
-    return record_served(url, VllmEngine.of, prompts, out, options or ServedOptions(), progress)
+    return record_served(url, VllmEngine.of, prompts, out, options, progress)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _ALSO_ROUTED = ("linear", "eplb")
 def compare(
     requests: Trace | RequestSet,
     cluster: Cluster,
-    strategies: Sequence[str | Strategy] = ("random", "linear", "eplb", "affinity", "paper", "moeplan"),
+    strategies: Strategy | Sequence[str | Strategy] = ("random", "linear", "eplb", "affinity", "paper", "moeplan"),
     *,
     redundant: int = 0,
     dispatch: Dispatch | str = Dispatch.PICK,
@@ -42,7 +42,7 @@ def compare(
 
     Args:
         requests: a trace, or `read_requests` of one.
-        strategies: names, or strategies with their parameters; `linear`, the baseline, is always among them.
+        strategies: names, or strategies with their parameters, or one; `linear`, the baseline, is always among them.
         redundant: extra expert slots per layer, over all GPUs.
         dispatch: what a message is. replica_rule: which replica of an expert serves a token.
 
@@ -64,7 +64,7 @@ def compare(
 def compare_task(
     requests: Trace | RequestSet,
     task: PlanningTask,
-    strategies: Sequence[str | Strategy],
+    strategies: Strategy | Sequence[str | Strategy],
     settings: EvaluationSettings,
     progress: Progress = silent,
 ) -> Comparison:
@@ -121,6 +121,7 @@ def rows_of(strategies: dict[str, Strategy], requests: RequestSet) -> list[Row]:
     return rows
 
 
-def _by_name(strategies: Sequence[str | Strategy]) -> dict[str, Strategy]:
+def _by_name(strategies: Strategy | Sequence[str | Strategy]) -> dict[str, Strategy]:
     """The strategies by name, with the baseline in front; of several with one name, the last."""
-    return {strategy.name: strategy for strategy in map(find, ("linear", *strategies))}
+    given = (strategies,) if isinstance(strategies, str | Strategy) else strategies
+    return {strategy.name: strategy for strategy in map(find, ("linear", *given))}

@@ -39,7 +39,8 @@ def count_distinct_steps(experts: ExpertArray, rows: Int64Array, num_experts: in
 def experts_per_step(distinct: Int64Array, tokens: Int64Array) -> float:
     """Distinct experts that a token's step reads of a layer: mean over decoded tokens and layers.
 
-    Weighted by tokens, so that uneven batches do not flatter: a step of one request reads few experts, and serves one.
+    Weighted by tokens, so that batches of different sizes do not flatter: a step of one request reads few experts, and
+    serves one.
 
     Args:
         distinct: int64 [S, L]. tokens: int64 [S], tokens of each step; at least one in all.

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.errors import FormatError, OutputError, located
-from moeplan.io.files import atomic_path
+from moeplan.errors import FormatError, located
+from moeplan.io.files import atomic_path, make_folder
 from moeplan.io.json import convert, read_json, write_json
 from moeplan.io.npz import read_npy_header
 from moeplan.io.paths import check_input, readable
@@ -182,26 +182,15 @@ def write_counts(profile: CountsProfile, out: Path) -> CountsProfile:
     Raises:
         OutputError: `out` exists, or cannot be written.
     """
-    made: list[Path] = []
+    made = make_folder(out)
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OutputError("already exists", where=str(out), hint="choose another place, or remove it")
-        existed = out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot be made ({error.strerror})", where=str(out), hint="choose a place that you may write to"
-        ) from None
-    try:
-        made.append(out / ARRAY_NAME)
         with atomic_path(out / ARRAY_NAME) as temporary, temporary.open("wb") as file:
             np.save(file, np.ascontiguousarray(profile.counts, "<u8"), allow_pickle=False)
-        made.append(out / JSON_NAME)
         write_json(out / JSON_NAME, _description(profile))
     except BaseException:
-        for path in made:
-            path.unlink(missing_ok=True)
-        if not existed:
+        for name in (ARRAY_NAME, JSON_NAME):
+            (out / name).unlink(missing_ok=True)
+        if made:
             out.rmdir()
         raise
     return read_counts(out)

@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.errors import FormatError, MoeplanError, OutputError, UsageError
-from moeplan.io.files import atomic_path, sha256
+from moeplan.errors import FormatError, MoeplanError, UsageError
+from moeplan.io.files import atomic_path, make_folder, sha256
 from moeplan.io.json import write_json
 from moeplan.trace.aggregation import RequestSums
 from moeplan.trace.format import (
@@ -115,7 +115,7 @@ class TraceWriter:
         elif mode == "append":
             self._restore_all(open_trace(path))
         else:
-            self._make_directory()
+            self._made = make_folder(self.path)
 
     def __len__(self) -> int:
         """Requests (or sums over requests) stored so far."""
@@ -150,17 +150,6 @@ class TraceWriter:
         self._form.restore(recorded.requests)
         self._parts, self._requests = [*recorded.parts, recorded.last], recorded.requests
         self._flushed = len(self._requests)
-
-    def _make_directory(self) -> None:
-        try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise OutputError("already exists", where=str(self.path), hint="choose another place, or remove it")
-            self._made = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot be made ({error.strerror})", where=str(self.path), hint="choose a place that you may write to"
-            ) from None
 
     def __enter__(self) -> TraceWriter:
         return self

@@ -14,7 +14,7 @@ from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 
 @dataclass(frozen=True)
-class AffinityParams(Strategy):
+class AffinityStrategy(Strategy):
     """Partition each layer's co-activation graph into equal nodes; redundant slots take a node's most co-activated."""
 
     name = "affinity"
@@ -27,4 +27,4 @@ class AffinityParams(Strategy):
         return Solution(linear_slots(shape.num_layers, shape.num_experts, problem.num_slots), notes=(note,))
 
 
-STRATEGIES = (AffinityParams(),)
+STRATEGIES = (AffinityStrategy(),)

@@ -12,7 +12,7 @@ _POLICIES = ("auto", "global", "hierarchical")
 
 
 @dataclass(frozen=True)
-class EplbParams(Strategy):
+class EplbStrategy(Strategy):
     """Balance the fit requests' expert load.
 
     Attributes:
@@ -36,4 +36,4 @@ class EplbParams(Strategy):
         return Solution(slots, notes=(f"eplb: {chosen} policy",))
 
 
-STRATEGIES = tuple(EplbParams(policy) for policy in _POLICIES)
+STRATEGIES = tuple(EplbStrategy(policy) for policy in _POLICIES)

@@ -9,7 +9,7 @@ from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 
 @dataclass(frozen=True)
-class LinearParams(Strategy):
+class LinearStrategy(Strategy):
     """Expert e in slot e, redundant slots with experts 0, 1, .. again.
 
     The engines' own initial layout: SGLang 0.5.23 `--init-expert-location trivial`; vLLM 0.33.0's initial map.
@@ -21,4 +21,4 @@ class LinearParams(Strategy):
         return Solution(linear_slots(problem.shape.num_layers, problem.shape.num_experts, problem.num_slots))
 
 
-STRATEGIES = (LinearParams(),)
+STRATEGIES = (LinearStrategy(),)

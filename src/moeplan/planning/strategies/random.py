@@ -10,7 +10,7 @@ from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 
 @dataclass(frozen=True)
-class RandomParams(Strategy):
+class RandomStrategy(Strategy):
     """Every layer by itself: experts in random order, then the first R again, dealt to the GPUs like cards.
 
     Replicas of an expert lie next to each other in the deck, so that no GPU gets two of them.
@@ -30,4 +30,4 @@ class RandomParams(Strategy):
         return Solution(slots)
 
 
-STRATEGIES = (RandomParams(),)
+STRATEGIES = (RandomStrategy(),)
