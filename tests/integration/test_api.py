@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import inspect
 import re
 import subprocess
@@ -148,3 +150,10 @@ def test_a_plan_of_some_requests_is_evaluated_on_the_others(tmp_path: Path) -> N
     for wrong in ([], [len(requests)], [-1], [[0]], [0.5], [True]):
         with pytest.raises(moeplan.MoeplanError):
             requests.select(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", sorted({getattr(moeplan, name).__module__ for name in moeplan.__all__}))
+def test_the_examples_of_docstrings_run(module: str, tmp_path: Path) -> None:
+    found = doctest.testmod(importlib.import_module(module), extraglobs={"path": tmp_path / "trace"})
+    assert found.failed == 0
