@@ -121,7 +121,7 @@ class _Setup:
     def of(cls, requests: RequestSet, settings: SimulationSettings, server: Server | None, plan: Plan | None) -> _Setup:
         if requests.sums is not None:
             raise UsageError(
-                "an aggregated trace has no steps to simulate", hint="use a trace made without --aggregate"
+                "an aggregated trace has no steps", hint="use a trace made without --aggregate"
             )
         _check_rows(requests, settings)
         prompt, said = prompt_lengths(requests, settings.prompt_tokens)
