@@ -88,6 +88,7 @@ from .simulation.result import PolicyFigures as PolicyFigures
 from .simulation.result import Simulation as Simulation
 from .simulation.run import simulate as simulate
 from .simulation.settings import SimulationSettings as SimulationSettings
+from .trace.append import open_to_append as open_to_append
 from .trace.counts import CountsProfile as CountsProfile
 from .trace.counts import read_counts as read_counts
 from .trace.format import Request as Request

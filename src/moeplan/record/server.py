@@ -143,7 +143,7 @@ def record_served(
         request = requests[number]
         seed = seed_of(options.seed, number)
         path, body = engine.request(request.prompt, new or request.new, options.temperature, seed)
-        if keeps_prompts and request.features is None:
+        if keeps_prompts and request.features is None and path.startswith("/v1/"):
             body["return_token_ids"] = True
         where = request.prompt.where
         return engine.read(server.post(path, body, where=where), where)

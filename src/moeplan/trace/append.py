@@ -32,7 +32,8 @@ def open_to_append(
         UsageError: the trace is aggregated, or keeps other prompt features.
 
     Examples:
-        >>> with open_to_append(path) as writer:
+        >>> import moeplan
+        >>> with moeplan.open_to_append("my-trace") as writer:  # doctest: +SKIP
         ...     writer.add(np.zeros((5, 2, 2), int) + [0, 7], prefill=3, domain="chat")
     """
     trace = open_trace(path)

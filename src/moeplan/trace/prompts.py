@@ -62,12 +62,13 @@ class PromptFeatures:
         FormatError: offsets that fall or do not fit, or counts that are missing.
 
     Examples:
-        >>> prompts = PromptFeatures.of_ids([[5, 6, 5, 6], [7]])
+        >>> import moeplan
+        >>> prompts = moeplan.PromptFeatures.of_ids([[5, 6, 5, 6], [7]])
         >>> prompts.of(1)
         (array([7], dtype=uint32), None)
         >>> hashed = prompts.hashed(bytes(32))
-        >>> hashed.of(0)[1].tolist()  # two 1-grams and one 2-gram twice, one 2-gram once
-        [2, 2, 1, 2]
+        >>> sorted(hashed.of(0)[1].tolist())  # two 1-grams and one 2-gram twice, one 2-gram once
+        [1, 2, 2, 2]
     """
 
     kind: PromptKind
