@@ -20,8 +20,9 @@ def make(
     """Picks, of which about a share is missing."""
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, experts, (tokens, layers, k))
-    picks[rng.random(picks.shape) < missing] = experts
-    return picks.astype(expert_dtype(experts, fewer_picks=missing > 0)), rng
+    dtype = expert_dtype(experts, fewer_picks=missing > 0)
+    picks[rng.random(picks.shape) < missing] = experts if seed % 2 else np.iinfo(dtype).max
+    return picks.astype(dtype), rng
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,6 +30,8 @@ def make(
 def test_count_ranges_equals_the_reference(shape, strided, missing):
     tokens, layers, k, count, _ = shape
     picks, rng = make(*shape, missing)
+    picks = np.concatenate([picks, *[picks] * (shape[-1] % 3 * 40 // tokens)])  # also ranges of many rows
+    tokens = len(picks)
     if strided:  # every second layer of a wider array
         picks = np.repeat(picks, 2, axis=1)[:, ::2]
     cuts = np.sort(rng.integers(0, tokens + 1, 6))

@@ -118,7 +118,7 @@ def test_a_missing_pick_is_as_if_it_were_not_there(tmp_path: Path) -> None:
         open_trace(write(tmp_path / "b", padded, 8)),
     )
     for dispatch in (Dispatch.PICK, Dispatch.NODE):
-        how: Any = {"dispatch": dispatch, "settings": EvaluationSettings(folds=2, steps=20, draws=20)}
+        how: Any = {"dispatch": dispatch, "settings": EvaluationSettings(folds=2, steps=20, bootstrap_draws=20)}
         tables = [
             mp.compare(trace, mp.Cluster(2, 2), ("linear", "moeplan"), redundant=4, **how) for trace in (plain, fewer)
         ]

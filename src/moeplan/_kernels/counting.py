@@ -14,6 +14,8 @@ from moeplan.arrays import CountArray, ExpertArray, Int64Array
 #: From this k on, a loop over one token's picks pays for its own start; below it, rows are walked flat (measured, see
 #: benchmarks/counting.py: by layer 2.9 against 2.4 G picks/s at k = 8, 1.5 against 2.8 at k = 6).
 LONG_INNER_LOOP = 8
+#: From so many rows on, counters of their own pay, which are added to the result at the end.
+LONG_RANGE = 32
 #: uint32 counters in 30 KiB: a 32 KiB first-level cache, less the rows being read.
 CACHED_COUNTERS = 30 * 1024 // 4
 
@@ -28,14 +30,15 @@ def count_ranges(
         starts, stops, keys: int64 [n].
         out: uint32 [keys, L, E], added to in place.
     """
-    layers, k, count = experts.shape[1], experts.shape[2], out.shape[2]
+    layers, k = experts.shape[1:]
+    largest = 255 if experts.dtype.itemsize == 1 else int(experts.max(initial=0))
+    wide = max(out.shape[2], largest + 1)  # counters of a layer, so many that every id has one
     if k < LONG_INNER_LOOP and experts.flags.c_contiguous and out.flags.c_contiguous:
-        # Where the counters of each of a row's L x k picks begin: the inner loop is then one flat walk over the row.
-        base = np.repeat(np.arange(layers, dtype=np.uint64) * np.uint64(count), k)
-        flat = experts.reshape(len(experts), layers * k)
-        _count_flat(flat, starts, stops, keys, base, count, out.reshape(len(out), -1))
+        # The layer of each of a row's L x k picks: the inner loop is then one flat walk over the row.
+        layer = np.repeat(np.arange(layers, dtype=np.uint64), k)
+        _count_flat(experts.reshape(len(experts), layers * k), starts, stops, keys, layer, wide, out)
     else:
-        _count_by_layer(experts, starts, stops, keys, out)
+        _count_by_layer(experts, starts, stops, keys, wide, out)
 
 
 @compiled
@@ -44,60 +47,79 @@ def _count_flat(
     starts: Int64Array,
     stops: Int64Array,
     keys: Int64Array,
-    base: npt.NDArray[np.uint64],
-    num_experts: int,
+    layer: npt.NDArray[np.uint64],
+    wide: int,
     out: CountArray,
 ) -> None:
-    """`picks` [T, L * k], `out` [keys, L * E]; all indices unsigned, so that numba need not test for negative ones.
+    """`picks` [T, L * k]; all indices unsigned, so that numba need not test for negative ones.
 
-    Four rows at a time share each load of `base`.
+    Long ranges are counted into counters with a place for each of `wide` ids, so that no loop tests for picks that
+    tokens lack. Four rows at a time share each load of `base`.
     """
-    width, one, size = np.uint64(picks.shape[1]), np.uint32(1), np.uint64(num_experts)
+    width, one = np.uint64(picks.shape[1]), np.uint32(1)
+    base = layer * np.uint64(wide)
+    counters = np.zeros((out.shape[1], wide), np.uint32)
+    flat = counters.reshape(-1)
     for i in range(starts.size):
         if keys[i] < 0:
             continue
-        counters = out[keys[i]]
-        rest = stops[i] - max(stops[i] - starts[i], 0) % 4
+        if stops[i] - starts[i] < LONG_RANGE:
+            _count_few(picks, starts[i], stops[i], layer, out[keys[i]])
+            continue
+        rest = stops[i] - (stops[i] - starts[i]) % 4
         for t in range(starts[i], rest, 4):
             row0, row1, row2, row3 = picks[t], picks[t + 1], picks[t + 2], picks[t + 3]
             for c in range(width):
                 at = base[c]
-                e0, e1, e2, e3 = np.uint64(row0[c]), np.uint64(row1[c]), np.uint64(row2[c]), np.uint64(row3[c])
-                if e0 < size:
-                    counters[at + e0] += one
-                if e1 < size:
-                    counters[at + e1] += one
-                if e2 < size:
-                    counters[at + e2] += one
-                if e3 < size:
-                    counters[at + e3] += one
-        for t in range(max(rest, starts[i]), stops[i]):
-            row = picks[t]
-            for c in range(width):
-                if np.uint64(row[c]) < size:
-                    counters[base[c] + np.uint64(row[c])] += one
+                flat[at + np.uint64(row0[c])] += one
+                flat[at + np.uint64(row1[c])] += one
+                flat[at + np.uint64(row2[c])] += one
+                flat[at + np.uint64(row3[c])] += one
+        _count_few(picks, rest, stops[i], layer, out[keys[i]])
+        _move(counters, out[keys[i]])
+
+
+@compiled
+def _count_few(picks: ExpertArray, start: int, stop: int, layer: npt.NDArray[np.uint64], out: CountArray) -> None:
+    """Rows start .. stop - 1 of `picks` [T, L * k], added to `out` [L, E]."""
+    size = np.uint64(out.shape[1])
+    for t in range(start, stop):
+        row = picks[t]
+        for c in range(np.uint64(picks.shape[1])):
+            e = np.uint64(row[c])
+            if e < size:
+                out[layer[c], e] += np.uint32(1)
+
+
+@compiled
+def _move(counters: CountArray, out: CountArray) -> None:
+    """Add counters [L, ids] to `out` [L, E], ids of E and above left out, and set them to 0."""
+    for layer in range(out.shape[0]):
+        own, row = out[layer], counters[layer]
+        for e in range(out.shape[1]):
+            own[e] += row[e]
+    counters[:] = 0
 
 
 @compiled
 def _count_by_layer(
-    experts: ExpertArray, starts: Int64Array, stops: Int64Array, keys: Int64Array, out: CountArray
+    experts: ExpertArray, starts: Int64Array, stops: Int64Array, keys: Int64Array, wide: int, out: CountArray
 ) -> None:
     """For any strides; as many layers at a time as have counters that stay in a first-level cache."""
-    layers, k, size = np.uint64(experts.shape[1]), np.uint64(experts.shape[2]), np.uint64(out.shape[2])
-    block = np.uint64(max(1, CACHED_COUNTERS // out.shape[2]))
+    layers, k = np.uint64(experts.shape[1]), np.uint64(experts.shape[2])
+    block = np.uint64(max(1, CACHED_COUNTERS // wide))
+    counters = np.zeros((block, wide), np.uint32)
     for i in range(starts.size):
-        if keys[i] < 0:
+        if keys[i] < 0 or stops[i] <= starts[i]:
             continue
-        of_key = out[keys[i]]
         for first in range(np.uint64(0), layers, block):
             last = min(first + block, layers)
             for t in range(starts[i], stops[i]):
                 for layer in range(first, last):
-                    row, counters = experts[t, layer], of_key[layer]
+                    row, own = experts[t, layer], counters[layer - first]
                     for j in range(k):
-                        e = np.uint64(row[j])
-                        if e < size:
-                            counters[e] += np.uint32(1)
+                        own[np.uint64(row[j])] += np.uint32(1)
+            _move(counters, out[keys[i], first:last])
 
 
 def count_ranges_reference(
