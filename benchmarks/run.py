@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 #: Modules with a `bench() -> list[(label, result)]`.
 MODULES = (
     "counting", "replay", "planning", "profile_memory", "paper", "record_overhead", "sweep_speed", "time_accuracy",
+    "prediction",
 )  # fmt: skip
 
 

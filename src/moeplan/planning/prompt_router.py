@@ -16,7 +16,7 @@ from moeplan.planning.router import ClusterRouter, LinearRouter, Router
 __all__ = ["Calibration", "prompt_router"]
 
 #: Requests behind each point of a calibration, and the most points.
-_REQUESTS_A_POINT, _MOST_POINTS = 20, 20
+_REQUESTS_A_POINT, _MOST_POINTS = 12, 20
 
 
 def prompt_router(router: Router, local: FloatArray) -> LinearRouter | ClusterRouter:
