@@ -126,7 +126,7 @@ def test_improvements_are_just_enough() -> None:
     alone, _, everything = needs(found)
     assert f"memory bandwidth x {factor:.2f}" in alone and everything.startswith("x ")
     assert needs({"flops": None, "hardware": None, "all": None}) == (
-        "no one thing", "not even x 1,000", "not even x 1,000"
+        "none of them alone", "not even 1,000x faster", "not even 1,000x faster"
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_drafts_shorten_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt-tokens", "100"], "no use case given"),
         (["--use-case", "qa", "--ttft", "-1"], "ttft -1 is not above 0"),
         (["--use-case", "qa", "--concurrency", "0"], "requests and max_gpus must be at least 1"),
-        (["--use-case", "qa", "--mtp", "1"], "no module for multi-token prediction"),
+        (["--use-case", "qa", "--mtp", "1"], "no MTP \\(NextN\\) layers"),
         (["--use-case", "qa", "--hardware", "H100,nothing"], 'unknown hardware "nothing"'),
         (["--use-case", "qa", "--kv-dtype", "fp4"], "no attention kernel is modelled for fp4"),
         (["--use-case", "qa", "--usd-per-hour", "2"], "a price is of one kind of hardware"),

@@ -27,7 +27,7 @@ __all__ = ["LACKS", "Balanced", "balance_counts", "read_any_counts", "step_times
 
 #: What counts cannot tell.
 LACKS = (
-    "counts tell which experts are busy, not which requests pick them: this placement balances load, and leaves "
+    "counts have the load of experts, not which requests pick them: this placement balances load, and leaves "
     "traffic between nodes as it is",
     "a request-level trace (SGLang or vLLM with --enable-return-routed-experts, then moeplan import or record) would "
     "add request groups, replicas near the requests that pick them, and figures on held-out requests (remote_share, "

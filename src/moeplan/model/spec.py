@@ -95,7 +95,7 @@ class Moe:
         layers: the model's own index of each MoE layer, rising.
         experts: E, routed experts. top_k: k, picks per token. width: of one routed expert.
         shared: experts that every token passes, each of shared_width; shared_gate: scaled by a learned gate.
-        router_bias: one number per expert in the router. groups: groups of consecutive experts that the router first
+        router_bias: one number per expert in the gate. groups: groups of consecutive experts that the gate first
             chooses among, of which it keeps groups_kept.
     """
 
@@ -149,7 +149,7 @@ class ModelSpec:
         moe: the experts; None in a dense model.
         gated: a feed-forward network has three matrices (SwiGLU), else two; ffn_bias: each with a bias.
         norm_bias: LayerNorm with a bias. positions: learned position embeddings. tied: the head is the embedding.
-        mtp_layers: modules for multi-token prediction, counted apart.
+        mtp_layers: MTP (NextN) layers, counted apart.
         checkpoint: dtypes of the published weights (of the matrices, of the routed experts); None where not known.
         expert_bytes: weights of one expert in one layer, bytes. kv_bytes_per_token: KV cache of one token over all
             layers, bytes. Both only where somebody gave them: `moeplan.perf` computes them for any dtype.

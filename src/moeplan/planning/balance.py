@@ -1,4 +1,4 @@
-"""Balanced placements from expert load alone: which experts are busy, but not which requests ask for them.
+"""Balanced placements from expert load alone: it has the load of each expert, but not which requests pick it.
 
 Names: L layers, E experts, S slots, N nodes, P GPUs.
 """

@@ -33,7 +33,10 @@ class EplbStrategy(Strategy):
     def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         groups = problem.shape.routing_groups
         slots, chosen = eplb_slots(problem.load, problem.num_slots, problem.cluster, groups, self.policy)
-        return Solution(slots, notes=(f"eplb: {chosen} policy",))
+        nodes = problem.cluster.nodes
+        forced = chosen == "global" and self.policy == "auto" and nodes > 1
+        why = f" (its {groups} expert groups or the slots do not divide over {nodes} nodes)" if forced else ""
+        return Solution(slots, notes=(f"eplb: {chosen} policy{why}",))
 
 
 STRATEGIES = tuple(EplbStrategy(policy) for policy in _POLICIES)
