@@ -333,8 +333,8 @@ def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int 
     """Apply a replica rule.
 
     `nearest-static`: the lowest slot on the own GPU, else the lowest slot on the own node, else one replica fixed per
-    (source GPU, layer, expert) by a seeded even assignment. `nearest-even`: the same, but the own node's replicas are assigned
-    evenly to those of its GPUs that have none themselves. `hash`: by row, whatever the place.
+    (source GPU, layer, expert) by a seeded even assignment. `nearest-even`: the same, but the own node's replicas are
+    assigned evenly to those of its GPUs that have none themselves. `hash`: by row, whatever the place.
 
     An even assignment of S sources to c replicas: a seeded order of the sources, then the replicas round robin from a
     seeded start, so that no replica gets two sources more than another.

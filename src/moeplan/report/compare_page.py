@@ -266,7 +266,8 @@ def _all_keys(table: Comparison) -> Section:
     sentence = f"{count} of {len(table.rows)} rows are eligible. "
     sentence += f"Lower remote share than linear, beyond noise: {', '.join(wins) or 'none'}."
     note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: group sizes. Loads and groups: max / "
-    note += "mean. Busiest node pair, rank: volume if all are padded to it. All figures are defined in docs/reference/metrics.md."
+    note += "mean. Busiest node pair, rank: volume if all are padded to it. "
+    note += "All figures are defined in docs/reference/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 

@@ -1,4 +1,4 @@
-"""A seeded generator of synthetic workloads: domains, phases, experts of high load, and requests with a character of their own.
+"""A seeded generator of synthetic workloads: domains, phases, load imbalance, and differences between requests.
 
 A topic model. Each token draws a topic from its request's mixture and all its picks, at every layer, from that topic's
 weights: hence picks of one token go together. A request's mixture is Dirichlet around its domain's: hence requests
