@@ -35,7 +35,7 @@ class EplbStrategy(Strategy):
         slots, chosen = eplb_slots(problem.load, problem.num_slots, problem.cluster, groups, self.policy)
         nodes = problem.cluster.nodes
         forced = chosen == "global" and self.policy == "auto" and nodes > 1
-        why = f" (its {groups} expert groups or the slots do not divide over {nodes} nodes)" if forced else ""
+        why = f" (number of expert groups, {groups}, is not divisible by {nodes} nodes)" if forced else ""
         return Solution(slots, notes=(f"eplb: {chosen} policy{why}",))
 
 
