@@ -171,7 +171,7 @@ def test_limits_and_lengths_can_be_given(capsys: pytest.CaptureFixture[str]) -> 
     assert "own: 4,000 tokens in, 500 out, 1 beam;" in capsys.readouterr().out
     assert run(["size", "--model", "gpt-oss-120b", "--hardware", "H200", "--use-case", "qa", "--tpot", "0.1"]) == 1
     out = capsys.readouterr().out
-    assert "none" in out and "or as given" in out and "; enough: " in out
+    assert "none" in out and "or as given" in out and "; would meet the limits with: " in out
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ class Overrides(TypedDict, total=False):
     hidden: int | None
     expert_bytes: int | None
     kv_bytes_per_token: int | None
-    routing_groups: int | None
+    expert_groups: int | None
     num_experts: int | None
     num_layers: int | None
     top_k: int | None
@@ -203,7 +203,7 @@ class ModelSpec:
     def override(self, **given: Unpack[Overrides]) -> ModelSpec:
         """The spec with what a user says of the model.
 
-        `name`, `hidden`, `expert_bytes`, `kv_bytes_per_token` and `routing_groups` (but 1) replace what was known. The
+        `name`, `hidden`, `expert_bytes`, `kv_bytes_per_token` and `expert_groups` (but 1) replace what was known. The
         counts `num_experts`, `num_layers` and `top_k`, the `moe_layers` and the `dense_layers` (hidden layers without
         experts; of no effect while `num_layers` is not known) complete it.
 
@@ -220,7 +220,7 @@ class ModelSpec:
         found = moe.layers if moe_layers is None else tuple(moe_layers)
         if moe.layers not in (None, found):
             raise UsageError(f"--dense-layers contradicts {self.source}", hint="leave one of the two out")
-        groups = given.get("routing_groups") or 1
+        groups = given.get("expert_groups") or 1
         moe = replace(moe, layers=found, experts=experts, top_k=top_k, groups=moe.groups if groups == 1 else groups)
         replaced = {key: given.get(key) for key in ("name", "hidden", "expert_bytes", "kv_bytes_per_token")}
         changes: dict[str, Any] = {key: value for key, value in replaced.items() if value is not None}
@@ -257,7 +257,7 @@ class ModelSpec:
                 top_k=_need(self.top_k if top_k is None else top_k, "how many experts a token picks", "--top-k", where),
                 layer_ids=tuple(layers),
                 hidden=self.hidden,
-                routing_groups=self.moe.groups if self.moe else 1,
+                expert_groups=self.moe.groups if self.moe else 1,
                 expert_bytes=self.expert_bytes,
                 kv_bytes_per_token=self.kv_bytes_per_token,
             )

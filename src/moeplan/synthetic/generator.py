@@ -53,7 +53,7 @@ class Workload:
         keys: uint64 [R], each request's random key.
         salts: uint64 [L], each layer's.
         aliases: uint32 [X, L, E]; masses: float64 [X, L, G]; see `sample_picks`.
-        groups_per_token: routing groups that a token's picks come from.
+        groups_per_token: expert groups that a token's picks come from.
     """
 
     shape: ModelShape
@@ -249,7 +249,7 @@ def _domain_mixtures(preset: Preset) -> FloatArray:
 
 def _tables(preset: Preset, kept: Sequence[int]) -> tuple[npt.NDArray[np.uint32], FloatArray]:
     """Alias tables uint32 [X, L, E] and group masses float64 [X, L, G] of the layers kept."""
-    experts, groups = preset.shape.num_experts, preset.shape.routing_groups
+    experts, groups = preset.shape.num_experts, preset.shape.expert_groups
     weights = np.empty((2 * preset.num_topics, len(kept), experts))
     for row, index in enumerate(kept):
         weights[:, row] = _layer_weights(preset, index)

@@ -16,8 +16,8 @@ class EplbStrategy(Strategy):
     """Balance the fit requests' expert load.
 
     Attributes:
-        policy: hierarchical (the router's groups onto nodes first), global, or auto: hierarchical where the model's
-            routing groups divide by the nodes.
+        policy: hierarchical (the gate's groups of experts onto nodes first), global, or auto: hierarchical where
+            the expert groups divide by the nodes.
     """
 
     policy: str = "auto"
@@ -31,7 +31,7 @@ class EplbStrategy(Strategy):
         return "eplb" if self.policy == "auto" else f"eplb-{self.policy}"
 
     def solve(self, problem: PlanningProblem, seed: int) -> Solution:
-        groups = problem.shape.routing_groups
+        groups = problem.shape.expert_groups
         slots, chosen = eplb_slots(problem.load, problem.num_slots, problem.cluster, groups, self.policy)
         nodes = problem.cluster.nodes
         forced = chosen == "global" and self.policy == "auto" and nodes > 1
