@@ -5,7 +5,7 @@ Names: L MoE layers, E experts per layer, k picks per token, S slots per layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class ModelShape:
     def without_layers(self, dropped: tuple[int, ...]) -> ModelShape:
         """The shape with the model's layers `dropped` (the model's own indices) left out."""
         kept = tuple(i for i in self.layer_ids if i not in dropped)
-        return ModelShape(**{**self.to_dict(), "num_layers": len(kept), "layer_ids": kept})
+        return replace(self, num_layers=len(kept), layer_ids=kept)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `trace.json` and `plan.json` store them."""
