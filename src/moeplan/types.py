@@ -35,7 +35,7 @@ class ModelShape:
         top_k: k, picks per token and layer.
         layer_ids: the model's own index of each MoE layer, rising, length L.
         hidden: width of a token's hidden state; None when unknown (then byte figures are null, never guessed).
-        expert_groups: `n_group`, groups of consecutive experts that the gate chooses first (DeepSeek-V3: 8); 1: none.
+        routing_groups: `n_group`, groups of consecutive experts that the gate chooses first (DeepSeek-V3: 8); 1: none.
         expert_bytes: weights of one expert in one layer, in bytes; None when unknown.
         kv_bytes_per_token: KV cache of one token over all layers, in bytes; None when unknown.
     """
@@ -46,7 +46,7 @@ class ModelShape:
     top_k: int
     layer_ids: tuple[int, ...] = ()
     hidden: int | None = None
-    expert_groups: int = 1
+    routing_groups: int = 1
     expert_bytes: int | None = None
     kv_bytes_per_token: int | None = None
 
@@ -66,8 +66,8 @@ class ModelShape:
             raise FormatError(f"{len(self.layer_ids)} layer ids for {self.num_layers} layers")
         if any(b <= a for a, b in zip(self.layer_ids, self.layer_ids[1:], strict=False)):
             raise FormatError("layer ids must rise")
-        if self.expert_groups < 1 or self.num_experts % self.expert_groups:
-            raise FormatError(f"{self.num_experts} experts do not divide into {self.expert_groups} expert groups")
+        if self.routing_groups < 1 or self.num_experts % self.routing_groups:
+            raise FormatError(f"{self.num_experts} experts do not divide into {self.routing_groups} expert groups")
         for label, number in (
             ("hidden", self.hidden),
             ("expert_bytes", self.expert_bytes),
@@ -90,7 +90,7 @@ class ModelShape:
             "top_k": self.top_k,
             "layer_ids": list(self.layer_ids),
             "hidden": self.hidden,
-            "routing_groups": self.expert_groups,
+            "routing_groups": self.routing_groups,
             "expert_bytes": self.expert_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
         }
@@ -120,7 +120,7 @@ class ModelShape:
                 top_k=number("top_k"),
                 layer_ids=tuple(layer_ids),
                 hidden=number("hidden", optional=True),
-                expert_groups=number("routing_groups", optional=True) or 1,
+                routing_groups=number("routing_groups", optional=True) or 1,
                 expert_bytes=number("expert_bytes", optional=True),
                 kv_bytes_per_token=number("kv_bytes_per_token", optional=True),
             )

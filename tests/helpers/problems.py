@@ -26,6 +26,6 @@ def problem(
         use[i, layer, picks[i, _, layer, j]] += 1
     starts = np.arange(n) * rows
     return PlanningProblem(
-        ModelShape("test", layers, experts, k, expert_groups=expert_groups), Cluster(nodes, per_node, home),
+        ModelShape("test", layers, experts, k, routing_groups=expert_groups), Cluster(nodes, per_node, home),
         redundant, use, use, TokenRows(picks.reshape(-1, layers, k), starts, starts + rows),
     )  # fmt: skip

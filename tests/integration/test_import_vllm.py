@@ -121,10 +121,10 @@ def test_what_a_config_adds(tmp_path: Path) -> None:
     spec = ModelSpec().override(num_experts=8, hidden=64, expert_groups=4)
     path = save(tmp_path / "r.json", vllm())
     shape = import_vllm([path], tmp_path / "t", ImportOptions(spec, without_layers=(2,))).shape
-    assert (shape.hidden, shape.expert_groups, shape.layer_ids) == (64, 4, (1,))
+    assert (shape.hidden, shape.routing_groups, shape.layer_ids) == (64, 4, (1,))
     mine = spec.override(name="mine", hidden=32, expert_groups=2)
     shape = import_vllm([path], tmp_path / "u", ImportOptions(mine)).shape
-    assert (shape.name, shape.hidden, shape.expert_groups) == ("mine", 32, 2)
+    assert (shape.name, shape.hidden, shape.routing_groups) == ("mine", 32, 2)
 
 
 def test_no_text_comes_into_a_trace(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_picks_equal_those_computed_by_hand(family: str, tmp_path: Path) -> None
         loaded, prompts, tmp_path / "t", TransformersOptions(max_new_tokens=NEW, batch_size=4, keep_gate_weights=True)
     )
     assert trace.complete and trace.shape.layer_ids == layers and trace.shape.num_experts == EXPERTS
-    assert trace.shape.hidden == 32 and trace.shape.expert_groups == (4 if family == "deepseek-v3" else 1)
+    assert trace.shape.hidden == 32 and trace.shape.routing_groups == (4 if family == "deepseek-v3" else 1)
     (rows,) = trace.parts(weights=True)
     lengths = []
     for number, prompt in enumerate(prompts):

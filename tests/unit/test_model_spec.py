@@ -21,7 +21,7 @@ def test_a_user_completes_and_replaces() -> None:
     spec = ModelSpec().override(num_experts=8, num_layers=4, top_k=2, dense_layers=[0], hidden=64, expert_groups=2)
     assert (spec.num_experts, spec.layers, spec.top_k, spec.moe_layers, spec.hidden) == (8, 4, 2, (1, 2, 3), 64)
     assert spec.override(name="mine", hidden=32, expert_groups=1).moe_shape() == mp.ModelShape(
-        "mine", 3, 8, 2, (1, 2, 3), hidden=32, expert_groups=2
+        "mine", 3, 8, 2, (1, 2, 3), hidden=32, routing_groups=2
     )
     assert spec.override() == spec and ModelSpec().override() == ModelSpec()
     assert ModelSpec().override(dense_layers=[0]).moe_layers is None  # of how many layers?
@@ -44,7 +44,7 @@ def test_what_is_known_is_not_contradicted(given: dict[str, int], message: str) 
 def test_the_shape_of_a_recording() -> None:
     spec = load_model("DeepSeek-V3")
     shape = spec.moe_shape()
-    assert (shape.name, shape.num_layers, shape.num_experts, shape.expert_groups) == ("DeepSeek-V3", 58, 256, 8)
+    assert (shape.name, shape.num_layers, shape.num_experts, shape.routing_groups) == ("DeepSeek-V3", 58, 256, 8)
     assert shape.expert_bytes is None  # of which dtype?
     recorded = ModelSpec().moe_shape(name="r", num_experts=8, top_k=2, layer_ids=[4, 7])
     assert (recorded.name, recorded.layer_ids) == ("r", (4, 7))

@@ -160,7 +160,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--use-case", "qa", "--hardware", "H100,GB200,TPU-v5e", "--max-gpus", "32", "--sensitivity"]
     assert run(["size", "--model", "Llama-3.1-70B", *flags, "-o", str(page)]) == 0
     html = page.read_text()
-    assert "What bounds qa" in html and "Hardware that qa would need" in html and html.count("<figure>") == 2
+    assert "Bottlenecks of qa" in html and "Hardware that qa would need" in html and html.count("<figure>") == 2
     assert html.count("<td>TPOT</td>") == 3 and "http:" not in html
 
 

@@ -45,7 +45,7 @@ def with_clusters() -> list[Strategy]:
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from(with_clusters()), st.integers(0, 99))
 def test_every_strategy_keeps_the_invariants(task: PlanningProblem, strategy: Strategy, seed: int) -> None:
-    if strategy.name == "eplb-hierarchical" and task.shape.expert_groups % task.cluster.nodes:
+    if strategy.name == "eplb-hierarchical" and task.shape.routing_groups % task.cluster.nodes:
         with pytest.raises(PlanError, match="expert groups"):
             solve(task, strategy, seed)
         return

@@ -257,7 +257,7 @@ class ModelSpec:
                 top_k=_need(self.top_k if top_k is None else top_k, "how many experts a token picks", "--top-k", where),
                 layer_ids=tuple(layers),
                 hidden=self.hidden,
-                expert_groups=self.moe.groups if self.moe else 1,
+                routing_groups=self.moe.groups if self.moe else 1,
                 expert_bytes=self.expert_bytes,
                 kv_bytes_per_token=self.kv_bytes_per_token,
             )

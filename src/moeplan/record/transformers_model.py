@@ -52,7 +52,7 @@ class LoadedModel:
             top_k=first.top_k,
             layer_ids=tuple(router.layer for router in self.routers),
             hidden=getattr(config, "hidden_size", None),
-            expert_groups=groups if type(groups) is int and groups > 0 and not plain else 1,
+            routing_groups=groups if type(groups) is int and groups > 0 and not plain else 1,
             expert_bytes=_expert_bytes(self.model, first),
         )
 

@@ -249,7 +249,7 @@ def _domain_mixtures(preset: Preset) -> FloatArray:
 
 def _tables(preset: Preset, kept: Sequence[int]) -> tuple[npt.NDArray[np.uint32], FloatArray]:
     """Alias tables uint32 [X, L, E] and group masses float64 [X, L, G] of the layers kept."""
-    experts, groups = preset.shape.num_experts, preset.shape.expert_groups
+    experts, groups = preset.shape.num_experts, preset.shape.routing_groups
     weights = np.empty((2 * preset.num_topics, len(kept), experts))
     for row, index in enumerate(kept):
         weights[:, row] = _layer_weights(preset, index)

@@ -31,7 +31,7 @@ class EplbStrategy(Strategy):
         return "eplb" if self.policy == "auto" else f"eplb-{self.policy}"
 
     def solve(self, problem: PlanningProblem, seed: int) -> Solution:
-        groups = problem.shape.expert_groups
+        groups = problem.shape.routing_groups
         slots, chosen = eplb_slots(problem.load, problem.num_slots, problem.cluster, groups, self.policy)
         nodes = problem.cluster.nodes
         forced = chosen == "global" and self.policy == "auto" and nodes > 1

@@ -183,7 +183,7 @@ def _plan(params: MoeplanStrategy, planner: Planner, pricing: Pricing) -> Candid
 def _start_for_tokens(planner: Planner) -> Start | None:
     """Another placement to search from where tokens share messages: one that keeps a token's experts together."""
     problem = planner.problem
-    groups, nodes = problem.shape.expert_groups, problem.cluster.nodes
+    groups, nodes = problem.shape.routing_groups, problem.cluster.nodes
     if planner.limit is not None:
         return None
     if groups > 1 and groups % nodes == 0:
@@ -225,7 +225,7 @@ def _balanced(problem: PlanningProblem) -> dict[str, Int32Array]:
     shape, cluster = problem.shape, problem.cluster
     slots = {
         "linear": linear_slots(shape.num_layers, shape.num_experts, problem.num_slots),
-        "eplb": eplb_slots(problem.load, problem.num_slots, cluster, shape.expert_groups)[0],
+        "eplb": eplb_slots(problem.load, problem.num_slots, cluster, shape.routing_groups)[0],
     }
     return {name: each for name, each in slots.items() if not has_duplicate_experts(each, cluster.num_gpus).any()}
 
