@@ -93,7 +93,7 @@ ADDED: tuple[tuple[str, str], ...] = (
 #: (pattern of an old path, under its new name, that the new tree has no more, reason).
 REMOVED: tuple[tuple[str, str], ...] = (
     (
-        r"^plan-(embedded|eplb|paper|unequal|signature)/plan/plan\.json: params\.(guard|objective)$",
+        r"^(plan-(embedded|eplb|paper|unequal|signature)|import-placement)/plan/plan\.json: params\.(guard|objective)$",
         "the strategy takes neither",
     ),
 )

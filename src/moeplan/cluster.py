@@ -35,7 +35,16 @@ class Choice(StrEnum):
 
 
 class Dispatch(Choice):
-    """How a token's hidden state reaches its experts; see `token_messages`."""
+    """What one message carries on the way from a token to its experts; see `token_messages`.
+
+    Attributes:
+        PICK: one pick of a token. DeepEP low-latency kernels: SGLang `--deepep-mode low_latency`, vLLM
+            `deepep_low_latency`.
+        GPU: a token, once for each GPU that serves it. Direct all-to-all: vLLM `deepep_v2`.
+        NODE: a token, once for each node that serves it, and forwarded there. DeepEP normal kernels: SGLang
+            `--deepep-mode normal`, vLLM `deepep_high_throughput`.
+        ALLGATHER: every token goes to every GPU. vLLM `allgather_reducescatter`, SGLang `--moe-a2a-backend none`.
+    """
 
     PICK = "pick"
     GPU = "gpu"
@@ -48,14 +57,26 @@ class Dispatch(Choice):
 
 
 class Deployment(Choice):
-    """What a group of requests runs its attention on: a whole node (`nodes`), or one GPU (`gpus`)."""
+    """What a group of requests runs its attention on: one data-parallel rank of attention per group.
+
+    Attributes:
+        NODES: a whole node, with tensor parallelism inside it. SGLang: `--attn-dp-size` is the number of nodes.
+        GPUS: one GPU (data-parallel attention). SGLang: `--attn-dp-size` is the number of GPUs.
+    """
 
     NODES = "nodes"
     GPUS = "gpus"
 
 
 class ReplicaRule(Choice):
-    """Which replica of an expert serves a pick; see `routes`."""
+    """Which replica of an expert serves a pick; see `routes`.
+
+    Attributes:
+        NEAREST_STATIC: the one on the same GPU, else on the same node, else a fixed one. SGLang on several nodes.
+        NEAREST_EVEN: the same, but GPUs of a node share its replicas evenly. SGLang on one node.
+        HASH: by a hash of the token's row, wherever the replica is. vLLM; with the same expectation, TensorRT-LLM
+            (round robin) and vLLM-Ascend (by rank).
+    """
 
     NEAREST_STATIC = "nearest-static"
     NEAREST_EVEN = "nearest-even"
@@ -312,11 +333,11 @@ def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int 
     """Apply a replica rule.
 
     `nearest-static`: the lowest slot on the own GPU, else the lowest slot on the own node, else one replica fixed per
-    (source GPU, layer, expert) by a seeded even deal. `nearest-even`: the same, but the own node's replicas are dealt
-    evenly to those of its GPUs that have none themselves. `hash`: by row, whatever the place.
+    (source GPU, layer, expert) by a seeded even assignment. `nearest-even`: the same, but the own node's replicas are
+    assigned evenly to those of its GPUs that have none themselves. `hash`: by row, whatever the place.
 
-    An even deal to S sources from c replicas: a seeded order of the sources, then the replicas in turn from a seeded
-    start, so that no replica gets two sources more than another.
+    An even assignment of S sources to c replicas: a seeded order of the sources, then the replicas round robin from a
+    seeded start, so that no replica gets two sources more than another.
     """
     rule = ReplicaRule(rule)
     if rule is ReplicaRule.HASH:
@@ -350,7 +371,7 @@ def routes(placement: Placement, cluster: Cluster, rule: ReplicaRule, seed: int 
 
 
 def _even_deal(needs: BoolArray, count: Int32Array, rng: np.random.Generator) -> Int64Array:
-    """int64, shaped as needs [S, L, E]: the replica (0 .. count - 1) dealt to each source that needs one."""
+    """int64, shaped as needs [S, L, E]: the replica (0 .. count - 1) assigned to each source that needs one."""
     key = np.where(needs, rng.random(needs.shape, dtype=np.float32), 2.0)
     turn = np.argsort(np.argsort(key, axis=0, kind="stable"), axis=0, kind="stable")
     start = rng.integers(0, 1 << 30, count.shape)

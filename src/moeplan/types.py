@@ -5,7 +5,7 @@ Names: L MoE layers, E experts per layer, k picks per token, S slots per layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class ModelShape:
         top_k: k, picks per token and layer.
         layer_ids: the model's own index of each MoE layer, rising, length L.
         hidden: width of a token's hidden state; None when unknown (then byte figures are null, never guessed).
-        routing_groups: groups of consecutive experts that the router first chooses among (DeepSeek-V3: 8); 1 if none.
+        routing_groups: `n_group`, groups of consecutive experts that the gate chooses first (DeepSeek-V3: 8); 1: none.
         expert_bytes: weights of one expert in one layer, in bytes; None when unknown.
         kv_bytes_per_token: KV cache of one token over all layers, in bytes; None when unknown.
     """
@@ -67,7 +67,7 @@ class ModelShape:
         if any(b <= a for a, b in zip(self.layer_ids, self.layer_ids[1:], strict=False)):
             raise FormatError("layer ids must rise")
         if self.routing_groups < 1 or self.num_experts % self.routing_groups:
-            raise FormatError(f"{self.num_experts} experts do not divide into {self.routing_groups} routing groups")
+            raise FormatError(f"{self.num_experts} experts do not divide into {self.routing_groups} expert groups")
         for label, number in (
             ("hidden", self.hidden),
             ("expert_bytes", self.expert_bytes),
@@ -79,7 +79,7 @@ class ModelShape:
     def without_layers(self, dropped: tuple[int, ...]) -> ModelShape:
         """The shape with the model's layers `dropped` (the model's own indices) left out."""
         kept = tuple(i for i in self.layer_ids if i not in dropped)
-        return ModelShape(**{**self.to_dict(), "num_layers": len(kept), "layer_ids": kept})
+        return replace(self, num_layers=len(kept), layer_ids=kept)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `trace.json` and `plan.json` store them."""

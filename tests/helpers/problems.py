@@ -14,7 +14,7 @@ __all__ = ["problem"]
 
 def problem(
     seed: int = 0, *, n: int = 24, layers: int = 2, experts: int = 12, k: int = 2, nodes: int = 2, per_node: int = 2,
-    redundant: int = 0, home: Deployment = Deployment.NODES, routing_groups: int = 1, rows: int = 12,
+    redundant: int = 0, home: Deployment = Deployment.NODES, expert_groups: int = 1, rows: int = 12,
 ) -> PlanningProblem:  # fmt: skip
     """Requests of two kinds, each with its own half of the experts in front."""
     rng = np.random.default_rng(seed)
@@ -26,6 +26,6 @@ def problem(
         use[i, layer, picks[i, _, layer, j]] += 1
     starts = np.arange(n) * rows
     return PlanningProblem(
-        ModelShape("test", layers, experts, k, routing_groups=routing_groups), Cluster(nodes, per_node, home),
+        ModelShape("test", layers, experts, k, routing_groups=expert_groups), Cluster(nodes, per_node, home),
         redundant, use, use, TokenRows(picks.reshape(-1, layers, k), starts, starts + rows),
     )  # fmt: skip

@@ -189,7 +189,7 @@ def test_slots_that_do_not_divide(trace: Path, capsys: pytest.CaptureFixture[str
         (["--without-layers", "77"], "no such layer"),
         (["--without-layers", "x"], "not a list"),
         (["--dispatch", "carrier-pigeon"], "carrier-pigeon"),
-        (["--strategies", "eplb-hierarchical", "--nodes", "4", "--gpus-per-node", "2"], "routing groups"),
+        (["--strategies", "eplb-hierarchical", "--nodes", "4", "--gpus-per-node", "2"], "expert groups"),
         (["--no-such-flag"], "no-such-flag"),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_layer_is_left_out_at_import(shared: Path, tmp_path: Path) -> None:
 
 
 def test_phases_and_extras(tmp_path: Path) -> None:
-    model = described(name="mine", hidden=64, expert_bytes=10, kv_bytes_per_token=20, routing_groups=4)
+    model = described(name="mine", hidden=64, expert_bytes=10, kv_bytes_per_token=20, expert_groups=4)
     trace = import_arrays(save(tmp_path / "a.npz"), tmp_path / "t", ImportOptions(model))
     assert (trace.shape.name, trace.shape.hidden, trace.shape.routing_groups) == ("mine", 64, 4)
     assert trace.requests.decode.tolist() == [2, 3, 0] and trace.requests.prefill.tolist() == [2, 0, -1]

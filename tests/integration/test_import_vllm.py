@@ -137,11 +137,11 @@ def test_the_number_of_experts_is_never_guessed(tmp_path: Path) -> None:
 
 
 def test_what_a_config_adds(tmp_path: Path) -> None:
-    spec = ModelSpec().override(num_experts=8, hidden=64, routing_groups=4)
+    spec = ModelSpec().override(num_experts=8, hidden=64, expert_groups=4)
     path = save(tmp_path / "r.json", vllm())
     shape = import_vllm([path], tmp_path / "t", ImportOptions(spec, without_layers=(2,))).shape
     assert (shape.hidden, shape.routing_groups, shape.layer_ids) == (64, 4, (1,))
-    mine = spec.override(name="mine", hidden=32, routing_groups=2)
+    mine = spec.override(name="mine", hidden=32, expert_groups=2)
     shape = import_vllm([path], tmp_path / "u", ImportOptions(mine)).shape
     assert (shape.name, shape.hidden, shape.routing_groups) == ("mine", 32, 2)
 

@@ -18,9 +18,9 @@ def test_the_public_names() -> None:
 
 
 def test_a_user_completes_and_replaces() -> None:
-    spec = ModelSpec().override(num_experts=8, num_layers=4, top_k=2, dense_layers=[0], hidden=64, routing_groups=2)
+    spec = ModelSpec().override(num_experts=8, num_layers=4, top_k=2, dense_layers=[0], hidden=64, expert_groups=2)
     assert (spec.num_experts, spec.layers, spec.top_k, spec.moe_layers, spec.hidden) == (8, 4, 2, (1, 2, 3), 64)
-    assert spec.override(name="mine", hidden=32, routing_groups=1).moe_shape() == mp.ModelShape(
+    assert spec.override(name="mine", hidden=32, expert_groups=1).moe_shape() == mp.ModelShape(
         "mine", 3, 8, 2, (1, 2, 3), hidden=32, routing_groups=2
     )
     assert spec.override() == spec and ModelSpec().override() == ModelSpec()

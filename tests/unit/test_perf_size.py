@@ -124,9 +124,9 @@ def test_improvements_are_just_enough() -> None:
     assert found["hardware"] is not None and found["hardware"] <= factor
     assert found["all"] is not None and found["all"] <= found["hardware"] * 1.01
     alone, _, everything = needs(found)
-    assert f"memory bandwidth x {factor:.2f}" in alone and everything.startswith("x ")
+    assert f"memory bandwidth {factor:.2f}x higher" in alone and everything.endswith("x faster")
     assert needs({"flops": None, "hardware": None, "all": None}) == (
-        "no one thing", "not even x 1,000", "not even x 1,000"
+        "none of them alone", "not even 1,000x faster", "not even 1,000x faster"
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--use-case", "qa", "--hardware", "H100,GB200,TPU-v5e", "--max-gpus", "32", "--sensitivity"]
     assert run(["size", "--model", "Llama-3.1-70B", *flags, "-o", str(page)]) == 0
     html = page.read_text()
-    assert "What bounds qa" in html and "What qa would need" in html and html.count("<figure>") == 2
+    assert "Bottlenecks of qa" in html and "Hardware that qa would need" in html and html.count("<figure>") == 2
     assert html.count("<td>TPOT</td>") == 3 and "http:" not in html
 
 
@@ -168,10 +168,10 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_limits_and_lengths_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--prompt-tokens", "4000", "--output-tokens", "500", "--ttft", "1000", "--tpot", "25"]
     assert run(["size", "--model", "gpt-oss-120b", "--hardware", "H200", *own]) == 0
-    assert "own: 4,000 tokens in, 500 out, 1 beam;" in capsys.readouterr().out
+    assert "your use case: 4,000 tokens in, 500 out, 1 beam;" in capsys.readouterr().out
     assert run(["size", "--model", "gpt-oss-120b", "--hardware", "H200", "--use-case", "qa", "--tpot", "0.1"]) == 1
     out = capsys.readouterr().out
-    assert "none" in out and "or as given" in out and "; enough: " in out
+    assert "none" in out and "or as given" in out and "; would meet the limits with: " in out
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_drafts_shorten_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt-tokens", "100"], "no use case given"),
         (["--use-case", "qa", "--ttft", "-1"], "ttft -1 is not above 0"),
         (["--use-case", "qa", "--concurrency", "0"], "requests and max_gpus must be at least 1"),
-        (["--use-case", "qa", "--mtp", "1"], "no module for multi-token prediction"),
+        (["--use-case", "qa", "--mtp", "1"], "no MTP (NextN) layers"),
         (["--use-case", "qa", "--hardware", "H100,nothing"], 'unknown hardware "nothing"'),
         (["--use-case", "qa", "--kv-dtype", "fp4"], "no attention kernel is modelled for fp4"),
         (["--use-case", "qa", "--usd-per-hour", "2"], "a price is of one kind of hardware"),

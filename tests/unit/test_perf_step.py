@@ -276,7 +276,7 @@ def test_drafts_enlarge_the_step() -> None:
     assert verified.exposed("experts") > plain.exposed("experts")  # more distinct experts
     assert drafted.exposed("drafts") == pytest.approx(float(drafted.seconds - verified.seconds))
     adds_up(drafted)
-    with pytest.raises(UsageError, match="has no module for multi-token prediction"):
+    with pytest.raises(UsageError, match="has no MTP"):
         decode_step(LLAMA, H100, ParallelLayout(tp=8), FP8, 8, 100, Workload(1, 1, drafts=1))
 
 

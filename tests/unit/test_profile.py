@@ -214,7 +214,7 @@ def test_request_types_are_told_apart_and_shuffled_labels_are_not(found: Profile
     leak = found.leakage
     assert not isinstance(leak, Skipped)
     assert leak.accuracy.mean() > 0.9 and abs(leak.control.mean() - 0.5) < 0.15
-    assert leak.meaning.startswith("A leak") and leak.chance == 0.5
+    assert leak.meaning.startswith("Leak found") and leak.chance == 0.5
     alike = profile_trace(write(tmp_path / "t", two_domains(np.random.default_rng(5), apart=False, per_domain=30)))
     assert not isinstance(alike.leakage, Skipped)
     assert alike.leakage.meaning.startswith("No leak found")

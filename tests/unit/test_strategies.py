@@ -46,7 +46,7 @@ def with_clusters() -> list[Strategy]:
 @given(problems(), st.sampled_from(with_clusters()), st.integers(0, 99))
 def test_every_strategy_keeps_the_invariants(task: PlanningProblem, strategy: Strategy, seed: int) -> None:
     if strategy.name == "eplb-hierarchical" and task.shape.routing_groups % task.cluster.nodes:
-        with pytest.raises(PlanError, match="routing groups"):
+        with pytest.raises(PlanError, match="expert groups"):
             solve(task, strategy, seed)
         return
     if isinstance(strategy, PaperStrategy) and (strategy.clusters or 0) > len(task.use):
@@ -83,7 +83,7 @@ def test_eplb_reprints_its_readme() -> None:
 
 
 def test_eplb_policies() -> None:
-    task = problem(experts=16, routing_groups=4, redundant=4, nodes=2, per_node=2)
+    task = problem(experts=16, expert_groups=4, redundant=4, nodes=2, per_node=2)
     hierarchical, both = solve(task, "eplb-hierarchical").placement, solve(task, "eplb").placement
     assert (hierarchical.slots == both.slots).all()
     # each routing group of 4 consecutive experts stays on one node

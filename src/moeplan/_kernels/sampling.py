@@ -3,7 +3,7 @@
 Randomness is counted, not sequential: every (token, layer) has its own splitmix64 stream (Steele, Lea and Flood, OOPSLA
 2014), so the picks of a token do not depend on which other tokens or layers are drawn, nor in what order.
 
-Names: X tables (one per phase and topic), L layers, E experts in G routing groups of n = E / G consecutive experts.
+Names: X tables (one per phase and topic), L layers, E experts in G expert groups of n = E / G consecutive experts.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def sample_picks(
     groups_per_token: int,
     out: ExpertArray,
 ) -> None:
-    """Draw each token's picks at each layer: first its routing groups, then k distinct experts inside them.
+    """Draw each token's picks at each layer: first its expert groups, then k distinct experts inside them.
 
     Args:
         keys: uint64 [T], one random key per token.

@@ -23,7 +23,7 @@ class SplitFlags:
     fit: float = 0.5
     """Share of the requests that plans are fitted on."""
     folds: o.Int = 4
-    """Number of random splits."""
+    """Number of random splits into fit and held-out requests, averaged over."""
 
 
 def compare(
@@ -46,7 +46,8 @@ def compare(
     Each group (a node, or a GPU with --deployment gpus) needs at least 3 held-out requests: 48 requests for 8 nodes.
 
     Args:
-        strategies: Strategies, separated by commas.
+        strategies: Strategies, separated by commas: moeplan, eplb, eplb-global, eplb-hierarchical, affinity, paper,
+            paper-unbalanced, linear, random.
     """
     from moeplan.replay.compare import compare_task
     from moeplan.report.compare_page import compare_html

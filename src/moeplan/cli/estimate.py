@@ -36,11 +36,11 @@ class LayoutFlags:
     pp: o.Int | None = None
     """Pipeline stages. Default: 1."""
     dp: o.Int | None = None
-    """Data-parallel ranks of attention. Default: GPUs / (tp x pp)."""
+    """Data-parallel ranks of attention. Default: GPUs / (tp x pp): all GPUs, without --tp and --pp."""
     ep: o.Int | None = None
     """Expert-parallel ranks. Default: all of a stage."""
     redundant: o.Int | None = None
-    """Extra expert slots in each layer, in total. Default: 0."""
+    """Redundant experts in each layer, over all GPUs. Default: 0."""
 
 
 @Parameter(name="*", group=Group("Step", sort_key=3))
@@ -55,9 +55,9 @@ class StepFlags:
     phase: Literal["prefill", "decode"] | None = None
     """Inference phase: the step to estimate. Default: decode."""
     dispatch: o.DispatchMode | None = None
-    """Dispatch mode: what one message carries. Default: pick (prefill: node), or the plan's."""
+    """Dispatch mode, as in plan. Default: pick (prefill: node), or the plan's."""
     overlap: bool = False
-    """Two-batch overlap."""
+    """Two-batch overlap (SGLang --enable-two-batch-overlap; vLLM DBO)."""
     balanced: bool = False
     """Give every GPU the same load."""
     skew: float | None = None

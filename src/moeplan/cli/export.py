@@ -34,7 +34,7 @@ class PlanFlags:
     """What only a plan goes with."""
 
     trace: Annotated[Path | None, File("input")] = None
-    """A moeplan trace: model the value of replicas on it."""
+    """A moeplan trace: also estimate the remote share on it, with and without nearest-replica selection."""
     signature_tokens: o.Int | None = None
     """Use each request's first N tokens as its signature, instead of the prefill."""
 
@@ -49,13 +49,13 @@ class CountsFlags:
     gpus_per_node: o.Int | None = None
     """GPUs in each node."""
     redundant: o.Int | None = None
-    """Extra expert slots in each layer, in total. Default: 0."""
+    """Redundant experts in each layer, over all GPUs. Default: 0."""
     measure: Annotated[Path | None, File("input"), Parameter(metavar="COUNTS")] = None
     """Measure the placement on these counts, instead of those that it was made from."""
     batch: o.Int | None = None
-    """Requests in the batch of each data-parallel rank (here: of each node). Default: 128."""
+    """Requests in the batch of each data-parallel rank, here of each node, in the modelled step. Default: 128."""
 
-    def balance(self, source: Path, engine: str, routing_groups: int, times: o.TimingFlags) -> Balanced:
+    def balance(self, source: Path, engine: str, expert_groups: int, times: o.TimingFlags) -> Balanced:
         """Balance counts, and model a step where hardware is given."""
         from moeplan.cluster import Cluster
         from moeplan.engines.balancing import balance_counts, read_any_counts, step_times
@@ -77,7 +77,7 @@ class CountsFlags:
             engine,
             Cluster(self.nodes, self.gpus_per_node),
             redundant=self.redundant or 0,
-            routing_groups=routing_groups,
+            expert_groups=expert_groups,
             others=None if self.measure is None else read_any_counts(self.measure),
             others_name=str(self.measure),
         )
@@ -96,7 +96,7 @@ class TargetFlags:
     output: FileOut
     model: o.PlacedModelFlags = o.PlacedModelFlags()
     expert_placement_strategy: Literal["linear", "round_robin"] | None = None
-    """Layout that vLLM has built in (no plug-in): write only a plan with this layout."""
+    """Layout that vLLM has built in: only write if the plan equals it (then no plug-in is needed)."""
 
     def write(self, placed: Plan | EnginePlacement, source: Path, model: ModelSpec, name: str = "") -> ExportReport:
         """Write a plan, or the placement of a model of this name."""

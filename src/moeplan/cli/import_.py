@@ -115,8 +115,8 @@ def placement(
     """Import a placement file of SGLang, vLLM, TensorRT-LLM or vLLM-Ascend: a plan, not a trace.
 
     Args:
-        deployment: What a request group is: the requests decoded on one node, or on one GPU.
-        dispatch: Dispatch mode: what one message carries.
+        deployment: One attention data-parallel rank per node (nodes) or per GPU (gpus).
+        dispatch: Dispatch mode, as in plan.
     """
     from moeplan.engines.from_placement import import_placement
 

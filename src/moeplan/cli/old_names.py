@@ -9,6 +9,7 @@ FLAGS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("--home", (), "--deployment nodes (was --home node) or --deployment gpus (was --home gpu)"),
     ("--nnodes", (), "--nodes"),
     ("--stage", (), "--phase"),
+    ("--routing-groups", (), "--expert-groups"),
     ("--weights", ("record",), "--keep-gate-weights"),
     ("--weights", (), "--weights-dtype"),
     ("--experts", (), "--experts-dtype"),

@@ -127,18 +127,24 @@ Json: TypeAlias = Annotated[
 
 Seed: TypeAlias = Annotated[int, Parameter(converter=whole, help="Random seed.")]
 Block: TypeAlias = Annotated[
-    int, Parameter(converter=whole, group=REQUESTS, help="Keep N consecutive requests on the same side of a split.")
+    int,
+    Parameter(
+        converter=whole,
+        group=REQUESTS,
+        help="Keep runs of N consecutive requests in the same half (one conversation).",
+    ),
 ]
 EngineName: TypeAlias = Literal["sglang", "vllm", "tensorrt-llm", "vllm-ascend"]
 Engine: TypeAlias = Annotated[EngineName, Parameter(help="Target engine of the file.")]
 Deployment: TypeAlias = Literal["nodes", "gpus"]
 DispatchMode: TypeAlias = Literal["pick", "gpu", "node", "allgather"]
+ReplicaRuleName: TypeAlias = Literal["nearest-static", "nearest-even", "hash"]
 CountedPhase: TypeAlias = Annotated[
     Literal["prefill", "decode", "mixed", "unknown"], Parameter(help="Inference phase: what was counted.")
 ]
 
 ServedRedundant: TypeAlias = Annotated[
-    int | None, Parameter(converter=whole, group=CLUSTER, help="Extra expert slots in each layer, in total.")
+    int | None, Parameter(converter=whole, group=CLUSTER, help="Redundant experts in each layer, over all GPUs.")
 ]
 ModelName: TypeAlias = Annotated[str | None, Parameter(group=MODEL, help="Name of the model.")]
 TopK: TypeAlias = Annotated[
@@ -146,7 +152,24 @@ TopK: TypeAlias = Annotated[
     Parameter(converter=whole, group=MODEL, help="Experts that each token picks, if the source does not have it."),
 ]
 
-# ---- groups of flags; a field's docstring is its help
+# ---- groups of flags; a field's docstring is its help, where it takes one line
+
+_DEPLOYMENT = (
+    "One attention data-parallel rank per node (nodes: TP inside it; SGLang --attn-dp-size = nodes) or per GPU (gpus: "
+    "DP attention; SGLang --attn-dp-size = GPUs). A request group is the requests of one rank."
+)
+_DISPATCH = (
+    "Dispatch mode: pick (DeepEP low-latency), node (DeepEP normal; vLLM deepep_high_throughput), gpu (direct "
+    "all-to-all; vLLM deepep_v2) or allgather (vLLM allgather_reducescatter, SGLang --moe-a2a-backend none)."
+)
+_REPLICA_RULE = (
+    "Replica selection rule: nearest-static (SGLang, several nodes), nearest-even (SGLang, one node), hash (vLLM, "
+    "TensorRT-LLM, vLLM-Ascend)."
+)
+_OBJECTIVE = (
+    "What to minimise: traffic between nodes (bytes), load imbalance (balance), or step time (time, needs --hardware). "
+    "Default: bytes; in rebalance, the plan's."
+)
 
 
 @Parameter(name="*", group=CLUSTER)
@@ -159,14 +182,10 @@ class ClusterFlags:
     gpus_per_node: Int = 8
     """GPUs in each node."""
     redundant: Int = 0
-    """Extra expert slots in each layer, in total."""
-    deployment: Deployment = "nodes"
-    """What a request group is: the requests decoded on one node (attention sharded in it), or on one GPU."""
-    dispatch: DispatchMode = "pick"
-    """Dispatch mode: what one message carries."""
-    replica_rule: Literal["nearest-static", "nearest-even", "hash"] = "nearest-static"
-    """Replica selection rule: nearest-static (SGLang, several nodes), nearest-even (SGLang, one node), hash (vLLM,
-    TensorRT-LLM, vLLM-Ascend)."""
+    """Redundant experts in each layer, over all GPUs (SGLang --ep-num-redundant-experts)."""
+    deployment: Annotated[Deployment, Parameter(help=_DEPLOYMENT)] = "nodes"
+    dispatch: Annotated[DispatchMode, Parameter(help=_DISPATCH)] = "pick"
+    replica_rule: Annotated[ReplicaRuleName, Parameter(help=_REPLICA_RULE)] = "nearest-static"
 
     def task(self) -> PlanningTask:
         """The flags as the library's own value."""
@@ -185,10 +204,8 @@ class ObjectiveFlags:
     """What the strategy moeplan is given."""
 
     guard: float | None = None
-    """Load guard: limit on node load, in multiples of linear's; inf: no limit. Default: 1.05, or the plan's."""
-    objective: Literal["bytes", "balance", "time"] | None = None
-    """What to minimise: traffic between nodes (bytes), load (balance), or time (--hardware). Default:
-    bytes, or the plan's."""
+    """Highest allowed node load, as a multiple of linear's (inf: no limit). Default: 1.05; in rebalance, the plan's."""
+    objective: Annotated[Literal["bytes", "balance", "time"] | None, Parameter(help=_OBJECTIVE)] = None
 
     def values(self, timing: Timing | None, task: PlanningTask) -> dict[str, Any]:
         """The same by the names of the library's parameters."""
@@ -205,12 +222,15 @@ class PaperFlags:
     """Request clusters (K) of the strategy paper. Default: selected on the fit requests."""
 
     def strategies(self, names: str) -> tuple[str | Strategy, ...]:
-        """The strategies of a list of names, separated by commas."""
+        """The strategies of a list of names, separated by commas; an unknown one is refused."""
+        from moeplan.planning.strategies import find
         from moeplan.planning.strategies.paper import PaperStrategy
 
         chosen = [name.strip() for name in names.split(",") if name.strip()]
         if not chosen:
             raise UsageError("--strategies names none", hint="e.g. linear,eplb,paper")
+        for name in chosen:
+            find(name)
         both = {
             params.name: params for params in (PaperStrategy(self.clusters), PaperStrategy(self.clusters, equal=False))
         }
@@ -287,8 +307,8 @@ class ModelFlags:
     """Bytes of the weights of one expert in one layer."""
     kv_bytes_per_token: Int | None = None
     """Bytes of the KV cache of one token over all layers."""
-    routing_groups: Int | None = None
-    """Expert groups of the model's router (DeepSeek-V3: 8). Default: the config's, or 1."""
+    expert_groups: Int | None = None
+    """Expert groups of the gate, n_group of config.json (DeepSeek-V3: 8). Default: the config's, or 1."""
 
     def spec(self) -> ModelSpec:
         """The model as config and flags describe it."""
@@ -338,7 +358,7 @@ class MeasureFlags:
     phase: Literal["decode", "prefill", "mixed"] = "decode"
     """Inference phase: rows to measure. Plans are always fitted on decode."""
     block: Int = 1
-    """Keep N consecutive requests on the same side of a split."""
+    """Keep runs of N consecutive requests in the same half (one conversation)."""
     steps: Int = 500
     """Decode steps measured in each fold."""
     hidden: Int | None = None
@@ -404,7 +424,7 @@ class PlacementFlags(ServedFlags):
     num_layers: Int | None = None
     """Hidden layers, dense ones included, if not in --config."""
     deployment: Deployment | None = None
-    """What a request group is: the requests decoded on one node, or on one GPU. Default: nodes."""
+    """One attention data-parallel rank per node (nodes) or per GPU (gpus). Default: nodes."""
 
 
 def refuse_trace(source: Path) -> Path:

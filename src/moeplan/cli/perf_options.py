@@ -21,9 +21,9 @@ class PrecisionFlags:
     """Numeric types of weights and cache."""
 
     weights_dtype: str | None = None
-    """Numeric type of the weight matrices: bf16, fp8, fp4 .. Default: the checkpoint's."""
+    """Numeric type of attention, dense and shared-expert weights: bf16, fp8, fp4 .. Default: as in the checkpoint."""
     experts_dtype: str | None = None
-    """Numeric type of the routed experts. Default: the checkpoint's."""
+    """Numeric type of the routed experts. Default: as in the checkpoint."""
     kv_dtype: str = "bf16"
     """Numeric type of the KV cache: bf16 or fp8."""
 
@@ -35,16 +35,16 @@ class PrecisionFlags:
 @Parameter(name="*", group=Group("Speculative decoding", sort_key=9))
 @dataclass(frozen=True)
 class DraftFlags:
-    """Multi-token prediction."""
+    """Drafts of the MTP (NextN) layers."""
 
     mtp: o.Int = 0
-    """Draft tokens per step, from the model's multi-token prediction module."""
+    """Draft tokens per step, from the MTP (NextN) layers."""
     accepted: float | None = None
-    """Tokens per step that are accepted. Default: 1 + 0.8 x drafts."""
+    """Mean acceptance length: tokens per step, the verified one included. Default: 1 + 0.8 x drafts."""
 
     @property
     def tokens(self) -> float:
-        """Tokens accepted per step: as given, else 1 + 0.8 x drafts."""
+        """The mean acceptance length: as given, else 1 + 0.8 x drafts."""
         return 1 + 0.8 * self.mtp if self.accepted is None else self.accepted
 
 

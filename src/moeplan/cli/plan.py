@@ -13,6 +13,8 @@ from moeplan.cli.text.plans import plan_facts, show_plan
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moeplan.planning import Strategy
 
 __all__ = ["plan"]
@@ -33,17 +35,18 @@ def plan(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Fit a plan on all usable requests of a trace: request groups, expert placement and router.
+    """Fit a plan on all usable requests of a trace: request groups, expert placement and request router.
 
     Args:
-        strategy: The planning strategy.
+        strategy: The planning strategy: moeplan, eplb, eplb-global, eplb-hierarchical, affinity, paper,
+            paper-unbalanced, linear or random.
     """
     from moeplan.api import HELD_OUT, plan_task
 
-    task, opened = cluster.task(), requests.open(trace)
+    task, named, opened = cluster.task(), paper.strategies(strategy), requests.open(trace)
     task.check(opened.shape.num_experts)  # before a large trace is read
     timing = times.timing(opened.shape, task)
-    chosen = _strategy(strategy, paper, objective.values(timing, task))
+    chosen = _strategy(strategy, named, objective.values(timing, task))
     with progress("plan") as tick:
         read = requests.read(opened, rows=False)
         made = plan_task(read, task, chosen, replace(HELD_OUT, seed=seed, block=block, timing=timing), tick)
@@ -52,11 +55,11 @@ def plan(
     emit_json(json, plan_facts(made, output))
 
 
-def _strategy(name: str, paper: o.PaperFlags, values: dict[str, Any]) -> str | Strategy:
+def _strategy(name: str, named: Sequence[str | Strategy], values: dict[str, Any]) -> str | Strategy:
     """The strategy of a name, with its parameters; those of another one are refused."""
     from moeplan.planning.strategies.moeplan import MoeplanStrategy
 
-    chosen, *more = paper.strategies(name)
+    chosen, *more = named
     if more:
         raise UsageError(f"--strategy {name} names several", hint="give one, or compare them with moeplan compare")
     given = {key: value for key, value in values.items() if value is not None}

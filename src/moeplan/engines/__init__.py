@@ -1,1 +1,1 @@
-"""Placement files of the engines that serve: write, check, read back. `files` is the front door."""
+"""Placement files of the engines that serve: write, check, read back. Start at `exporting` and `checking`."""

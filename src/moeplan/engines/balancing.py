@@ -27,7 +27,7 @@ __all__ = ["LACKS", "Balanced", "balance_counts", "read_any_counts", "step_times
 
 #: What counts cannot tell.
 LACKS = (
-    "counts tell which experts are busy, not which requests pick them: this placement balances load, and leaves "
+    "counts have the load of experts, not which requests pick them: this placement balances load, and leaves "
     "traffic between nodes as it is",
     "a request-level trace (SGLang or vLLM with --enable-return-routed-experts, then moeplan import or record) would "
     "add request groups, replicas near the requests that pick them, and figures on held-out requests (remote_share, "
@@ -89,14 +89,14 @@ def balance_counts(
     cluster: Cluster,
     *,
     redundant: int = 0,
-    routing_groups: int = 1,
+    expert_groups: int = 1,
     others: CountsProfile | None = None,
     others_name: str | None = None,
 ) -> Balanced:
     """Balance counts in every way for an engine, and measure each.
 
     Args:
-        routing_groups: of the model's router (DeepSeek-V3: 8).
+        expert_groups: of the gate, n_group of config.json (DeepSeek-V3: 8).
         others, others_name: counts to measure on, and where they are from, for messages.
 
     Raises:
@@ -106,7 +106,7 @@ def balance_counts(
         raise UsageError("has other layers or experts", where=others_name, hint="measure on counts of the same model")
     rule = find_replica_rule(engine, cluster.nodes)
     found = candidates(
-        counts.counts, cluster, redundant, rule, routing_groups=routing_groups, distinct=engine == "vllm-ascend"
+        counts.counts, cluster, redundant, rule, expert_groups=expert_groups, distinct=engine == "vllm-ascend"
     )
     measured = None
     if others is not None:

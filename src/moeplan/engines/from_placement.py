@@ -22,7 +22,7 @@ def find_replica_rule(engine: str, nodes: int) -> ReplicaRule:
 
     SGLang uses the replica on its own GPU, else the first on its own node if some replicas are on other nodes, else all
     evenly (0.5.23, `_find_nearest_expert`): on one node that is `nearest-even`. vLLM selects by a hash of the row.
-    TensorRT-LLM (in turn) and vLLM-Ascend (by rank) ignore the distance too: `hash` has the same expectation,
+    TensorRT-LLM (round robin) and vLLM-Ascend (by rank) ignore the distance too: `hash` has the same expectation,
     1 / replicas each.
     """
     if engine != "sglang":

@@ -2,7 +2,7 @@
 
 Nothing is executed and nothing is guessed: what a family's configuration must say and does not is unknown, what it may
 leave out has the default of Transformers 5.23. Of a family that moeplan does not know, only what recordings and
-placements need is read: layers, experts, picks per token, MoE layers, routing groups and the hidden size.
+placements need is read: layers, experts, picks per token, MoE layers, expert groups and the hidden size.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def layer_parameters(spec: CompleteSpec, tp: int = 1) -> npt.NDArray[np.float64]
     full, moe = set(spec.full_layers), set(spec.moe.layers if spec.moe else ())
     for i in range(len(out)):
         mtp = i >= spec.layers
-        like = spec.layers - 1 if mtp else i  # a module for multi-token prediction repeats the last layer
+        like = spec.layers - 1 if mtp else i  # an MTP layer repeats the last layer
         linear = spec.linear if like not in full else None
         row = dict.fromkeys(PARTS, 0)
         matrices, small = _linear_attention(spec.hidden, linear, tp) if linear and not mtp else _attention(spec, tp)

@@ -95,7 +95,7 @@ class Moe:
         layers: the model's own index of each MoE layer, rising.
         experts: E, routed experts. top_k: k, picks per token. width: of one routed expert.
         shared: experts that every token passes, each of shared_width; shared_gate: scaled by a learned gate.
-        router_bias: one number per expert in the router. groups: groups of consecutive experts that the router first
+        router_bias: one number per expert in the gate. groups: groups of consecutive experts that the gate first
             chooses among, of which it keeps groups_kept.
     """
 
@@ -128,7 +128,7 @@ class Overrides(TypedDict, total=False):
     hidden: int | None
     expert_bytes: int | None
     kv_bytes_per_token: int | None
-    routing_groups: int | None
+    expert_groups: int | None
     num_experts: int | None
     num_layers: int | None
     top_k: int | None
@@ -149,7 +149,7 @@ class ModelSpec:
         moe: the experts; None in a dense model.
         gated: a feed-forward network has three matrices (SwiGLU), else two; ffn_bias: each with a bias.
         norm_bias: LayerNorm with a bias. positions: learned position embeddings. tied: the head is the embedding.
-        mtp_layers: modules for multi-token prediction, counted apart.
+        mtp_layers: MTP (NextN) layers, counted apart.
         checkpoint: dtypes of the published weights (of the matrices, of the routed experts); None where not known.
         expert_bytes: weights of one expert in one layer, bytes. kv_bytes_per_token: KV cache of one token over all
             layers, bytes. Both only where somebody gave them: `moeplan.perf` computes them for any dtype.
@@ -203,7 +203,7 @@ class ModelSpec:
     def override(self, **given: Unpack[Overrides]) -> ModelSpec:
         """The spec with what a user says of the model.
 
-        `name`, `hidden`, `expert_bytes`, `kv_bytes_per_token` and `routing_groups` (but 1) replace what was known. The
+        `name`, `hidden`, `expert_bytes`, `kv_bytes_per_token` and `expert_groups` (but 1) replace what was known. The
         counts `num_experts`, `num_layers` and `top_k`, the `moe_layers` and the `dense_layers` (hidden layers without
         experts; of no effect while `num_layers` is not known) complete it.
 
@@ -220,7 +220,7 @@ class ModelSpec:
         found = moe.layers if moe_layers is None else tuple(moe_layers)
         if moe.layers not in (None, found):
             raise UsageError(f"--dense-layers contradicts {self.source}", hint="leave one of the two out")
-        groups = given.get("routing_groups") or 1
+        groups = given.get("expert_groups") or 1
         moe = replace(moe, layers=found, experts=experts, top_k=top_k, groups=moe.groups if groups == 1 else groups)
         replaced = {key: given.get(key) for key in ("name", "hidden", "expert_bytes", "kv_bytes_per_token")}
         changes: dict[str, Any] = {key: value for key, value in replaced.items() if value is not None}

@@ -120,7 +120,7 @@ class StepContext:
         return 2 if self.options.overlap else 1
 
     def draft_module(self) -> StepContext:
-        """Of the module for multi-token prediction: one layer like the last, with a head, on the last stage."""
+        """Of an MTP layer: one layer like the last, with a head, on the last stage."""
         return replace(
             self,
             spec=_draft_module(self.spec),

@@ -36,11 +36,12 @@ class EstimateSettings:
         phase: which step.
         tp, pp: tensor-parallel ranks of attention, and pipeline stages. dp: data-parallel ranks; None: as many as use
             all accelerators. ep: ranks that share the experts; None: all of a stage.
-        weights, experts, kv: dtypes of matrices, routed experts and KV cache; None: the checkpoint's.
+        weights, experts, kv: dtypes of attention, dense and shared-expert weights, of routed experts, and of the KV
+            cache; None: the checkpoint's.
         dispatch: how tokens reach their experts; None: the usual way of the phase.
         overlap: two-batch overlap. balanced: every GPU gets the same load. skew: load of the busiest GPU over the mean.
-        drafts: draft tokens per step, by the model's own module. accepted: tokens that a step yields; None: 1 and four
-            fifths of the drafts.
+        drafts: draft tokens per step, from the MTP (NextN) layers. accepted: mean acceptance length (tokens per step,
+            the verified one included); None: 1 + 0.8 x drafts.
 
     Raises:
         UsageError: values that exclude each other, or are out of range.

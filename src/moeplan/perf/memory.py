@@ -105,7 +105,7 @@ class ParallelLayout:
 
     Attributes:
         tp: tensor-parallel ranks of attention. dp: data-parallel ranks of attention, each with its own requests.
-        ep: ranks among which a layer's expert slots are dealt; it divides tp x dp, and each slot is split over the
+        ep: ranks among which a layer's expert slots are divided; it divides tp x dp, and each slot is split over the
             tp x dp / ep ranks of its group. pp: pipeline stages, each of tp x dp accelerators.
         redundant: extra expert slots per layer, in total.
     """
@@ -185,7 +185,7 @@ def weight_bytes(
     """Weights on one accelerator of each pipeline stage.
 
     Args:
-        mtp: the modules for multi-token prediction too, on the last stage.
+        mtp: the MTP layers too, on the last stage.
 
     Returns:
         float64 [pp, 6] bytes, read-only; columns as in `WEIGHTS`. `redundant` is what the redundant slots add to
@@ -300,7 +300,7 @@ class MemoryModel:
     """What a set-up takes of each accelerator's memory.
 
     Attributes:
-        spec, hardware, parallel, precision: the set-up. mtp: with the modules for multi-token prediction.
+        spec, hardware, parallel, precision: the set-up. mtp: with the MTP layers.
         usable: share of the memory that may be used, in (0, 1].
     """
 

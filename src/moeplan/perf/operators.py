@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 Number = float | npt.NDArray[np.float64]
-#: Processing units that a kernel's tiles are dealt to: an H100's. Other accelerators are taken as so divided.
+#: Processing units that a kernel's tiles are assigned to: an H100's. Other accelerators are taken as so divided.
 UNITS = 132
 #: Kernels of this length and more run at the clock that the power limit sustains.
 SUSTAINED_S = 1e-3

@@ -29,7 +29,7 @@ KNOBS = {
     "scale_out_bandwidth": "scale-out bandwidth",
     "scale_up_latency": "scale-up latency",
     "scale_out_latency": "scale-out latency",
-    "overhead": "launches and engine",
+    "overhead": "launch and engine overhead",
 }
 _WORSE = ("scale_up_latency", "scale_out_latency", "overhead")
 
@@ -113,10 +113,10 @@ def _least(meets: Callable[[float], bool]) -> float | None:
 def needs(found: Mapping[str, float | None]) -> tuple[str, str, str]:
     """`improvements` in words: what is enough alone, by how much all of the hardware, by how much everything."""
     known = ((knob, factor) for knob, factor in found.items() if knob in KNOBS and factor)
-    alone = [f"{KNOBS[knob]} {'/' if knob in _WORSE else 'x'} {factor:.2f}" for knob, factor in known]
+    alone = [f"{KNOBS[knob]} {factor:.2f}x {'lower' if knob in _WORSE else 'higher'}" for knob, factor in known]
 
     def by(key: str) -> str:
         factor = found.get(key)
-        return f"x {factor:.2f}" if factor else f"not even x {MOST:,.0f}"
+        return f"{factor:.2f}x faster" if factor else f"not even {MOST:,.0f}x faster"
 
-    return " or ".join(alone) or "no one thing", by("hardware"), by("all")
+    return " or ".join(alone) or "none of them alone", by("hardware"), by("all")

@@ -104,7 +104,7 @@ def size(
         use_cases = [use_cases]
     cases = tuple(find_use_cases(use_cases) if isinstance(use_cases, str) else use_cases)
     if any(case.drafts for case in cases) and not spec.mtp_layers:
-        raise UsageError(f"{spec.name} has no module for multi-token prediction", hint="ask for no draft tokens")
+        raise UsageError(f"{spec.name} has no MTP (NextN) layers", hint="ask for no draft tokens")
     precision = Precision.of_checkpoint(spec, settings.weights, settings.experts, settings.kv)
     for case in cases:
         _ = case.workload  # refuses what is impossible, before any work

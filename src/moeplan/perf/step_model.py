@@ -30,8 +30,9 @@ class Workload:
 
     Attributes:
         prompt, output: tokens. beams: sequences kept per request.
-        drafts: tokens drafted per step; accepted: tokens that a step yields, 1 to drafts + 1 (the acceptance length).
-        module: the model's own multi-token module makes the drafts, and takes its time; else they cost nothing.
+        drafts: tokens drafted per step; accepted: mean acceptance length: tokens per step, 1 to drafts + 1, the
+            verified one included.
+        module: the model's MTP (NextN) layers make the drafts, and take time; else drafts cost nothing.
     """
 
     prompt: int
@@ -57,13 +58,17 @@ class Workload:
 
     @property
     def mtp(self) -> bool:
-        """Whether the model's multi-token module takes memory and time."""
+        """Whether the model's MTP layers take memory and time."""
         return self.drafts > 0 and self.module
 
 
 @dataclass(frozen=True)
 class StepModel:
-    """The time of a step: model, accelerators, how the one is spread over the other, dtypes, and how steps run.
+    """Step time of a model on accelerators under a parallel layout, in seconds.
+
+    Attributes:
+        spec: the model. hardware: one accelerator and its links. parallel: ranks of each kind of parallelism.
+        precision: dtypes of weights, experts and KV cache. options: dispatch mode, overlap, load and constants.
 
     Examples:
         >>> from moeplan.model.catalogue import load_model
@@ -124,7 +129,7 @@ class StepModel:
 
         Args:
             workload: speculation and beams; None: neither.
-            routing: what the step's routing did, of the whole batch; None: uniform.
+            routing: counted routing of the whole batch (messages, picks, distinct experts); None: uniform.
 
         Raises:
             PlanError: a layout that is impossible. UsageError: a dtype or dispatch mode that this set-up cannot have;
@@ -161,9 +166,9 @@ class StepModel:
         return step_time(self._prefilling, rows, routing)
 
     def _drafted(self, step: Step, rows: Batch, drafts: int) -> Step:
-        """With the draft tokens that the model's own module makes, one after the other."""
+        """With the draft tokens of the MTP layers, one after the other."""
         if not self.spec.mtp_layers:
-            raise UsageError(f"{self.spec.name} has no module for multi-token prediction", hint="leave drafts out")
+            raise UsageError(f"{self.spec.name} has no MTP (NextN) layers", hint="leave drafts out")
         module = self._decoding.draft_module()
         one = step_time(module, replace(rows, tokens=1, logits=rows.sequences), engine=False)
         parts: dict[str, Number] = {}

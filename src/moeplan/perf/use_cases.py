@@ -16,7 +16,7 @@ __all__ = ["USE_CASES", "UseCase", "find_use_cases"]
 class UseCase:
     """Lengths in tokens, beams, and limits in seconds; source: where the limits are from.
 
-    drafts, accepted: speculation by the model's own module, as in `moeplan.perf.step_model.Workload`.
+    drafts, accepted: speculation with the MTP layers, as in `moeplan.perf.step_model.Workload`.
     """
 
     name: str

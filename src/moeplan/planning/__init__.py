@@ -1,4 +1,4 @@
-"""Plans: group requests and place experts. The front door is `solve`."""
+"""Plans: group requests and place experts. Start at `solve`."""
 
 from moeplan.planning.plan import Plan, PlanningTask, Provenance, Signature
 from moeplan.planning.problem import MoveLimit, PlanningProblem, Solution, Strategy

@@ -1,4 +1,4 @@
-"""Balanced placements from expert load alone: which experts are busy, but not which requests ask for them.
+"""Balanced placements from expert load alone: it has the load of each expert, but not which requests pick it.
 
 Names: L layers, E experts, S slots, N nodes, P GPUs.
 """
@@ -26,7 +26,7 @@ class Candidate:
 
     Attributes:
         name: linear (experts in order, an engine's own default), eplb (DeepSeek's hierarchical policy, where the
-            router's groups allow it), eplb-global, or spread.
+            gate's groups of experts allow it), eplb-global, or spread.
         placement: its slots. ratio: `gpu_load_ratio` on the counts that it was made from.
     """
 
@@ -41,7 +41,7 @@ def balance(
     *,
     redundant: int = 0,
     replica_rule: ReplicaRule | str = ReplicaRule.NEAREST_STATIC,
-    routing_groups: int = 1,
+    expert_groups: int = 1,
 ) -> Placement:
     """The placement with the most even GPU load for given expert load: DeepSeek's EPLB, or replicas spread over nodes.
 
@@ -50,7 +50,7 @@ def balance(
         cluster: nodes and GPUs per node.
         redundant: R, extra slots per layer; E + R divides over the GPUs.
         replica_rule: how the engine chooses among replicas.
-        routing_groups: groups of experts of the model's router (DeepSeek-V3: 8).
+        expert_groups: groups of experts of the gate, n_group of config.json (DeepSeek-V3: 8).
 
     Raises:
         PlanError: slots that do not divide over the GPUs. UsageError: invalid counts, or a layer without a pick.
@@ -61,7 +61,7 @@ def balance(
         array([[5, 4, 7, 5, 0, 6, 1, 3, 2, 1, 4, 0]], dtype=int32)
     """
     rule = ReplicaRule(replica_rule)
-    return candidates(counts, cluster, redundant, rule, routing_groups=routing_groups)[1].placement
+    return candidates(counts, cluster, redundant, rule, expert_groups=expert_groups)[1].placement
 
 
 def candidates(
@@ -70,13 +70,13 @@ def candidates(
     redundant: int,
     replica_rule: ReplicaRule,
     *,
-    routing_groups: int = 1,
+    expert_groups: int = 1,
     distinct: bool = False,
 ) -> list[Candidate]:
     """Every way to balance: `linear` first, then the others, the most even first.
 
     Args:
-        counts, cluster, redundant, replica_rule, routing_groups: as for `balance`.
+        counts, cluster, redundant, replica_rule, expert_groups: as for `balance`.
         distinct: leave out ways that put two replicas of an expert on one GPU.
 
     Raises:
@@ -92,8 +92,8 @@ def candidates(
     slots = experts + redundant
     made = {"linear": linear_slots(len(load), experts, slots)}
     made["eplb-global"] = rebalance_experts(load, slots, 1, 1, cluster.num_gpus)
-    if cluster.nodes > 1 and _fits_nodes(slots, routing_groups, cluster):
-        made["eplb"] = rebalance_experts(load, slots, routing_groups, cluster.nodes, cluster.num_gpus)
+    if cluster.nodes > 1 and _fits_nodes(slots, expert_groups, cluster):
+        made["eplb"] = rebalance_experts(load, slots, expert_groups, cluster.nodes, cluster.num_gpus)
     # Replicas on different nodes, if there are not too many of them; else on different GPUs.
     apart = cluster if 0 < redundant <= experts * (cluster.nodes - 1) else Cluster(cluster.num_gpus, 1)
     made["spread"] = spread_slots(load, slots, apart)
@@ -112,44 +112,43 @@ def linear_slots(layers: int, experts: int, slots: int) -> Int32Array:
 
 
 def eplb_slots(
-    load: FloatArray, slots: int, cluster: Cluster, routing_groups: int, policy: str = "auto"
+    load: FloatArray, slots: int, cluster: Cluster, expert_groups: int, policy: str = "auto"
 ) -> tuple[Int32Array, str]:
     """DeepSeek's load balancer: slots int32 [L, S] from load [L, E], and which policy made them.
 
     Args:
-        policy: hierarchical, global, or auto: hierarchical where the routing groups divide by the nodes.
+        policy: hierarchical, global, or auto: hierarchical where the expert groups divide by the nodes.
 
     Raises:
         PlanError: hierarchical, where they do not.
     """
-    fits = _fits_nodes(slots, routing_groups, cluster)
+    fits = _fits_nodes(slots, expert_groups, cluster)
     if policy == "hierarchical" and not fits:
         raise PlanError(
-            "eplb-hierarchical needs routing groups that divide by the nodes: "
-            f"{routing_groups} on {cluster.nodes} nodes",
-            hint="use eplb, or import the trace with --routing-groups",
+            f"eplb-hierarchical needs expert groups that divide by the nodes: {expert_groups} on {cluster.nodes} nodes",
+            hint="use eplb, or import the trace with --expert-groups",
         )
     if policy == "global" or not fits:
         return rebalance_experts(load, slots, 1, 1, cluster.num_gpus), "global"
-    return rebalance_experts(load, slots, routing_groups, cluster.nodes, cluster.num_gpus), "hierarchical"
+    return rebalance_experts(load, slots, expert_groups, cluster.nodes, cluster.num_gpus), "hierarchical"
 
 
-def _fits_nodes(slots: int, routing_groups: int, cluster: Cluster) -> bool:
-    return routing_groups % cluster.nodes == 0 and slots % cluster.nodes == 0
+def _fits_nodes(slots: int, expert_groups: int, cluster: Cluster) -> bool:
+    return expert_groups % cluster.nodes == 0 and slots % cluster.nodes == 0
 
 
-def rebalance_experts(weight: npt.ArrayLike, slots: int, routing_groups: int, nodes: int, gpus: int) -> Int32Array:
+def rebalance_experts(weight: npt.ArrayLike, slots: int, expert_groups: int, nodes: int, gpus: int) -> Int32Array:
     """DeepSeek's EPLB: int32 [L, S] from weight [L, E], expert load (deepseek-ai/EPLB at d52c72d5, `eplb.py`).
 
-    Hierarchical (`routing_groups` divides by `nodes`, nodes > 1): pack the router's groups of experts onto nodes, add
+    Hierarchical (`expert_groups` divides by `nodes`, nodes > 1): pack the gate's groups of experts onto nodes, add
     replicas inside each node, pack replicas onto its GPUs. Global (`nodes` = 1): replicas and GPUs, no groups, no
     nodes. It balances load and nothing else; two replicas of an expert may come to lie on one GPU.
     """
     load = np.asarray(weight, np.float64)
     layers, experts = load.shape
-    per_node, per_group = experts // nodes, experts // routing_groups
-    node, rank = pack(load.reshape(layers, routing_groups, per_group).sum(axis=2), nodes)
-    group_start = (node * (routing_groups // nodes) + rank) * per_group
+    per_node, per_group = experts // nodes, experts // expert_groups
+    node, rank = pack(load.reshape(layers, expert_groups, per_group).sum(axis=2), nodes)
+    group_start = (node * (expert_groups // nodes) + rank) * per_group
     place = (group_start[:, :, None] + np.arange(per_group)).reshape(layers, experts)  # expert -> its place by nodes
     by_place = np.argsort(place, axis=1)
 

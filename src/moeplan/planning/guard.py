@@ -162,9 +162,9 @@ def keep_guard(
     """
     search = _Search(planner, guard, settings)
     state, pricing, kept = search.raise_penalty(state, pricing)
-    note = f"load imbalance penalty {pricing.node_penalty:.3g}"
+    note = f"node-load penalty {pricing.node_penalty:.3g}"
     if kept:
-        return state, note
+        return state, f"{note} kept node load within the guard ({guard:.4g} x linear)"
     reduced = search.reduce_sharing_credit(state, pricing)
     if reduced is None:
         return state, f"the guard on node load could not be kept with a margin; {note}"

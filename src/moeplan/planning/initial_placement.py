@@ -62,7 +62,7 @@ def place_by_use(use: FloatArray, slots_per_node: int, max_replicas: int = 1) ->
 def place_quickly(
     use: FloatArray, slots_per_node: int, gpus_per_node: int, node_penalty: float, sweeps: int = 30
 ) -> Int64Array:
-    """Slots [L, S]: nodes by local search, GPUs dealt by load.
+    """Slots [L, S]: nodes by local search, GPUs assigned by load.
 
     An online balancer has time for this: fractions of a second for a whole model. A node holds at most one replica of
     an expert; a pick without a replica on its own node is shared by all replicas.
@@ -74,7 +74,7 @@ def place_quickly(
 
 
 def _deal_to_gpus(held: Int64Array, use: FloatArray, gpus_per_node: int) -> Int64Array:
-    """Slots [L, S] of the experts of each node [L, N, M], GPUs dealt by load."""
+    """Slots [L, S] of the experts of each node [L, N, M], GPUs assigned by load."""
     placed = ExpectedLoad(Cluster(use.shape[1], 1), held.reshape(len(held), -1), use.shape[2], True)
     load = np.take_along_axis(placed.per_replica(use), held, axis=2)
     return slots_from_nodes(held, load, gpus_per_node).astype(np.int64)
@@ -92,9 +92,9 @@ def orient_to_demand(slots: npt.NDArray[np.integer], use: FloatArray) -> Int64Ar
 
 
 def by_router_group(use: FloatArray, slots_per_node: int, gpus_per_node: int) -> Int64Array:
-    """Slots [L, S]: each node holds the routing groups that it asks for most, then replicas that it asks for most.
+    """Slots [L, S]: each node holds the expert groups that it asks for most, then replicas that it asks for most.
 
-    A model whose router chooses groups of experts before experts (DeepSeek-V3: 4 of 8) then reaches few nodes.
+    A model whose gate chooses groups of experts before experts (DeepSeek-V3: 4 of 8) then reaches few nodes.
     """
     layers, nodes, experts = use.shape
     held = np.empty((layers, nodes, slots_per_node), np.int64)

@@ -1,4 +1,4 @@
-"""Packing experts into equal bins by load, replicating busy experts, and dealing a node's experts to its GPUs."""
+"""Packing experts into equal bins by load, replicating those of high load, assigning a node's experts to its GPUs."""
 
 from __future__ import annotations
 

@@ -142,11 +142,11 @@ class Plan:
 
     Attributes:
         placement: the expert in each slot, int32 [L, S].
-        router: from a request's signature to its group.
+        router: the request router, from a request's signature to its group.
         cluster, dispatch, replica_rule: where and how it is served.
         model: the model's shape. strategy: what made it; `deployed` where an engine's file did.
         params: what the strategy was given, as plain values (`guard`, `objective`).
-        signature: what the router looks at. seed: what chance was decided by.
+        signature: what the request router sees. seed: the random seed.
         equal_groups: False for a strategy whose groups are unequal by nature; its figures are never within the guard.
         provenance: the version, the trace and the time behind it.
         prediction: of the use of experts from prompts and earlier answers; None where the trace kept neither.

@@ -41,8 +41,8 @@ class SearchSettings:
         starts: groupings to search from, each by K-means with another seed.
         trial_rounds, rounds: rounds of each start, and of the best start.
         sweeps: over all slots of a layer, at most.
-        load_step: how far each round moves the load penalty of groups towards its new slope. Small steps, because
-            similar requests would otherwise all change their group at once.
+        load_step: how far each round moves the load penalty of groups towards the new gradient of the imbalance
+            penalty. Small steps, because similar requests would otherwise all change their group at once.
         softness: width of soft group memberships, in standard deviations of the score.
         same_gpu_value: what a pick served on its own GPU is worth, in messages between nodes, when each group is a
             GPU. About the ratio of link speeds, 50 against 450 GB/s.

@@ -126,7 +126,7 @@ class Solution:
 
     Attributes:
         slots: int32 [L, S], the expert in each slot.
-        router: how a new request finds its group; None for the locality router, which any placement has.
+        router: the request router; None for the locality router, which any placement has.
         notes: choices worth printing, one line each.
     """
 

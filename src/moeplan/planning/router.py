@@ -49,7 +49,7 @@ class LocalityRouter:
 
     @classmethod
     def of(cls, routes: Routes) -> LocalityRouter:
-        """The locality router of a placement."""
+        """The locality request router of a placement."""
         return cls(routes.local_share)
 
     def scores(self, signatures: NumberArray) -> FloatArray:
@@ -62,7 +62,7 @@ class LocalityRouter:
 
 @dataclass(frozen=True)
 class ClusterRouter:
-    """The published router: the cluster whose centroid is nearest, then that cluster's groups.
+    """The published request router: the cluster whose centroid is nearest, then that cluster's groups.
 
     Nearest by angle: a signature is shorter and noisier than the decode that made the centroids, so the distances
     between them depend on its length as much as on its direction.

@@ -1,4 +1,4 @@
-"""The front door: `solve(problem, strategy, seed) -> result`."""
+"""From a planning problem to a `Plan`: `solve(problem, strategy, seed)`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["solve"]
 
 
 def solve(problem: PlanningProblem, strategy: str | Strategy, seed: int = 0, limit: MoveLimit | None = None) -> Plan:
-    """Run a strategy, check the invariants of a placement, and bring the router along.
+    """Run a strategy and return a `Plan`; build the default request router if the strategy has none.
 
     Args:
         strategy: a name, for its default parameters, or a strategy with parameters.

@@ -56,14 +56,14 @@ class Leakage:
         mean, control = float(self.accuracy.mean()), float(self.control.mean())
         percent = [f"{100 * share:.0f} %" for share in (mean, self.accuracy[best], self.chance, control)]
         figures = (
-            f"the expert counts of one layer ({self.rows}) predict the domain of held-out requests "
-            f"({len(self.classes)} domains) with an accuracy of {percent[0]} on average and {percent[1]} in the best "
-            f"layer ({self.layer_ids[best]}); chance {percent[2]}, shuffled labels {percent[3]}"
+            f"one layer's routing ({self.rows}) predicts the domain of held-out requests ({len(self.classes)} domains) "
+            f"with {percent[0]} accuracy on average and {percent[1]} in the best layer ({self.layer_ids[best]}); "
+            f"chance {percent[2]}, shuffled labels {percent[3]}"
         )
         error = 2 * np.sqrt(self.chance * (1 - self.chance) / max(1.0, 0.2 * self.per_class * len(self.classes)))
         if mean <= max(control, self.chance) + error:
             return f"No leak found: {figures}."
-        return f"A leak: {figures}. Expert loads reveal the domain of a request without its text."
+        return f"Leak found: {figures}. Expert loads reveal the domain of a request without its text."
 
     def to_dict(self) -> dict[str, Any]:
         return {

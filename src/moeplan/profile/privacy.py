@@ -144,7 +144,7 @@ def _kind(counts: Counts, stage: int, kept: npt.NDArray[np.intp], seed: int) -> 
 
 
 def features(use: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
-    """float32 [n, L * E]: square roots of each layer's shares, so that a few hot experts do not dominate."""
+    """float32 [n, L * E]: square roots of each layer's shares, so that a few experts of high load do not dominate."""
     share = use.astype(np.float32)
     share /= np.maximum(share.sum(axis=2, keepdims=True), 1)
     return np.sqrt(share).reshape(len(share), -1)

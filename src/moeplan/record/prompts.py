@@ -73,7 +73,7 @@ def read_prompts(source: Path, *, domain: str | None = None, limit: int | None =
 
     Args:
         domain: the label of every prompt; by default the row's own, its folder's, its public set's, or the file's name.
-        limit: at most so many; dealt in turn to the domains, so that each gets its share, the earliest rows first.
+        limit: at most so many, from the domains round robin, so that each gets its share, the earliest rows first.
 
     Raises:
         FormatError: a file or a row that is no prompt; it names both.

@@ -88,7 +88,7 @@ class DriftReport:
     def reasons(self) -> list[str]:
         """Why it is stale; empty where it is not."""
         why = [f"a new plan lowers {self.key} by more than noise"] * self.helps
-        return why + ["the stored plan exceeds the load guard and a new plan does not"] * self.overloaded
+        return why + ["the stored plan exceeds the load guard while a new plan stays within it"] * self.overloaded
 
     def node_load(self, name: str) -> float | None:
         """A row's node_load_ratio in multiples of linear's."""

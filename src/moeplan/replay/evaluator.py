@@ -1,4 +1,4 @@
-"""Plans measured on the held-out part of each fold; every plan meets the same requests, steps and chance.
+"""Plans measured on the held-out requests of each fold; all plans use the same requests, steps and random draws.
 
 Names: n held-out requests.
 """
@@ -66,7 +66,11 @@ class Grouping(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """What one row gave in one fold. test: int64 [n] into the request set; steps: None where groups are unequal."""
+    """Result of one plan and grouping in one fold.
+
+    Attributes:
+        test: int64 [n], the held-out requests in the request set. steps: None where groups are unequal.
+    """
 
     test: Int64Array
     requests: RequestFigures
@@ -76,7 +80,7 @@ class Measured:
 
 
 def fold_rng(seed: int, fold: int, purpose: int) -> np.random.Generator:
-    """One stream of chance per fold and purpose, the same for every plan: 0 splits, 1 random groups, 2 steps."""
+    """A random generator per fold and purpose, the same for every plan: 0 splits, 1 random groups, 2 steps."""
     return np.random.default_rng([seed, fold, purpose])
 
 
@@ -93,9 +97,9 @@ class FoldEvaluator:
     """One fold, ready to measure plans.
 
     Attributes:
-        requests: all of them. fit, test: int64 positions among them, of those that plans may see, and of the others.
+        requests: all of them. fit, test: int64 positions of the fit and of the held-out requests among them.
         live: B, requests of each group that are live in a step. steps: how many steps are sampled.
-        seed, fold: what chance is drawn from. timing: how steps are timed; None: they are not.
+        seed, fold: of the random draws. timing: how steps are timed; None: they are not.
     """
 
     requests: RequestSet
@@ -109,7 +113,7 @@ class FoldEvaluator:
 
     @cached_property
     def draws(self) -> Draws:
-        """What chance decides about the steps."""
+        """The random draws of the steps."""
         span = self.requests.spans.measured[:, self.test]
         return draw_steps(span, self.steps, fold_rng(self.seed, self.fold, 2))
 

@@ -23,19 +23,19 @@ MAX_LIVE = 128
 def live_requests(test_sizes: list[int], cluster: Cluster, hint: str | None = None) -> int:
     """B: requests live in each group at a step, the same for every fold and strategy of a run.
 
-    min(128, smallest group - 2), where the smallest of D equal groups of n test requests has floor(n / D).
+    min(128, smallest group - 2), where the smallest of D equal groups of n held-out requests has floor(n / D).
 
     Args:
         hint: what to do about too few; None: use a trace with more.
 
     Raises:
-        PlanError: too few test requests for the groups.
+        PlanError: too few held-out requests for the groups.
     """
     groups, least, need = cluster.num_groups, min(test_sizes), _least_in_group(cluster)
     smallest = least // groups
     if smallest < need:
         raise PlanError(
-            f"{least} test requests in {groups} groups are {smallest} a group, but replaying steps needs {need}",
+            f"{least} held-out requests in {groups} groups are {smallest} a group, but replaying steps needs {need}",
             hint=hint or f"use a trace with {need * groups} usable requests or more",
         )
     return min(MAX_LIVE, smallest - 2)

@@ -75,7 +75,7 @@ def figure_of_ratio(
     """Sum over sum, times `scale`.
 
     Args:
-        top, bottom: float64 [F, n], per fold and request (0 where the request is not in the fold's test part) or step.
+        top, bottom: float64 [F, n], per fold and request (0 where the request is not held out in the fold) or step.
         weights: float64 [draws, n].
     """
     if bottom.sum() <= 0:

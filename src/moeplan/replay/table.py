@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 __all__ = ["SIGNATURES", "Comparison", "TableRow", "bar_height", "draw_bars"]
 
 #: What a kind of signature is called in tables.
-SIGNATURES = {"none": "random", "prefill": "signature"}
-#: Columns of the text: heading, key, format.
+SIGNATURES = {"none": "random"}
+#: Columns of the text: heading of two lines, key, format.
 _COLUMNS = (
-    ("remote", "remote_share", "{:.3f}"),
-    ("nodes", "remote_nodes_per_token", "{:.2f}"),
-    ("KB/token", "inter_node_bytes_per_token", "{:,.0f}"),
-    ("padded", "padded_ratio", "{:.2f}"),
-    ("GPU load", "gpu_load_ratio", "{:.2f}"),
-    ("node load", "node_load_ratio", "{:.2f}"),
+    ("remote\nshare", "remote_share", "{:.3f}"),
+    ("remote\nnodes", "remote_nodes_per_token", "{:.2f}"),
+    ("inter-node\nKB/token", "inter_node_bytes_per_token", "{:,.0f}"),
+    ("busiest\nlink", "padded_ratio", "{:.2f}"),
+    ("GPU\nload", "gpu_load_ratio", "{:.2f}"),
+    ("node\nload", "node_load_ratio", "{:.2f}"),
+)
+_LEGEND = (
+    "remote nodes: other nodes that a token reaches per layer; KB/token: all layers, dispatch and combine;",
+    "busiest link: between two nodes, relative to linear; GPU, node load: largest / mean in a step",
 )
 
 
@@ -137,12 +141,13 @@ class Comparison:
     rows: tuple[TableRow, ...]
 
     def __repr__(self) -> str:
-        """The table as text: lines of about 110 characters, 130 with times."""
+        """The table as text: lines of about 110 characters, 130 with times; then what its columns are."""
         times = self.head["setup"]["timing"] is not None
         head = ["strategy", "groups by", _COLUMNS[0][0], "vs linear [95 %]", *(name for name, _, _ in _COLUMNS[1:])]
         head += [*["step ms, change", "idle"] * times, "guard"]
+        above, below = zip(*(("", *name.split("\n"))[-2:] for name in head), strict=True)
         floors = ["  (noise floor)", "", "", "", *(self._floor(key) for _, key, _ in _COLUMNS[1:])]
-        lines = [head, *(row.cells(times) for row in self.rows), floors + [""] * (1 + 2 * times)]
+        lines = [above, below, *(row.cells(times) for row in self.rows), floors + [""] * (1 + 2 * times)]
         width = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = []
         for line in lines:
@@ -150,7 +155,7 @@ class Comparison:
                 cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, width, strict=True))
             ]
             text.append("  ".join(cells).rstrip())
-        return "\n".join([text[0], "-" * (sum(width) + 2 * (len(width) - 1)), *text[1:]])
+        return "\n".join([*text[:2], "-" * (sum(width) + 2 * (len(width) - 1)), *text[2:], *_LEGEND])
 
     def _floor(self, key: str) -> str:
         extra = dict(self.rows[0].figures[key].extra)

@@ -19,8 +19,8 @@ _KEYS = (
     ("remote_nodes_per_token", "remote nodes per token", 1.0, "{:.3f}"),
     ("inter_node_bytes_per_token", "inter-node KB per token", 1e-3, "{:,.1f}"),
     ("intra_node_bytes_per_token", "intra-node KB per token", 1e-3, "{:,.1f}"),
-    ("padded_ratio", "padded, nodes", 1.0, "{:.3f}"),
-    ("padded_rank_ratio", "padded, ranks", 1.0, "{:.3f}"),
+    ("padded_ratio", "busiest node pair / linear's", 1.0, "{:.3f}"),
+    ("padded_rank_ratio", "busiest rank / linear's", 1.0, "{:.3f}"),
     ("gpu_load_total", "GPU load, total", 1.0, "{:.2f}"),
     ("node_load_total", "node load, total", 1.0, "{:.2f}"),
     ("gpu_load_ratio", "GPU load, per step", 1.0, "{:.2f}"),
@@ -169,14 +169,14 @@ def _split(table: Comparison) -> Section | None:
         if alone is None or routed is None:
             continue
         text = f"{name}'s placement gives {100 * alone['value']:+.1f} % with random groups"
-        text += f" and {100 * routed['value']:+.1f} % with groups by signature"
+        text += f" and {100 * routed['value']:+.1f} % with groups by prefill"
         if oracle := by.get("oracle"):
             text += " (an oracle that knows the decode: "
             text += f"{100 * (oracle.versus_linear['remote_share'] or {'value': 0.0})['value']:+.1f} %)"
         parts.append(text)
     figures = _bars(shown, table, "remote_share", "remote share of picks", "Remote share by signature")
     note = f"The signature is the picks of a request's {table.head['signature_stands_in'] or 'prefill'}."
-    sentence = "No strategy has rows with both random groups and groups by signature."
+    sentence = "No strategy has rows with both random groups and groups by prefill."
     if parts:
         sentence = "On the remote share, " + "; ".join(parts) + "."
     return Section("Effect of grouping and placement", sentence, figures, note=note)
@@ -266,7 +266,8 @@ def _all_keys(table: Comparison) -> Section:
     sentence = f"{count} of {len(table.rows)} rows are eligible. "
     sentence += f"Lower remote share than linear, beyond noise: {', '.join(wins) or 'none'}."
     note = f"ok: eligible. over: node load above {GUARD:g} x linear's. unequal: group sizes. Loads and groups: max / "
-    note += "mean. Padded: padded volume relative to linear. All figures are defined in docs/reference/metrics.md."
+    note += "mean. Busiest node pair, rank: volume if all are padded to it. "
+    note += "All figures are defined in docs/reference/metrics.md."
     return Section("All figures", sentence, table=Table(head, body), note=note)
 
 

@@ -186,15 +186,14 @@ def _misses(case: UseCase, answers: Sequence[SizingResult]) -> list[Section]:
         rows.append([a.hardware.name, f"{a.layout} on {a.gpus:,} GPUs", *needs(a.would_need)])
     if not rows:
         return []
-    head = ["hardware", "nearest", "enough alone", "all of the hardware", "hardware and overhead"]
+    head = ["hardware", "nearest", "one change that is enough", "or the whole GPU", "or GPU and overhead"]
     return [
         Section(
             f"Hardware that {case.name} would need",
             f"How much better {len(rows)} kind{'s' * (len(rows) > 1)} of hardware would have to be for the nearest "
             "cluster to meet the limits.",
             table=Table(head, rows),
-            note="x: times more of it; /: times less of it. Overhead: launches, small kernels, and the engine between "
-            "steps.",
+            note="Overhead: launches, small kernels, and the engine between steps.",
         )
     ]
 

@@ -136,9 +136,8 @@ def _similarity(found: Profile, *, figures: bool) -> Section:
         if len(pairs) == 1:
             verdict = f"they differ by {'more' if differs else 'no more'} than noise"
         sentence = (
-            f"In {named[stage]}, {least['a']} and {least['b']} are the least similar: correlation "
-            f"{least['between']:.2f} between halves of the two domains, {least['reliability']:.2f} between halves of "
-            f"one domain; {verdict}."
+            f"Least similar domains in {named[stage]}: {least['a']} and {least['b']} (correlation "
+            f"{least['between']:.2f}; the same domain gives {least['reliability']:.2f}); {verdict}."
         )
     else:
         upper = last.matrix[np.triu_indices(len(last.domains), 1)]
@@ -191,7 +190,7 @@ def _phases(found: Profile, *, figures: bool) -> Section:
         f"The expert counts of a request in {names['prefill']} and {names['decode']} have a correlation of "
         f"{item.mean_own:.2f}. Baselines: {nulls}. A request's own prefill predicts its decode {verdict} {NULLS[best]} "
         f"does (difference {gain:+.3f}, 95 % interval {_number(low, 3)} to {_number(high, 3)}). Pooled over requests, "
-        f"as published: {item.mean_pooled:.2f}."
+        f"as in arXiv 2604.23150: {item.mean_pooled:.2f}."
     )
     used = f"{item.sampled:,} requests" + (f" of {item.usable:,} usable" if item.sampled < item.usable else "")
     unused = item.requests - item.usable

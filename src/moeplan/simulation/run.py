@@ -120,9 +120,7 @@ class _Setup:
     @classmethod
     def of(cls, requests: RequestSet, settings: SimulationSettings, server: Server | None, plan: Plan | None) -> _Setup:
         if requests.sums is not None:
-            raise UsageError(
-                "an aggregated trace has no steps", hint="use a trace made without --aggregate"
-            )
+            raise UsageError("an aggregated trace has no steps", hint="use a trace made without --aggregate")
         _check_rows(requests, settings)
         prompt, said = prompt_lengths(requests, settings.prompt_tokens)
         first, end = requests.spans.use

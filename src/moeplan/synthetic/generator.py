@@ -1,4 +1,4 @@
-"""A seeded generator of synthetic workloads: domains, phases, hot experts, and requests with a character of their own.
+"""A seeded generator of synthetic workloads: domains, phases, load imbalance, and differences between requests.
 
 A topic model. Each token draws a topic from its request's mixture and all its picks, at every layer, from that topic's
 weights: hence picks of one token go together. A request's mixture is Dirichlet around its domain's: hence requests
@@ -53,7 +53,7 @@ class Workload:
         keys: uint64 [R], each request's random key.
         salts: uint64 [L], each layer's.
         aliases: uint32 [X, L, E]; masses: float64 [X, L, G]; see `sample_picks`.
-        groups_per_token: routing groups that a token's picks come from.
+        groups_per_token: expert groups that a token's picks come from.
     """
 
     shape: ModelShape

@@ -18,7 +18,7 @@ __all__ = ["estimate_lines", "size_lines", "sweep_lines"]
 #: Rows of a front that the text shows; `--json` has all.
 SHOWN = 14
 _FRONT_HEAD = ("TPOT ms", "tokens/s/GPU", "hardware", "GPUs", "layout", "batch", "USD/M", "kWh/M", "bound by")
-_HEAD = ["hardware", "GPUs", "layout", "TTFT ms", "TPOT ms", "bound by", "maximum concurrency", "tokens/s/GPU"]
+_HEAD = ["hardware", "GPUs", "layout", "TTFT ms", "TPOT ms", "bound by", "max concurrency (limit)", "tokens/s/GPU"]
 _HEAD += ["USD/M", "kWh/M", "why not smaller"]
 _PARTS = ("hardware", "GPUs", "of", "FLOPs", "mem rate", "capacity", "up rate", "out rate", "up lat", "out lat")
 
@@ -98,6 +98,8 @@ def _breakdown(facts: dict[str, Any]) -> list[str]:
         times = f"{op['ms']:>10.3f}{hidden:>10}{op['exposed_ms']:>10.3f}"
         lines.append(f"{op['name']:<18}{times}{share:>8.1%}  {op['bound']}")
     lines.append(f"{'step':<18}{'':>20}{facts['step_ms']:>10.3f}{1:>8.0%}")
+    if any(op["bound"].startswith("scale_") for op in facts["operators"]):
+        lines.append("scale_up: NVLink; scale_out: RDMA between nodes")
     return lines
 
 
@@ -146,14 +148,16 @@ def size_lines(sized: Sizing, cases: Sequence[UseCase]) -> Iterator[str]:
         yield from _case(sized, case)
         yield ""
     if any(answer.meets for answer in sized.results):
-        yield "bound by: prefill, decode. maximum concurrency: most requests in flight, and what limits them"
+        yield "bound by: prefill, decode (scale_up: NVLink; scale_out: RDMA between nodes)"
+        yield "max concurrency: most requests in flight, and what limits them"
         yield "tokens, USD, kWh: with that many requests; per million output tokens"
 
 
 def _case(sized: Sizing, case: UseCase) -> Iterator[str]:
     answers = sized.of(case)
+    name = "your use case" if case.name == "own" else case.name
     yield (
-        f"{sized.spec.name}, {case.name}: {case.prompt:,} tokens in, {case.output:,} out, "
+        f"{sized.spec.name}, {name}: {case.prompt:,} tokens in, {case.output:,} out, "
         f"{plural(case.beams, 'beam')}; {plural(sized.settings.requests, 'request')} at a time; "
         f"{sized.precision.describe(sized.spec)}"
     )
@@ -186,7 +190,7 @@ def _row(a: SizingResult) -> list[str]:
         f"{1e3 * a.serving.ttft_s:,.0f}",
         f"{1e3 * a.serving.tpot_s:.1f}",
     ]
-    cells += [f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}", f"{a.max_requests:,} {a.limited_by}"]
+    cells += [f"{next(iter(a.bounds[1]))}, {next(iter(a.bounds[0]))}", f"{a.max_requests:,} ({a.limited_by})"]
     cells += [f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{a.usd:,.2f}", f"{a.kwh:,.2f}"]
     return [*cells, f"{a.smaller:,}: {a.why}" if a.smaller else "the smallest size"]
 
@@ -200,8 +204,8 @@ def _missed(a: SizingResult) -> str:
     alone, machine, everything = needs(a.would_need)
     return (
         f"{a.hardware.name}: nearest {a.gpus:,} ({a.layout}), TTFT {1e3 * a.serving.ttft_s:,.0f} ms, TPOT "
-        f"{1e3 * a.serving.tpot_s:.1f} ms; enough: {alone}; all of the hardware {machine}; hardware and overhead "
-        f"{everything}"
+        f"{1e3 * a.serving.tpot_s:.1f} ms; would meet the limits with: {alone}; or the whole GPU {machine}; "
+        f"or GPU and overhead {everything}"
     )
 
 

@@ -49,15 +49,16 @@ def show_plan(plan: Plan, requests: RequestSet, output: Path) -> None:
 def show_moves(plan: Plan, requests: RequestSet, moves: Moves, old: Path, output: Path) -> None:
     """What was moved against the older plan."""
     _show_head(plan, requests, output)
+    layers, slots = plan.placement.slots.shape
     size = "" if moves.bytes is None else f", {_size(moves.bytes)} of weights"
     echo(
-        f"moved against {old}: {moves.replicas} of {moves.slots} expert replicas{size}; at most "
-        f"{moves.most_in_a_layer} in a layer"
+        f"moved against {old}: {moves.replicas} of {moves.slots} expert slots "
+        f"({layers} layers x {slots}){size}; at most {moves.most_in_a_layer} in a layer"
     )
     if moves.replicas:
         echo(f"to see the gain: moeplan evaluate TRACE --plan {output}, and the same for {old}")
     else:
-        echo("no improvement within --max-moves: the placement is unchanged, the router is new")
+        echo("no improvement within --max-moves: the placement is unchanged, the request router is new")
 
 
 def _show_head(plan: Plan, requests: RequestSet, output: Path) -> None:
@@ -135,8 +136,8 @@ def _figures(found: DriftReport) -> Iterator[str]:
     if found.change is not None:
         (a, b), (c, d) = found.change["ci95"], found.change["ci95_of_planning"]
         yield (
-            f"a new plan changes {found.key} by {100 * found.change['value']:+.1f} %: [{100 * a:+.1f}, "
-            f"{100 * b:+.1f}] over requests, [{100 * c:+.1f}, {100 * d:+.1f}] from plan to plan"
+            f"a new plan would change {found.key} by {100 * found.change['value']:+.1f} %: [{100 * a:+.1f}, "
+            f"{100 * b:+.1f}] over requests, [{100 * c:+.1f}, {100 * d:+.1f}] between folds"
         )
     low, high = found.load
     too = ", which new plans exceed too" if low > GUARD and not found.overloaded else ""

@@ -16,8 +16,8 @@ class EplbStrategy(Strategy):
     """Balance the fit requests' expert load.
 
     Attributes:
-        policy: hierarchical (the router's groups onto nodes first), global, or auto: hierarchical where the model's
-            routing groups divide by the nodes.
+        policy: hierarchical (the gate's groups of experts onto nodes first), global, or auto: hierarchical where
+            the expert groups divide by the nodes.
     """
 
     policy: str = "auto"
@@ -33,7 +33,10 @@ class EplbStrategy(Strategy):
     def solve(self, problem: PlanningProblem, seed: int) -> Solution:
         groups = problem.shape.routing_groups
         slots, chosen = eplb_slots(problem.load, problem.num_slots, problem.cluster, groups, self.policy)
-        return Solution(slots, notes=(f"eplb: {chosen} policy",))
+        nodes = problem.cluster.nodes
+        forced = chosen == "global" and self.policy == "auto" and nodes > 1
+        why = f" (number of expert groups, {groups}, is not divisible by {nodes} nodes)" if forced else ""
+        return Solution(slots, notes=(f"eplb: {chosen} policy{why}",))
 
 
 STRATEGIES = tuple(EplbStrategy(policy) for policy in _POLICIES)

@@ -148,7 +148,7 @@ def _sample(problem: PlanningProblem, count: int, seed: int) -> PlanningProblem:
 
 
 def _full_replication(problem: PlanningProblem) -> Solution:
-    """Every node holds every expert: no pick leaves its node, and redundant slots go to the busiest experts."""
+    """Every node holds every expert: no pick leaves its node; redundant slots go to the experts of highest load."""
     cluster = problem.cluster
     use = np.repeat(problem.load[:, None, :], cluster.nodes, axis=1)
     held = place_by_use(use, problem.num_slots // cluster.nodes, cluster.gpus_per_node)

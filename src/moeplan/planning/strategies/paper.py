@@ -6,7 +6,7 @@ to the group that uses it most. `paper` keeps the groups equal in size by an exa
 
 The paper leaves open, and is chosen here: K (`clusters`, else picked on the fit requests, see `pick_clusters`); the
 second K-means of K > D works on L2-normalised u_k, as the first does on a_i; a new request's nearest centroid is the
-one at the smallest angle; GPUs inside a node are dealt by load.
+one at the smallest angle; experts are assigned to the GPUs of a node by load.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from moeplan.planning.problem import PlanningProblem, Solution, Strategy
 
 @dataclass(frozen=True)
 class RandomStrategy(Strategy):
-    """Every layer by itself: experts in random order, then the first R again, dealt to the GPUs like cards.
+    """Every layer by itself: experts in random order, then the first R again, assigned to the GPUs round robin.
 
     Replicas of an expert lie next to each other in the deck, so that no GPU gets two of them.
     """
