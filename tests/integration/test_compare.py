@@ -276,7 +276,7 @@ def test_replaying_a_plan(demo: RequestSet) -> None:
     paper, linear = table.row("paper").figures["remote_share"].value, table.row("linear").figures["remote_share"].value
     assert paper is not None and linear is not None and paper < linear
     assert found.row is table.row("paper") and found.figures is found.row.figures and not found.fitted_on_this_trace
-    assert repr(found).startswith("paper on 160 requests of ") and len(repr(found).splitlines()) == 7
+    assert repr(found).startswith("paper on 160 requests of ") and len(repr(found).splitlines()) == 10
 
 
 # ---- usable requests
