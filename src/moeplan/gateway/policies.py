@@ -168,7 +168,7 @@ class ExpertSettings:
             (rounded up to whole requests) and over the fleet's window.
         look_ahead: oldest waiting requests among which a free slot chooses.
         extra_wait: how much longer a request may wait for that: so many later requests may be sent before it, in shares
-            of those that waited when it came.
+            of those beyond the first `look_ahead` that waited when it came. In a short queue all are sent in order.
         prefix_weight: what going where its session or prefix went before is worth, as a share of distinct experts.
     """
 
@@ -177,7 +177,7 @@ class ExpertSettings:
     band: float = 0.005
     balance: float = 1.1
     look_ahead: int = 16
-    extra_wait: float = 0.08
+    extra_wait: float = 0.16
     prefix_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -258,7 +258,8 @@ class ExpertPolicy(_Policy):
     def _may_be_first(self, seen: Sequence[Waiting]) -> Sequence[Waiting]:
         """Those up to the first that nobody may pass any more."""
         for i, item in enumerate(seen):
-            if self._passed.get(item.request.id, 0) >= self.settings.extra_wait * item.ahead:
+            most = self.settings.extra_wait * (item.ahead - self.settings.look_ahead)
+            if self._passed.get(item.request.id, 0) >= most:
                 return seen[: i + 1]
         return seen
 
