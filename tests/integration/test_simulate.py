@@ -37,7 +37,7 @@ def test_table_page_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_bad_input_is_one_line(more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    base = FEW[:4] + ["--requests", "90", "--seeds", "1"]
+    base = [*FEW[:4], "--requests", "90", "--seeds", "1"]
     base += [] if {"--load", "--live", "--arrivals"} & set(more) else ["--live", "4"]
     assert run([*base, *more]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

@@ -238,6 +238,8 @@ class _Setup:
 def _check_rows(requests: RequestSet, settings: SimulationSettings) -> None:
     if "domain" in settings.rows and len(np.unique(requests.domain)) < 2:
         raise UsageError("the trace has one domain, so none can be told apart", hint="leave domain out of --policies")
+    if "prompt-tokens" in settings.rows and (requests.trace is None or requests.trace.prompts is None):
+        raise UsageError("the trace keeps no prompts to predict from", hint="record it with --keep-prompt-tokens")
 
 
 def _remote_share(requests: RequestSet, plan: Plan, stream: Stream, group: Int64Array) -> float:

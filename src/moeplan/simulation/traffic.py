@@ -14,6 +14,7 @@ from moeplan.gateway.fleet import Request
 from moeplan.planning.assignment import kmeans
 from moeplan.planning.expected_use import UseForecast, shares
 from moeplan.planning.plan import Plan
+from moeplan.planning.predictor import PromptPredictor
 from moeplan.planning.requests import RequestSet, blocks, split
 from moeplan.replay.evaluator import fold_rng
 from moeplan.simulation.settings import SimulationSettings
@@ -167,6 +168,13 @@ class Traffic:
         if row == "experts":
             forecast = UseForecast(requests.signature[fit], requests.use[fit], self.settings.seed)
             return forecast.expected_use(requests.signature)
+        if row == "prompt-tokens":
+            prompts = requests.trace.prompts if requests.trace is not None else None
+            assert prompts is not None
+            prompts = prompts.take(requests.index)
+            domain, seed = requests.domain, self.settings.seed
+            predictor = PromptPredictor.fit(prompts.take(fit), requests.use[fit], domain[fit], seed=seed)
+            return predictor.expected_use(prompts, domain)
         return None
 
     def scores(self, row: str) -> FloatArray | None:
