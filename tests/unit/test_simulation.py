@@ -14,7 +14,7 @@ from moeplan.gateway.fleet import Fleet, Request
 from moeplan.gateway.policies import LeastLoaded
 from moeplan.model.catalogue import load_model
 from moeplan.perf.hardware import load_hardware
-from moeplan.perf.memory import Parallel, Precision
+from moeplan.perf.memory import ParallelLayout, Precision
 from moeplan.perf.step_model import StepModel
 from moeplan.planning.plan import PlanningTask
 from moeplan.replay.distinct import count_distinct
@@ -71,7 +71,7 @@ def test_steps_read_the_experts_of_their_own_requests() -> None:
 
 def test_clock_gives_the_step_models_times() -> None:
     spec = load_model("gpt-oss-20b")
-    model = StepModel(spec, load_hardware("H100"), Parallel(), Precision.of_checkpoint(spec))
+    model = StepModel(spec, load_hardware("H100"), ParallelLayout(), Precision.of_checkpoint(spec))
     clock = step_clock(model, Span(32, 4096, 2048), 24)
     uniform = step_clock(model, Span(32, 4096, 2048))
     moe = float(model.decode(8, 1024).exposed("experts"))
