@@ -1,0 +1,53 @@
+"""How long the policy takes to choose: 58 layers x 256 experts, 8 groups, live requests coming and going.
+
+OMP_NUM_THREADS=1 python benchmarks/policy_speed.py
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from moeplan.gateway.fleet import Fleet, Request
+from moeplan.gateway.policies import ExpertPolicy, Waiting
+
+LAYERS, EXPERTS, TOP_K, GROUPS, LIVE, ROUNDS = 58, 256, 8, 8, 32, 4000
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    uses = rng.gamma(0.3, size=(64, LAYERS, EXPERTS)).astype(np.float32)
+    uses /= uses.sum(axis=2, keepdims=True)
+    policy = ExpertPolicy(Fleet(GROUPS, TOP_K, slots=LIVE))
+    times: dict[str, list[float]] = {"choose": [], "finish": [], "pick_next": []}
+
+    def timed(what: str, call: object, *args: object) -> object:
+        start = time.perf_counter()
+        out = call(*args)  # type: ignore[operator]
+        times[what].append(time.perf_counter() - start)
+        return out
+
+    live: list[int] = []
+    for i in range(ROUNDS):
+        request = Request(i, uses[i % 64], prompt_tokens=100)
+        if len(live) < GROUPS * LIVE:
+            timed("choose", policy.choose, request, i * 1e-3)
+        else:
+            waiting = [Waiting(Request(i, uses[(i + j) % 64]) if j == 0 else Request(-i * 16 - j, uses[(i + j) % 64]), 100)
+                       for j in range(16)]  # fmt: skip
+            found = timed("pick_next", policy.pick_next, waiting, i * 1e-3)
+            assert isinstance(found, tuple)
+            request = waiting[found[0]].request
+        policy.first_token(request.id, i * 1e-3)
+        live.append(request.id)  # type: ignore[arg-type]
+        if len(live) >= GROUPS * LIVE or (i % 3 and len(live) > GROUPS * 8):
+            timed("finish", policy.finish, live.pop(int(rng.integers(len(live)))), i * 1e-3)
+    for what, seconds in times.items():
+        if seconds:
+            median, p99 = 1e6 * np.quantile(seconds[len(seconds) // 10 :], (0.5, 0.99))
+            print(f"{what:10s} {len(seconds):6d} calls   median {median:6.0f} us   p99 {p99:6.0f} us")
+
+
+if __name__ == "__main__":
+    main()
