@@ -12,7 +12,7 @@ import numpy as np
 from moeplan.gateway.fleet import Fleet, Request
 from moeplan.gateway.policies import ExpertPolicy, Waiting
 
-LAYERS, EXPERTS, TOP_K, GROUPS, LIVE, ROUNDS = 58, 256, 8, 8, 32, 4000
+LAYERS, EXPERTS, TOP_K, GROUPS, LIVE, ROUNDS = 58, 256, 8, 8, 16, 4000
 
 
 def main() -> None:
@@ -31,17 +31,17 @@ def main() -> None:
     live: list[int] = []
     for i in range(ROUNDS):
         request = Request(i, uses[i % 64], prompt_tokens=100)
-        if len(live) < GROUPS * LIVE:
+        if i % 2 or len(live) < GROUPS * LIVE - 1:
             timed("choose", policy.choose, request, i * 1e-3)
         else:
-            waiting = [Waiting(Request(i, uses[(i + j) % 64]) if j == 0 else Request(-i * 16 - j, uses[(i + j) % 64]), 100)
-                       for j in range(16)]  # fmt: skip
+            ids = [i, *range(-16 * i - 15, -16 * i)]
+            waiting = [Waiting(Request(name, uses[(i + j) % 64]), 100) for j, name in enumerate(ids)]
             found = timed("pick_next", policy.pick_next, waiting, i * 1e-3)
             assert isinstance(found, tuple)
             request = waiting[found[0]].request
         policy.first_token(request.id, i * 1e-3)
         live.append(request.id)  # type: ignore[arg-type]
-        if len(live) >= GROUPS * LIVE or (i % 3 and len(live) > GROUPS * 8):
+        if len(live) == GROUPS * LIVE:
             timed("finish", policy.finish, live.pop(int(rng.integers(len(live)))), i * 1e-3)
     for what, seconds in times.items():
         if seconds:

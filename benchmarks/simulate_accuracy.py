@@ -6,7 +6,8 @@ Needs `../shared/measured`. Rows of aggregated serving (one server prefills and 
 routing: all requests of the first batch come at once, each end is followed by the next request, ten requests for each
 place. The rows do not say how much lengths differ, and TTFT hangs on it: where all are equal, answers end together and
 their successors' prompts wait for one another. So each row is simulated twice: with lengths between 0.8 and 1 of the
-row's, and with equal ones. Nothing is fitted here. Disaggregated rows are left out: the simulator has no prefill workers of their own.
+row's, and with equal ones. Nothing is fitted here. Disaggregated rows are left out: the simulator has
+no prefill workers of their own.
 """
 
 from __future__ import annotations

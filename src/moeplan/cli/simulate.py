@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from moeplan.cli import options as o
+from moeplan.cli import perf_options as p
 from moeplan.cli.files import File
 from moeplan.cli.terminal import echo, emit_json, progress
 
@@ -92,9 +93,9 @@ class ServerFlags:
     """Hardware: also model times on it, e.g. H100."""
     model: Annotated[str | None, File("input")] = None
     """The model: a name of the catalogue, or a config.json. Default: the model of the trace."""
-    ttft: o.Milliseconds | None = None
+    ttft: p.Milliseconds | None = None
     """Limit on the time to the first token, for goodput."""
-    tpot: o.Milliseconds | None = None
+    tpot: p.Milliseconds | None = None
     """Limit on the time per output token, for goodput."""
 
 
