@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moeplan._kernels.fleet import enter, enter_reference
 from moeplan.errors import UsageError
 from moeplan.gateway.fleet import REFRESH, Fleet, Request
 from moeplan.gateway.policies import POLICIES, ExpertPolicy, ExpertSettings, Waiting, make_policy
@@ -32,12 +33,12 @@ def test_added_experts_are_those_of_the_definition() -> None:
         if i >= 6:
             fleet.leave(members[i - 6].id, float(i))
     new = request(-1, rng)
-    p = np.minimum(K * new.expected_use, 0.98)  # type: ignore[operator]
+    p = np.minimum(K * new.expected_use, 0.95)  # type: ignore[operator]
     for group in range(2):
         missed = np.ones((L, E))
         for i in range(len(members) - 6, len(members)):
             if i % 2 == group:
-                missed *= 1 - np.minimum(K * members[i].expected_use, 0.98)  # type: ignore[operator]
+                missed *= 1 - np.minimum(K * members[i].expected_use, 0.95)  # type: ignore[operator]
         assert fleet.added(new)[group] == pytest.approx((p * missed).sum(), rel=1e-3)
     assert fleet.live.tolist() == [3, 3] and fleet.tokens.tolist() == [30.0, 30.0]
 
@@ -133,3 +134,16 @@ def test_scores_and_prefixes_weigh_in() -> None:
     sticky.choose(Request(1), 0.0)
     sticky.choose(Request(2), 0.0)
     assert sticky.choose(Request(3, session="s"), 0.0) == first
+
+
+def test_the_loop_of_a_fleet_is_that_of_its_reference() -> None:
+    rng = np.random.default_rng(5)
+    arrays = [rng.uniform(0.1, 0.9, 50).astype(np.float32) for _ in range(4)]
+    arrays[1] = arrays[1].astype(np.float64)  # type: ignore[assignment]
+    others = [array.copy() for array in arrays]
+    chance = rng.uniform(0.0, 0.9, 50).astype(np.float32)
+    for leaving in (False, True):
+        enter(chance, leaving, (0.1, 0.2, 1.0), *arrays)
+        enter_reference(chance, leaving, (0.1, 0.2, 1.0), *others)
+        for array, other in zip(arrays, others, strict=True):
+            np.testing.assert_allclose(array, other, rtol=1e-5)

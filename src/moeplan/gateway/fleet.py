@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moeplan._kernels.fleet import enter
 from moeplan.arrays import BoolArray, Float32Array, FloatArray, Int64Array
 from moeplan.errors import UsageError
 
@@ -20,11 +21,13 @@ __all__ = ["WINDOW", "Fleet", "Request"]
 #: Seconds over which a group's load is averaged.
 WINDOW = 10.0
 #: Largest chance that a request reads an expert: a factor of 1 - chance can be taken out again.
-MOST = 0.98
+MOST = 0.95
 #: Joins and leaves after which a group's products are made anew, against rounding.
 REFRESH = 256
 #: Weight of a new request in the mean request, at least.
 NEWEST = 1 / 512
+#: Waiting requests of which it is kept what they would add.
+MOST_WAITING = 1024
 #: Weight of a new request in its group's profile.
 PROFILE = 1 / 24
 
@@ -69,6 +72,15 @@ class _Live:
     prompt: bool = True
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """What a request would add to each group, float64 [G], and which state of the group that is of, int64 [G]."""
+
+    chance: Float32Array
+    added: FloatArray
+    version: Int64Array
+
+
 @dataclass
 class Fleet:
     """The groups as a gateway sees them.
@@ -91,7 +103,7 @@ class Fleet:
         >>> use = np.array([[1.0, 0.0]], np.float32)
         >>> fleet.join(Request("a", use), 0, now=0.0)
         >>> fleet.added(Request("b", use)).round(2)
-        array([0.02, 0.98])
+        array([0.05, 0.95])
     """
 
     groups: int
@@ -112,11 +124,12 @@ class Fleet:
         self.open = np.ones(self.groups, np.bool_)
         self._means, self._time = np.zeros((2, self.groups)), -math.inf
         self._members: dict[Hashable, _Live] = {}
-        self._missed: Float32Array | None = None
+        self._missed: FloatArray | None = None
         self._profile = self._blend = np.zeros((0, 0), np.float32)
         self._mean: Float32Array | None = None
         self._typical = np.zeros(self.groups)
         self._changes = np.zeros(self.groups, np.int64)
+        self._waiting: dict[Hashable, _Waiting] = {}
         self._seen = 0
 
     @property
@@ -138,16 +151,30 @@ class Fleet:
             return np.zeros(self.groups)
         return np.asarray(self._of(chance) @ chance, np.float64)
 
-    def surprise(self, chances: Float32Array) -> FloatArray:
-        """float64 [.., G]: distinct experts that requests would add beyond what the mean request adds, as a share.
+    def surprise(self, request: Request) -> FloatArray:
+        """float64 [G]: distinct experts that a request would add beyond what the mean request adds, as a share.
 
-        Args:
-            chances: float32 [.., L * E], of `chance`. Groups with fewer live requests do not look worse for it.
+        Groups with fewer live requests do not look worse for it; 0 where nothing is known. Of a request that waits,
+        only groups that changed are looked at again.
         """
-        self._of(chances)
-        return np.asarray(
-            (chances @ self._blend.T - self._typical) / max(float(self._typical.mean()), 1e-9), np.float64
-        )
+        if request.expected_use is None:
+            return np.zeros(self.groups)
+        found = self._waiting.get(request.id)
+        if found is None:
+            chance = self.chance(request)
+            assert chance is not None
+            if len(self._waiting) >= MOST_WAITING:
+                self._waiting.clear()
+            found = self._waiting[request.id] = _Waiting(chance, np.zeros(self.groups), np.full(self.groups, -1))
+        self._of(found.chance)
+        stale = np.flatnonzero(found.version != self._changes)
+        if 2 * len(stale) > self.groups:
+            found.added[:] = self._blend @ found.chance
+        else:
+            for group in stale:
+                found.added[group] = float(self._blend[group] @ found.chance)
+        found.version[:] = self._changes
+        return np.asarray((found.added - self._typical) / max(float(self._typical.mean()), 1e-9), np.float64)
 
     def loads(self, now: float) -> FloatArray:
         """float64 [2, G]: live requests and cached tokens of each group, mean over about the last `window` seconds."""
@@ -163,16 +190,14 @@ class Fleet:
         if request.id in self._members:
             raise UsageError(f"request {request.id!r} is live already", hint="give each request its own id")
         self._pass(now)
-        chance = self.chance(request)
+        waited = self._waiting.pop(request.id, None)
+        chance = self.chance(request) if waited is None else waited.chance
         self._members[request.id] = _Live(group, chance, request.cache_tokens)
         self.live[group] += 1
         self.prompts[group] += 1
         self.tokens[group] += request.cache_tokens
         if chance is not None:
-            self._learn(chance)
-            self._of(chance)[group] *= 1 - chance
-            self._profile[group] += np.float32(PROFILE) * (chance - self._profile[group])
-            self._changed(group)
+            self._enter(chance, group, leaving=False)
 
     def first_token(self, request_id: Hashable) -> None:
         """A request's first token has come; saying it again changes nothing."""
@@ -196,8 +221,7 @@ class Fleet:
         self.prompts[group] -= member.prompt
         self.tokens[group] = max(self.tokens[group] - member.tokens, 0.0) if self.live[group] else 0.0
         if member.chance is not None:
-            self._of(member.chance)[group] /= 1 - member.chance
-            self._changed(group)
+            self._enter(member.chance, group, leaving=True)
         return group
 
     def _pass(self, now: float) -> None:
@@ -207,29 +231,29 @@ class Fleet:
             self._means = kept * self._means + (1 - kept) * np.stack([self.live, self.tokens])
             self._time = now
 
-    def _of(self, chance: Float32Array) -> Float32Array:
-        """float32 [G, L * E]: `missed`, made when the first use is seen."""
+    def _of(self, chance: Float32Array) -> FloatArray:
+        """float64 [G, L * E]: `missed`, made when the first use is seen."""
         if self._missed is None:
-            self._missed = np.ones((self.groups, chance.shape[-1]), np.float32)
-            self._profile, self._blend = np.zeros_like(self._missed), np.ones_like(self._missed)
+            self._missed = np.ones((self.groups, chance.shape[-1]))
+            self._profile = np.zeros(self._missed.shape, np.float32)
+            self._blend = np.ones(self._missed.shape, np.float32)
         return self._missed
 
-    def _learn(self, chance: Float32Array) -> None:
-        """Keep the mean request up to date: the mean of all, later of the last few hundred."""
-        self._seen += 1
-        self._mean = chance.copy() if self._mean is None else self._mean
-        self._mean += np.float32(max(1 / self._seen, NEWEST)) * (chance - self._mean)
-
-    def _changed(self, group: int) -> None:
-        """After a join or a leave: against rounding, and what the mean request would add."""
-        assert self._missed is not None and self._mean is not None
+    def _enter(self, chance: Float32Array, group: int, *, leaving: bool) -> None:
+        """After a join or a leave: the mean request (of all, later of the last few hundred), and the group's arrays."""
+        missed = self._of(chance)[group]
+        if self._mean is None:
+            self._mean = chance.copy()
+        self._seen += not leaving
         self._changes[group] += 1
-        if not self.live[group]:
-            self._missed[group] = 1.0
-        elif self._changes[group] % REFRESH == 0:
-            self._missed[group] = 1.0
+        newest = 0.0 if leaving else max(1 / self._seen, NEWEST)
+        weights = newest, 0.0 if leaving else PROFILE, self.profile
+        if not self.live[group] or self._changes[group] % REFRESH == 0:  # made anew, against rounding
+            missed[:] = 1.0
             for member in self._members.values():
-                if member.group == group and member.chance is not None:
-                    self._missed[group] *= 1 - member.chance
-        self._blend[group] = self._missed[group] / (1 + np.float32(self.profile) * self._profile[group])
+                if member.group == group and member.chance is not None and member.chance is not chance:
+                    missed *= 1 - member.chance
+            if leaving:  # it is in none of them any more
+                chance, leaving = np.zeros_like(chance), False
+        enter(chance, leaving, weights, self._mean, missed, self._profile[group], self._blend[group])
         self._typical[group] = float(self._blend[group] @ self._mean)

@@ -215,10 +215,7 @@ class ExpertPolicy(_Policy):
     def _misfit(self, requests: Sequence[Request]) -> FloatArray:
         """float64 [m, G]: how badly each group suits each request, without its load; 0 where nothing is known."""
         fleet, settings = self.fleet, self.settings
-        out = np.zeros((len(requests), fleet.groups))
-        chances = {i: found for i, r in enumerate(requests) if (found := fleet.chance(r)) is not None}
-        if chances:
-            out[list(chances)] = fleet.surprise(np.stack(list(chances.values())))
+        out = np.stack([fleet.surprise(request) for request in requests])
         for cost, request in zip(out, requests, strict=True):
             if request.scores is not None:
                 cost -= settings.score_weight * (request.scores - request.scores.mean())
