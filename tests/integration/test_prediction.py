@@ -64,7 +64,7 @@ def test_compare_shows_what_the_trace_has(kept: Trace, tmp_path: Path) -> None:
     assert table.row("moeplan/prompt-tokens").signature == "prompt-tokens"
     names = [row.name for row in table.rows]
     assert "moeplan/previous-turn" not in names
-    assert any("previous-turn (it keeps no sessions" in line and "prompt-tokens" not in line for line in table.method)
+    assert any("previous-turn (no sessions" in line and "prompt-tokens" not in line for line in table.method)
     plain = mp.compare(write(tmp_path / "none", None), CLUSTER, ("moeplan",), settings=SETTINGS)
     assert not any("prompt-tokens" in row.name for row in plain.rows)
 

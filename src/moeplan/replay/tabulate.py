@@ -107,7 +107,7 @@ def _method(run: EvaluationRun, unit: str) -> list[str]:
 
 def _not_shown(requests: RequestSet) -> list[str]:
     """Predicted signatures that the trace has nothing for."""
-    reasons = {"prompt-tokens": "the trace keeps no prompts", "previous-turn": "it keeps no sessions of several turns"}
+    reasons = {"prompt-tokens": "no prompts are kept", "previous-turn": "no sessions of several turns are kept"}
     missing = [f"{name} ({reasons[name]})" for name in PREDICTED if name not in predictable(requests)]
     return [f"signatures not shown: {', '.join(missing)}"] if missing else []
 
