@@ -74,11 +74,11 @@ class _Live:
 
 @dataclass(slots=True)
 class _Waiting:
-    """What a request would add to each group, float64 [G], and which state of the group that is of, int64 [G]."""
+    """What a request would add to each group, float64 [G], and which state of the fleet that is of; -1: none."""
 
     chance: Float32Array
     added: FloatArray
-    version: Int64Array
+    version: int
 
 
 @dataclass
@@ -130,6 +130,7 @@ class Fleet:
         self._typical = np.zeros(self.groups)
         self._changes = np.zeros(self.groups, np.int64)
         self._waiting: dict[Hashable, _Waiting] = {}
+        self._version, self._changed, self._typical_mean = 0, list[int](), 1.0
         self._seen = 0
 
     @property
@@ -165,16 +166,15 @@ class Fleet:
             assert chance is not None
             if len(self._waiting) >= MOST_WAITING:
                 self._waiting.clear()
-            found = self._waiting[request.id] = _Waiting(chance, np.zeros(self.groups), np.full(self.groups, -1))
+            found = self._waiting[request.id] = _Waiting(chance, np.zeros(self.groups), -1)
         self._of(found.chance)
-        stale = np.flatnonzero(found.version != self._changes)
-        if 2 * len(stale) > self.groups:
+        if found.version < 0:
             found.added[:] = self._blend @ found.chance
-        else:
-            for group in stale:
-                found.added[group] = float(self._blend[group] @ found.chance)
-        found.version[:] = self._changes
-        return np.asarray((found.added - self._typical) / max(float(self._typical.mean()), 1e-9), np.float64)
+        elif found.version < self._version:  # groups that changed since, each once
+            for group in set(self._changed[found.version - self._version :]):
+                found.added[group] = self._blend[group] @ found.chance
+        found.version = self._version
+        return np.asarray((found.added - self._typical) / self._typical_mean, np.float64)
 
     def loads(self, now: float) -> FloatArray:
         """float64 [2, G]: live requests and cached tokens of each group, mean over about the last `window` seconds."""
@@ -257,3 +257,10 @@ class Fleet:
                 chance, leaving = np.zeros_like(chance), False
         enter(chance, leaving, weights, self._mean, missed, self._profile[group], self._blend[group])
         self._typical[group] = float(self._blend[group] @ self._mean)
+        self._typical_mean = max(float(self._typical.mean()), 1e-9)
+        self._version += 1
+        self._changed.append(group)
+        if len(self._changed) > 4 * MOST_WAITING:  # who waited that long is scored anew
+            del self._changed[:-MOST_WAITING]
+            for waiting in self._waiting.values():
+                waiting.version = -1
