@@ -78,6 +78,8 @@ from .replay.drift import DriftReport as DriftReport
 from .replay.drift import detect_drift as detect_drift
 from .replay.evaluate import Evaluation as Evaluation
 from .replay.evaluate import evaluate as evaluate
+from .replay.order import Order as Order
+from .replay.order import order as order
 from .replay.settings import EvaluationSettings as EvaluationSettings
 from .replay.statistics import MeasuredValue as MeasuredValue
 from .replay.table import Comparison as Comparison

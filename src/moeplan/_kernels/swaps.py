@@ -1,4 +1,4 @@
-"""Balanced partition of experts by swapping: raise the weight inside the parts, keep their sizes."""
+"""Balanced partition by swapping: raise the weight inside the parts, keep their sizes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import numpy as np
 from moeplan._kernels.compiled import compiled
 from moeplan.arrays import FloatArray, Int64Array
 
+__all__ = ["swap_partition"]
+
 
 @compiled
 def swap_partition(weight: FloatArray, part: Int64Array, parts: int, sweeps: int) -> float:
     """Swap pairs of nodes of different parts while the weight inside the parts rises.
 
     Args:
-        weight: float64 [E, E], symmetric with a zero diagonal.
-        part: int64 [E], the part of each node; changed in place, sizes kept.
+        weight: float64 [n, n], symmetric with a zero diagonal.
+        part: int64 [n], the part of each node; changed in place, sizes kept.
         sweeps: most sweeps over all pairs.
 
     Returns:

@@ -23,8 +23,8 @@ __all__ = ["app", "commands", "run"]
 
 #: Each is the function of that name in the module of that name, in the order of the data. Adding a verb is adding a
 #: file and its name here; `record` and `import` have sub-commands.
-VERBS = ["demo", "record", "import", "generate", "profile", "plan", "evaluate", "compare", "rebalance", "drift"]
-VERBS += ["estimate", "sweep", "size", "simulate", "export", "check"]
+VERBS = ["demo", "record", "import", "generate", "profile", "plan", "evaluate", "compare", "order", "rebalance"]
+VERBS += ["drift", "estimate", "sweep", "size", "simulate", "export", "check"]
 
 _INTERRUPTED = "stopped; of a trace that was being written, what was finished is kept"
 

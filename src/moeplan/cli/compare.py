@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -26,12 +27,24 @@ class SplitFlags:
     """Number of random splits into fit and held-out requests, averaged over."""
 
 
+@Parameter(name="*", group=o.CLUSTER)
+@dataclass(frozen=True)
+class InstanceFlags:
+    """With --deployment instances."""
+
+    instances: o.Int = 8
+    """Independent instances, each with the whole model (--deployment instances)."""
+    batch: o.Int = 8
+    """Requests that decode together, on each data-parallel rank or instance (--deployment instances)."""
+
+
 def compare(
     trace: o.TraceIn,
     /,
     *,
     strategies: Annotated[str, Parameter(metavar="A,B,..")] = "random,linear,eplb,affinity,paper,moeplan",
     cluster: o.ClusterFlags = o.ClusterFlags(),
+    instances: InstanceFlags = InstanceFlags(),
     paper: o.PaperFlags = o.PaperFlags(),
     requests: o.TraceFlags = o.TraceFlags(),
     measure: o.MeasureFlags = o.MeasureFlags(),
@@ -49,6 +62,8 @@ def compare(
         strategies: Strategies, separated by commas: moeplan, eplb, eplb-global, eplb-hierarchical, affinity, paper,
             paper-unbalanced, linear, random.
     """
+    if cluster.deployment == "instances":
+        return _instances(trace, instances, requests, measure, split, seed, json)
     from moeplan.replay.compare import compare_task
     from moeplan.report.compare_page import compare_html
     from moeplan.report.page import write_page
@@ -58,10 +73,30 @@ def compare(
     task.check(opened.shape.num_experts)  # before a large trace is read
     settings = measure.settings(times.timing(opened.shape, task), seed, fit_share=split.fit, folds=split.folds)
     with progress("compare") as tick:
-        read = requests.read(opened, phase=measure.phase)
-        table = compare_task(read, task, chosen, settings, tick)
+        table = compare_task(requests.read(opened, phase=measure.phase), task, chosen, settings, tick)
     show_comparison(table, opened, time.perf_counter() - start)
     emit_json(json, table.to_dict())
     if output is not None:
         write_page(output, compare_html(table, opened))
     echo(f"wrote {output}" if output else "a page with figures: add -o compare.html")
+
+
+def _instances(
+    trace: Path,
+    flags: InstanceFlags,
+    requests: o.TraceFlags,
+    measure: o.MeasureFlags,
+    split: SplitFlags,
+    seed: int,
+    json: Path | None,
+) -> None:
+    """Independent instances: nothing is placed, requests are grouped and ordered."""
+    from moeplan.replay.instances import InstanceTask, compare_instances
+
+    settings = measure.settings(None, seed, fit_share=split.fit, folds=split.folds)
+    task = InstanceTask(flags.instances, flags.batch)
+    with progress("compare") as tick:
+        table = compare_instances(requests.read(requests.open(trace), phase=measure.phase), task, settings, tick)
+    for line in repr(table).splitlines():
+        echo(line)
+    emit_json(json, table.to_dict())

@@ -49,7 +49,7 @@ class StepFlags:
     """What the step computes."""
 
     batch: o.Int | None = None
-    """Requests in the batch of each data-parallel rank. Default: 128, or all of --trace."""
+    """Requests that decode together, on each data-parallel rank or instance. Default: 128, or all of --trace."""
     context: o.Int = 4096
     """Context tokens of each request (prefill: tokens to prefill)."""
     phase: Literal["prefill", "decode"] | None = None

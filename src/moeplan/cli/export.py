@@ -53,7 +53,7 @@ class CountsFlags:
     measure: Annotated[Path | None, File("input"), Parameter(metavar="COUNTS")] = None
     """Measure the placement on these counts, instead of those that it was made from."""
     batch: o.Int | None = None
-    """Requests in the batch of each data-parallel rank, here of each node, in the modelled step. Default: 128."""
+    """Requests that decode together, on each data-parallel rank or instance (here: of each node). Default: 128."""
 
     def balance(self, source: Path, engine: str, expert_groups: int, times: o.TimingFlags) -> Balanced:
         """Balance counts, and model a step where hardware is given."""

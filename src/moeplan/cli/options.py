@@ -156,7 +156,8 @@ TopK: TypeAlias = Annotated[
 
 _DEPLOYMENT = (
     "One attention data-parallel rank per node (nodes: TP inside it; SGLang --attn-dp-size = nodes) or per GPU (gpus: "
-    "DP attention; SGLang --attn-dp-size = GPUs). A request group is the requests of one rank."
+    "DP attention; SGLang --attn-dp-size = GPUs), or instances: independent ones, in compare. A request group is the "
+    "requests of one rank or instance."
 )
 _DISPATCH = (
     "Dispatch mode: pick (DeepEP low-latency), node (DeepEP normal; vLLM deepep_high_throughput), gpu (direct "
@@ -183,7 +184,7 @@ class ClusterFlags:
     """GPUs in each node."""
     redundant: Int = 0
     """Redundant experts in each layer, over all GPUs (SGLang --ep-num-redundant-experts)."""
-    deployment: Annotated[Deployment, Parameter(help=_DEPLOYMENT)] = "nodes"
+    deployment: Annotated[Literal["nodes", "gpus", "instances"], Parameter(help=_DEPLOYMENT)] = "nodes"
     dispatch: Annotated[DispatchMode, Parameter(help=_DISPATCH)] = "pick"
     replica_rule: Annotated[ReplicaRuleName, Parameter(help=_REPLICA_RULE)] = "nearest-static"
 
@@ -194,6 +195,8 @@ class ClusterFlags:
 
         if self.nodes < 1 or self.gpus_per_node < 1:
             raise UsageError(f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}: both must be at least 1")
+        if self.deployment == "instances":
+            raise UsageError("--deployment instances has no placement to plan", hint="moeplan compare shows its gain")
         cluster = Cluster(self.nodes, self.gpus_per_node, Deployment(self.deployment))
         return PlanningTask(cluster, self.redundant, Dispatch(self.dispatch), ReplicaRule(self.replica_rule))
 

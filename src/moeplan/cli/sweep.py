@@ -40,7 +40,7 @@ class LoadFlags:
     """What each set-up serves."""
 
     batch: o.Numbers = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-    """Requests in the batch of each data-parallel rank."""
+    """Requests that decode together, on each data-parallel rank or instance."""
     context: o.Numbers = (4096,)
     """Context tokens of each request."""
     overlap: bool = False

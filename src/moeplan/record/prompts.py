@@ -1,8 +1,9 @@
 """Prompts to record a model with: from JSONL, CSV and text files, or a folder with one sub-folder or file per domain.
 
-A row of JSONL is recognised by its keys: `prompt` or chat `messages` (with optional `domain` and `max_new_tokens`), or
-the keys of a public set: HumanEval, MBPP, GSM8K, the MT-bench and Vicuna questions, token ids with lengths and arrival
-times. A CSV is MMLU's: question, four choices, answer. A text file is one prompt.
+A row of JSONL is recognised by its keys: `prompt` or chat `messages` (with optional `domain` and `max_new_tokens`), the
+`body` of a request in an OpenAI batch file, or the keys of a public set: HumanEval, MBPP, GSM8K, MT-bench and Vicuna
+questions, token ids with lengths and arrival times. A CSV is MMLU's: question, four choices, answer. A text file is one
+prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from moeplan.errors import FormatError, UsageError
 from moeplan.importers.sources import domain_of, natural_order
 from moeplan.io.paths import open_input, readable
 
-__all__ = ["Prompt", "prompts_digest", "read_prompts"]
+__all__ = ["Prompt", "parse_row", "prompts_digest", "read_prompts"]
 
 #: Bounds against hostile input: one row, one file once unpacked, prompts in all, and new tokens of one request.
 MAX_ROW_BYTES = 16 * 1024 * 1024
@@ -156,20 +157,37 @@ def _read_file(path: Path, label: str | None, *, forced: bool) -> Iterator[Promp
 def _read_jsonl(path: Path) -> Iterator[Row]:
     """Each line that is not blank."""
     for number, line in _lines(path):
-        where = f"{path}, row {number}"
-        text = _decoded(line, where)
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or out of range"
-            raise FormatError(f"is not JSON ({why})", where=where, hint="one JSON object a line is expected") from None
-        if not isinstance(row, dict):
-            raise FormatError("is not a JSON object", where=where, hint='write {"prompt": ".."}')
-        fields, default = _fields(row, where)
-        own = None if row.get("domain") is None else _text(row["domain"], "domain", where)
-        yield where, fields, own, default
+        row = parse_row(line, f"{path}, row {number}")
+        if row is not None:
+            yield row
+
+
+def parse_row(line: bytes, where: str) -> Row | None:
+    """A line of JSONL; None where it is blank.
+
+    Args:
+        where: file and row, for messages.
+
+    Raises:
+        FormatError: it is not a prompt.
+    """
+    text = _decoded(line, where)
+    if not text.strip():
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or out of range"
+        raise FormatError(f"is not JSON ({why})", where=where, hint="one JSON object a line is expected") from None
+    if not isinstance(row, dict):
+        raise FormatError("is not a JSON object", where=where, hint='write {"prompt": ".."}')
+    if isinstance(row.get("body"), dict):  # OpenAI's batch files
+        body = row["body"]
+        most = body.get("max_completion_tokens", body.get("max_tokens"))
+        row = {"domain": row.get("domain"), "max_new_tokens": most, **body}
+    fields, default = _fields(row, where)
+    own = None if row.get("domain") is None else _text(row["domain"], "domain", where)
+    return where, fields, own, default
 
 
 def _fields(row: dict[str, Any], where: str) -> tuple[dict[str, Any], str | None]:
