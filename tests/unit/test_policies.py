@@ -128,7 +128,10 @@ def test_nobody_waits_longer_than_stated() -> None:
 def test_scores_and_prefixes_weigh_in() -> None:
     fleet = Fleet(3, K)
     policy = ExpertPolicy(fleet, seed=0)
-    assert policy.choose(Request(0, scores=np.array([0.1, 0.9, 0.2])), 0.0) == 1
+    for i, best in enumerate((1, 0, 2)):
+        policy.choose(Request(i, scores=np.eye(3)[best]), 0.0)
+        policy.finish(i, 0.0)
+    assert policy.choose(Request(3, scores=np.array([0.1, 0.9, 0.2])), 0.0) == 1
     sticky = ExpertPolicy(Fleet(3, K), seed=0, settings=ExpertSettings(prefix_weight=5.0))
     first = sticky.choose(Request(0, session="s"), 0.0)
     sticky.choose(Request(1), 0.0)

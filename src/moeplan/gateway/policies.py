@@ -16,7 +16,7 @@ import numpy as np
 
 from moeplan.arrays import BoolArray, FloatArray
 from moeplan.errors import UsageError
-from moeplan.gateway.fleet import Fleet, Request
+from moeplan.gateway.fleet import NEWEST, Fleet, Request
 
 __all__ = [
     "POLICIES", "ExpertPolicy", "ExpertSettings", "LeastLoaded", "Policy", "PowerOfTwo", "PrefixAffinity", "Random",
@@ -173,7 +173,7 @@ class ExpertSettings:
     """
 
     load_price: float = 0.4
-    score_weight: float = 4.0
+    score_weight: float = 2.0
     band: float = 0.005
     balance: float = 1.1
     look_ahead: int = 16
@@ -202,12 +202,16 @@ class ExpertPolicy(_Policy):
         self.settings = settings
         self._homes: dict[Hashable, int] = {}
         self._passed: dict[Hashable, int] = {}
+        self._usual, self._scored = np.zeros(fleet.groups), 0
 
     def _group(self, request: Request, free: BoolArray, now: float) -> int:
         live = self.fleet.live.astype(np.float64)
         cost = self._misfit([request])[0] + self.settings.load_price * (live - live.mean()) / max(live.mean(), 1.0)
         among = self._balanced(free, now)
         group = self._least(live, among & (cost <= cost[among].min() + self.settings.band))
+        if request.scores is not None:  # the mean scores of all, later of the last few hundred
+            self._scored += 1
+            self._usual += max(1 / self._scored, NEWEST) * (request.scores - self._usual)
         if self.settings.prefix_weight and request.affinity is not None:
             self._homes[request.affinity] = group
         return group
@@ -218,7 +222,8 @@ class ExpertPolicy(_Policy):
         out = np.stack([fleet.surprise(request) for request in requests])
         for cost, request in zip(out, requests, strict=True):
             if request.scores is not None:
-                cost -= settings.score_weight * (request.scores - request.scores.mean())
+                usual = self._usual if self._scored else request.scores
+                cost -= settings.score_weight * (request.scores - usual)  # a group that suits all gets no more for it
             home = self._homes.get(request.affinity) if request.affinity is not None else None
             if home is not None:
                 cost[home] -= settings.prefix_weight
