@@ -83,7 +83,11 @@ def test_evaluate_cannot_be_given_another_cluster(made: moeplan.Plan, trace: moe
 def test_results_are_for_people_and_for_programs(made: moeplan.Plan, trace: moeplan.Trace) -> None:
     found = moeplan.evaluate(made, trace, SETTINGS)
     assert found.fitted_on_this_trace and repr(found).endswith("results are optimistic")
-    assert repr(found).startswith("paper on 779 requests of embedded\nstrategy") and "array" not in repr(found)
+    assert (
+        repr(found).startswith("paper on 779 requests of embedded\n")
+        and "\nstrategy" in repr(found)
+        and "array" not in repr(found)
+    )
     assert json.dumps(found.to_dict(), allow_nan=False) and found.to_dict()["trace"] == "embedded"
     figure = found.figures["remote_share"]
     assert repr(figure).startswith(f"MeasuredValue({figure.value:.4g}, 95 % ") and len(repr(figure)) < 80
