@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from cyclopts import Parameter
 
@@ -38,11 +38,21 @@ class InstanceFlags:
     """Requests that decode together, on each data-parallel rank or instance (--deployment instances)."""
 
 
+Strategies: TypeAlias = Annotated[
+    str,
+    Parameter(
+        metavar="A,B,..",
+        help="Strategies, separated by commas: moeplan, eplb, eplb-global, eplb-hierarchical, affinity, paper, "
+        "paper-unbalanced, linear, random.",
+    ),
+]
+
+
 def compare(
     trace: o.TraceIn,
     /,
     *,
-    strategies: Annotated[str, Parameter(metavar="A,B,..")] = "random,linear,eplb,affinity,paper,moeplan",
+    strategies: Strategies = "random,linear,eplb,affinity,paper,moeplan",
     cluster: o.ClusterFlags = o.ClusterFlags(),
     instances: InstanceFlags = InstanceFlags(),
     paper: o.PaperFlags = o.PaperFlags(),
@@ -57,10 +67,6 @@ def compare(
     """Compare strategies on held-out requests.
 
     Each group (a node, or a GPU with --deployment gpus) needs at least 3 held-out requests: 48 requests for 8 nodes.
-
-    Args:
-        strategies: Strategies, separated by commas: moeplan, eplb, eplb-global, eplb-hierarchical, affinity, paper,
-            paper-unbalanced, linear, random.
     """
     if cluster.deployment == "instances":
         return _instances(trace, instances, requests, measure, split, seed, json)
