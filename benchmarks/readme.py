@@ -22,7 +22,7 @@ def demo() -> str:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "moeplan", "demo"]
         text = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-    shown = re.search(r"^strategy .*?^Among [^\n]*$", text, re.DOTALL | re.MULTILINE)
+    shown = re.search(r"^[^\n]*\n^strategy .*?^Among [^\n]*$", text, re.DOTALL | re.MULTILINE)
     assert shown is not None
     lines = [line for line in shown[0].splitlines() if not re.match(r"\S+/(prefill|domain|oracle)|paper/", line)]
     return "\n".join(["```", "$ moeplan demo", "...", *lines, "```"])
