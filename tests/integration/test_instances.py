@@ -33,5 +33,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "requests, so steps have" in capsys.readouterr().out
     assert "use fewer --instances" in refused([*asked, "--instances", 300], capsys)
     assert "--batch 1 is outside" in refused([*asked, "--batch", 1], capsys)
+    page = tmp_path / "page.html"
+    assert "does not take --hardware, --model or --context" in refused([*asked, "--hardware", "H100"], capsys)
+    assert "does not take --output" in refused([*asked, "-o", page], capsys) and not page.exists()
+    assert "go with --deployment instances" in refused(["compare", "embedded", "--instances", 4], capsys)
     plan = ["plan", "embedded", "--deployment", "instances", "-o", tmp_path / "plan"]
     assert "no placement to plan" in refused(plan, capsys)

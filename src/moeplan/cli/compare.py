@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from moeplan.cli import options as o
 from moeplan.cli.terminal import echo, emit_json, progress
 from moeplan.cli.text.plans import show_comparison
+from moeplan.errors import UsageError
 
 __all__ = ["compare"]
 
@@ -38,6 +39,7 @@ class InstanceFlags:
     """Requests that decode together, on each data-parallel rank or instance (--deployment instances)."""
 
 
+STRATEGIES = "random,linear,eplb,affinity,paper,moeplan"
 Strategies: TypeAlias = Annotated[
     str,
     Parameter(
@@ -52,7 +54,7 @@ def compare(
     trace: o.TraceIn,
     /,
     *,
-    strategies: Strategies = "random,linear,eplb,affinity,paper,moeplan",
+    strategies: Strategies = STRATEGIES,
     cluster: o.ClusterFlags = o.ClusterFlags(),
     instances: InstanceFlags = InstanceFlags(),
     paper: o.PaperFlags = o.PaperFlags(),
@@ -69,7 +71,9 @@ def compare(
     Each group (a node, or a GPU with --deployment gpus) needs at least 3 held-out requests: 48 requests for 8 nodes.
     """
     if cluster.deployment == "instances":
+        _not_for_instances(replace(cluster, deployment="nodes"), strategies, paper, times, output)
         return _instances(trace, instances, requests, measure, split, seed, json)
+    _only_for_instances(instances)
     from moeplan.replay.compare import compare_task
     from moeplan.report.compare_page import compare_html
     from moeplan.report.page import write_page
@@ -85,6 +89,26 @@ def compare(
     if output is not None:
         write_page(output, compare_html(table, opened))
     echo(f"wrote {output}" if output else "a page with figures: add -o compare.html")
+
+
+def _not_for_instances(
+    cluster: o.ClusterFlags, strategies: str, paper: o.PaperFlags, times: o.TimingFlags, output: Path | None
+) -> None:
+    """Refuse flags that say nothing about independent instances."""
+    given = {
+        "--nodes, --gpus-per-node, --redundant, --dispatch or --replica-rule": cluster != o.ClusterFlags(),
+        "--strategies": strategies != STRATEGIES,
+        "--clusters": paper != o.PaperFlags(),
+        "--hardware, --model or --context": times != o.TimingFlags(),
+        "--output": output is not None,
+    }
+    if wrong := [flag for flag, here in given.items() if here]:
+        raise UsageError(f"--deployment instances does not take {'; '.join(wrong)}", hint="leave them out")
+
+
+def _only_for_instances(flags: InstanceFlags) -> None:
+    if flags != InstanceFlags():
+        raise UsageError("--instances and --batch go with --deployment instances", hint="add it, or leave them out")
 
 
 def _instances(
