@@ -156,7 +156,7 @@ def _show(found: Simulation, seconds: float) -> None:
     head = found.head
     echo(
         f"{head['trace']}: {head['groups']} {head['deployment']}, {head['requests']} requests in each of "
-        f"{head['seeds']} runs, {head['arrivals']} arrivals, mix {head['mix']}, {seconds:.1f} s"
+        f"{head['seeds']} runs, {head['arrivals']} arrivals, mix {head['mix']}, took {seconds:.1f} s"
     )
     for note in found.notes:
         echo(f"note: {note}")

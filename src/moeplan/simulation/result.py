@@ -22,6 +22,16 @@ __all__ = ["PolicyFigures", "Simulation"]
 FloatArray = npt.NDArray[np.float64]
 
 
+#: What `Simulation.verdict` says, in this order, after what got slower beyond chance.
+_SAID = {
+    "tpot_p99_ms": "p99 TPOT",
+    "ttft_p99_ms": "p99 TTFT",
+    "remote_share": "remote share",
+    "experts_per_step": "experts read per step",
+    "tpot_p50_ms": "median TPOT",
+}
+
+
 @dataclass(frozen=True)
 class PolicyFigures:
     """One policy's figures, a value for each run.
@@ -127,15 +137,18 @@ class Simulation:
         if name is None:
             return "No policy that goes by experts was simulated."
         row, base = self.row(name), self.row(BASELINE)
-        parts = []
-        for key, label in (("tpot_p99_ms", "p99 TPOT"), ("ttft_p99_ms", "p99 TTFT"), ("remote_share", "remote share"),
-                           ("experts_per_step", "experts read per step"), ("tpot_p50_ms", "median TPOT")):  # fmt: skip
-            change = row.change(base, key)
-            if change is not None and change["ci95"] is not None:
-                parts.append((-change["ci95"][0] if change["ci95"][0] > 0 else 0.0, f"{label} {_signed(change)}"))
-        parts.sort(key=lambda part: part[0])  # what got worse beyond chance comes first
-        said = ", ".join(text for _, text in parts)
+        changes = {label: row.change(base, key) for key, label in _SAID.items()}
+        known = {label: change for label, change in changes.items() if change is not None}
+        slower = [label for label, change in known.items() if change["ci95"] is not None and change["ci95"][0] > 0]
+        said = ", ".join(
+            f"{label} {_signed(known[label])}" for label in [*slower, *(k for k in known if k not in slower)]
+        )
         times = f" (times: {NOT_VALIDATED})" if "tpot_p99_ms" in self.keys else ""
+        bounds = [change["ci95"] for change in known.values()]
+        if any(ci95 is None for ci95 in bounds):
+            times += "; one run has no interval: use more --seeds"
+        elif all(low <= 0 <= high for low, high in bounds):
+            times += "; no difference is shown: use more --requests or --seeds"
         return f"{name} against {BASELINE}: {said}{times}."
 
     def to_dict(self) -> dict[str, Any]:
