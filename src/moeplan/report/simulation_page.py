@@ -45,9 +45,9 @@ def write_simulation_page(path: Path, found: Simulation) -> None:
 def simulation_html(found: Simulation) -> str:
     """The whole page as HTML."""
     head = found.head
-    load = next(
-        (f"{name} {head[name]:g}" for name in ("rate", "load", "live") if head[name] is not None), "as recorded"
-    )
+    unit = str(head["deployment"]).removesuffix("s")
+    units = {"rate": "requests/s", "load": "of what full slots can serve", "live": f"live requests per {unit}"}
+    load = next((f"{head[name]:g} {units[name]}" for name in units if head[name] is not None), "as recorded")
     subtitle = (
         f"{head['groups']} {head['deployment']}, {head['arrivals']} arrivals, {load}, mix {head['mix']}; "
         f"{head['requests']} requests in each of {head['seeds']} runs; seed {head['seed']}"
@@ -67,11 +67,14 @@ def _figure(found: Simulation, key: str, heading: str, label: str, note: str) ->
     base = found.row(BASELINE)
     best = min((row for row in found.rows if row.name != "oracle"), key=lambda row: row.mean(key) or 0.0)
     change = best.change(base, key)
-    sentence = f"Lowest with {best.name}: {best.mean(key):.4g}"
+    sentence = f"Lowest with {best.name}: {best.mean(key):.4g}{' ms' if key.endswith('_ms') else ''}"
     if best is not base and change is not None:
         sentence += f", {100 * change['value']:+.1f} % against {BASELINE}"
         if change["ci95"] is not None:
-            sentence += f" (interval {100 * change['ci95'][0]:+.1f} to {100 * change['ci95'][1]:+.1f})"
+            sentence += f" (95 % interval {100 * change['ci95'][0]:+.1f} to {100 * change['ci95'][1]:+.1f} %)"
+    if any(row.interval(key) is not None for row in found.rows):
+        note += " Bars are 95 % intervals over runs."
+    note += f" The dotted line is {BASELINE}."
     return Section(heading, sentence + ".", figures=[_bars(found, key, label)], note=note)
 
 
@@ -86,5 +89,6 @@ def _bars(found: Simulation, key: str, label: str) -> Image:
             axes.plot(mean, i, "o", color=colour, markersize=6)
         axes.axvline(found.row(BASELINE).mean(key), color=GREY, linewidth=1.2, linestyle=":")
         axes.set_yticks(range(len(found.rows)), [row.name for row in reversed(found.rows)])
+        axes.set_ylim(-0.6, len(found.rows) - 0.4)
         axes.set_xlabel(label)
         return to_image(figure, f"{label} by policy")
