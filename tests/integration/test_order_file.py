@@ -14,6 +14,7 @@ from helpers.command_line import refused
 from moeplan.cli.app import run
 from moeplan.importers.arrays import import_arrays
 from moeplan.importers.options import ImportOptions
+from moeplan.replay.order_file import OrderSettings, order_file
 from moeplan.trace.prompts import PromptPolicy
 from moeplan.trace.retention import RetentionPolicy
 
@@ -105,3 +106,17 @@ def test_wrong_input_is_one_line_and_writes_nothing(tmp_path: Path, capsys: pyte
     source.write_bytes(b"\n\n")
     assert "holds no prompt" in refused(asked, capsys)
     assert not list(tmp_path.glob("o*"))
+
+
+def test_the_file_of_an_instance_is_no_input_and_no_other_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "q-1.jsonl", tmp_path / "q.jsonl"
+    source.write_bytes(b"".join(lines()))
+    asked = ["order", source, "-o", out, "--instances", 2]
+    assert "written over" in refused(asked, capsys)
+    with pytest.raises(moeplan.UsageError, match="written over"):
+        order_file(source, out, settings=OrderSettings(instances=2))
+    other = ["order", source, "-o", tmp_path / "z.jsonl", "--instances", 2, "--json", tmp_path / "z-2.jsonl"]
+    assert "are the same file" in refused(other, capsys)
+    assert source.read_bytes() == b"".join(lines()) and [p.name for p in tmp_path.iterdir()] == ["q-1.jsonl"]

@@ -69,7 +69,7 @@ class TextFlags:
 
 
 def order(
-    prompts: Annotated[Path, File("input"), Parameter(help="JSONL with prompts, chat messages or batch requests; -")],
+    prompts: Annotated[Path, File("input"), Parameter(help="JSONL with prompts, chat messages or batch requests.")],
     /,
     *,
     output: Annotated[Path, File("file"), o.output("JSONL", "the same lines in order")],
@@ -88,11 +88,14 @@ def order(
     Args:
         trace: A moeplan trace, of the same model and with prompt tokens: experts are predicted from the prompts.
     """
+    from moeplan.io.paths import check_outputs
     from moeplan.planning.store import load_plan
     from moeplan.replay.order_file import instance_path, order_file
     from moeplan.trace import open_trace
 
     settings = queue.settings(seed)
+    paths = [instance_path(output, number, settings.instances) for number in range(settings.instances)]
+    check_outputs({"--json": json, **{str(path): path for path in paths}}, [prompts, trace, plan, *vars(text).values()])
     if queue.recorded and trace is None:
         raise UsageError("--recorded needs --trace")
     given = None if trace is None else open_trace(trace)
@@ -102,6 +105,6 @@ def order(
         found = order_file(prompts, output, **how, settings=settings, progress=tick)
     for line in repr(found).splitlines():
         echo(line)
-    for number, part in enumerate(found.instances):
-        echo(f"wrote {instance_path(output, number, len(found.instances))} ({plural(len(part), 'prompt')})")
+    for path, part in zip(paths, found.instances, strict=True):
+        echo(f"wrote {path} ({plural(len(part), 'prompt')})")
     emit_json(json, found.to_dict())

@@ -181,7 +181,8 @@ class ExpertSettings:
     prefix_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.look_ahead < 1 or self.balance < 1 or min(self.load_price, self.band, self.extra_wait) < 0:
+        weights = self.load_price, self.band, self.extra_wait, self.prefix_weight
+        if self.look_ahead < 1 or not self.balance >= 1 or not all(0 <= weight < math.inf for weight in weights):
             raise UsageError("look_ahead and balance must be at least 1, prices and waits at least 0")
 
 

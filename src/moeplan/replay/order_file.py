@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from moeplan.arrays import Int64Array
 from moeplan.errors import FormatError, UsageError
 from moeplan.io.files import atomic_path
-from moeplan.io.paths import open_input
+from moeplan.io.paths import check_outputs, open_input
 from moeplan.planning.order import split_order
 from moeplan.planning.plan import Plan
 from moeplan.planning.prompt_points import PromptPoints, word_ids
@@ -88,17 +87,19 @@ def order_file(
     (`instance_path`).
 
     Args:
-        source: JSONL as `record` reads it: prompts, chat messages, OpenAI batch requests; `-` is standard input.
+        source: JSONL as `record` reads it: prompts, chat messages, OpenAI batch requests; may be gzipped.
         out: the file to write.
         trace, plan: see `moeplan.order`.
         encode: tokenizes texts as the trace's prompts were.
         secret: of a trace or plan whose prompts are hashed.
 
     Raises:
-        FormatError: a line that is no prompt; no line. UsageError: see `moeplan.order`. OutputError: cannot be written.
+        FormatError: a line that is no prompt; no line. UsageError: see `moeplan.order`. OutputError: cannot be
+            written, or an output is the source.
     """
-    points = points_from(trace, plan, settings.recorded, settings.seed)
     paths = [instance_path(out, number, settings.instances) for number in range(settings.instances)]
+    check_outputs({str(path): path for path in paths}, [source, None if trace is None else trace.path])
+    points = points_from(trace, plan, settings.recorded, settings.seed)
     if settings.recorded:
         settings = replace(settings, window=max(settings.window, 10_000_000))
     placed: list[list[Int64Array]] = [[] for _ in paths]
@@ -189,9 +190,6 @@ def _windows(source: Path, size: int, encode: Encode) -> Iterator[_Window]:
 
 @contextlib.contextmanager
 def _opened(source: Path) -> Iterator[IO[bytes]]:
-    if str(source) == "-":
-        yield sys.stdin.buffer
-        return
     try:
         with open_input(source) as file:
             if source.suffix.lower() == ".gz":
